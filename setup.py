@@ -1,0 +1,33 @@
+"""Reads the nbdev-style `settings.ini` for what `pyproject.toml` declares dynamic."""
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(here / "settings.ini", encoding="utf-8")
+settings = config["DEFAULT"]
+
+statuses = ["0 - Unused", "1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
+init = (here / settings["lib_path"] / "__init__.py").read_text(encoding="utf-8")
+version = re.search(r'^__version__\s*=\s*"([^"]+)"', init, re.M).group(1)   # nbdev-bump-version edits this
+
+
+def words(key): return settings.get(key, "").split()
+
+
+setup(
+    version=version,
+    keywords=words("keywords"),
+    classifiers=[f"Development Status :: {statuses[int(settings['status'])]}", f"Intended Audience :: {settings['audience']}",
+                 f"Natural Language :: {settings['language']}", "Programming Language :: Python :: 3", "Framework :: Jupyter",
+                 "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    packages=find_packages(include=[settings["lib_path"], settings["lib_path"] + ".*"]),
+    package_data={settings["lib_path"]: ["static/*", "data/*"]},
+    install_requires=words("requirements"),
+    extras_require={k: words(f"{k}_requirements") for k in ("dev", "offline", "colab")},
+    entry_points={"console_scripts": words("console_scripts"),
+                  "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"]},
+)
