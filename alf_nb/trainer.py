@@ -42,7 +42,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #d5452411
+# %% ../nbs/09_trainer.ipynb #b3ba2a9a
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed):
@@ -55,6 +55,8 @@ def _make_policy(policy, options, pin, ban, seed):
     known = {f.name for f in fields(POLICIES[d['policy']])}
     if odd := [k for k in options if k not in known]: raise ValueError(f"policy {d['policy']!r} has no {', '.join(odd)}; it has {', '.join(sorted(known))}")
     return Policy.from_dict({**d, **options, 'pin': pin or d.get('pin', ()), 'ban': ban or d.get('ban', ()), 'seed': seed})
+
+def _patterns(v): return (v,) if isinstance(v, str) else tuple(v)
 
 def _whole(name, v, least, what):
     if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f"{name}={v!r}, but it is {what}, a whole number of at least {least}")
@@ -97,7 +99,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         pick = lambda k, default=None: given[k] if given[k] not in (None, ()) else base.get(k, default)
         options = {k: v for k in ('budget', 'threshold', 'explore', 'hysteresis', 'cost_aware') if (v := pick(k)) is not None}
         policy = pick('policy', 'threshold' if threshold is not None else 'budget')
-        self.policy = _make_policy(policy, options, tuple(pick('pin', ())), tuple(ban), seed)
+        self.policy = _make_policy(policy, options, _patterns(pick('pin', ())), _patterns(ban), seed)
         self.signal = self.policy.signal or pick('signal', 'gain')
         if self.signal not in SIGNALS: raise ValueError(f"unknown signal {self.signal!r}; signals are {', '.join(SIGNALS)}")
         self.unit,self.kinds = pick('unit', 'module'),tuple(pick('kinds', ('matrix', 'block', 'adapter')))
