@@ -1,0 +1,135 @@
+"What `RunLog` promises when many threads write, a process is killed, or the disk is full."
+import errno, json, os, subprocess, sys, threading, time
+import pytest
+from alf_nb.runlog import RunLog, survivors
+
+def run(code, *args): return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def test_threads_never_mix_lines(tmp_path):
+    log = RunLog(tmp_path)
+    def work(i):
+        for k in range(200): log.write('log', step=k, who=i, text='x'*(k*7%900))
+    ts = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in ts: t.start()
+    for t in ts: t.join()
+    lines = log.path.read_text().splitlines()
+    assert len(lines) == 1600 and all(json.loads(l)['event'] == 'log' for l in lines)
+    for i in range(8): assert [e['step'] for e in log.events('log', who=i)] == list(range(200))
+
+def test_two_writers_share_a_file(tmp_path):
+    a, b = RunLog(tmp_path), RunLog(tmp_path)
+    for i in range(50): (a if i % 2 else b).write('log', step=i)
+    assert [e['step'] for e in a.events('log')] == list(range(50))
+
+def test_killed_process_loses_nothing_written(tmp_path):
+    p = run("import sys, time\nfrom alf_nb.runlog import RunLog\nl = RunLog(sys.argv[1])\n"
+            "for i in range(100): l.write('log', step=i)\nprint('ready', flush=True)\ntime.sleep(60)", tmp_path)
+    assert p.stdout.readline() == 'ready\n'
+    p.kill(); p.wait()
+    assert len(RunLog(tmp_path).events('log')) == 100
+
+@pytest.mark.parametrize('tear', [b'{"event":"log","st', b'{"event":"log","step":99,"loss":1.5}', b'\x00\x00\xff\xfe', b'{"event":', b'[1,2]'])
+def test_torn_line_is_ended_by_the_next_writer(tmp_path, tear):
+    with RunLog(tmp_path) as l: l.write('log', step=1)
+    with open(l.path, 'ab') as f: f.write(tear)
+    assert [e['step'] for e in l.events('log')] == [1]          # a line without its end is not there yet
+    with RunLog(tmp_path) as l: l.write('log', step=2)
+    steps = [e['step'] for e in l.events('log')]
+    assert steps in ([1, 2], [1, 99, 2]) and (99 in steps) == (b'1.5}' in tear)
+    assert b'\n\n' not in l.path.read_bytes()
+
+def test_poll_waits_for_the_end_of_a_line(tmp_path):
+    l = RunLog(tmp_path); seen = RunLog(tmp_path)
+    assert seen.poll() == []
+    l.write('log', step=1)
+    line = b'{"event":"log","step":2,"t":0}\n'
+    with open(l.path, 'ab', buffering=0) as f:
+        f.write(line[:9]); assert [e['step'] for e in seen.poll()] == [1]
+        assert seen.poll() == []
+        f.write(line[9:])
+    assert [e['step'] for e in seen.poll()] == [2]
+    l.path.write_bytes(b''); assert seen.poll() == []
+    l.write('log', step=7); assert [e['step'] for e in seen.poll()] == [7]
+
+def test_poll_follows_a_live_writer(tmp_path):
+    p = run("import sys\nfrom alf_nb.runlog import RunLog\nl = RunLog(sys.argv[1])\nfor i in range(3000): l.write('log', step=i, pad='y'*(i%50))", tmp_path)
+    l, got, end = RunLog(tmp_path), [], time.time()+30
+    while len(got) < 3000 and time.time() < end:
+        got += [e['step'] for e in l.poll()]; time.sleep(.002)
+    p.wait(); assert got == list(range(3000))
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+def test_full_disk_raises_once_then_counts(tmp_path):
+    l = RunLog(tmp_path); l.write('log', step=1)
+    real, l._fd = l._fd, os.open('/dev/full', os.O_WRONLY)
+    with pytest.raises(OSError, match='earlier events are safe') as e: l.write('log', step=2)
+    assert e.value.errno == errno.ENOSPC and str(l.path) in str(e.value)
+    l.write('log', step=3); l.write('log', step=4)              # quiet, but counted
+    assert l.lost == 3
+    os.close(l._fd); l._fd = real
+    l.write('log', step=5); l.write('log', step=6)
+    assert [(e['step'], e.get('lost')) for e in l.events('log')] == [(1, None), (5, 3), (6, None)]
+
+def test_partly_written_line_does_not_corrupt_the_file(tmp_path):
+    pytest.importorskip('resource')
+    p = run("import sys, resource\nfrom alf_nb.runlog import RunLog\nl = RunLog(sys.argv[1])\n"
+            "soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\nl.write('log', step=0)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))\nn = 0\n"
+            "for i in range(1, 20):\n    try: l.write('log', step=i, pad='z'*40)\n    except OSError: n += 1\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))\nl.write('log', step=20)\nprint(n, l.path.read_bytes().count(b'\\n\\n'))", tmp_path)
+    out, err = p.communicate(timeout=60)
+    assert out.split() == ['1', '0'], err
+    ev = RunLog(tmp_path).events('log'); steps = [e['step'] for e in ev]
+    assert steps[0] == 0 and steps[-1] == 20 and steps[1:-1] == list(range(1, len(steps)-1)) and ev[-1]['lost'] == 20-len(steps)+1
+
+def test_unwritable_places_are_named(tmp_path):
+    f = tmp_path/'file'; f.write_text('')
+    with pytest.raises(OSError, match='cannot write the run log') as e: RunLog(f).write('log')
+    assert str(f) in str(e.value)
+
+def test_resume_supersedes_and_filters_agree(tmp_path):
+    with RunLog(tmp_path) as l:
+        l.write('run_begin', run_id='a', step=0)
+        for s in range(1, 9): l.write('log', step=s, loss=s)
+        l.write('select', step=8, names=['x'])
+    with RunLog(tmp_path) as l:
+        l.write('run_begin', run_id='a'); l.write('resume', step=4)
+        for s in range(5, 7): l.write('log', step=s, loss=-s)
+        l.write('resume', step=5)
+        l.write('log', step=6, loss=60)
+    assert l.series('log', 'loss') == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, -5, 60])
+    assert l.selections() == [] and l.status == 'unfinished'
+    for k in ('log', 'select', 'resume', 'run_begin'): assert l.events(k) == [e for e in l.events() if e['event'] == k]
+
+def test_a_second_run_in_the_same_folder(tmp_path):
+    with RunLog(tmp_path) as l:
+        for r, n in (('a', 5), ('b', 3)):
+            l.write('run_begin', run_id=r, step=0)
+            for s in range(1, n): l.write('log', step=s)
+    assert len(l.events('log')) == 2 and len(l.events('log', run=0)) == 4 and l.begin['run_id'] == 'b'
+
+def test_resume_joins_even_with_a_new_run_id():
+    e = lambda k, s, **kw: dict(event=k, step=s, **kw)
+    runs = survivors([e('run_begin', 0, run_id='a'), e('log', 1), e('log', 2), e('run_begin', 0, run_id='b'), e('eval', 0), e('resume', 1), e('log', 2)])
+    assert [x['step'] for x in runs[0] if x['event'] == 'log'] == [1, 2] and len(runs) == 1
+
+def test_odd_numbers_are_named_never_hidden(tmp_path):
+    np = pytest.importorskip('numpy')
+    with RunLog(tmp_path) as l: l.write('log', step=np.int64(3), loss=np.float32('inf'), a={'b.c': [1., float('nan')]}, flag=np.bool_(True), n=np.int32(4))
+    e = l.events()[0]
+    assert e['step'] == 3 and e['loss'] is None and e['flag'] is True and e['n'] == 4
+    assert e['nonfinite'] == {'loss': 'inf', 'a.b.c.1': 'nan'}
+    assert 'NaN' not in l.path.read_text() and 'Inf' not in l.path.read_text()
+
+def test_foreign_spacing_is_read_with_and_without_a_filter(tmp_path):
+    (tmp_path/'events.jsonl').write_text('{"step": 3, "event": "log", "loss": NaN}\n\n')
+    l = RunLog(tmp_path)
+    assert len(l.events()) == len(l.events('log')) == 1 and l.events()[0]['loss'] is None
+
+def test_a_filter_does_not_parse_the_rest(tmp_path):
+    l = RunLog(tmp_path)
+    for i in range(5000): l.write('log' if i % 50 == 0 else 'measure', step=i, signals={'rate': {f'block.{j}': .1 for j in range(20)}})
+    t = time.perf_counter(); assert len(l.events('log')) == 100
+    fast = time.perf_counter()-t
+    t = time.perf_counter(); assert len(l.events()) == 5000
+    assert fast < time.perf_counter()-t          # lines of other kinds are not parsed
