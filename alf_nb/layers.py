@@ -116,7 +116,7 @@ def _stacks(m, path, total):
         res.insert(i, (k, new))
     return [s for _,new in res for s in new]
 
-# %% ../nbs/02_layers.ipynb #8fbd761e
+# %% ../nbs/02_layers.ipynb #21b2bf3e
 def _labels(paths):
     "Shortest leading part of each path that tells it from the others"
     if len(paths) == 1: return ['']
@@ -124,9 +124,8 @@ def _labels(paths):
     n = 0
     while len({tuple(p[:n+1]) for p in parts}) == 1: n += 1
     if any(p[n].isdigit() for p in parts if len(p) > n) and n: n -= 1 # `layers.0`, not `0`
-    for k in range(n+1, max(map(len, parts))+1):
-        if len(set(res := ['.'.join(p[n:k]) for p in parts])) == len(parts): return res
-    return ['.'.join(p[n:]) for p in parts]
+    heads = Counter(tuple(p[n:k]) for p in parts for k in range(n+1, len(p)+1))
+    return ['.'.join(p[n:next((k for k in range(n+1, len(p)) if heads[tuple(p[n:k])] == 1), len(p))]) for p in parts]
 
 class _Places:
     "Says of every module or parameter path which layer it is part of"

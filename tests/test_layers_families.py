@@ -266,3 +266,26 @@ def test_a_model_on_the_meta_device():
     with torch.device('meta'): model = tf.LlamaForCausalLM(tf.LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256))
     layers = partition_layers(model)
     assert layers.n_blocks == 32 and layers.total == 8_030_261_248
+
+class Sub(nn.Module):
+    def __init__(self, d=8): super().__init__(); self.mlp,self.norm = ShallowBlock(d),nn.LayerNorm(d)
+
+class SubLists(nn.Module):
+    "Blocks of one width whose weight lies mostly in a list of their own, as in MobileBERT"
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(3):
+            b = nn.Module()
+            b.ffn,b.out = nn.ModuleList(Sub() for _ in range(4)),Sub()
+            self.layers.append(b)
+
+def test_a_list_inside_a_block_is_no_stack():
+    assert list(partition_layers(SubLists()).by_layer) == ['block.0', 'block.1', 'block.2']
+
+def test_a_tied_weight_belongs_to_the_embedding():
+    m = nn.Module()
+    m.lm_head,m.tok = nn.Linear(8, 10, bias=False),nn.Embedding(10, 8)
+    m.lm_head.weight = m.tok.weight
+    layers = partition_layers(m, kinds='embedding')
+    assert list(layers) == ['tok'] and layers['tok'].kind == 'embedding' and list(layers.named_params('tok')) == ['lm_head.weight']
