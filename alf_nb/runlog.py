@@ -37,17 +37,20 @@ def _line(event, fields):
     # a lone surrogate cannot be UTF-8; backslashreplace writes exactly its JSON escape
     return json.dumps(d, ensure_ascii=False, allow_nan=False, separators=(',', ':')).encode('utf-8', 'backslashreplace') + b'\n'
 
-# %% ../nbs/08_runlog.ipynb #72a98c3a
+# %% ../nbs/08_runlog.ipynb #e02c36c8
 def survivors(
     events, # event dicts in the order they were written
 )->list: # one list of surviving events per run, oldest run first
     "What counts in a file that may hold resumed and repeated runs"
-    runs, run_id = [[]], None
+    runs, run_id, begun = [[]], None, False
     for e in events:
         kind = e['event']
         if kind == 'run_begin':
-            if runs[-1] and (e.get('run_id') is None or e.get('run_id') != run_id): runs.append([])
-            run_id = e.get('run_id')
+            if begun and (e.get('run_id') is None or e.get('run_id') != run_id):
+                now, k = runs[-1], len(runs[-1])
+                while k and now[k-1].get('when') == 'before': k -= 1      # what was measured before the new run belongs to it
+                runs.append(now[k:]); del now[k:]
+            run_id, begun = e.get('run_id'), True
         elif kind == 'resume':
             if len(runs) > 1 and not any(o['event'] in ('log', 'save', 'run_end') for o in runs[-1]):  # this run continues the one before
                 last = runs.pop(); runs[-1] += last
@@ -114,7 +117,7 @@ class RunLog:
             os.close(self._fd)
             self._fd = None
 
-# %% ../nbs/08_runlog.ipynb #98a5f4ef
+# %% ../nbs/08_runlog.ipynb #82366722
 def _parse(line):
     "Event in a line, or None"
     try: e = json.loads(line.decode('utf-8', 'replace'), parse_constant=lambda c: None)
@@ -127,6 +130,14 @@ def _lines(self:RunLog):
     with open(self.path, 'rb') as f: yield from (l for l in f if l.endswith(b'\n'))
 
 @patch
+def _found(self:RunLog, kinds):
+    "Events of the file; of other kinds than `kinds` only that they were there, and they are not parsed"
+    head, stubs = b'{"event":"', {}
+    for l in self._lines():
+        if kinds and l.startswith(head) and (k := l[len(head):l.find(b'"', len(head))].decode('utf-8', 'replace')) not in kinds: yield stubs.setdefault(k, {'event': k})
+        elif e := _parse(l): yield e
+
+@patch
 def events(self:RunLog,
     kind=None,      # kind of event, several kinds, or None: all
     since:int=0,    # first step
@@ -135,9 +146,7 @@ def events(self:RunLog,
 )->list: # event dicts, oldest first
     "Surviving events of a run"
     kinds = {kind} if isinstance(kind, str) else None if kind is None else set(kind)
-    heads = kinds and tuple(f'{{"event":"{k}"'.encode() for k in kinds | {'run_begin', 'resume'})
-    skip = lambda l: heads and l.startswith(b'{"event":"') and not l.startswith(heads)
-    try: found = [e for l in self._lines() if not skip(l) and (e := _parse(l))]
+    try: found = list(self._found(kinds and kinds | {'run_begin', 'resume', 'eval', 'sample'}))
     except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(
         errno.ENOENT, f"no run here: {self.path.name} does not exist{self._neighbours()}", str(self.dir)) from None
     runs = survivors(found)
