@@ -1,0 +1,254 @@
+"""ALFCallback inside a real Trainer: equal to training by hand, bytes counted, bits compared."""
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from alf_nb.demo import demo_dataset, demo_model
+from alf_nb.optim import optimizer_bytes
+from alf_nb.runlog import RunLog
+from alf_nb.trainer import PRESETS, ALFCallback
+
+
+def run(tmp_path, *callbacks, model=None, steps=12, freeze=None, resume=None, data=None, **kw):
+    "Train a tiny model for a few steps; `freeze(name)` says which parameters to freeze by hand"
+    torch.manual_seed(0)
+    model = model if model is not None else demo_model()
+    for n, p in model.named_parameters():
+        if freeze is not None and freeze(n): p.requires_grad_(False)
+    args = TrainingArguments(**{**dict(output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to=[],
+                                       use_cpu=True, disable_tqdm=True, save_strategy="no", seed=3), **kw})
+    trainer = Trainer(model, args, train_dataset=demo_dataset() if data is None else data, callbacks=list(callbacks))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def losses(trainer): return [h["loss"] for h in trainer.state.log_history if "loss" in h]
+
+
+def weights(trainer): return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+
+
+TRICKS = {
+    "plain": {},
+    "accumulation": dict(gradient_accumulation_steps=3),
+    "checkpointing": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False)),
+    "bf16": dict(bf16=True),
+    "decay": dict(weight_decay=.1),
+    "clipping": dict(max_grad_norm=.05),
+    "cosine": dict(lr_scheduler_type="cosine", warmup_steps=4),
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_full_policy_is_full_training(tmp_path, trick):
+    plain = run(tmp_path / "plain", **TRICKS[trick])
+    alf = run(tmp_path / "alf", ALFCallback(preset="full"), **TRICKS[trick])
+    assert losses(plain) == losses(alf)
+    assert same(weights(plain), weights(alf))
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_a_static_choice_is_freezing_by_hand(tmp_path, trick):
+    "One selection for the whole run gives the bits of a Trainer whose other parameters never required grad"
+    alf = ALFCallback(policy=dict(policy="static", where="last"), budget=.3, interval=0, measure_every=4)
+    a = run(tmp_path / "alf", alf, **TRICKS[trick])
+    trained = {k for n in alf.selection for k in alf.layers.named_params(n)}
+    b = run(tmp_path / "hand", freeze=lambda n: n not in trained, **TRICKS[trick])
+    assert losses(a) == losses(b)
+    assert same(weights(a), weights(b))
+
+
+class Witness(TrainerCallback):
+    "Compares every bit of every parameter with the step before, and counts every byte"
+    def __init__(self, alf): self.alf, self.before, self.moved, self.peak_share, self.max_state = alf, None, set(), 0., 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
+        self.before = {k: p.detach().clone() for k, p in model.named_parameters()}
+        self.should = {k for n in self.alf.selection for k in self.alf.layers.named_params(n)}
+        assert {k for k, p in model.named_parameters() if p.grad is not None} <= self.should, "a frozen parameter has a gradient"
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
+        sizes = {k: p.numel() for k, p in model.named_parameters()}
+        for k, p in model.named_parameters():
+            if k not in self.should: assert torch.equal(p, self.before[k]), f"{k} is frozen and moved at step {state.global_step}"
+            elif not torch.equal(p, self.before[k]): self.moved.add(k)
+        share = sum(sizes[k] for k in self.should) / sum(sizes.values())
+        self.peak_share = max(self.peak_share, share)
+        n = sum(sizes[k] for k in self.should)
+        self.max_state = max(self.max_state, optimizer_bytes(optimizer) - 8 * n)       # Adam: two fp32 moments, beside them only step counts
+
+
+@pytest.mark.parametrize("mode", ["v", "full", "drop"])
+@pytest.mark.parametrize("signal", ["gain", "grad_norm", "rate", "coherence", "prior"])
+def test_every_signal_keeps_to_the_budget(tmp_path, signal, mode):
+    alf = ALFCallback(budget=.25, signal=signal, interval=4, measure_every=2, state=mode, explore=.5, lock=1.)
+    eye = Witness(alf)
+    run(tmp_path, alf, eye, steps=16, weight_decay=.1)
+    ever = {n for e in RunLog(tmp_path).events("select") for n in e["names"]}
+    assert eye.peak_share <= .25 and alf.totals["share_peak"] <= .25
+    assert eye.moved == {k for n in ever for k in alf.layers.named_params(n)}, "each selected unit moves"
+    assert eye.max_state <= 4 * 200, "optimizer state of frozen units is gone"
+    assert (alf.parked.nbytes > 0) == (mode != "drop" and len(ever) > len(alf.selection))
+    full = 12 * sum(p.numel() for p in alf.layers.model.parameters())
+    assert alf.totals["state_bytes_peak"] <= .35 * full
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_run_and_resume(tmp_path, preset):
+    kw = dict(interval=4) if preset in ("default", "paper", "lisa", "badam", "grass") else {}
+    kw |= dict(warm_up=6) if preset == "paper" else {}
+    if preset in ("paper", "static-top"): kw["budget"] = .45          # a block of the tiny model is a fifth of it
+    if preset == "grass": kw["budget"] = .45
+    make = lambda: ALFCallback(preset=preset, measure_every=2, **kw)
+    whole = run(tmp_path / "whole", make(), steps=14)
+    run(tmp_path / "cut", make(), steps=14, save_strategy="steps", save_steps=7)
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-14")
+    again = run(tmp_path / "cut", make(), steps=14, resume=str(tmp_path / "cut" / "checkpoint-7"))
+    assert losses(again) == losses(whole)
+    assert same(weights(again), weights(whole))
+    chosen = lambda d: [(e["step"], e["names"]) for e in RunLog(tmp_path / d).events("select")]
+    assert chosen("cut") == chosen("whole")
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"])
+def test_any_optimizer_of_trainer(tmp_path, optim):
+    make = lambda: ALFCallback(budget=.25, signal="rate", interval=4, measure_every=2, explore=.6, state="full", lock=1.)
+    kw = dict(optim=optim, steps=14, **(dict(optim_args="momentum=0.9") if optim == "sgd" else {}))
+    alf = make()
+    whole = run(tmp_path / "whole", alf, Witness(alf), **kw)
+    assert len({tuple(e["names"]) for e in RunLog(tmp_path / "whole").events("select")}) > 1, "the selection changes"
+    run(tmp_path / "cut", make(), save_strategy="steps", save_steps=7, **kw)
+    again = run(tmp_path / "cut", make(), resume=str(tmp_path / "cut" / "checkpoint-7"), **kw)
+    assert losses(again) == losses(whole) and same(weights(again), weights(whole))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_other_families(tmp_path, family):
+    alf = ALFCallback(budget=.25, interval=4, measure_every=2)
+    run(tmp_path, alf, Witness(alf), model=demo_model(family))
+    assert 0 < alf.totals["share_peak"] <= .25
+
+
+def test_peft_adapters_are_the_units(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(demo_model(), peft.LoraConfig(r=2, target_modules="all-linear"))
+    base = {k: p.detach().clone() for k, p in model.named_parameters() if not p.requires_grad}
+    alf = ALFCallback(budget=.25, interval=4, measure_every=2)
+    run(tmp_path, alf, model=model)
+    assert {alf.layers[n].kind for n in alf.selection} == {"adapter"}
+    assert alf.totals["share_peak"] <= .25                                     # of the adapters
+    assert all(torch.equal(p, base[k]) for k, p in model.named_parameters() if k in base)
+
+
+def test_pins_and_bans(tmp_path):
+    alf = ALFCallback(budget=.3, pin="block.1.mlp.up_proj", ban=["block.0", "*.q_proj"], interval=4, measure_every=2)
+    run(tmp_path, alf)
+    for e in RunLog(tmp_path).events("select"):
+        assert "block.1.mlp.up_proj" in e["names"]
+        assert not any(n.startswith("block.0.") or n.endswith(".q_proj") for n in e["names"])
+
+
+def test_a_pattern_that_means_nothing_is_named(tmp_path):
+    with pytest.raises(ValueError, match="block.99"): run(tmp_path, ALFCallback(pin="block.99"))
+
+
+def test_the_probe_never_holds_the_gradients(tmp_path):
+    alf = ALFCallback(budget=.1, interval=4, measure_every=2)
+    run(tmp_path, alf)
+    full = 12 * sum(p.numel() for p in alf.layers.model.parameters())
+    assert alf.totals["state_bytes_peak"] <= .14 * full
+
+
+def test_training_data_is_untouched_by_probes(tmp_path):
+    "The same batches in the same order, with and without ALF"
+    def seen(*callbacks):
+        ids, model, inside = [], demo_model(), []
+        model.register_forward_pre_hook(lambda m, a, kw: ids.append(kw["input_ids"].tolist()) if inside else None, with_kwargs=True)
+        class Switch(TrainerCallback):
+            def on_step_begin(self, *a, **kw): inside.append(1)
+            def on_step_end(self, *a, **kw): inside.clear()
+        run(tmp_path / str(len(callbacks)), Switch(), *callbacks, model=model)
+        return ids
+    assert seen() == seen(ALFCallback(budget=.25, interval=3))
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="use_reentrant"):
+        run(tmp_path, ALFCallback(), gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True))
+
+
+def test_an_optimizer_of_too_few_parameters_is_refused(tmp_path):
+    "LMFlow #726: what the optimizer never got can be selected but cannot move"
+    model = demo_model()
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "layers.0." in n])
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
+    trainer = Trainer(model, args, train_dataset=demo_dataset(), callbacks=[ALFCallback()], optimizers=(optimizer, None))
+    with pytest.raises(RuntimeError, match="not in the optimizer"): trainer.train()
+
+
+def test_a_selected_unit_that_cannot_move_is_named(tmp_path):
+    model = demo_model()
+    class Thief(TrainerCallback):
+        "Takes the gradient of one selected unit away"
+        def on_pre_optimizer_step(self, args, state, control, **kw): alf.layers.params(alf.selection.names[0])[0].grad = None
+    alf = ALFCallback(budget=.25, measure_every=3)
+    with pytest.raises(RuntimeError, match="did not move.*no gradient"): run(tmp_path, Thief(), alf, model=model)
+
+
+def test_nan_weights_are_named(tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            with torch.no_grad(): alf.layers.params(alf.selection.names[0])[0][0, 0] = float("nan")
+    alf = ALFCallback(budget=.25, measure_every=3)
+    with pytest.raises(RuntimeError, match="hold NaN or infinity"): run(tmp_path, alf, Poison())
+
+
+def test_a_model_with_everything_frozen_is_refused(tmp_path):
+    model = demo_model()
+    with pytest.raises((ValueError, RuntimeError), match="requires? grad|frozen|empty parameter list"):
+        run(tmp_path, ALFCallback(), model=model, freeze=lambda n: True)
+
+
+def test_a_crash_leaves_a_model_that_trains_again(tmp_path):
+    model = demo_model()
+    class Crash(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): run(tmp_path / "a", ALFCallback(budget=.2), Crash(), model=model)
+    alf = ALFCallback(budget=.25)
+    run(tmp_path / "b", alf, model=model)
+    assert alf.totals["share_peak"] > .2 and all(p.requires_grad for p in model.parameters())
+
+
+def test_resume_as_a_new_object_from_the_checkpoint(tmp_path):
+    "Trainer may rebuild callbacks from the checkpoint (restore_callback_states_from_checkpoint)"
+    kw = dict(steps=14, save_strategy="steps", save_steps=7)
+    whole = run(tmp_path / "whole", ALFCallback(budget=.3, interval=4, measure_every=2), steps=14)
+    run(tmp_path / "cut", ALFCallback(budget=.3, interval=4, measure_every=2), **kw)
+    again = run(tmp_path / "cut", ALFCallback(), resume=str(tmp_path / "cut" / "checkpoint-7"), restore_callback_states_from_checkpoint=True, **kw)
+    assert losses(again) == losses(whole)
+
+
+def test_a_changed_model_at_resume_is_refused(tmp_path):
+    run(tmp_path, ALFCallback(budget=.3), steps=8, save_strategy="steps", save_steps=4)
+    state = json.loads((tmp_path / "checkpoint-4" / "alf" / "state.json").read_text())
+    state["weights"] = "0" * 64
+    (tmp_path / "checkpoint-4" / "alf" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="weights of this model are not those"): run(tmp_path, ALFCallback(budget=.3), steps=8, resume=str(tmp_path / "checkpoint-4"))
+
+
+def test_same_seed_same_run_and_other_seed_other_run(tmp_path):
+    policy = dict(policy="rotate", budget=.25)
+    names = lambda d: [e["names"] for e in RunLog(tmp_path / d).events("select")]
+    for d, seed in (("a", 1), ("b", 1), ("c", 2)):
+        random.seed(seed * 77)                                                # global random state decides nothing
+        run(tmp_path / d, ALFCallback(policy=policy, interval=3, seed=seed))
+    assert names("a") == names("b") != names("c")
