@@ -1,0 +1,108 @@
+"""The Triton source compiled ahead of time, and its machine code read: no GPU, no driver. Run by test_triton.py in a process of its own without TRITON_INTERPRET.
+
+Widths of loads are checked exactly, counts of instructions as bounds: they depend a little on the ptxas in the triton wheel."""
+import hashlib, re, subprocess, sys, tempfile, os
+from collections import Counter
+import pytest, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from alf_nb import kernels as K
+from common import *
+assert not triton.knobs.runtime.interpret, "the compiler cannot share a process with the interpreter"
+
+CUDA = {f'sm_{a}': GPUTarget('cuda', a, 32) for a in (80, 86, 89, 90, 100)}
+HIP = {g: GPUTarget('hip', g, 64) for g in ('gfx90a', 'gfx942')}
+SHORT = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
+WARPS = 4
+
+def build(target, fn=K._delta_partials, **consts):
+    "Compile a kernel with these constants, as a launch would"
+    types = dict(w_ptrs='*i64', r_ptrs='*i64', numels='*i64', slots='*i32', blk_tensor='*i32', blk_chunk='*i32', part='*fp32', unit_start='*i32', out='*fp64', n_slots='i32')
+    sig = {k: 'constexpr' if k in consts else types[k] for k in fn.arg_names}
+    attrs = {(i,): [['tt.divisibility', 16]] for i,k in enumerate(fn.arg_names) if sig[k][0] == '*'}
+    return triton.compile(ASTSource(fn=fn, signature=sig, constexprs=consts, attrs=attrs), target=target, options=dict(num_warps=WARPS, enable_fp_fusion=True))
+
+def partials(target, d1=torch.bfloat16, d2=torch.bfloat16, offset=0, **more):
+    "The data pass with the very constants that the host side chooses for such tensors"
+    s = K._TritonSweep([(0, tensor(64, d1, offset=offset), tensor(64, d2))])
+    return build(target, **{**s.launches[0][2], **dict(CHUNK=s.chunk, BLOCK=2048 if target.backend == 'hip' else s.block, MAX=True, REFRESH=False), **more})
+
+class Sass:
+    "Machine code of an NVIDIA kernel: registers and spills, instructions, the hot loop"
+    def __init__(self, cubin):
+        with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
+            f.write(cubin); f.flush()
+            tool = lambda flag: subprocess.run([triton.knobs.nvidia.cuobjdump.path, flag, f.name], check=True, capture_output=True, text=True).stdout
+            self.text, use = tool('-sass'), tool('-res-usage')
+        self.use = {k: int(v) for k,v in re.findall(r'(REG|STACK|LOCAL|SHARED):(\d+)', use)}
+        self.code = [(int(a, 16), op, args) for a,op,args in re.findall(r'/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)\s*([^;]*);', self.text)]
+        assert self.code and self.use
+    @property
+    def ops(self): return Counter(op for _,op,_ in self.code)
+    @property
+    def loop(self):
+        "The longest loop that loads from global memory"
+        best = []
+        for at,op,args in self.code:
+            to = re.findall(r'0x([0-9a-f]+)', args)
+            if op.startswith('BRA') and to and int(to[-1], 16) < at:
+                body = [x for x in self.code if int(to[-1], 16) <= x[0] <= at]
+                if any(x[1].startswith('LDG') for x in body) and len(body) > len(best): best = body
+        return Counter(op for _,op,_ in best)
+
+def only(counter, *starts): return {k: v for k,v in counter.items() if k.startswith(starts)}
+
+BF16, FP16, FP32 = (torch.bfloat16,)*2, (torch.float16,)*2, (torch.float32,)*2
+MAIN = [('sm_90', p, refresh) for p in PAIRS for refresh in (False, True)] + [('sm_80', p, p[0] == p[1]) for p in PAIRS]
+MORE = [(sm, *case) for sm in ('sm_86', 'sm_89', 'sm_100') for case in ((BF16, True), (FP32, False))]
+
+@pytest.mark.parametrize('sm,dtypes,refresh', MAIN + MORE, ids=lambda x: '-'.join(map(SHORT.get, x)) if isinstance(x, tuple) else str(x))
+def test_nvidia(sm, dtypes, refresh):
+    k = partials(CUDA[sm], *dtypes, REFRESH=refresh); s = Sass(k.asm['cubin']); loop = s.loop
+    assert f'.target {sm}' in k.asm['ptx']
+    assert s.use['LOCAL'] == s.use['STACK'] == 0 and not only(s.ops, 'LDL', 'STL'), 'spills'
+    assert not only(s.ops, 'ATOM', 'RED.', 'REDG'), 'atomics'
+    assert s.use['REG'] <= 64, 'fewer than 8 blocks of 4 warps fit'
+    sizes = [d.itemsize for d in dtypes]; per = 16//max(sizes); n = 1024//(32*WARPS)//per      # elements per access, accesses per thread and loop
+    want = Counter()
+    for b in sizes: want[f'LDG.E.{8*per*b}'] += n
+    assert only(loop, 'LDG') == want, 'every load in the loop is as wide as the dtypes allow'
+    assert only(loop, 'STG') == ({f'STG.E.{8*per*sizes[1]}': n} if refresh else {})
+    assert not only(loop, 'BAR', 'LDS', 'STS', 'SHFL'), 'shared memory in the loop'
+    per_16_bytes = sum(loop.values())*16/(8*sum(sizes))
+    rounds = refresh and dtypes[0] != dtypes[1]
+    assert per_16_bytes <= (76 if rounds else 46 if max(sizes) == 2 else 32), f'{per_16_bytes} instructions per 16 bytes read'
+
+def test_the_checks_can_fail():
+    s = Sass(partials(CUDA['sm_90'], offset=1).asm['cubin'])                                       # misaligned: no promise, so no vector loads
+    assert s.ops['LDG.E.128'] == 0 and s.ops['LDG.E.U16'] > 8
+    s = Sass(partials(CUDA['sm_90'], BLOCK=8192).asm['cubin'])                                     # far too many registers
+    assert s.use['REG'] > 64
+
+def test_offsets_are_64_bit():
+    ttir = partials(CUDA['sm_90']).asm['ttir']
+    assert re.search(r'arith\.extsi %\S+ : i32 to i64', ttir) and re.search(r'arith\.muli %\S+, %\S+ : i64', ttir)
+    assert re.search(r'tt\.addptr %\S+, %\S+ : !tt\.ptr<i16>, i64', ttir)
+
+@pytest.mark.parametrize('sm', CUDA)
+def test_finish_on_nvidia(sm):
+    s = Sass(build(CUDA[sm], K._delta_finish, BLOCK=1024).asm['cubin'])
+    assert s.use['LOCAL'] == s.use['STACK'] == 0 and not only(s.ops, 'ATOM', 'RED.', 'REDG') and s.use['REG'] <= 128
+
+@pytest.mark.parametrize('gfx,dtypes,refresh', [('gfx942', p, p[0] == p[1]) for p in PAIRS] + [('gfx942', (torch.float32, torch.bfloat16), True), ('gfx90a', BF16, True), ('gfx90a', FP32, False)],
+                         ids=lambda x: '-'.join(map(SHORT.get, x)) if isinstance(x, tuple) else str(x))
+def test_amd(gfx, dtypes, refresh):
+    k = partials(HIP[gfx], *dtypes, REFRESH=refresh); asm = k.asm['amdgcn']
+    n = lambda key: int(re.search(rf'\.{key}:\s+(\d+)', asm).group(1))
+    assert k.asm['hsaco'][:4] == b'\x7fELF'
+    assert n('vgpr_spill_count') == n('sgpr_spill_count') == n('private_segment_fixed_size') == 0, 'spills'
+    assert n('vgpr_count') <= 96
+    assert not re.search(r'_atomic_', asm), 'atomics'
+    assert re.search(r'(buffer|global)_load_dwordx4', asm), 'no 128-bit loads'
+    assert not refresh or re.search(rf'(buffer|global)_store_dwordx{min(4, 4*dtypes[1].itemsize//max(d.itemsize for d in dtypes))}', asm)
+
+def test_compiling_twice_gives_the_same_bits(tmp_path):
+    code = "import compiled as c, hashlib; print(hashlib.sha256(c.partials(c.CUDA['sm_90']).asm['cubin']).hexdigest())"
+    run = lambda i: subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=os.environ | dict(TRITON_CACHE_DIR=str(tmp_path/str(i))), cwd=os.path.dirname(__file__),
+                                   capture_output=True, text=True, check=True).stdout.split()[-1]
+    assert run(0) == run(1)

@@ -1,0 +1,142 @@
+"""The CPU backends where a notebook cell is not enough: properties over random models, huge tensors, foreign threads, forks, missing packages, caches that cannot be written."""
+import os, subprocess, sys, textwrap, threading
+from pathlib import Path
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from alf_nb import kernels as K
+from common import *
+
+BACKENDS = [b for b in ('torch', 'numba') if K.available_backends()[b] is True]
+tensors = st.tuples(st.integers(0, 40_000), st.sampled_from((*DTYPES, torch.float64)), st.sampled_from((*DTYPES, torch.float64)), st.integers(0, 9), st.integers(0, 9))
+models = st.lists(st.lists(tensors, max_size=3), min_size=1, max_size=4)
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+def make(spec, seed):
+    pairs = {f'u{u}': [pair(n, a, b, seed + i, o1, o2) for i,(n,a,b,o1,o2) in enumerate(unit)] for u,unit in enumerate(spec)}
+    return tuple({k: [p[j] for p in v] for k,v in pairs.items()} for j in (0, 1))
+
+def want(now, ref):
+    rows = []
+    for k in now:
+        j = judge([(0, w, r) for w,r in zip(now[k], ref[k])])
+        rows.append([*np.sqrt(j[:,:2].sum(0)), j[:,2].max(initial=0.)])
+    return np.array(rows).T
+
+def got(d): return np.array([d.delta, d.ref, d.max_abs])
+def run_python(code, **env):
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code)], env=os.environ | env, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr[-3000:]
+    return p.stdout
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@few
+@given(spec=models, seed=st.integers(0, 99), refresh=st.booleans())
+def test_any_model_is_measured_right(backend, spec, seed, refresh):
+    now, ref = make(spec, seed); judged = want(now, ref); kept = {k: [t.clone() for t in v] for k,v in now.items()}
+    np.testing.assert_allclose(got(K.delta_norms(now, ref, backend, refresh)), judged, rtol=1e-6)
+    for k in now:
+        for w,old,r in zip(now[k], kept[k], ref[k]):
+            assert same(w, old) and (not refresh or same(r, w.to(r.dtype)))
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@few
+@given(spec=models, k=st.integers(-6, 6), seed=st.integers(0, 99))
+def test_powers_of_two_scale_exactly(backend, spec, k, seed):
+    now, ref = ({u: [t.float() for t in v] for u,v in x.items()} for x in make(spec, seed))
+    scaled = ({u: [t*2.**k for t in v] for u,v in x.items()} for x in (now, ref))
+    assert (got(K.delta_norms(now, ref, backend))*2.**k == got(K.delta_norms(*scaled, backend))).all()
+
+@few
+@given(spec=models, seed=st.integers(0, 99), threads=st.integers(1, 5))
+def test_no_bit_depends_on_threads_or_company(spec, seed, threads):
+    now, ref = make(spec, seed); n = torch.get_num_threads()
+    for backend in BACKENDS:
+        one = K.delta_norms(now, ref, backend)
+        try: torch.set_num_threads(threads); assert K.delta_norms(now, ref, backend) == one
+        finally: torch.set_num_threads(n)
+        for i,k in enumerate(now):
+            alone = K.delta_norms({k: now[k]}, {k: ref[k]}, backend)
+            assert (alone.delta[0], alone.ref[0], alone.max_abs[0]) == (one.delta[i], one.ref[i], one.max_abs[i])
+
+@pytest.mark.parametrize('d1,d2', PAIRS)
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_nothing_beyond_the_ends_is_touched(backend, d1, d2):
+    for n in (1, 15, 127, 4097, 16385):
+        w, r = tensor(n + 64, d1), torch.full((n + 64,), 7., dtype=d2); w[:32] = w[-32:] = float('nan')
+        d = K.delta_norms({'a': [w[32:-32]]}, {'a': [r[32:-32]]}, backend, refresh=True)
+        assert not d.bad and (r[:32] == 7).all() and (r[-32:] == 7).all() and same(r[32:-32], w[32:-32].to(d2))
+
+@pytest.mark.skipif(not sys.platform.startswith('linux') or sys.maxsize < 2**32, reason='needs 9 GB of address space without memory behind it')
+def test_more_than_2_31_elements():
+    n = 2**31 + 40_000; w, r = sparse(n), sparse(n)
+    for k,i in enumerate((0, 2**31 - 1, 2**31, n - 1)): w[i] = k + 1.
+    plan = K.DeltaPlan({'a': [w]}, {'a': [r]}, 'numba'); s = plan._sweeps[0][1]
+    assert len(s.tensor) == -(-n//K._CHUNK)
+    visit = np.unique(np.array([0, 2**31 - 1, 2**31, n - 1])//K._CHUNK)               # the other chunks are zeros, and take seconds to read
+    s.tensor, s.index, s.owners = s.tensor[visit], s.index[visit], s.owners[visit]
+    assert plan.run().delta == (30**.5,) and plan.run().max_abs == (4.,)
+
+def test_many_threads_may_ask_at_once():
+    now, ref = make([[(40_000, torch.float32, torch.bfloat16, 0, 0)]]*6, 0)
+    plan, first, out = K.DeltaPlan(now, ref), K.delta_norms(now, ref), []
+    threads = [threading.Thread(target=lambda: out.extend(plan.run() for _ in range(20))) for _ in range(5)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert out == [first]*100
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
+def test_a_forked_child_can_measure():
+    out = run_python("""
+        import os, torch; from alf_nb.kernels import *
+        torch.set_num_threads(1); now = {'a': [torch.ones(400_000)]}; ref = {'a': [torch.zeros(400_000)]}
+        import alf_nb.kernels as K; K.torch.get_num_threads = lambda: 3                  # helpers of ours, none of OpenMP's
+        a = delta_norms(now, ref, 'numba')
+        pid = os.fork()
+        if not pid: os._exit(0 if delta_norms(now, ref, 'numba') == a else 1)
+        print(os.waitpid(pid, 0)[1])""")
+    assert out.strip() == '0'
+
+def test_a_thread_that_outlives_the_main_one_can_measure():
+    out = run_python("""
+        import threading, time, torch; from alf_nb.kernels import *
+        torch.set_num_threads(3); now = {'a': [torch.ones(400_000)]}; ref = {'a': [torch.zeros(400_000)]}
+        delta_norms(now, ref)
+        def later(): time.sleep(.5); print(delta_norms(now, ref).max_abs[0], flush=True)
+        threading.Thread(target=later).start()""")
+    assert out.strip() == '1.0'
+
+@pytest.mark.parametrize('missing', ['numba', 'triton'])
+def test_a_missing_package_is_no_error(missing):
+    out = run_python(f"""
+        import sys, torch; sys.modules['{missing}'] = None
+        from alf_nb.kernels import *
+        print(available_backends()['{missing}'])
+        a, b = torch.randn(5000), torch.randn(5000)
+        assert abs(delta_norms({{'a': [a]}}, {{'a': [b]}}).delta[0] - (a.double()-b.double()).norm()) < 1e-3; warm_up()
+        try: delta_norms({{'a': [a]}}, {{'a': [b]}}, '{missing}')
+        except ValueError as e: print(e)""", TRITON_INTERPRET='0')
+    assert f'{missing} cannot be imported' in out and f"backend '{missing}' does not work here" in out
+
+def test_importing_asks_for_no_gpu():
+    assert run_python("""
+        import alf_nb.kernels as K
+        if K.triton: print(K.triton.runtime.driver._active)
+        else: print(None)""", TRITON_INTERPRET='0').strip() == 'None'
+
+@pytest.mark.parametrize('how', ["numba.core.caching.CacheImpl._locator_classes = []",              # no folder to write to
+                                 "numba.core.caching.FunctionCache.save_overload = fail"])          # the disk is full
+def test_a_cache_that_cannot_be_written_is_no_error(how, tmp_path):
+    run_python(f"""
+        import torch, numba.core.caching
+        def fail(*a): raise OSError(28, 'No space left on device')
+        {how}
+        from alf_nb.kernels import *
+        assert delta_norms({{'a': [torch.ones(9)]}}, {{'a': [torch.zeros(9)]}}, 'numba').delta == (3.,)""", NUMBA_CACHE_DIR=str(tmp_path))
+
+def test_second_process_does_not_compile_again(tmp_path):
+    code = """
+        import time, torch, numba.core.compiler as c; from alf_nb.kernels import *
+        n = []; old = c.CompilerBase._compile_core; c.CompilerBase._compile_core = lambda *a: (n.append(1), old(*a))[1]
+        warm_up([torch.float32], backend='numba'); print(len(n))"""
+    first, second = (int(run_python(code, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2))
+    assert first > 0 and second == 0
