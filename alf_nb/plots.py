@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/plots.html.md"""
 
 # %% auto #0
 __all__ = ['human_bytes', 'human_count', 'human_time', 'num', 'percent', 'ticks', 'smooth', 'theme_css', 'Picture', 'line_chart',
-           'palette_png', 'ramp_legend', 'heat_map', 'by_layer', 'trained_map', 'cell_table']
+           'palette_png', 'ramp_legend', 'heat_map', 'by_layer', 'trained_map', 'band_map', 'cell_table']
 
 # %% ../nbs/11_plots.ipynb #a4034fb7
 import base64, math, struct, zlib
@@ -262,6 +262,21 @@ def trained_map(
             if share := sum(u.n_params for u in us if u.name in on)/(sum(u.n_params for u in us) or 1):
                 for c,f in cols: row[c] += share*max(f, 0)
     return [[min(v, 1.) for v in r] for r in rows]
+
+# %% ../nbs/11_plots.ipynb #077128c4
+def band_map(
+    bands:dict,     # name → rows of values 0–1
+    label:str,      # the map in words
+    x_range=(0, 1), # steps at the left and right edge
+    left:int=92,    # px for the names
+    legend='',      # HTML, as from `ramp_legend`
+    x_name='step'   # words under the x axis
+)->Picture:
+    "A small map per name, one above the other"
+    px = max(.8, min(3, 420/(sum(map(len, bands.values())) or 1)))
+    body = ''.join(f'<div class="alf-band"><span title="{escape(str(k))}">{escape(str(k))}</span><div class="alf-plot" style="--h:{max(6, len(r)*px):.0f}px">{_images(r)}</div></div>' for k,r in bands.items())
+    foot = f'<div class="alf-chart"><div></div><div class="alf-x">{_x_labels(ticks(*x_range, 6), None, *x_range, lambda v: f"{v:g}")}</div><div class="alf-name">{escape(x_name)}</div></div>'
+    return Picture(f'<figure class="alf-fig" style="--left:{left}px">{legend}<div role="img" aria-label="{escape(label)}">{body}{foot}</div></figure>')
 
 # %% ../nbs/11_plots.ipynb #0255383b
 def cell_table(
