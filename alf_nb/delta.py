@@ -129,11 +129,11 @@ def _read_info(f, path):
     if (want := 8+n+sum(_nbytes(*t[:2]) for t in tensors.values())) != size: raise _damaged(path, f"it should have {want:,} bytes and has {size:,}")
     return info, 8+n
 
-# %% ../nbs/09a_delta.ipynb #5d9d9e3b
+# %% ../nbs/09a_delta.ipynb #58ca1d7a
 @dataclass(frozen=True)
 class Delta(Record):
     "What a delta checkpoint holds."
-    path:str            # the folder
+    path:str=field(repr=False) # the folder
     base:str            # name of the model it belongs to
     changed:tuple       # names of the tensors in it, sorted
     n_tensors:int       # tensors of the whole model
