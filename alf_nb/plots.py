@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/plots.html.md"""
 
 # %% auto #0
 __all__ = ['human_bytes', 'human_count', 'human_time', 'num', 'percent', 'ticks', 'smooth', 'theme_css', 'Picture', 'line_chart',
-           'palette_png', 'ramp_legend', 'heat_map', 'by_layer', 'trained_map', 'band_map', 'cell_table']
+           'palette_png', 'ramp_legend', 'band_legend', 'heat_map', 'by_layer', 'trained_map', 'band_map', 'cell_table']
 
 # %% ../nbs/11_plots.ipynb #a4034fb7
 import base64, math, struct, zlib
@@ -88,7 +88,7 @@ def _key(kind, c): return f'<i class="alf-key {kind} alf-c{c}" aria-hidden="true
 
 def _legend(items): return f'<ul class="alf-legend">{"".join(f"<li>{i}</li>" for i in items)}</ul>' if items else ''
 
-# %% ../nbs/11_plots.ipynb #e8014bbf
+# %% ../nbs/11_plots.ipynb #d3befc9a
 def _thin(x, y, n=700):
     "At most about 2n points: first, least and largest of each bucket"
     if len(x) <= 2*n: return list(zip(x, y))
@@ -110,10 +110,10 @@ def _runs(points):
 
 def _path(points, fx, fy): return 'M' + 'L'.join(f'{fx(x):.1f} {fy(y):.1f}' for x,y in points)
 
-def _x_labels(marks, f, lo, hi, fmt):
+def _x_labels(marks, lo, hi):
     at = lambda v: 100*(v-lo)/((hi-lo) or 1)
     cls = lambda v: ' class="end"' if at(v) > 97 else ' class="first"' if at(v) < 1 else ''
-    return ''.join(f'<span{cls(v)} style="left:{at(v):.2f}%">{fmt(v)}</span>' for v in marks)
+    return ''.join(f'<span{cls(v)} style="left:{at(v):.2f}%">{v:g}</span>' for v in marks)
 
 def line_chart(
     series,            # dicts: name, x, y, c, kind, last
@@ -125,7 +125,8 @@ def line_chart(
     y_range=None,      # least and largest y
     x_name='',         # words under the x axis
     x_labels:bool=True,# draw the x axis?
-    n_ticks:int=5      # about how many ticks on y
+    n_ticks:int=5,     # about how many ticks on y
+    n_x_ticks:int=6    # and on x
 )->Picture:
     "Lines, points and stacked areas over steps"
     fmt = y_format or (lambda v: f'{v:.4g}')
@@ -158,13 +159,13 @@ def line_chart(
         else: svg += [f'<path class="line {kind} alf-c{c}" d="{_path(r, fx, fy)}{"h.01" if len(r) == 1 else ""}"/>' for r in _runs(pts)]
     legend = _legend([f'{_key(s.get("kind", "line"), s.get("c", 1))}{escape(s["name"])}{" <b>"+escape(s["last"])+"</b>" if s.get("last") else ""}' for s in series if s.get('name')])
     y_lab = ''.join(f'<span style="bottom:{100*(v-y0)/((y1-y0) or 1):.2f}%">{escape(fmt(v))}</span>' for v in yt)
-    x_lab = f'<div class="alf-x">{_x_labels(ticks(x0, x1, 6), fx, x0, x1, lambda v: f"{v:g}")}</div>' if x_labels else ''
+    x_lab = f'<div class="alf-x">{_x_labels(ticks(x0, x1, n_x_ticks), x0, x1)}</div>' if x_labels else ''
     name = f'<div class="alf-name">{escape(x_name)}</div>' if x_name else ''
     return Picture(f'<figure class="alf-fig">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{height}px"><div class="alf-y">{y_lab}</div>'
                    f'<div class="alf-plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(svg)}</svg></div>{x_lab}{name}</div></figure>')
 
-# %% ../nbs/11_plots.ipynb #d21ca19f
-_ramps = dict(l=('#edf0f3', '#c4e3de', '#45aea4', '#0a5f59'), d=('#232c37', '#174a4a', '#1f948b', '#72f0de'))   # ramp0 … ramp3 of theme.css
+# %% ../nbs/11_plots.ipynb #9a192966
+_ramps = dict(l=('#edf0f3', '#c4e3de', '#45aea4', '#0a5f59'), d=('#232c37', '#174a4a', '#1f948b', '#5bdccb'))   # ramp0 … ramp3 of theme.css
 _levels = 31
 
 @lru_cache(None)
@@ -202,6 +203,10 @@ def ramp_legend(
     "What the colours of a map mean"
     return _legend([f'{escape(low)}<i class="alf-key ramp" aria-hidden="true"></i>{escape(high)}', *([_key('off', 4)+escape(none)] if none else []), *more])
 
+def band_legend()->str:
+    "What the colours of a map of single units mean"
+    return _legend([_key('on', 1)+'trains', _key('off', 4)+'frozen'])
+
 def heat_map(
     names,          # one per row, first row on top
     rows,           # rows of values 0–1; None or 0: nothing
@@ -231,7 +236,7 @@ def heat_map(
     if side is not None:
         rect = ''.join(f'<rect class="bar{"" if side_on is None or side_on[i] else " off"}" x="0" y="{1000*i/n+1000*.14/n:.2f}" width="{1000*v:.1f}" height="{1000*.72/n:.2f}"/>' for i,v in enumerate(side) if v)
         bars = f'<div class="alf-side"><div class="alf-plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{rect}</svg>{hover}</div></div>'
-    foot = f'<div class="alf-x">{_x_labels(ticks(x0, x1, 6), None, x0, x1, lambda v: f"{v:g}")}</div>'
+    foot = f'<div class="alf-x">{_x_labels(ticks(x0, x1, 6), x0, x1)}</div>'
     if bars: foot += '<div class="alf-sidex"><div><span class="first" style="left:0">0</span><span style="left:50%">0.5</span><span class="end" style="left:100%">1</span></div></div>'
     foot += f'<div class="alf-name">{escape(x_name)}</div>' + (f'<div class="alf-name alf-side" style="grid-column:3">{escape(side_name)}</div>' if bars else '')
     return Picture(f'<figure class="alf-fig" style="--left:{left}px;--right:{"26%" if bars else "0px"}">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{h}px">'
@@ -263,7 +268,7 @@ def trained_map(
                 for c,f in cols: row[c] += share*max(f, 0)
     return [[min(v, 1.) for v in r] for r in rows]
 
-# %% ../nbs/11_plots.ipynb #077128c4
+# %% ../nbs/11_plots.ipynb #2592d1e2
 def band_map(
     bands:dict,     # name → rows of values 0–1
     label:str,      # the map in words
@@ -275,10 +280,10 @@ def band_map(
     "A small map per name, one above the other"
     px = max(.8, min(3, 420/(sum(map(len, bands.values())) or 1)))
     body = ''.join(f'<div class="alf-band"><span title="{escape(str(k))}">{escape(str(k))}</span><div class="alf-plot" style="--h:{max(6, len(r)*px):.0f}px">{_images(r)}</div></div>' for k,r in bands.items())
-    foot = f'<div class="alf-chart"><div></div><div class="alf-x">{_x_labels(ticks(*x_range, 6), None, *x_range, lambda v: f"{v:g}")}</div><div class="alf-name">{escape(x_name)}</div></div>'
+    foot = f'<div class="alf-chart"><div></div><div class="alf-x">{_x_labels(ticks(*x_range, 6), *x_range)}</div><div class="alf-name">{escape(x_name)}</div></div>'
     return Picture(f'<figure class="alf-fig" style="--left:{left}px">{legend}<div role="img" aria-label="{escape(label)}">{body}{foot}</div></figure>')
 
-# %% ../nbs/11_plots.ipynb #0255383b
+# %% ../nbs/11_plots.ipynb #bee57e8b
 def cell_table(
     values:dict,    # (row, column) → value 0–1, or None: unknown; absent: there is no such unit
     rows,           # row names
@@ -295,10 +300,16 @@ def cell_table(
         if (r, c) not in values: return '<td class="none"></td>'
         v = values[r, c]
         says = hint(r, c) if hint else f'{r}, {c}: {num(v, 2)}'
-        style = '' if v is None else f' class="v{" hi" if v > .5 else ""}" style="--v:{v:.2f}"'
+        style = '' if v is None else f' class="v{" hi" if v > .7 else ""}" style="--v:{v:.2f}"'
         return f'<td{style} title="{escape(says)}">{"●" if (r, c) in marked else ""}</td>'
     short = [str(c).rpartition('.')[2] or str(c) for c in columns]
+    groups = []
+    for c in columns:
+        g = str(c).rpartition('.')[0]
+        if groups and groups[-1][0] == g: groups[-1][1] += 1
+        else: groups.append([g, 1])
+    top = f'<tr><td class="none"></td>{"".join(f"""<th scope="colgroup" class="group" colspan="{k}">{escape(g)}</th>""" for g,k in groups)}</tr>' if 1 < len(groups) < n/2 else ''
     head = ''.join(f'<th scope="col" title="{escape(str(c))}">{escape(s) if i % every == 0 else ""}</th>' for i,(c,s) in enumerate(zip(columns, short)))
     body = ''.join(f'<tr><th scope="row" title="{escape(str(r))}">{escape(str(r))}</th>{"".join(td(r, c) for c in columns)}</tr>' for r in rows)
     return Picture(f'<div class="scroll" style="--left:{left}px"><table class="alf-cells{" dense" if n > 40 else ""}"><caption>{escape(caption)}</caption>'
-                   f'<thead><tr><th class="names"></th>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+                   f'<colgroup><col class="names">{"<col>"*n}</colgroup><thead>{top}<tr><td class="none"></td>{head}</tr></thead><tbody>{body}</tbody></table></div>')

@@ -17,7 +17,7 @@ from .records import Scores
 from .runlog import RunLog
 from .plots import *
 
-# %% ../nbs/12_reports.ipynb #0e26fb98
+# %% ../nbs/12_reports.ipynb #da311042
 def _log(run): return run if isinstance(run, RunLog) else RunLog(run)
 
 def _ppl(loss): return None if loss is None or loss > 700 else math.exp(loss)
@@ -50,7 +50,7 @@ def summarize(
     error = next((e for e in reversed(ev) if e['event'] == 'error'), {}) if log.status == 'failed' else {}
     done = [e for e in ev if e['event'] in ('log', 'measure', 'run_end')]
     steps = max((e['step'] for e in done), default=0)
-    t = [e['t'] for e in ev if e.get('t') is not None and e['event'] != 'eval']
+    t = [e['t'] for e in ev if e.get('t') is not None and e['event'] not in ('eval', 'sample')]
     wall = end.get('wall_s') or (t[-1]-t[0] if t else None)
     sels, sizes, config = log.selections(), {u.name: u.n_params for u in log.units}, begin.get('config') or {}
     ends = [s.step for s in sels[1:]] + [steps]
@@ -76,7 +76,7 @@ def summarize(
         state_bytes_peak=pick('state_bytes_peak', state), state_bytes_full=round(per_param*n_total) if per_param and n_total else None,
         rss_bytes_peak=pick('rss_bytes_peak', over('rss_bytes', ('memory',), max)), importance_overhead_share=importance/wall if importance is not None and wall else None, samples=_samples(log))
 
-# %% ../nbs/12_reports.ipynb #1e324987
+# %% ../nbs/12_reports.ipynb #ec837940
 def _share_of(a, b): return f'{a/b:.2f} of full fine-tuning' if a is not None and b else ''
 
 def _eval_name(k): return {'domain': 'this domain', 'other': 'unrelated text'}.get(k, k)
@@ -92,17 +92,17 @@ def summary_table(
     s = summary
     out = [' · '.join([*_about(s), s['status'] + (f" ({s['error']})" if s['error'] else '')]), '']
     if s['evals']:
-        out += [f"{'':26}{'before':>10}{'after':>10}{'change':>10}"]
+        out += [f"{'':32}{'before':>10}{'after':>10}{'change':>10}"]
         for k in s['evals']:
             for what,rel in (('loss', False), ('perplexity', True)):
                 a, b = s[f'{k}_{what}_before'], s[f'{k}_{what}_after']
-                out += [f"{what+', '+_eval_name(k):26}{num(a, 2 if rel else 3):>10}{num(b, 2 if rel else 3):>10}{_change(a, b, rel):>10}"]
+                out += [f"{what+', '+_eval_name(k):32}{num(a, 2 if rel else 3):>10}{num(b, 2 if rel else 3):>10}{_change(a, b, rel):>10}"]
         out += ['']
     rows = [('trainable parameters', f"{percent(s['trainable_share_mean'])} mean, {percent(s['trainable_share_peak'])} peak of {human_count(s['n_total'])}"),
             ('speed', ', '.join([f"{human_time(s['seconds_per_step'])} per step", *([f"{s['tokens_per_second']:.0f} tokens/s"] if s['tokens_per_second'] else []), f"{human_time(s['wall_s'])} in all"])),
             ('training state, peak', ', '.join(filter(None, [human_bytes(s['state_bytes_peak']), _share_of(s['state_bytes_peak'], s['state_bytes_full'])]))),
             ('process memory, peak', human_bytes(s['rss_bytes_peak'])), ('measuring and choosing', f"{percent(s['importance_overhead_share'])} of the time")]
-    out += [f'{a:26}{b}' for a,b in rows]
+    out += [f'{a:32}{b}' for a,b in rows]
     for p in s['samples']:
         out += ['', f"prompt: {p['prompt']}"]
         out += [textwrap.fill(f"{w}: {_continuation(p['prompt'], p[w])}", 100, initial_indent='  ', subsequent_indent='    ') for w in ('before', 'after') if p[w] is not None]
@@ -132,7 +132,7 @@ def _layer_importance(layers, scores):
     top = max((v for v in out.values() if v), default=0)
     return {k: v/top if v is not None and top else v for k,v in out.items()}
 
-# %% ../nbs/12_reports.ipynb #308b1814
+# %% ../nbs/12_reports.ipynb #d6f7427e
 def loss_chart(
     run # folder of a run, or its `RunLog`
 )->Picture:
@@ -141,21 +141,28 @@ def loss_chart(
     x, y = log.series('log', 'loss')
     avg = smooth(y, max(0., 1-1/max(1, min(10, len(y)/8))))
     last = next((v for v in reversed(avg) if v is not None), None); first = next((v for v in avg if v is not None), None)
-    series = [dict(name='training loss', x=x, y=y, c=1, kind='thin'), dict(name='its average', x=x, y=avg, c=1, last=num(last))] if x else []
-    held = {}
+    series = [dict(name='training loss', x=x, y=y, c=1, kind='thin'), dict(name='average', x=x, y=avg, c=1, last=num(last))] if x else []
+    held, aside = {}, []
     for e in log.events('eval'): held.setdefault(e.get('name', 'eval'), []).append((e['step'], e.get('loss')))
     for i,(name,points) in enumerate(held.items()):
         px, py = zip(*points); c = (2, 3, 5)[i % 3]
-        series += [dict(x=px, y=py, c=c, kind='dash'), dict(name=_eval_name(name) + ', held out', x=px, y=py, c=c, kind='dots', last=num(next((v for v in reversed(py) if v is not None), None)))]
+        into = aside if name == 'other' and (series or len(held) > 1) else series
+        into += [dict(x=px, y=py, c=c, kind='dash'), dict(name=f'{_eval_name(name)}, held out', x=px, y=py, c=c, kind='dots', last=num(next((v for v in reversed(py) if v is not None), None)))]
     if not series: return Picture('<p class="note">No loss was logged.</p>')
-    x1 = max(max(s['x'], default=0) for s in series) or 1
+    x1 = max(max(s['x'], default=0) for s in series+aside) or 1
     lx, ly = log.series('log', 'learning_rate')
-    said = (f'Training loss, averaged, from {num(first)} to {num(last)} in {x[-1]} steps. ' if x and last is not None else '') + '. '.join(f"{s['name']}: {num(s['y'][0])} to {num(s['y'][-1])}" for s in series if s.get('kind') == 'dots')
-    marks = [s.step for s in log.selections()][1:]
-    top = line_chart(series, said, lambda v: f'{v:.3g}', 260, marks, (0, x1), x_name='' if lx else 'step', x_labels=not lx)
-    if not lx: return top
-    return Picture(top + line_chart([dict(name='learning rate', x=lx, y=ly, c=4, last=f'{max(v or 0 for v in ly):.3g} at most')], f'Learning rate, at most {max(v or 0 for v in ly):.3g}',
-                                    lambda v: f'{v:.0e}'.replace('e-0', 'e-') if v else '0', 56, marks, (0, x1), (0, max((v or 0 for v in ly), default=0)*1.1 or 1), 'step', n_ticks=2))
+    told = lambda series: '. '.join(f"{s['name']}: {num(s['y'][0])} to {num(s['y'][-1])}" for s in series if s.get('kind') == 'dots')
+    said = (f'Training loss, averaged, from {num(first)} to {num(last)} in {x[-1]} steps. ' if last is not None else '') + told(series)
+    marks, top = _marks(log.selections()), max((v or 0 for v in ly), default=0)
+    out = line_chart(series, said, lambda v: f'{v:.3g}', 260, marks, (0, x1), x_name='' if lx else 'step', x_labels=not lx)
+    if lx: out += line_chart([dict(name='learning rate', x=lx, y=ly, c=4, last=f'{top:.3g} at most')], f'Learning rate, at most {top:.3g}', lambda v: f'{v:.0e}'.replace('e-0', 'e-') if v else '0',
+                             56, marks, (0, x1), (0, top*1.1 or 1), 'step', n_ticks=2)
+    known = [v for s in aside for v in s['y'] if v is not None]
+    if not known: return Picture(out)
+    mid, half = (min(known)+max(known))/2, max((max(known)-min(known))*.6, .05*abs(max(known)))     # a small change should look small
+    return Picture(f'<div class="split"><div>{out}</div><div>' + line_chart(aside, told(aside), lambda v: f'{v:.3g}', 260, (), (0, x1), (mid-half, mid+half), 'step', n_ticks=4, n_x_ticks=3) + '</div></div>')
+
+def _marks(sels): return [s.step for s in sels[1:]] if len(sels) <= 60 else []     # more would hide the chart
 
 def _rows_px(names): return max(48, min(170, 14 + int(6.4*max((len(str(n)) for n in names), default=4))))
 
@@ -176,8 +183,8 @@ def layer_map(
     hints = [f"{l}: {percent(mean[l], 0)} of it trained on average; importance {num(imp[l], 2)}; {sum(u.name in now for u in us)} of {len(us)} units selected last" for l,us in layers.items()]
     side = dict(side=list(imp.values()), side_name=f'importance ({scores.signal})', side_on=[any(u.name in now for u in us) for us in layers.values()]) if scores.known else {}
     return heat_map(list(layers), rows, f"What trained, layer by step. {sum(v > 0 for v in mean.values())} of {len(layers)} layers trained; most of all {', '.join(f'{l} ({percent(mean[l], 0)})' for l in most)}.",
-                    (0, max(steps, 1)), marks=[s.step for s in sels[1:]], hints=hints, left=_rows_px(layers), **side,
-                    legend=ramp_legend('a little', 'all of the layer trains', 'frozen', ['dotted line: a new selection'] if len(sels) > 1 else ()))
+                    (0, max(steps, 1)), marks=_marks(sels), hints=hints, left=_rows_px(layers), **side,
+                    legend=ramp_legend('a little', 'all of the layer trains', 'frozen', ['dotted line: a new selection'] if _marks(sels) else ()))
 
 def role_maps(
     run # folder of a run, or its `RunLog`
@@ -194,7 +201,7 @@ def role_maps(
     left = _rows_px(roles)
     bands = {r: trained_map({u.name: [u] for u in units if u.role == r}, sels, max(steps, sels[-1].step+1)) for r in roles}
     share = {r: sum(map(sum, rows))/sum(map(len, rows)) for r,rows in bands.items()}
-    out = band_map(bands, 'Which matrices trained, by step. Share of unit-steps: ' + ', '.join(f'{r} {percent(v, 0)}' for r,v in share.items()), (0, max(steps, 1)), left, ramp_legend('part of a column', 'trains', 'frozen'))
+    out = band_map(bands, 'Which matrices trained, by step. Share of unit-steps: ' + ', '.join(f'{r} {percent(v, 0)}' for r,v in share.items()), (0, max(steps, 1)), left, legend=band_legend())
     if scores.known:
         imp, now, cells, on = scores.importance, set(sels[-1].names), {}, set()
         for u in units:
@@ -227,14 +234,14 @@ def memory_chart(
     said = f"Training state at most {human_bytes(s['state_bytes_peak'])}" + (f", {_share_of(s['state_bytes_peak'], full)}, which needs {human_bytes(full)}" if full else '')
     return line_chart([{**r, 'y': [v/1024**i for v in r['y']]} for r in series], said, lambda v: f'{v:g} {unit}', 220, [], (0, x1), (0, hi/1024**i), 'step')
 
-# %% ../nbs/12_reports.ipynb #685709de
+# %% ../nbs/12_reports.ipynb #fe3b97a3
 def _headline(s):
     model = escape(str(s['model'] or 'The model').rpartition('/')[2])
     done = f"{'learnt' if s['status'] == 'complete' else 'has learnt so far'} with <b>{percent(s['trainable_share_peak'])}</b> of its parameters at a time" if s['trainable_share_peak'] is not None else 'was not trained yet'
     a, b = s['domain_loss_before'], s['domain_loss_after']
-    res = f": held-out loss {num(a)} → <b>{num(b)}</b>, perplexity {num(s['domain_perplexity_before'], 2)} → <b>{num(s['domain_perplexity_after'], 2)}</b>" if a is not None and b is not None else ''
+    res = f": held-out loss {num(a)}&nbsp;→&nbsp;<b>{num(b)}</b>, perplexity {num(s['domain_perplexity_before'], 2)}&nbsp;→&nbsp;<b>{num(s['domain_perplexity_after'], 2)}</b>" if a is not None and b is not None else ''
     a, b = s['other_loss_before'], s['other_loss_after']
-    return f"{model} {done}{res}." + (f" On unrelated text it {'forgot little' if 0.005 < b-a < .05 else 'forgot' if b-a >= .05 else 'forgot nothing'}: {num(a)} → {num(b)}." if a is not None and b is not None else '')
+    return f"{model} {done}{res}." + (f" On unrelated text it {'forgot little' if 0.005 < b-a < .05 else 'forgot' if b-a >= .05 else 'forgot nothing'}: {num(a)}&nbsp;→&nbsp;{num(b)}." if a is not None and b is not None else '')
 
 def _card(name, big, sub): return f'<div class="card"><dt>{escape(name)}</dt><dd><div class="big">{big}</div><div class="sub">{sub}</div></dd></div>'
 
@@ -244,7 +251,7 @@ def _cards(s, train):
         a, b = s[f'{k}_loss_before'], s[f'{k}_loss_after']
         name = f'Loss on {_eval_name(k)}' if k in ('domain', 'other') else f'Loss on {k}'
         ppl = '' if b is None else f"perplexity {num(s[f'{k}_perplexity_before'], 2)} → {num(s[f'{k}_perplexity_after'], 2)}"
-        out.append(_card(name, f'<small>{num(a)} →</small> {num(b)}', ppl or 'not measured after'))
+        out.append(_card(name, f'<small>{num(a)} →</small> {num(b)}', ppl) if b is not None else _card(name, num(a), 'before; not measured after'))
     if not out and train: out.append(_card('Training loss', f'<small>{num(train[0])} →</small> {num(train[-1])}', 'averaged; nothing was held out'))
     full = f"{_share_of(s['state_bytes_peak'], s['state_bytes_full'])}’s {human_bytes(s['state_bytes_full'])}" if s['state_bytes_full'] and s['state_bytes_peak'] is not None else 'gradients, optimizer, references'
     speed = ' · '.join([*([f"{s['tokens_per_second']:.0f} tokens/s"] if s['tokens_per_second'] else []), f"{human_time(s['wall_s'])} in all"])
@@ -253,11 +260,11 @@ def _cards(s, train):
         _card('Training state, peak', human_bytes(s['state_bytes_peak']), full), _card('Time per step', human_time(s['seconds_per_step']), speed),
         _card('Measuring and choosing', percent(s['importance_overhead_share']), f"of the time, for {s['n_selections']} selection{'s'*(s['n_selections'] != 1)}")]) + '</dl>'
 
-def _table(head, rows, caption, text=(0,)):
+def _table(head, rows, caption, text=(0,), style=''):
     cls = lambda i: ' class="txt"' if i in text else ''
     th = ''.join(f'<th scope="col"{cls(i)}>{escape(h)}</th>' for i,h in enumerate(head))
     body = ''.join(f"""<tr>{''.join(f'<th scope="row"{cls(i)}>{c}</th>' if i == 0 else f'<td{cls(i)}>{c}</td>' for i,c in enumerate(r))}</tr>""" for r in rows)
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="data"><caption>{escape(caption)}</caption><thead><tr>{th}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="data{style}"><caption>{escape(caption)}</caption><thead><tr>{th}</tr></thead><tbody>{body}</tbody></table></div>'
 
 def _result_table(s):
     rows = []
@@ -269,21 +276,25 @@ def _result_table(s):
                      f"<span class=\"{good}\">{_change(s[f'{k}_perplexity_before'], s[f'{k}_perplexity_after'], True)}, {word}</span>"])
     return _table(('held-out text', 'loss before', 'after', 'change', 'perplexity before', 'after', 'change'), rows, 'Held-out loss and perplexity before and after; lower is better')
 
-def _names(names, total=None):
+def _names(names):
     "A count, and the names behind it"
     if not names: return '0'
     return f"<details><summary>{len(names)}</summary><code>{escape(', '.join(map(str, names)))}</code></details>"
 
+def _ends(ev): return ev if len(ev) <= 40 else ev[:20] + ev[-20:]
+
 def _selection_table(log):
-    rows = [[str(e['step']), _names(e.get('names') or ()), percent(e.get('share')), _names(e.get('entered') or ()), _names(e.get('left') or ()), escape(str(e.get('policy') or '')), escape(str(e.get('reason') or ''))] for e in log.events('select')]
-    return _table(('step', 'units', 'share', 'entered', 'left', 'policy', 'reason'), rows, 'Each selection: how many units, what share of all parameters, who came and went', (5, 6))
+    ev = log.events('select')
+    rows = [[str(e['step']), _names(e.get('names') or ()), percent(e.get('share')), _names(e.get('entered') or ()), _names(e.get('left') or ()), escape(str(e.get('policy') or '')), escape(str(e.get('reason') or ''))] for e in _ends(ev)]
+    return _table(('step', 'units', 'share', 'entered', 'left', 'policy', 'reason'), rows, 'Each selection: how many units, what share of all parameters, who came and went'
+                  + (f'; the first and last 20 of {len(ev)}' if len(ev) > 40 else ''), (5, 6))
 
 def _flat(d, pre=''):
     for k,v in d.items():
         if isinstance(v, dict) and v: yield from _flat(v, f'{pre}{k}.')
         else: yield f'{pre}{k}', v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
 
-def _settings(d, caption): return _table(('setting', 'value'), [[escape(k), f'<code>{escape(v)}</code>'] for k,v in _flat(d)], caption, (0, 1))
+def _settings(d, caption): return _table(('setting', 'value'), [[escape(k), f'<code>{escape(v)}</code>'] for k,v in _flat(d)], caption, (0, 1), ' plain')
 
 def _sample_html(p):
     def side(when):
@@ -307,11 +318,11 @@ def report_html(
     sec = lambda title, body, note='': f'<section><h2>{title}</h2>{f"""<p class="note">{note}</p>""" if note else ""}{body}</section>' if body else ''
     parts = [
         sec('Before and after', _result_table(s)) if s['evals'] else '',
-        sec('Loss', loss_chart(log), 'Dotted vertical lines: a new selection.' if len(sels) > 1 else ''),
+        sec('Loss', loss_chart(log), 'Dotted vertical lines: a new selection.' if _marks(sels) else ''),
         sec('Where the model learnt', layer_map(log), 'Rows are layers, the one nearest to the input on top; the colour says how much of the layer trained at each step. Bars: how important the layer is by the newest measurement, grey where nothing of it trains now.'
             + (f" Never trained: {escape(', '.join(never[:4]))}{' …' if len(never) > 4 else ''}." if never else '')),
         sec('Which matrices learnt', role_maps(log), 'One band for each kind of matrix; within a band each line is a layer, the one nearest to the input on top.'),
-        sec('Memory', memory_chart(log), 'What training keeps beside the weights. Parked state waits in host memory for its unit to come back, and does not count on the device.'),
+        sec('Memory', memory_chart(log), 'What training keeps beside the weights: ' + (_share_of(s['state_bytes_peak'], s['state_bytes_full']) or 'gradients, optimizer state and references') + '. Parked state waits in host memory for its unit to come back, and does not count on the device.'),
         sec('In its own words', ''.join(map(_sample_html, s['samples'])), 'The same prompt, continued by the model before and after.') if s['samples'] else '',
         sec('Selections', _selection_table(log)) if sels else '',
         sec('Settings', '<div class="two">' + _settings(log.begin.get('config') or {}, 'Settings of the run') + _settings(s['versions'] | {k: v for k,v in dict(model=s['model'], device=s['device'], run=s['run_id'], begun=s['date'], process_memory_peak=human_bytes(s['rss_bytes_peak'])).items() if v}, 'Versions and place') + '</div>') if log.begin else '']
