@@ -13,7 +13,7 @@ from .kernels import DeltaPlan
 from .layers import Layers
 from .records import DeltaNorms
 
-# %% ../nbs/04_snapshots.ipynb #b59978ca
+# %% ../nbs/04_snapshots.ipynb #d18d45f5
 class Snapshot:
     "Reference weights of some units of a model."
     def __init__(self,
@@ -66,7 +66,7 @@ class Snapshot:
         if not self._refs: return DeltaNorms((), (), (), ())
         if self.device is None:
             if self._plan is None:
-                now = {n: [p.detach() for p in self.layers.params(n)] for n in self.names}
+                now = {n: self.layers.params(n) for n in self.names}     # the parameters themselves: the plan notices when one gets new memory
                 self._plan = DeltaPlan(now, {n: list(self._refs[n].values()) for n in self.names}, backend=self.backend)
             return self._plan.run(refresh=refresh)
         now = {n: [p.detach().to(self.device) for p in self.layers.params(n)] for n in self.names}

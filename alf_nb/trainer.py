@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #950cab40
+# %% ../nbs/09_trainer.ipynb #fb97a1fd
 import hashlib, json, math, os, shutil, sys, time, uuid, warnings
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from . import __version__
+from .kernels import warm_up
 from .layers import Layers, partition_layers
 from .optim import ParkedStates, FrozenGuard, apply_selection, check_optimizer, check_state, gradient_bytes, optimizer_bytes, unwrap_optimizer
 from .policies import POLICIES, Policy
@@ -42,7 +43,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #b3ba2a9a
+# %% ../nbs/09_trainer.ipynb #a7729d8d
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed):
@@ -74,7 +75,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         start:str|None=None,         # how to choose first: 'probe', 'prior', 'rotate', 'warm-up'; 'auto': what the signal needs
         warm_up:int|None=None,       # steps of 'rotate' (within the budget) or 'warm-up' (trains everything); default 16
         probe_batches:int=8,         # batches of the gradient probe before the first step, at least 2
-        reprobe_batches:int=4,       # batches of the probe at each re-selection; 0: none
+        reprobe_batches:int=2,       # batches of the probe at each re-selection, blended into what is known; 0: none
         interval:int|None=None,      # steps between selections; 0: never again; default a third of the run, 32 to 256
         measure_every:int=10,        # steps of a window of the change rate
         lock:float|None=None,        # fraction of the run after which the selection stays; default 0.85
@@ -133,7 +134,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #81274e36
+# %% ../nbs/09_trainer.ipynb #387e5ce9
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 def _thaw_leftovers(model):
@@ -189,6 +190,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
         self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
                     max_steps=state.max_steps, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
         self._select(0)
+    warm_up(sorted({p.dtype for p in model.parameters()}, key=str), next(model.parameters()).device)      # compile here, not in the first window
     self._t_step = time.perf_counter()
 
 @patch
@@ -208,7 +210,7 @@ def peak_rss_bytes()->int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/09_trainer.ipynb #4a8d9550
+# %% ../nbs/09_trainer.ipynb #5a3f96a1
 @patch
 def _probe(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
@@ -228,7 +230,7 @@ def _probe(self:ALFCallback, step, n_batches):
     eligible = [u.name for u in self.units if u.eligible]
     found = probe_gradients(self.layers, (to(b) for b in loader), eligible, progress=lambda i: self._probing(i, n_batches))
     first = not self.tracker.values.get('gain')
-    for s in (found.gain, found.grad_norm): self.tracker.update(s.signal, {n: v for n,v in s.values.items() if n in self._sizes}, step, beta=0. if first else None)
+    for s in (found.gain, found.grad_norm): self.tracker.update(s.signal, {n: v for n,v in s.values.items() if n in self._sizes}, step, beta=0. if first else .7)   # a re-probe is short: it corrects, it does not overrule
     wall = time.perf_counter() - t0; self.totals['probe_s'] += wall
     held = optimizer_bytes(self._optimizer) + self._reference_bytes()
     self.totals['state_bytes_peak'] = max(self.totals['state_bytes_peak'], held + found.peak_bytes)
