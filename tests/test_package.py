@@ -72,8 +72,8 @@ def installed(wheel, tmp_path_factory):
     return target
 
 
-def run_installed(installed, modules, blocked):
-    "Import `modules` from the installed wheel in a fresh interpreter where `blocked` cannot be imported; the modules that came from elsewhere"
+def run_installed(installed, modules, blocked, then=''):
+    "Import `modules` from the installed wheel in a fresh interpreter where `blocked` cannot be imported, `then` run one more statement"
     code = f"""
 import importlib, sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
@@ -84,6 +84,7 @@ sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Paths]      # without the f
 for m in {modules}:
     file = importlib.import_module(m).__file__
     assert file.startswith({str(installed)!r}), f'{{m}} came from {{file}}'
+{then}
 """
     env = {**os.environ, 'PYTHONPATH': str(installed), 'HF_HUB_OFFLINE': '1'}
     return subprocess.run([sys.executable, '-c', code], cwd=installed, env=env, capture_output=True, text=True)
@@ -107,3 +108,17 @@ def test_every_room_works_without_notebook_tools(installed):
 def test_a_training_script_needs_no_shell_either(installed):
     res = run_installed(installed, rooms(lambda n: 'widgets' not in n and n not in ('alf_nb.all', 'alf_nb.demo')), TOOLS + SHELL)
     assert not res.returncode, res.stderr
+
+
+def test_the_installed_wheel_fine_tunes_from_a_script(installed, tmp_path):
+    "A training script on the tiny model, with neither notebook tools nor a shell"
+    (tmp_path/'text.txt').write_text('\n\n'.join(f'Line {i}: the sum of {i} and {i+1} is {2*i+1}, and of {i} and {i+2} it is {2*i+2}.' for i in range(80)), encoding='utf-8')
+    (tmp_path/'train.py').write_text(f"""
+from alf_nb.demo import demo_model, demo_tokenizer
+from alf_nb.finetune import finetune
+s = finetune((demo_model(), demo_tokenizer()), {str(tmp_path/'text.txt')!r}, {str(tmp_path/'run')!r}, steps=8, length=32, eval_blocks=2, lr=1e-2, bf16=False, progress=False)
+assert s['domain_loss_after'] < s['domain_loss_before'], s
+""", encoding='utf-8')
+    res = run_installed(installed, ['alf_nb.finetune'], TOOLS + SHELL, f"import runpy; runpy.run_path({str(tmp_path/'train.py')!r}, run_name='__main__')")
+    assert not res.returncode, res.stderr
+    assert {'delta', 'events.jsonl', 'report.html', 'summary.json'} <= {p.name for p in (tmp_path/'run').iterdir()}

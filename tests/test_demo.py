@@ -1,0 +1,80 @@
+"The demo's job on the real SmolLM2-135M, shortened: command, script and notebook give the same result; killed and resumed, too."
+import json, os, subprocess, sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+pytestmark = pytest.mark.slow
+SHORT = dict(steps=6, length=64, batch_size=2, eval_blocks=4, interval=3)
+FIGURES = ('domain_loss_before', 'domain_loss_after', 'other_loss_before', 'other_loss_after', 'trainable_share_mean', 'trainable_share_peak', 'steps', 'seed')
+SUMMARY = ('steps seed wall_s domain_loss_before domain_loss_after other_loss_before other_loss_after trainable_share_mean trainable_share_peak seconds_per_step '
+           'tokens_per_second state_bytes_peak rss_bytes_peak importance_overhead_share').split()
+
+
+def summary(run): return json.loads((run/'summary.json').read_text(encoding='utf-8'))
+def figures(run): return {k: summary(run)[k] for k in FIGURES}
+def weights(run): return (run/'delta'/'delta.safetensors').read_bytes()
+
+
+def call(out, **more): return f"from alf_nb.finetune import finetune\nfinetune(out={str(out)!r}, progress=False, **{ {**SHORT, **more} !r})"
+
+
+def command(out, *more):
+    alf = Path(sys.executable).with_name('alf')
+    options = [x for k, v in SHORT.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    return subprocess.run([alf, 'finetune', '--out', out, *options, *more], capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def by_command(tmp_path_factory):
+    out = tmp_path_factory.mktemp('command')/'run'
+    res = command(out)
+    assert not res.returncode, res.stderr
+    return out, res
+
+
+def test_the_command_fine_tunes_a_real_model(by_command):
+    out, res = by_command
+    s = summary(out)
+    assert all(isinstance(s[k], (int, float)) for k in SUMMARY)
+    assert s['domain_loss_after'] < s['domain_loss_before'] - .01
+    assert 0 < s['trainable_share_peak'] <= .25
+    assert s['state_bytes_peak'] <= .35*12*s['n_total']
+    assert {p.name for p in out.iterdir()} == {'delta', 'events.jsonl', 'report.html', 'summary.json'}
+    for word in ('before', 'after', 'loss', 'perplexity', 'trainable', 'step'): assert word in res.stdout.lower(), word
+    assert 'loss' in res.stderr and '6/6' in res.stderr        # the progress bar
+
+
+def test_a_script_gives_the_same(by_command, tmp_path):
+    res = subprocess.run([sys.executable, '-c', call(tmp_path/'run')], capture_output=True, text=True)
+    assert not res.returncode, res.stderr
+    assert figures(tmp_path/'run') == figures(by_command[0])
+
+
+def test_a_notebook_gives_the_same(by_command, tmp_path):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(call(tmp_path/'run'))])
+    NotebookClient(nb, timeout=600, kernel_name='python3').execute()
+    assert figures(tmp_path/'run') == figures(by_command[0])
+
+
+def test_a_resumed_run_gives_the_same(by_command, tmp_path):
+    "Killed after the checkpoint of step 3, continued by another process"
+    kill = "from transformers import TrainerCallback\nimport alf_nb.finetune as f, os\n" \
+           "class Kill(f._Bar):\n    def on_step_end(self, args, state, control, **kw):\n        if state.global_step == 5: os._exit(9)\nf._Bar = Kill\n"
+    res = subprocess.run([sys.executable, '-c', kill + call(tmp_path/'run', save_steps=3)], capture_output=True, text=True)
+    assert res.returncode == 9, res.stderr
+    res = command(tmp_path/'run', '--resume', '--save-steps', '3')
+    assert not res.returncode, res.stderr
+    assert figures(tmp_path/'run') == figures(by_command[0])
+
+
+def test_the_delta_makes_the_tuned_model(by_command):
+    from alf_nb.delta import apply_delta
+    from alf_nb.sources import evaluate_loss, load_model, domain_split, load_texts, token_blocks
+    model, tokenizer = load_model(progress=False)
+    apply_delta(model, by_command[0]/'delta')
+    held = token_blocks(domain_split(load_texts(), seed=0)[1], tokenizer, SHORT['length'])
+    loss, _ = evaluate_loss(model, held.select(range(SHORT['eval_blocks'])), batch_size=SHORT['batch_size'])
+    assert loss == pytest.approx(summary(by_command[0])['domain_loss_after'], abs=1e-6)
