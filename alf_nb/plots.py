@@ -164,7 +164,7 @@ def line_chart(
     return Picture(f'<figure class="alf-fig">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{height}px"><div class="alf-y">{y_lab}</div>'
                    f'<div class="alf-plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(svg)}</svg></div>{x_lab}{name}</div></figure>')
 
-# %% ../nbs/11_plots.ipynb #9a192966
+# %% ../nbs/11_plots.ipynb #08a0da92
 _ramps = dict(l=('#edf0f3', '#c4e3de', '#45aea4', '#0a5f59'), d=('#232c37', '#174a4a', '#1f948b', '#5bdccb'))   # ramp0 … ramp3 of theme.css
 _levels = 31
 
@@ -224,7 +224,7 @@ def heat_map(
 )->Picture:
     "Rows by steps, with bars beside the rows that share them"
     n = len(names) or 1
-    px = row_px or max(3, min(22, 380//n)); h = n*px
+    px = row_px or max(3, min(22 if n > 8 else 34, 380//n)); h = n*px
     every = max(1, -(-15//px))
     every = next((e for e in (1, 2, 5, 10, 20, 50, 100) if e >= every), every)
     y_lab = ''.join(f'<span class="row" style="top:{100*(i+.5)/n:.2f}%">{escape(str(m))}</span>' for i,m in enumerate(names) if i % every == 0)
@@ -268,7 +268,7 @@ def trained_map(
                 for c,f in cols: row[c] += share*max(f, 0)
     return [[min(v, 1.) for v in r] for r in rows]
 
-# %% ../nbs/11_plots.ipynb #2592d1e2
+# %% ../nbs/11_plots.ipynb #141b4c0c
 def band_map(
     bands:dict,     # name → rows of values 0–1
     label:str,      # the map in words
@@ -278,7 +278,7 @@ def band_map(
     x_name='step'   # words under the x axis
 )->Picture:
     "A small map per name, one above the other"
-    px = max(.8, min(3, 420/(sum(map(len, bands.values())) or 1)))
+    px = max(.8, min(6, 420/(sum(map(len, bands.values())) or 1)))
     body = ''.join(f'<div class="alf-band"><span title="{escape(str(k))}">{escape(str(k))}</span><div class="alf-plot" style="--h:{max(6, len(r)*px):.0f}px">{_images(r)}</div></div>' for k,r in bands.items())
     foot = f'<div class="alf-chart"><div></div><div class="alf-x">{_x_labels(ticks(*x_range, 6), *x_range)}</div><div class="alf-name">{escape(x_name)}</div></div>'
     return Picture(f'<figure class="alf-fig" style="--left:{left}px">{legend}<div role="img" aria-label="{escape(label)}">{body}{foot}</div></figure>')

@@ -132,14 +132,16 @@ def _layer_importance(layers, scores):
     top = max((v for v in out.values() if v), default=0)
     return {k: v/top if v is not None and top else v for k,v in out.items()}
 
-# %% ../nbs/12_reports.ipynb #d6f7427e
+# %% ../nbs/12_reports.ipynb #25ec7697
+def _average(y): return smooth(y, 1 - 1/max(1, min(10, len(y)/8)))     # over about an eighth of the run, at most 10 logs
+
 def loss_chart(
     run # folder of a run, or its `RunLog`
 )->Picture:
     "Training loss with its average, held-out losses, and the learning rate below"
     log = _log(run)
     x, y = log.series('log', 'loss')
-    avg = smooth(y, max(0., 1-1/max(1, min(10, len(y)/8))))
+    avg = _average(y)
     last = next((v for v in reversed(avg) if v is not None), None); first = next((v for v in avg if v is not None), None)
     series = [dict(name='training loss', x=x, y=y, c=1, kind='thin'), dict(name='average', x=x, y=avg, c=1, last=num(last))] if x else []
     held, aside = {}, []
@@ -234,12 +236,12 @@ def memory_chart(
     said = f"Training state at most {human_bytes(s['state_bytes_peak'])}" + (f", {_share_of(s['state_bytes_peak'], full)}, which needs {human_bytes(full)}" if full else '')
     return line_chart([{**r, 'y': [v/1024**i for v in r['y']]} for r in series], said, lambda v: f'{v:g} {unit}', 220, [], (0, x1), (0, hi/1024**i), 'step')
 
-# %% ../nbs/12_reports.ipynb #fe3b97a3
-def _headline(s):
+# %% ../nbs/12_reports.ipynb #5a8ebca1
+def _headline(s, train):
     model = escape(str(s['model'] or 'The model').rpartition('/')[2])
     done = f"{'learnt' if s['status'] == 'complete' else 'has learnt so far'} with <b>{percent(s['trainable_share_peak'])}</b> of its parameters at a time" if s['trainable_share_peak'] is not None else 'was not trained yet'
     a, b = s['domain_loss_before'], s['domain_loss_after']
-    res = f": held-out loss {num(a)}&nbsp;→&nbsp;<b>{num(b)}</b>, perplexity {num(s['domain_perplexity_before'], 2)}&nbsp;→&nbsp;<b>{num(s['domain_perplexity_after'], 2)}</b>" if a is not None and b is not None else ''
+    res = f": held-out loss {num(a)}&nbsp;→&nbsp;<b>{num(b)}</b>, perplexity {num(s['domain_perplexity_before'], 2)}&nbsp;→&nbsp;<b>{num(s['domain_perplexity_after'], 2)}</b>" if a is not None and b is not None else f": training loss {num(train[0])}&nbsp;→&nbsp;<b>{num(train[-1])}</b> in {s['steps']} steps" if train else ''
     a, b = s['other_loss_before'], s['other_loss_after']
     return f"{model} {done}{res}." + (f" On unrelated text it {'forgot little' if 0.005 < b-a < .05 else 'forgot' if b-a >= .05 else 'forgot nothing'}: {num(a)}&nbsp;→&nbsp;{num(b)}." if a is not None and b is not None else '')
 
@@ -308,7 +310,7 @@ def report_html(
     "The report as one page of HTML"
     log = _log(run)
     s, sels, layers = summarize(log), log.selections(), by_layer(log.units)
-    train = [v for v in smooth(log.series('log', 'loss')[1], .8) if v is not None]
+    train = [v for v in _average(log.series('log', 'loss')[1]) if v is not None]
     ever = {n for x in sels for n in x.names}
     never = [l for l,us in layers.items() if not any(u.eligible or u.name in ever for u in us)]
     chips = [('policy', s['policy']), ('budget', percent(s['budget'], 0) if s['budget'] else None), ('signal', s['signal']), ('seed', s['seed']), ('device', s['device']), ('steps', f"{s['steps']} of {s['max_steps']}" if s['max_steps'] and s['max_steps'] != s['steps'] else s['steps'])]
@@ -330,11 +332,11 @@ def report_html(
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">
 <meta name="generator" content="alf_nb"><title>{escape(title)}</title><style>{theme_css()}</style></head>
-<body class="alf alf-page"><main><header><h1>{escape(str(s['model'] or s['run']).rpartition('/')[2])}</h1><p class="lead">{_headline(s)}</p>
+<body class="alf alf-page"><main><header><h1>{escape(str(s['model'] or s['run']).rpartition('/')[2])}</h1><p class="lead">{_headline(s, train)}</p>
 <div class="kicker"><span class="chip status {s['status']}">{s['status']}</span>{''.join(f'<span class="chip"><b>{k}</b>{escape(str(v))}</span>' for k,v in chips if v is not None)}<span>{escape(s['date'] or '')}</span></div>
 {''.join(f'<p class="warning" role="note">{escape(w)}</p>' for w in warn)}{_cards(s, train)}</header>
 {''.join(parts)}
-<footer>Written by alf_nb {escape(str(s['versions'].get('alf_nb', '')))} from the run log of <code>{escape(s['run'])}</code>. Figures are medians, means or peaks as named; a dash means not measured.</footer></main></body></html>
+<footer>Written by alf_nb {escape(str(s['versions'].get('alf_nb', '')))} from the run log of <code>{escape(s['run'])}</code>. A dash means not measured.</footer></main></body></html>
 """
 
 def write_report(
@@ -353,7 +355,7 @@ def write_report(
         raise type(e)(e.errno, f"cannot write the report ({e.strerror}); choose another place than", str(out)) from None
     return out
 
-# %% ../nbs/12_reports.ipynb #56fb1710
+# %% ../nbs/12_reports.ipynb #18fbd902
 _columns = (('run', 'run', str), ('policy', 'policy', str), ('steps', 'steps', str), ('trainable_share_peak', 'share, peak', percent), ('domain_loss_after', 'domain loss', num), ('other_loss_after', 'other loss', num),
             ('seconds_per_step', 's/step', num), ('state_bytes_peak', 'state, peak', human_bytes), ('importance_overhead_share', 'overhead', percent))
 
@@ -388,7 +390,7 @@ class Comparison:
         series = []
         for i,(l,r) in enumerate(zip(self.logs, self.rows)):
             x, y = l.series('log', 'loss')
-            if y: series.append(dict(name=r['run'], x=x, y=smooth(y, .9), c=i % 5 + 1, kind='line' if i < 5 else 'dash', last=num(next((v for v in reversed(smooth(y, .9)) if v is not None), None))))
+            if y: series.append(dict(name=r['run'], x=x, y=_average(y), c=i % 5 + 1, kind='line' if i < 5 else 'dash', last=num(next((v for v in reversed(_average(y)) if v is not None), None))))
         return line_chart(series, 'Averaged training loss of ' + ', '.join(f"{s['name']} ({s['last']})" for s in series), x_name='step')
 
 def compare_runs(
