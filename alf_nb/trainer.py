@@ -43,10 +43,10 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #a7729d8d
+# %% ../nbs/09_trainer.ipynb #6e754f3a
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
-def _make_policy(policy, options, pin, ban, seed):
+def _make_policy(policy, options, pin, ban, seed, interval=None):
     "A policy from a name, a dict or a `Policy`; every option must be one that it has"
     if isinstance(policy, Policy):
         if options or pin or ban: raise ValueError(f"{', '.join([*options, *(['pin'] if pin else []), *(['ban'] if ban else [])])} given beside a ready policy: set them in {type(policy).__name__}(…)")
@@ -55,6 +55,7 @@ def _make_policy(policy, options, pin, ban, seed):
     if d.get('policy') not in POLICIES: raise ValueError(f"unknown policy {d.get('policy')!r}; policies are {', '.join(POLICIES)}")
     known = {f.name for f in fields(POLICIES[d['policy']])}
     if odd := [k for k in options if k not in known]: raise ValueError(f"policy {d['policy']!r} has no {', '.join(odd)}; it has {', '.join(sorted(known))}")
+    if interval and 'interval' in known: options = {'interval': interval, **options}      # a policy that counts intervals counts the same ones
     return Policy.from_dict({**d, **options, 'pin': pin or d.get('pin', ()), 'ban': ban or d.get('ban', ()), 'seed': seed})
 
 def _patterns(v): return (v,) if isinstance(v, str) else tuple(v)
@@ -100,7 +101,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         pick = lambda k, default=None: given[k] if given[k] not in (None, ()) else base.get(k, default)
         options = {k: v for k in ('budget', 'threshold', 'explore', 'hysteresis', 'cost_aware') if (v := pick(k)) is not None}
         policy = pick('policy', 'threshold' if threshold is not None else 'budget')
-        self.policy = _make_policy(policy, options, _patterns(pick('pin', ())), _patterns(ban), seed)
+        self.policy = _make_policy(policy, options, _patterns(pick('pin', ())), _patterns(ban), seed, pick('interval'))
         self.signal = self.policy.signal or pick('signal', 'gain')
         if self.signal not in SIGNALS: raise ValueError(f"unknown signal {self.signal!r}; signals are {', '.join(SIGNALS)}")
         self.unit,self.kinds = pick('unit', 'module'),tuple(pick('kinds', ('matrix', 'block', 'adapter')))
@@ -109,7 +110,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         auto = 'probe' if self.signal in ('gain', 'grad_norm') else 'prior'
         self.start = 'none' if not self.policy.needs_scores else auto if start == 'auto' else start
         if self.start == 'prior' and self.signal in ('gain', 'grad_norm'): self.signal_at_start = 'prior'
-        self.warm_up,self.interval,self.lock = pick('warm_up', 16),pick('interval'),pick('lock', .85)
+        self.warm_up,self.interval,self.lock = pick('warm_up', 16),pick('interval', getattr(self.policy, 'interval', None)),pick('lock', .85)
         self.probe_batches,self.reprobe_batches,self.measure_every = probe_batches,reprobe_batches,measure_every
         _whole('probe_batches', probe_batches, 2, 'batches of the first probe'); _whole('measure_every', measure_every, 1, 'steps of a window')
         _whole('reprobe_batches', reprobe_batches, 0, 'batches of later probes'); _whole('warm_up', self.warm_up, 1, 'steps')
