@@ -25,8 +25,8 @@ $(READY): requirements.lock requirements-models.txt settings.ini pyproject.toml 
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(READY) ## fine-tune a real model, write a report; MODEL= STEPS= OUT=
-	@$(BIN)/alf finetune --out '$(OUT)' $(if $(MODEL),--model '$(MODEL)') $(if $(STEPS),--steps '$(STEPS)')
+demo: $(READY) ## fine-tune a real model, write a report; MODEL= DATA= BUDGET= STEPS= SEED= OUT=
+	@$(BIN)/alf finetune --out '$(OUT)' $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(if $(BUDGET),--budget '$(BUDGET)') $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)')
 
 test: $(READY) ## everything CI checks: generated files in step, notebooks, pytest
 	@$(BIN)/python tools/check.py

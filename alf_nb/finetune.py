@@ -60,7 +60,7 @@ def _whole(**kw):
 def _write_json(path, data):
     part = path.with_name(f'.{path.name}.part'); part.write_text(json.dumps(data, indent=2, allow_nan=False)+'\n', encoding='utf-8'); os.replace(part, path)
 
-# %% ../nbs/14_finetune.ipynb #bf663fda
+# %% ../nbs/14_finetune.ipynb #daf6d30d
 def finetune(
     model=None,                  # hub id, folder, or (model, tokenizer); None: SmolLM2-135M-Instruct
     data=None,                   # text file, folder, .jsonl, or a `datasets` name; None: the Python language reference
@@ -124,7 +124,7 @@ def finetune(
         for e in look('after'): log.write(**e, step=trainer.state.global_step)
         delta = save_delta(net, base, out/'delta', metadata=dict(run_id=callback.run_id, steps=steps, seed=seed))
         log.write('save', step=trainer.state.global_step, path='delta')
-        summary = {**summarize(log), 'total_s': time.perf_counter()-t0, 'rss_bytes_peak': peak_rss_bytes(), 'bf16': bf16, 'batch_size': batch_size, 'length': length, 'lr': float(lr),
+        summary = {**summarize(log), **{k: v for k,v in callback.summary().items() if k in ('measure_s', 'probe_s', 'select_s')}, 'total_s': time.perf_counter()-t0, 'rss_bytes_peak': peak_rss_bytes(), 'bf16': bf16, 'batch_size': batch_size, 'length': length, 'lr': float(lr),
                    'threads': torch.get_num_threads(), 'delta_bytes': sum(f.stat().st_size for f in (out/'delta').rglob('*') if f.is_file())}
     _write_json(out/'summary.json', summary)
     write_report(out)
