@@ -424,7 +424,7 @@ def supports_bf16(
     except OSError: return False
     return 'avx512_bf16' in flags or 'amx_bf16' in flags
 
-# %% ../nbs/13_sources.ipynb #9d33ed1a
+# %% ../nbs/13_sources.ipynb #3a8efdd9
 @contextmanager
 def _evaluating(model):
     "Evaluation mode without gradients; afterwards each module is back in its own mode"
@@ -442,7 +442,7 @@ def evaluate_loss(
     blocks,              # rows with `input_ids`, and `attention_mask`, `labels` if they have them; of any length
     batch_size:int=3,    # rows at once
     autocast:bool=True,  # compute in bf16 where that is faster?
-    progress:bool=False  # show a progress bar?
+    progress=False       # show a progress bar? a text is its title
 )->tuple:                # mean loss per predicted token in nats, number of predicted tokens
     "Mean cross-entropy per token over all of `blocks`"
     if batch_size < 1: raise ValueError(f"batch_size={batch_size}: at least 1")
@@ -453,7 +453,7 @@ def evaluate_loss(
         batches[-1].append(r)
     if progress:
         from tqdm.auto import tqdm
-        batches = tqdm(batches, desc='evaluating', leave=False)
+        batches = tqdm(batches, desc=progress if isinstance(progress, str) else 'evaluating', leave=False)
     total, n = 0., 0
     kw = dict(use_cache=False) if hasattr(model.config, 'use_cache') else {}
     with _evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=autocast and supports_bf16(device)):
