@@ -87,6 +87,10 @@ def test_units_of_several_tensors():
     s = K._TritonSweep(items); assert s.owners.tolist() == [0, 3]
     j = judge(items); close(s(False)[1].numpy(), [[*(j[i]+j[i+1])[:2], max(j[i,2], j[i+1,2])] for i in (0, 2)])
 
+def test_units_of_more_chunks_than_the_finish_takes_at_once():
+    items = [(0, *pair(16*1030, torch.float32, torch.float32)), (1, *pair(40, torch.float32, torch.float32, 1))]
+    close(sweep(items, chunk=16), judge(items))
+
 def test_special_values():
     w = torch.tensor([1e-40, -3e-39, 0., -0., 3e38, 1.]).bfloat16(); r = torch.zeros(6).bfloat16()
     assert sweep([(0, w, r)])[0,2] == w.float().abs().max()
@@ -121,6 +125,7 @@ def test_through_the_plan():
     got, want = plan.run(), K.delta_norms(now, ref, 'torch')
     for f in ('delta', 'ref', 'max_abs'): close(getattr(got, f), getattr(want, f))
     assert got == plan.run(refresh=True) and plan.run().max_abs == (0.,)*len(SIZES)
+    now['u3'][1][9] = float('nan'); assert plan.run().bad == ('u3',) and np.isnan(plan.run().max_abs[3])
 
 tensors = st.tuples(st.integers(1, 5000), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(0, 9), st.integers(0, 9))
 models = st.lists(st.lists(tensors, max_size=3), min_size=1, max_size=4).filter(any)
