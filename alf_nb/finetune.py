@@ -60,7 +60,7 @@ def _whole(**kw):
 def _write_json(path, data):
     part = path.with_name(f'.{path.name}.part'); part.write_text(json.dumps(data, indent=2, allow_nan=False)+'\n', encoding='utf-8'); os.replace(part, path)
 
-# %% ../nbs/14_finetune.ipynb #daf6d30d
+# %% ../nbs/14_finetune.ipynb #e640601a
 def finetune(
     model=None,                  # hub id, folder, or (model, tokenizer); None: SmolLM2-135M-Instruct
     data=None,                   # text file, folder, .jsonl, or a `datasets` name; None: the Python language reference
@@ -94,6 +94,7 @@ def finetune(
     texts = load_texts(data, column)
     others = load_texts(other, column) if other is not None else unrelated_texts()
     net,tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)
+    callback.preview(net)      # settings that do not fit this model are refused now, not after the first evaluation
     train_texts,held_texts = domain_split(texts, seed=seed)
     train,held,unrelated = (token_blocks(t, tokenizer, length) for t in (train_texts, held_texts, others))
     pick = lambda blocks: blocks.select(range(min(eval_blocks, len(blocks))))

@@ -135,7 +135,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #387e5ce9
+# %% ../nbs/09_trainer.ipynb #deec1e70
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 def _thaw_leftovers(model):
@@ -153,6 +153,21 @@ def _check_engine(args, model):
             raise ValueError("gradient checkpointing with use_reentrant=True gives frozen bottoms no gradients: set gradient_checkpointing_kwargs={'use_reentrant': False}")
 
 @patch
+def _partition(self:ALFCallback, model):
+    "The model as units, and those that could train"
+    layers = partition_layers(model, unit=self.unit, kinds=self.kinds)
+    return layers, tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
+
+@patch
+def preview(self:ALFCallback,
+    model # any model, before training
+)->Selection:
+    "What these settings would choose by the prior alone; settings that do not fit the model are refused as in training"
+    layers,units = self._partition(model)
+    prior = prior_scores(layers).values
+    return self.policy.select(Scores(self.signal, {u.name: prior[u.name] for u in units}) if self.policy.needs_scores else None, units)
+
+@patch
 def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
     if model is not None: _thaw_leftovers(model)
@@ -162,11 +177,8 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     "Choose the first selection, or continue the one of the checkpoint"
     self._t_begin = time.perf_counter()
     _check_engine(args, model)
-    self.layers = partition_layers(model, unit=self.unit, kinds=self.kinds)
-    self.units = tuple(u for u in self.layers.units if any(p.requires_grad for p in self.layers.params(u.name)))   # those that could train
+    self.layers,self.units = self._partition(model)
     self.names = tuple(u.name for u in self.units)
-    if not any(u.eligible for u in self.units) and not self.policy.pin:
-        raise ValueError(f"nothing to choose from: this model has no {' or '.join(self.kinds)} that requires grad, only {', '.join(sorted({u.kind for u in self.units}))}; name kinds=")
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
     self._optimizer = optimizer; check_optimizer(self.layers, optimizer, self.names)
     self._loader,self._args = train_dataloader,args
