@@ -8,7 +8,7 @@ READY   := $(VENV)/.ready
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test export lab lock wheel clean
+.PHONY: help setup demo test gpu bench-kernel mutants export lab lock wheel clean
 
 help:     ## what there is
 	@sed -n 's/^\([a-z][a-z-]*\):.*## */make \1 · /p' $(MAKEFILE_LIST)
@@ -34,13 +34,25 @@ test: $(READY) ## everything CI checks: generated files in step, notebooks, pyte
 	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev-test
 	@$(OFFLINE) $(BIN)/python -m pytest
 
+gpu: $(READY) ## on a GPU: correctness of the kernels, then the benchmark; says so where there is none
+	@$(BIN)/python -m pytest -o addopts= -q -rs tests/kernels/test_gpu.py
+	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)" && $(BIN)/python benchmarks/bench_delta_norms.py --device cuda --dtypes bf16 fp32 && $(BIN)/python benchmarks/bench_delta_norms.py --device cuda --dtypes bf16 --sweep \
+	 || { test $$? -eq 3 && echo "no CUDA or ROCm device here: nothing was measured"; }
+
+bench-kernel: $(READY) ## time the kernels beside their limit; appends to benchmarks/results/delta_norms.jsonl
+	@$(BIN)/python benchmarks/bench_delta_norms.py
+	@$(BIN)/python benchmarks/bench_delta_norms.py --sweep
+
+mutants: $(READY) ## break the kernels on purpose, one line at a time; every mutant has to be killed
+	@$(BIN)/python tests/kernels/mutants.py
+
 export: $(READY) ## notebooks to modules, notebooks cleaned, index to README
 	@$(BIN)/nbdev-export
 	@$(BIN)/nbdev-clean
 	@$(BIN)/python tools/readme.py
 
-lab: $(READY) ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab
+lab: $(READY) ## open the quickstart in JupyterLab
+	@$(BIN)/jupyter lab nbs/tutorials/quickstart.ipynb
 
 lock: ## resolve settings.ini anew into requirements.lock; needs python3.10 to python3.13
 	@$(or $(PYTHON),python3) tools/lock.py
