@@ -135,7 +135,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #deec1e70
+# %% ../nbs/09_trainer.ipynb #ff6a2049
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 def _thaw_leftovers(model):
@@ -147,6 +147,9 @@ def _thaw_leftovers(model):
 def _check_engine(args, model):
     "Refuse what cannot work, before the first step"
     if getattr(args, 'deepspeed', None): raise ValueError("DeepSpeed partitions the optimizer before ALF can choose: train with DDP or on one device")
+    if getattr(args, 'fsdp', None): raise ValueError("FSDP shards each weight over processes, which ALF does not measure yet: train with DDP or on one device")
+    if args.world_size > 1 and args.ddp_find_unused_parameters is not True and (args.ddp_find_unused_parameters is False or getattr(args, 'activation_checkpointing', None) or getattr(args, 'gradient_checkpointing', None)):
+        raise ValueError("under DDP frozen units get no gradient: set ddp_find_unused_parameters=True")
     for m in model.modules():
         f = getattr(m, '_gradient_checkpointing_func', None)
         if getattr(m, 'gradient_checkpointing', False) and getattr(f, 'keywords', {}).get('use_reentrant'):
@@ -176,7 +179,7 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
     self._t_begin = time.perf_counter()
-    _check_engine(args, model)
+    _check_engine(args, model); _thaw_leftovers(model)      # of an attempt that died: Trainer may begin again in the same process
     self.layers,self.units = self._partition(model)
     self.names = tuple(u.name for u in self.units)
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
