@@ -7,15 +7,14 @@ Docs: https://example.github.io/alf_nb/finetune.html.md"""
 # %% auto #0
 __all__ = ['finetune']
 
-# %% ../nbs/14_finetune.ipynb #26e24232
-import json, math, os, time, warnings
+# %% ../nbs/14_finetune.ipynb #f339196f
+import json, os, time
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging as hf_logging
 from .delta import fingerprint, save_delta
 from .reports import summarize, write_report
 from .runlog import RunLog
@@ -60,7 +59,7 @@ def _whole(**kw):
 def _write_json(path, data):
     part = path.with_name(f'.{path.name}.part'); part.write_text(json.dumps(data, indent=2, allow_nan=False)+'\n', encoding='utf-8'); os.replace(part, path)
 
-# %% ../nbs/14_finetune.ipynb #e640601a
+# %% ../nbs/14_finetune.ipynb #9e279978
 def finetune(
     model=None,                  # hub id, folder, or (model, tokenizer); None: SmolLM2-135M-Instruct
     data=None,                   # text file, folder, .jsonl, or a `datasets` name; None: the Python language reference
@@ -123,7 +122,7 @@ def finetune(
     finally: bar.close()
     with RunLog(out) as log:
         for e in look('after'): log.write(**e, step=trainer.state.global_step)
-        delta = save_delta(net, base, out/'delta', metadata=dict(run_id=callback.run_id, steps=steps, seed=seed))
+        save_delta(net, base, out/'delta', metadata=dict(run_id=callback.run_id, steps=steps, seed=seed))
         log.write('save', step=trainer.state.global_step, path='delta')
         summary = {**summarize(log), **{k: v for k,v in callback.summary().items() if k in ('measure_s', 'probe_s', 'select_s')}, 'total_s': time.perf_counter()-t0, 'rss_bytes_peak': peak_rss_bytes(), 'bf16': bf16, 'batch_size': batch_size, 'length': length, 'lr': float(lr),
                    'threads': torch.get_num_threads(), 'delta_bytes': sum(f.stat().st_size for f in (out/'delta').rglob('*') if f.is_file())}

@@ -50,7 +50,7 @@ def check_optimizer(
         raise RuntimeError(f"{len(missing)} units are not in the optimizer and could never move, the first is {missing[0]!r}: "
                            "build the optimizer while all parameters require grad, then let ALF freeze them")
 
-# %% ../nbs/07_optim.ipynb #51317a89
+# %% ../nbs/07_optim.ipynb #b9dd106f
 FIRST_MOMENTS = ('exp_avg', 'momentum_buffer')
 STATE_MODES = ('v', 'full', 'drop')
 
@@ -84,7 +84,7 @@ class ParkedStates:
         if (kept := self.held.pop(name, None)) is None: return None
         # a step count lives on the host in plain Adam, beside the weights in fused and capturable ones: torch moves it when needed
         out = {k: v.to(p.device) if isinstance(v, Tensor) and v.dim() else v for k,v in kept.items()}
-        if self.state == 'v' and 'exp_avg_sq' in out: out = {'step': out.pop('step'), 'exp_avg': torch.zeros_like(p), **out} if 'step' in out else {'exp_avg': torch.zeros_like(p), **out}
+        if self.state == 'v' and 'exp_avg_sq' in out: out = {**{k: out[k] for k in ('step',) if k in out}, 'exp_avg': torch.zeros_like(p), **out}      # in Adam's own order
         return out
 
 # %% ../nbs/07_optim.ipynb #1a463b70

@@ -29,7 +29,7 @@ def _signs(bits:Tensor, n:int)->Tensor:
     neg = (bits[:, None] & torch.tensor(_BITS, dtype=torch.uint8, device=bits.device)).ne(0).reshape(-1)[:n]
     return 1 - 2*neg.to(torch.int8)
 
-# %% ../nbs/05a_probe.ipynb #64882b43
+# %% ../nbs/05a_probe.ipynb #965a1154
 @dataclass
 class Probe:
     "What a probe found, and what it cost."
@@ -41,9 +41,8 @@ class Probe:
 
 class _Reducer:
     "Reduces each gradient of some parameters the moment it is complete, and frees it."
-    def __init__(self, params):
-        self.params,self.signs,self.pairs = params,{},{}
-        self.sq = {p: 0. for p in params}; self.norms = {}
+    def __init__(self):
+        self.signs,self.pairs,self.sq = {},{},{}
         self.held = self.peak = 0
     def __call__(self, p):
         g,p.grad = p.grad.detach(),None
@@ -63,7 +62,7 @@ def _only_trainable(all_params, wanted):
     finally:
         for p,r,g in before: p.requires_grad_(r); p.grad = g
 
-# %% ../nbs/05a_probe.ipynb #2eb66ce7
+# %% ../nbs/05a_probe.ipynb #a8735d0a
 def _model_loss(model, batch):
     "The model's own loss on a batch that holds labels"
     out = model(**batch)
@@ -84,17 +83,17 @@ def probe_gradients(
     names = [u.name for u in layers.units if u.eligible] if names is None else list(names)
     if not names: raise ValueError("no unit to probe: none is eligible")
     owner = {p: n for n in names for p in layers.params(n)}
-    red = _Reducer(list(owner)); sums = {n: {} for n in ('norm', 'pair')}; losses = []
+    red = _Reducer(); sums = dict(norm={}, pair={}); losses = []
     devices = sorted({p.device.index for p in owner if p.device.type == 'cuda'})
     with torch.random.fork_rng(devices=devices), _only_trainable(list(model.parameters()), owner):
         hooks = [p.register_post_accumulate_grad_hook(red) for p in owner]
         try:
             for i,batch in enumerate(batches):
-                red.sq = dict.fromkeys(owner)
+                red.sq = {}
                 out = loss(model, batch)
                 out.backward(); losses.append(out.detach())
                 for n in names:
-                    sq = [s for p in layers.params(n) if (s := red.sq[p]) is not None]
+                    sq = [s for p in layers.params(n) if (s := red.sq.get(p)) is not None]
                     if sq: sums['norm'][n] = sums['norm'].get(n, 0.) + torch.stack(sq).sum().sqrt()
                 if progress: progress(i+1)
         finally:

@@ -7,10 +7,9 @@ Docs: https://example.github.io/alf_nb/records.html.md"""
 # %% auto #0
 __all__ = ['KINDS', 'Record', 'UnitInfo', 'DeltaNorms', 'Scores', 'Selection']
 
-# %% ../nbs/01_records.ipynb #f009f512
+# %% ../nbs/01_records.ipynb #e5c4854b
 import json, math
 from dataclasses import dataclass, field, fields, asdict
-from html import escape
 
 # %% ../nbs/01_records.ipynb #463f0264
 class Record:

@@ -13,7 +13,7 @@ from .kernels import DeltaPlan
 from .layers import Layers
 from .records import DeltaNorms
 
-# %% ../nbs/04_snapshots.ipynb #d18d45f5
+# %% ../nbs/04_snapshots.ipynb #6fd82805
 class Snapshot:
     "Reference weights of some units of a model."
     def __init__(self,
@@ -64,13 +64,13 @@ class Snapshot:
     )->DeltaNorms:
         "How far every unit with a reference has moved since"
         if not self._refs: return DeltaNorms((), (), (), ())
-        if self.device is None:
-            if self._plan is None:
-                now = {n: self.layers.params(n) for n in self.names}     # the parameters themselves: the plan notices when one gets new memory
-                self._plan = DeltaPlan(now, {n: list(self._refs[n].values()) for n in self.names}, backend=self.backend)
-            return self._plan.run(refresh=refresh)
-        now = {n: [p.detach().to(self.device) for p in self.layers.params(n)] for n in self.names}
-        return DeltaPlan(now, {n: list(self._refs[n].values()) for n in self.names}, backend=self.backend).run(refresh=refresh)
+        plan = self._plan
+        if plan is None:
+            # the parameters themselves where they can be: the plan notices when one gets new memory
+            now = {n: self.layers.params(n) if self.device is None else [p.detach().to(self.device) for p in self.layers.params(n)] for n in self.names}
+            plan = DeltaPlan(now, {n: list(self._refs[n].values()) for n in self.names}, backend=self.backend)
+            if self.device is None: self._plan = plan      # a plan of host copies is good for one measurement
+        return plan.run(refresh=refresh)
 
 # %% ../nbs/04_snapshots.ipynb #9c66efd1
 def snapshot_tensors(

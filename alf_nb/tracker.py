@@ -28,7 +28,7 @@ def prior_scores(
         values[n] = 1/rms if rms > 0 and math.isfinite(rms) else None
     return Scores('prior', values)
 
-# %% ../nbs/05_tracker.ipynb #7f95bf6c
+# %% ../nbs/05_tracker.ipynb #979a08e2
 class ImportanceTracker:
     "The latest number of each signal for each unit, and when it was measured."
     def __init__(self,
@@ -36,7 +36,7 @@ class ImportanceTracker:
         beta:float=.5     # weight of the old value in the exponential average, 0 ≤ beta < 1
     ):
         if not 0 <= beta < 1: raise ValueError(f"beta={beta}, but an exponential average needs 0 ≤ beta < 1")
-        self.names,self.beta = tuple(names),beta
+        self.names,self.beta,self._known = tuple(names),beta,frozenset(names)
         self.values = {}   # signal → unit → value
         self.steps = {}    # signal → unit → step of the measurement
 
@@ -50,7 +50,7 @@ class ImportanceTracker:
         beta = self.beta if beta is None else beta
         old,at = self.values.setdefault(signal, {}),self.steps.setdefault(signal, {})
         for n,v in values.items():
-            if n not in self.names: raise ValueError(f"unknown unit {n!r} in {signal}")
+            if n not in self._known: raise ValueError(f"unknown unit {n!r} in {signal}")
             if v is None or not math.isfinite(v): continue
             old[n] = beta*old[n] + (1-beta)*v if n in old else v
             at[n] = step
@@ -87,6 +87,6 @@ class ImportanceTracker:
     )->None:
         "Continue from saved numbers"
         for sig,vals in state['values'].items():
-            if unknown := [n for n in vals if n not in self.names]: raise ValueError(f"saved {sig} has a unit {unknown[0]!r} that this model lacks")
+            if unknown := [n for n in vals if n not in self._known]: raise ValueError(f"saved {sig} has a unit {unknown[0]!r} that this model lacks")
         self.values = {k: dict(v) for k,v in state['values'].items()}
         self.steps = {k: dict(v) for k,v in state['steps'].items()}

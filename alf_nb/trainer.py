@@ -7,8 +7,8 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #fb97a1fd
-import hashlib, json, math, os, shutil, sys, time, uuid, warnings
+# %% ../nbs/09_trainer.ipynb #84c9c1a6
+import hashlib, json, os, shutil, sys, time, uuid, warnings
 from dataclasses import fields
 from pathlib import Path
 import torch
@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from . import __version__
 from .kernels import warm_up
-from .layers import Layers, partition_layers
-from .optim import ParkedStates, FrozenGuard, apply_selection, check_optimizer, check_state, gradient_bytes, optimizer_bytes, unwrap_optimizer
+from .layers import partition_layers
+from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_optimizer, check_state, gradient_bytes, optimizer_bytes, unwrap_optimizer
 from .policies import POLICIES, Policy
 from .probe import probe_gradients
 from .records import KINDS, Scores, Selection
@@ -43,7 +43,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #6e754f3a
+# %% ../nbs/09_trainer.ipynb #b03ee03d
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -57,8 +57,6 @@ def _make_policy(policy, options, pin, ban, seed, interval=None):
     if odd := [k for k in options if k not in known]: raise ValueError(f"policy {d['policy']!r} has no {', '.join(odd)}; it has {', '.join(sorted(known))}")
     if interval and 'interval' in known: options = {'interval': interval, **options}      # a policy that counts intervals counts the same ones
     return Policy.from_dict({**d, **options, 'pin': pin or d.get('pin', ()), 'ban': ban or d.get('ban', ()), 'seed': seed})
-
-def _patterns(v): return (v,) if isinstance(v, str) else tuple(v)
 
 def _whole(name, v, least, what):
     if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f"{name}={v!r}, but it is {what}, a whole number of at least {least}")
@@ -101,7 +99,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         pick = lambda k, default=None: given[k] if given[k] not in (None, ()) else base.get(k, default)
         options = {k: v for k in ('budget', 'threshold', 'explore', 'hysteresis', 'cost_aware') if (v := pick(k)) is not None}
         policy = pick('policy', 'threshold' if threshold is not None else 'budget')
-        self.policy = _make_policy(policy, options, _patterns(pick('pin', ())), _patterns(ban), seed, pick('interval'))
+        self.policy = _make_policy(policy, options, pick('pin', ()), ban, seed, pick('interval'))
         self.signal = self.policy.signal or pick('signal', 'gain')
         if self.signal not in SIGNALS: raise ValueError(f"unknown signal {self.signal!r}; signals are {', '.join(SIGNALS)}")
         self.unit,self.kinds = pick('unit', 'module'),tuple(pick('kinds', ('matrix', 'block', 'adapter')))
@@ -109,7 +107,6 @@ class ALFCallback(TrainerCallback, ExportableState):
         if start not in STARTS: raise ValueError(f"unknown start {start!r}; starts are {', '.join(STARTS)}")
         auto = 'probe' if self.signal in ('gain', 'grad_norm') else 'prior'
         self.start = 'none' if not self.policy.needs_scores else auto if start == 'auto' else start
-        if self.start == 'prior' and self.signal in ('gain', 'grad_norm'): self.signal_at_start = 'prior'
         self.warm_up,self.interval,self.lock = pick('warm_up', 16),pick('interval', getattr(self.policy, 'interval', None)),pick('lock', .85)
         self.probe_batches,self.reprobe_batches,self.measure_every = probe_batches,reprobe_batches,measure_every
         _whole('probe_batches', probe_batches, 2, 'batches of the first probe'); _whole('measure_every', measure_every, 1, 'steps of a window')
@@ -122,7 +119,7 @@ class ALFCallback(TrainerCallback, ExportableState):
             if v not in ok: raise ValueError(f"{k}={v!r}; give one of {', '.join(map(repr, ok))}")
         self.references,self.check,self.seed,self.out,self.resume_from = references,check,seed,out,resume_from
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
-        self.layers = self.selection = None
+        self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
 
     @property
     def config(self)->dict:
@@ -135,7 +132,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #ff6a2049
+# %% ../nbs/09_trainer.ipynb #f0fc06cf
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 def _thaw_leftovers(model):
@@ -192,11 +189,10 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self.snapshot = Snapshot(self.layers, device='cpu' if self.references == 'host' else None)
     self.guard = FrozenGuard(self.layers)
     self.tracker = ImportanceTracker(self.names)
-    self.tracker.update('prior', {n: v for n,v in prior_scores(self.layers).values.items() if n in self._sizes}, 0)
+    self.tracker.update('prior', self._ours(prior_scores(self.layers)), 0)
     self.selection,self._marks,self._cum_lr = None,{},[0.]*len(unwrap_optimizer(optimizer).param_groups)
     self.totals = dict(steps=0, share_sum=0., share_peak=0., state_bytes_peak=0, measure_s=0., probe_s=0., select_s=0., wall_s=0.)
     self._measuring,self._new_state,self._step_s,self._tokens_seen = False,True,[],getattr(state, 'num_input_tokens_seen', 0)
-    self._probing = lambda done, total: None if getattr(self, 'on_probe', None) is None else self.on_probe(done, total)
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
@@ -226,7 +222,7 @@ def peak_rss_bytes()->int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/09_trainer.ipynb #5a3f96a1
+# %% ../nbs/09_trainer.ipynb #aae552ec
 @patch
 def _probe(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
@@ -244,14 +240,19 @@ def _probe(self:ALFCallback, step, n_batches):
     to = lambda b: {k: v.to(device) if isinstance(v, torch.Tensor) else v for k,v in b.items()}
     self.layers.model.train()
     eligible = [u.name for u in self.units if u.eligible]
-    found = probe_gradients(self.layers, (to(b) for b in loader), eligible, progress=lambda i: self._probing(i, n_batches))
+    found = probe_gradients(self.layers, (to(b) for b in loader), eligible, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
     first = not self.tracker.values.get('gain')
-    for s in (found.gain, found.grad_norm): self.tracker.update(s.signal, {n: v for n,v in s.values.items() if n in self._sizes}, step, beta=0. if first else .7)   # a re-probe is short: it corrects, it does not overrule
+    signals = {s.signal: self._ours(s) for s in (found.gain, found.grad_norm)}
+    for k,v in signals.items(): self.tracker.update(k, v, step, beta=0. if first else .7)   # a re-probe is short: it corrects, it does not overrule
     wall = time.perf_counter() - t0; self.totals['probe_s'] += wall
     held = optimizer_bytes(self._optimizer) + self._reference_bytes()
     self.totals['state_bytes_peak'] = max(self.totals['state_bytes_peak'], held + found.peak_bytes)
-    self._event('probe', step, signals={s.signal: {n: v for n,v in s.values.items() if n in self._sizes} for s in (found.gain, found.grad_norm)}
-                | ({'prior': self.tracker.scores('prior').values} if step == 0 else {}), wall_s=wall, batches=found.batches, loss=found.loss)
+    self._event('probe', step, signals=signals | ({'prior': self.tracker.scores('prior').values} if step == 0 else {}), wall_s=wall, batches=found.batches, loss=found.loss)
+
+@patch
+def _ours(self:ALFCallback, scores):
+    "Values of the units that could train"
+    return {n: scores[n] for n in self.names}
 
 @patch
 def _reference_bytes(self:ALFCallback): return self.snapshot.nbytes if self.references == 'device' else 0
@@ -282,7 +283,7 @@ def _due(self:ALFCallback, step, max_steps):
     if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
-# %% ../nbs/09_trainer.ipynb #15749585
+# %% ../nbs/09_trainer.ipynb #62e78602
 @patch
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
@@ -309,8 +310,9 @@ def _switch(self:ALFCallback, chosen, step):
     "Make `chosen` true in model, optimizer and references"
     t0 = time.perf_counter()
     entered,left = apply_selection(self.layers, chosen.names, self._optimizer, self.parked)
-    self.snapshot.drop([n for n in left if n in self.snapshot.names])
-    fresh = [n for n in chosen.names if n not in self.snapshot.names]
+    held = set(self.snapshot.names)
+    self.snapshot.drop([n for n in left if n in held])
+    fresh = [n for n in chosen.names if n not in held]
     self.snapshot.take(fresh); self._mark(fresh, step)
     self.guard.watch()
     self.selection,self._new_state = chosen,True
@@ -323,7 +325,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #38f52a0a
+# %% ../nbs/09_trainer.ipynb #23239a87
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -402,7 +404,6 @@ def on_log(self:ALFCallback, args, state, control, logs=None, **kw):
 @patch
 def on_train_end(self:ALFCallback, args, state, control, model=None, **kw):
     "Close the log and leave the model trainable as it was found"
-    t = self.totals
     self._event('run_end', state.global_step, **self.summary())
     _thaw_leftovers(model)
     if self.log is not None: self.log.close()
@@ -441,10 +442,9 @@ def _why_still(self:ALFCallback, name, lr):
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in params): return f"its weights are {params[0].dtype} and steps of lr {lr:.2g} are rounded away; load the model in float32 and train with bf16=True"
     return "the optimizer does not update it; was it built before the model was changed?"
 
-# %% ../nbs/09_trainer.ipynb #8f4efc0d
+# %% ../nbs/09_trainer.ipynb #5912fd88
 def _fingerprint(layers):
     "Hash of a sample of every parameter's bits"
-    from alf_nb.optim import _sample_bits
     h = hashlib.sha256()
     for n in layers:
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(p, 64).cpu().numpy().tobytes())
