@@ -7,9 +7,9 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #84c9c1a6
-import hashlib, json, os, shutil, sys, time, uuid, warnings
-from dataclasses import fields
+# %% ../nbs/09_trainer.ipynb #4cd813f1
+import hashlib, json, os, shutil, sys, threading, time, uuid, warnings
+from dataclasses import fields, replace
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -21,7 +21,7 @@ from . import __version__
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_optimizer, check_state, gradient_bytes, optimizer_bytes, unwrap_optimizer
-from .policies import POLICIES, Policy
+from .policies import POLICIES, BudgetPolicy, Policy, ThresholdPolicy
 from .probe import probe_gradients
 from .records import KINDS, Scores, Selection
 from .runlog import RunLog
@@ -43,7 +43,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #b03ee03d
+# %% ../nbs/09_trainer.ipynb #4107f71b
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -120,11 +120,13 @@ class ALFCallback(TrainerCallback, ExportableState):
         self.references,self.check,self.seed,self.out,self.resume_from = references,check,seed,out,resume_from
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
+        self._asked_policy,self._lock,self._pending,self._again = self.policy,threading.Lock(),None,False
+        self._training = False
 
     @property
     def config(self)->dict:
         "What decides how this run goes, as plain values"
-        return dict(policy=self.policy.to_dict(), signal=self.signal, unit=self.unit, kinds=list(self.kinds), start=self.start, warm_up=self.warm_up,
+        return dict(policy=self._asked_policy.to_dict(), signal=self.signal, unit=self.unit, kinds=list(self.kinds), start=self.start, warm_up=self.warm_up,
                     probe_batches=self.probe_batches, reprobe_batches=self.reprobe_batches, interval=self.interval, measure_every=self.measure_every,
                     lock=self.lock, state=self.state_mode, references=self.references, check=self.check, seed=self.seed)
 
@@ -132,7 +134,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #f0fc06cf
+# %% ../nbs/09_trainer.ipynb #a53cbd70
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 def _thaw_leftovers(model):
@@ -181,7 +183,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self.names = tuple(u.name for u in self.units)
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
     self._optimizer = optimizer; check_optimizer(self.layers, optimizer, self.names)
-    self._loader,self._args = train_dataloader,args
+    self._loader,self._args,self._max_steps = train_dataloader,args,state.max_steps
     group = {id(p): i for i,g in enumerate(unwrap_optimizer(optimizer).param_groups) for p in g['params']}
     self._group = {n: group[id(self.layers.params(n)[0])] for n in self.names}
     self._every = self.interval if self.interval is not None else min(max(state.max_steps//3, 32), 256)
@@ -190,19 +192,21 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self.guard = FrozenGuard(self.layers)
     self.tracker = ImportanceTracker(self.names)
     self.tracker.update('prior', self._ours(prior_scores(self.layers)), 0)
+    self.policy,self._pending,self._again = self._asked_policy,None,False
     self.selection,self._marks,self._cum_lr = None,{},[0.]*len(unwrap_optimizer(optimizer).param_groups)
     self.totals = dict(steps=0, share_sum=0., share_peak=0., state_bytes_peak=0, measure_s=0., probe_s=0., select_s=0., wall_s=0.)
     self._measuring,self._new_state,self._step_s,self._tokens_seen = False,True,[],getattr(state, 'num_input_tokens_seen', 0)
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
-    self.run_id = uuid.uuid4().hex[:12]
+    self.run_id,self._seen = uuid.uuid4().hex[:12],self._scores(0)
     if resuming: self._restore(args, state)
     else:
         self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
-                    max_steps=state.max_steps, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
+                    max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
         self._select(0)
     warm_up(sorted({p.dtype for p in model.parameters()}, key=str), next(model.parameters()).device)      # compile here, not in the first window
+    self._training = True
     self._t_step = time.perf_counter()
 
 @patch
@@ -283,7 +287,7 @@ def _due(self:ALFCallback, step, max_steps):
     if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
-# %% ../nbs/09_trainer.ipynb #62e78602
+# %% ../nbs/09_trainer.ipynb #ead6048c
 @patch
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
@@ -291,22 +295,25 @@ def _scores(self:ALFCallback, step):
     return scores if scores.known else Scores(self.signal, self.tracker.scores('prior', step).values)
 
 @patch
-def _select(self:ALFCallback, step):
+def _select(self:ALFCallback, step, probe=True):
     "Ask the policy, switch, and write it down"
+    seen = {}
     if (names := self._starting(step)) is not None:
         names = set(names); names = tuple(n for n in self.names if n in names)
         chosen = Selection(names, reason=f"{self.start} start", policy=self.start, step=step, share=sum(self._sizes[n] for n in names)/self.n_total)
     else:
         if self.policy.needs_scores and self.signal in ('gain', 'grad_norm'):
             if step == 0 and self.start == 'probe': self._probe(0, self.probe_batches)
-            elif step > 0 and self.reprobe_batches: self._probe(step, self.reprobe_batches)
+            elif step > 0 and self.reprobe_batches and (probe or not self.tracker.values.get(self.signal)): self._probe(step, self.reprobe_batches)
         t0 = time.perf_counter()
-        chosen = self.policy.select(self._scores(step) if self.policy.needs_scores else None, self.units, step, self.selection)
+        scores = self._scores(step) if self.policy.needs_scores else None
+        chosen = self.policy.select(scores, self.units, step, self.selection)
+        if scores is not None: self._seen,seen = scores,dict(signal=scores.signal, scores=scores.values, ages=scores.ages)
         self.totals['select_s'] += time.perf_counter() - t0
-    self._switch(chosen, step)
+    self._switch(chosen, step, seen)
 
 @patch
-def _switch(self:ALFCallback, chosen, step):
+def _switch(self:ALFCallback, chosen, step, seen):
     "Make `chosen` true in model, optimizer and references"
     t0 = time.perf_counter()
     entered,left = apply_selection(self.layers, chosen.names, self._optimizer, self.parked)
@@ -318,14 +325,14 @@ def _switch(self:ALFCallback, chosen, step):
     self.selection,self._new_state = chosen,True
     self.totals['select_s'] += time.perf_counter() - t0
     before = [n for n in left if n in self._sizes] if step else []
-    self._event('select', step, names=list(chosen.names), entered=list(entered) if step else list(chosen.names), left=before, reason=chosen.reason, policy=chosen.policy, share=chosen.share)
+    self._event('select', step, names=list(chosen.names), entered=list(entered) if step else list(chosen.names), left=before, reason=chosen.reason, policy=chosen.policy, share=chosen.share, **seen)
 
 @patch
 def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #23239a87
+# %% ../nbs/09_trainer.ipynb #4fd85e2b
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -384,7 +391,9 @@ def on_step_end(self:ALFCallback, args, state, control, **kw):
     now = time.perf_counter(); self._step_s.append(now - self._t_step)
     t = self.totals
     t['steps'] += 1; t['share_sum'] += self.selection.share; t['share_peak'] = max(t['share_peak'], self.selection.share)
-    if self._due(state.global_step, state.max_steps): self._select(state.global_step)
+    self._take_choice(state.global_step)
+    if self._due(state.global_step, state.max_steps): self._select(state.global_step); self._again = False
+    else: self._select_again(state.global_step, state.max_steps)
     t['wall_s'] += time.perf_counter() - self._t_begin; self._t_begin = time.perf_counter()
     self._t_step = self._t_begin
 
@@ -404,7 +413,8 @@ def on_log(self:ALFCallback, args, state, control, logs=None, **kw):
 @patch
 def on_train_end(self:ALFCallback, args, state, control, model=None, **kw):
     "Close the log and leave the model trainable as it was found"
-    self._event('run_end', state.global_step, **self.summary())
+    self._training = False
+    self._event('run_end', state.global_step, **self.summary(), stopped=state.global_step < state.max_steps)
     _thaw_leftovers(model)
     if self.log is not None: self.log.close()
 
@@ -414,6 +424,59 @@ def summary(self:ALFCallback)->dict:
     t = self.totals; n = max(t['steps'], 1)
     return dict(wall_s=t['wall_s'], importance_s=t['measure_s']+t['probe_s']+t['select_s'], measure_s=t['measure_s'], probe_s=t['probe_s'], select_s=t['select_s'],
                 trainable_share_mean=t['share_sum']/n, trainable_share_peak=t['share_peak'], state_bytes_peak=t['state_bytes_peak'], rss_bytes_peak=peak_rss_bytes())
+
+# %% ../nbs/09_trainer.ipynb #937d4d54
+def _with(policy, asked, **kw):
+    "`policy` with another budget or threshold; a policy that has none gives way to one that does, with the same pins, bans and seed"
+    (k,v), = kw.items()
+    for p in (policy, asked):
+        if k in {f.name for f in fields(p)}: return replace(p, **kw)
+    return dict(budget=BudgetPolicy, threshold=ThresholdPolicy)[k](v, pin=policy.pin, ban=policy.ban, seed=policy.seed)
+
+@patch
+def next_selection(self:ALFCallback,
+    step:int,     # optimizer step
+    max_steps:int # steps of the run
+)->int|None:
+    "The next step after `step` at which the policy chooses; None: never again"
+    return next((s for s in range(step+1, max_steps) if self._due(s, max_steps)), None)
+
+@patch
+def choose(self:ALFCallback,
+    threshold:float|None=None, # least importance that trains, 0–1
+    budget:float|None=None,    # or: fraction of the parameters that may train
+    policy=None,               # or: another `Policy`, or its dict
+    now:bool=False             # re-select at once, not at the next re-selection
+)->Policy:                     # the policy that will be in force
+    "Ask for another choice of layers while training; taken between two steps"
+    given = {k:v for k,v in dict(threshold=threshold, budget=budget, policy=policy).items() if v is not None}
+    if len(given) != 1: raise ValueError(f"{', '.join(given) or 'nothing'} given: give one of threshold, budget and policy")
+    if not self._training: raise RuntimeError(f"there is nothing to change {'before training begins' if self.selection is None else 'after training has ended'}: give threshold, budget or policy to ALFCallback")
+    if self._args.world_size > 1: raise RuntimeError("a choice made in one process would not reach the others: under several processes give it to ALFCallback")
+    with self._lock:
+        before = self._pending[0] if self._pending else self.policy
+        wish = _make_policy(policy, {}, (), (), self.seed) if policy is not None else _with(before, self._asked_policy, **given)
+        if wish.signal not in (None, self.signal): raise ValueError(f"policy {wish.name!r} chooses by {wish.signal!r}, but this run measures {self.signal!r}")
+        step = self.totals['steps']
+        wish.select(self._seen if wish.needs_scores else None, self.units, step, self.selection)     # what cannot be chosen is refused here, not in the training loop
+        if not now and self.next_selection(step, self._max_steps) is None: raise RuntimeError(f"no re-selection is left after step {step} (interval={self._every}, lock={self.lock:g} of {self._max_steps} steps): give now=True")
+        self._pending = wish, now or bool(self._pending and self._pending[1])
+    return wish
+
+@patch
+def _take_choice(self:ALFCallback, step):
+    "Put the policy that was asked for in force"
+    with self._lock: pending,self._pending = self._pending,None
+    if pending is None: return
+    self.policy = pending[0]; self._again |= pending[1]
+    self._event('choose', step, policy=self.policy.to_dict(), now=pending[1])
+
+@patch
+def _select_again(self:ALFCallback, step, max_steps):
+    "Select out of turn, if that was asked for; a start that needs steps is finished first"
+    if not self._again or step >= max_steps or self._starting(step) is not None: return
+    self._again = False
+    self._select(step, probe=False)
 
 # %% ../nbs/09_trainer.ipynb #603c4c48
 @patch
@@ -450,7 +513,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(p, 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #17e1a84b
+# %% ../nbs/09_trainer.ipynb #1a38c3fb
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
@@ -467,7 +530,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
             else: plain.setdefault(k, {})[e] = v
     save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
     data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=_fingerprint(self.layers),
-                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain)
+                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, policy=self.policy.to_dict(), again=self._again)
     with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(data, f); f.flush(); os.fsync(f.fileno())
     shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
     self._event('save', state.global_step, path=folder.name)
@@ -501,5 +564,8 @@ def _restore(self:ALFCallback, args, state):
     self.tracker.load_state_dict(data['tracker'])
     self._marks = {k: tuple(v) for k,v in data['marks'].items()}
     self._cum_lr,self.totals,self._new_state = data['cum_lr'],data['totals'],data['new_state']
+    if 'policy' not in changed and 'policy' in data:       # a policy chosen while training goes on; one given anew wins
+        self.policy,self._again = Policy.from_dict(data['policy']),data['again']
+    self._seen = self._scores(state.global_step)
     self.guard.watch()
     self._event('resume', state.global_step, path=folder.name)
