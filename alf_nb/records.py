@@ -58,19 +58,23 @@ class UnitInfo(Record):
         if self.kind not in KINDS: raise ValueError(f"unknown kind {self.kind!r}; kinds are {', '.join(KINDS)}")
         object.__setattr__(self, 'shapes', tuple(tuple(s) for s in self.shapes))
 
-# %% ../nbs/01_records.ipynb #5b50d6a9
+# %% ../nbs/01_records.ipynb #0a0b2bf8
 @dataclass(frozen=True)
 class DeltaNorms(Record):
     "‖W−W_ref‖₂ and ‖W_ref‖₂ for each unit, and the largest single change."
     names:tuple     # unit names
-    delta:tuple     # ‖W−W_ref‖₂, one per unit
+    delta:tuple     # ‖W−W_ref‖₂, one per unit; of 8-bit references corrected for `error`
     ref:tuple       # ‖W_ref‖₂, one per unit
     max_abs:tuple   # max |W−W_ref|, one per unit
+    dot:tuple=()    # Σ g·(W−W_ref), one per unit; empty: no gradients were given
+    error:tuple=()  # ‖W_ref−Q(W_ref)‖₂ of 8-bit references, one per unit; empty: there are none
     def __post_init__(self):
-        for k in ('names', 'delta', 'ref', 'max_abs'): object.__setattr__(self, k, tuple(getattr(self, k)))
-        if len({len(self.names), len(self.delta), len(self.ref), len(self.max_abs)}) != 1:
-            raise ValueError(f"one number per unit: {len(self.names)} names, {len(self.delta)} delta, {len(self.ref)} ref, {len(self.max_abs)} max_abs")
+        for k in ('names', *self._numbers): object.__setattr__(self, k, tuple(getattr(self, k)))
+        sizes = {k: len(getattr(self, k)) for k in self._numbers}
+        if any(n != len(self) for k,n in sizes.items() if n or k not in ('dot', 'error')):
+            raise ValueError(f"one number per unit: {len(self)} names, {', '.join(f'{n} {k}' for k,n in sizes.items())}")
 
+    _numbers = 'delta', 'ref', 'max_abs', 'dot', 'error'
     def __len__(self): return len(self.names)
 
     @property
@@ -81,7 +85,8 @@ class DeltaNorms(Record):
     @property
     def bad(self)->tuple:
         "Units that hold a NaN or an infinity"
-        return tuple(n for n,*v in zip(self.names, self.delta, self.ref, self.max_abs) if not all(map(math.isfinite, v)))
+        rows = zip(*(v for k in self._numbers if (v := getattr(self, k))))
+        return tuple(n for n,v in zip(self.names, rows) if not all(map(math.isfinite, v)))
 
 # %% ../nbs/01_records.ipynb #1317cb27
 def _clean(v): return None if v is None or not math.isfinite(v) else float(v)
