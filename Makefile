@@ -8,7 +8,7 @@ READY   := $(VENV)/.ready
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu bench-kernel mutants export lab lock wheel clean
+.PHONY: help setup demo test gpu bench-kernel mutants export lab docs lock wheel clean
 
 help:     ## what there is
 	@sed -n 's/^\([a-z][a-z-]*\):.*## */make \1 · /p' $(MAKEFILE_LIST)
@@ -51,8 +51,11 @@ export: $(READY) ## notebooks to modules, notebooks cleaned, index to README
 	@$(BIN)/nbdev-clean
 	@$(BIN)/python tools/readme.py
 
-lab: $(READY) ## open the quickstart in JupyterLab
-	@$(BIN)/jupyter lab nbs/tutorials/quickstart.ipynb
+lab: $(READY) ## open the first tutorial in JupyterLab
+	@$(BIN)/jupyter lab nbs/tutorials/1_quickstart.ipynb
+
+docs: $(READY) ## build the documentation in _docs/; opens from disk, loads nothing from outside
+	@$(BIN)/python tools/docs.py
 
 lock: ## resolve settings.ini anew into requirements.lock; needs python3.10 to python3.13
 	@$(or $(PYTHON),python3) tools/lock.py

@@ -1,0 +1,91 @@
+"The documentation site: built from the notebooks in a temporary folder, with every link working and nothing loaded from outside."
+import importlib.util, json, re, shutil, sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('smalldocs', reason="smalldocs builds the docs; it needs Python 3.11")
+pytest.importorskip('latex2mathml')
+root = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location('docs_tool', root/'tools'/'docs.py')
+docs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(docs)
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp('site')/'_docs'
+    made, wrong = docs.build(out)
+    assert not wrong, '\n'.join(wrong)
+    return out, made
+
+
+def text(site, page): return (site[0]/page).read_text(encoding='utf-8')
+
+
+def test_a_page_for_every_notebook(site):
+    out, made = site
+    assert {root/'nbs'/rel for rel in made} == {p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    for page, _ in made.values(): assert (out/page).stat().st_size > 2000, page
+
+
+def test_docstrings_point_to_pages_that_exist(site):
+    for py in (root/'alf_nb').rglob('*.py'):
+        for page in re.findall(rf'{re.escape(docs.SITE)}/(\S+?\.html\.md)', py.read_text(encoding='utf-8')):
+            assert (site[0]/page).exists(), f"{py.name} says its docs are at {page}"
+
+
+def test_public_names_are_documented(site):
+    for room, names in (('records', ('UnitInfo', 'Scores', 'Selection')), ('policies', ('ThresholdPolicy', 'step_cost')), ('trainer', ('ALFCallback',)), ('runlog', ('RunLog.series',))):
+        page = text(site, f'{room}.html')
+        for n in names: assert re.search(rf'<h3[^>]*>\s*{re.escape(n)}', page), f"{n} has no entry on {room}.html"
+    assert 'exact name, unique in the model' in text(site, 'records.html'), "what a docment says of a parameter"
+
+
+def test_the_sidebar_leads_everywhere_in_order(site):
+    _, made = site
+    nav = re.search(r'<nav id="quarto-sidebar".*?</nav>', text(site, 'index.html'), re.S)[0]
+    links = re.findall(r'href="\.?/?([\w./-]+\.html)"', nav)
+    assert set(links) >= {p.as_posix() for p, _ in made.values()}
+    tutorials = [p.as_posix() for rel, (p, _) in sorted(made.items(), key=lambda kv: kv[0].name) if rel.parts[0] == 'tutorials']
+    assert [l for l in links if l.startswith('tutorials/')] == tutorials
+    assert links.index('index.html') < links.index(tutorials[0]) < links.index('speed.html') < links.index('records.html')
+
+
+def test_outputs_and_maths_are_shown(site):
+    assert '<math' in text(site, 'tracker.html') and 'katex' not in text(site, 'tracker.html')
+    assert r'\mathrm' not in re.sub(r'<code.*?</code>', '', text(site, 'tracker.html'), flags=re.S)
+    assert '<svg' in text(site, 'plots.html')
+
+
+def test_the_search_index_can_be_loaded_from_disk(site):
+    js = text(site, 'search.json.js')
+    assert json.loads(js.removeprefix('window.searchIndex=')) == json.loads(text(site, 'search.json'))
+
+
+@pytest.mark.parametrize('page, said', [
+    ('<a href="nowhere.html">x</a>', 'broken link nowhere.html'),
+    ('<a href="index.html#nowhere">x</a>', 'no such place index.html#nowhere'),
+    ('<img src="https://example.com/a.png">', 'loads https://example.com/a.png'),
+    ('<script src="//cdn.example.com/a.js"></script>', 'loads //cdn.example.com/a.js'),
+    ('<link rel="stylesheet" href="https://example.com/a.css">', 'loads https://example.com/a.css'),
+    ('<style>@import "https://example.com/b.css"; p { background: url(https://example.com/c.png) }</style>', 'loads https://example.com/c.png'),
+])
+def test_what_is_wrong_is_found(tmp_path, page, said):
+    (tmp_path/'index.html').write_text('<h1 id="here">x</h1><a href="#here">y</a><a href="https://example.com">may be linked</a>', encoding='utf-8')
+    assert docs.problems(tmp_path) == []
+    (tmp_path/'other.html').write_text(page, encoding='utf-8')
+    found = docs.problems(tmp_path)
+    assert any(said in f for f in found), found
+
+
+def test_a_broken_link_in_a_notebook_is_an_error_and_leaves_the_old_site(tmp_path):
+    shutil.copytree(root/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('[0-9]*', 'speed.ipynb', '.ipynb_checkpoints'))
+    index = tmp_path/'nbs'/'index.ipynb'
+    nb = json.loads(index.read_text(encoding='utf-8'))
+    nb['cells'] = [*nb['cells'][:1], dict(cell_type='markdown', id='aa', metadata={}, source='See [this](tutorials/0_gone.ipynb).')]
+    index.write_text(json.dumps(nb), encoding='utf-8')
+    (tmp_path/'out').mkdir(); (tmp_path/'out'/'old').write_text('')
+    _, wrong = docs.build(tmp_path/'out', tmp_path/'nbs')
+    assert any('0_gone' in w for w in wrong), wrong
+    assert (tmp_path/'out'/'old').exists()
