@@ -19,7 +19,7 @@ from ..records import Scores, Selection, UnitInfo
 from ..runlog import RunLog, survivors
 from ..plots import Picture, theme_css
 
-# %% ../../nbs/11a_widgets.base.ipynb #8f1db3af
+# %% ../../nbs/11a_widgets.base.ipynb #db5be9c1
 _ends = dict(run_end='complete', error='failed', pause='paused')
 
 class RunState:
@@ -54,6 +54,10 @@ class RunState:
         for k,vs in (e.get('signals') or {}).items(): self._newest = {**self._newest, k: {**self._newest.get(k, {}), **{n: (v, e.get('step', 0)) for n,v in vs.items() if v is not None}}}
     _measure = _probe
 
+    @property
+    def signals(self)->list:
+        "Signals that were measured"
+        return list(self._newest)
     @property
     def config(self)->dict:
         "Settings of the run"
@@ -226,7 +230,7 @@ class Ticker:
 
 ticker = Ticker()
 
-# %% ../../nbs/11a_widgets.base.ipynb #c811783c
+# %% ../../nbs/11a_widgets.base.ipynb #dbdae914
 def put(
     widget,  # an ipywidget
     **traits # new values
@@ -243,6 +247,7 @@ class View(HasTraits):
         super().__init__(**kw)
         self.log, self.control = (None, None) if source is None else as_source(source)
         self.follower = None if self.log is None else follow(self.log)
+        if self.follower: self.follower.update()
         self.lock, self.closed = threading.RLock(), False
         self.error = W.HTML('', layout=dict(display='none', width='100%'))
         self.box = W.VBox(layout=dict(width='100%'))
@@ -275,7 +280,7 @@ class View(HasTraits):
         return ''
     def __repr__(self): return f"{type(self).__name__}: {self.name}"
 
-# %% ../../nbs/11a_widgets.base.ipynb #19b74bee
+# %% ../../nbs/11a_widgets.base.ipynb #53a9d596
 _open = weakref.WeakSet()
 
 @patch
@@ -285,7 +290,6 @@ def open(self:View,
     "Fill the box, draw, and keep the view fresh"
     style = W.HTML(f'<style>{theme_css()}</style>', layout=dict(display='none'))
     self.box.children = (style, *children, self.error)
-    if self.follower: self.follower.update()
     self.refresh()
     _open.add(self)
     if self.follower and self.live: ticker.add(self)
@@ -329,7 +333,7 @@ def fail(self:View,
     "Say in the view what went wrong"
     tb = ''.join(traceback.format_exception(type(e), e, e.__traceback__)[-6:])
     put(self.error, value=f'<div class="warning" role="alert"><b>{escape(type(e).__name__)}</b>: {escape(str(e))}<details><summary>where</summary><pre>{escape(tb)}</pre></details></div>')
-    put(self.error.layout, display='')
+    put(self.error.layout, display=None)
 
 @patch
 def on(self:View,
