@@ -19,7 +19,7 @@ from ..records import Scores, Selection, UnitInfo
 from ..runlog import RunLog, survivors
 from ..plots import Picture, theme_css
 
-# %% ../../nbs/11a_widgets.base.ipynb #db5be9c1
+# %% ../../nbs/11a_widgets.base.ipynb #79144892
 _ends = dict(run_end='complete', error='failed', pause='paused')
 
 class RunState:
@@ -38,7 +38,7 @@ class RunState:
         kind, step = e['event'], e.get('step', 0)
         if f := getattr(self, f'_{kind}', None): f(e)
         if kind in ('log', 'measure', 'select', 'pause', 'unpause', 'run_end'): self.step = max(self.step, step)
-        if kind in ('run_begin', 'resume', 'unpause', *_ends): self.status = _ends.get(kind, 'unfinished')
+        if kind in ('run_begin', 'resume', 'unpause', *_ends): self.status = 'stopped' if e.get('stopped') else _ends.get(kind, 'unfinished')
         self._kinds.setdefault(kind, []).append(e)
 
     def _run_begin(self, e):
