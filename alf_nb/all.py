@@ -10,8 +10,8 @@ __all__ = []
 # %% ../nbs/99_all.ipynb #6ec601a0
 import importlib
 
-# %% ../nbs/99_all.ipynb #edc3017f
-_ROOMS = ('records', 'layers', 'kernels', 'snapshots', 'tracker', 'probe', 'policies', 'optim', 'runlog', 'trainer', 'delta', 'plots', 'reports', 'sources', 'finetune')
+# %% ../nbs/99_all.ipynb #f299b9d6
+_ROOMS = ('records', 'layers', 'kernels', 'snapshots', 'tracker', 'probe', 'policies', 'optim', 'runlog', 'trainer', 'background', 'delta', 'plots', 'reports', 'sources', 'finetune')
 
 def _public(rooms):
     "name → object of every public name; a name that two rooms export is an error"

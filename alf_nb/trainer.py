@@ -134,7 +134,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #a53cbd70
+# %% ../nbs/09_trainer.ipynb #78d9a0c4
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 def _thaw_leftovers(model):
@@ -192,7 +192,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self.guard = FrozenGuard(self.layers)
     self.tracker = ImportanceTracker(self.names)
     self.tracker.update('prior', self._ours(prior_scores(self.layers)), 0)
-    self.policy,self._pending,self._again = self._asked_policy,None,False
+    self.policy,self._pending,self._again,self._selected_at = self._asked_policy,None,False,0
     self.selection,self._marks,self._cum_lr = None,{},[0.]*len(unwrap_optimizer(optimizer).param_groups)
     self.totals = dict(steps=0, share_sum=0., share_peak=0., state_bytes_peak=0, measure_s=0., probe_s=0., select_s=0., wall_s=0.)
     self._measuring,self._new_state,self._step_s,self._tokens_seen = False,True,[],getattr(state, 'num_input_tokens_seen', 0)
@@ -332,7 +332,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #4fd85e2b
+# %% ../nbs/09_trainer.ipynb #6a5d7ec1
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -391,9 +391,7 @@ def on_step_end(self:ALFCallback, args, state, control, **kw):
     now = time.perf_counter(); self._step_s.append(now - self._t_step)
     t = self.totals
     t['steps'] += 1; t['share_sum'] += self.selection.share; t['share_peak'] = max(t['share_peak'], self.selection.share)
-    self._take_choice(state.global_step)
-    if self._due(state.global_step, state.max_steps): self._select(state.global_step); self._again = False
-    else: self._select_again(state.global_step, state.max_steps)
+    self._settle(state)
     t['wall_s'] += time.perf_counter() - self._t_begin; self._t_begin = time.perf_counter()
     self._t_step = self._t_begin
 
@@ -425,7 +423,7 @@ def summary(self:ALFCallback)->dict:
     return dict(wall_s=t['wall_s'], importance_s=t['measure_s']+t['probe_s']+t['select_s'], measure_s=t['measure_s'], probe_s=t['probe_s'], select_s=t['select_s'],
                 trainable_share_mean=t['share_sum']/n, trainable_share_peak=t['share_peak'], state_bytes_peak=t['state_bytes_peak'], rss_bytes_peak=peak_rss_bytes())
 
-# %% ../nbs/09_trainer.ipynb #937d4d54
+# %% ../nbs/09_trainer.ipynb #b86c841c
 def _with(policy, asked, **kw):
     "`policy` with another budget or threshold; a policy that has none gives way to one that does, with the same pins, bans and seed"
     (k,v), = kw.items()
@@ -464,19 +462,22 @@ def choose(self:ALFCallback,
     return wish
 
 @patch
-def _take_choice(self:ALFCallback, step):
-    "Put the policy that was asked for in force"
+def _settle(self:ALFCallback, state):
+    "Between two steps: put the policy that was asked for in force, and select if it is time or was asked for"
+    step = state.global_step
     with self._lock: pending,self._pending = self._pending,None
-    if pending is None: return
-    self.policy = pending[0]; self._again |= pending[1]
-    self._event('choose', step, policy=self.policy.to_dict(), now=pending[1])
+    if pending is not None:
+        self.policy = pending[0]; self._again |= pending[1]
+        self._event('choose', step, policy=self.policy.to_dict(), now=pending[1])
+    due = self._due(step, state.max_steps) and self._selected_at != step
+    if due or (self._again and step < state.max_steps and self._starting(step) is None):       # a start that needs steps is finished first
+        self._again,self._selected_at = False,step
+        self._select(step, probe=due)
 
 @patch
-def _select_again(self:ALFCallback, step, max_steps):
-    "Select out of turn, if that was asked for; a start that needs steps is finished first"
-    if not self._again or step >= max_steps or self._starting(step) is not None: return
-    self._again = False
-    self._select(step, probe=False)
+def _forget_pause(self:ALFCallback):
+    "Time spent waiting belongs to no step"
+    self._t_begin = self._t_step = time.perf_counter()
 
 # %% ../nbs/09_trainer.ipynb #603c4c48
 @patch
