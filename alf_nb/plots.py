@@ -6,7 +6,8 @@ Docs: https://example.github.io/alf_nb/plots.html.md"""
 
 # %% auto #0
 __all__ = ['human_bytes', 'human_count', 'human_time', 'num', 'percent', 'ticks', 'smooth', 'theme_css', 'Picture', 'line_chart',
-           'palette_png', 'ramp_legend', 'band_legend', 'heat_map', 'by_layer', 'trained_map', 'band_map', 'cell_table']
+           'palette_png', 'map_images', 'ramp_legend', 'band_legend', 'heat_map', 'by_layer', 'trained_share',
+           'step_map', 'trained_map', 'band_map', 'cell_table']
 
 # %% ../nbs/11_plots.ipynb #a4034fb7
 import base64, math, struct, zlib
@@ -88,7 +89,7 @@ def _key(kind, c): return f'<i class="alf-key {kind} alf-c{c}" aria-hidden="true
 
 def _legend(items): return f'<ul class="alf-legend">{"".join(f"<li>{i}</li>" for i in items)}</ul>' if items else ''
 
-# %% ../nbs/11_plots.ipynb #d3befc9a
+# %% ../nbs/11_plots.ipynb #28eb4898
 def _thin(x, y, n=700):
     "At most about 2n points: first, least and largest of each bucket"
     if len(x) <= 2*n: return list(zip(x, y))
@@ -108,7 +109,10 @@ def _runs(points):
         elif run: yield run; run = []
     if run: yield run
 
-def _path(points, fx, fy): return 'M' + 'L'.join(f'{fx(x):.1f} {fy(y):.1f}' for x,y in points)
+def _path(points, fx, fy):
+    "Whole numbers, each relative to the one before: a third of the bytes"
+    at = [(round(fx(x)), round(fy(y))) for x,y in points]
+    return f'M{at[0][0]} {at[0][1]}' + ('l' + ' '.join(f'{x-a} {y-b}' for (a,b),(x,y) in zip(at, at[1:]))).replace(' -', '-')*(len(at) > 1)
 
 def _x_labels(marks, lo, hi):
     at = lambda v: 100*(v-lo)/((hi-lo) or 1)
@@ -126,14 +130,15 @@ def line_chart(
     x_name='',         # words under the x axis
     x_labels:bool=True,# draw the x axis?
     n_ticks:int=5,     # about how many ticks on y
-    n_x_ticks:int=6    # and on x
+    n_x_ticks:int=6,   # and on x
+    points:int=1400    # of a series at most, about
 )->Picture:
     "Lines, points and stacked areas over steps"
     fmt = y_format or (lambda v: f'{v:.4g}')
     base = {}                                    # x → height of the stack so far
     drawn = []
     for s in series:
-        pts = [(x, y if y is None or math.isfinite(y) else None) for x,y in (_thin(s['x'], s['y']) if s.get('kind') != 'area' else zip(s['x'], s['y']))]
+        pts = [(x, y if y is None or math.isfinite(y) else None) for x,y in (_thin(s['x'], s['y'], points//2) if s.get('kind') != 'area' else zip(s['x'], s['y']))]
         if s.get('kind') == 'area':
             low = [(x, base.get(x, 0)) for x,_ in pts]
             pts = [(x, b+(y or 0)) for (x,y),(_,b) in zip(pts, low)]
@@ -164,35 +169,45 @@ def line_chart(
     return Picture(f'<figure class="alf-fig">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{height}px"><div class="alf-y">{y_lab}</div>'
                    f'<div class="alf-plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(svg)}</svg></div>{x_lab}{name}</div></figure>')
 
-# %% ../nbs/11_plots.ipynb #08a0da92
+# %% ../nbs/11_plots.ipynb #2a92c82c
 _ramps = dict(l=('#edf0f3', '#c4e3de', '#45aea4', '#0a5f59'), d=('#232c37', '#174a4a', '#1f948b', '#5bdccb'))   # ramp0 … ramp3 of theme.css
+_signed = dict(l=('#a63f0b', '#ee9a6b', '#edf0f3', '#45aea4', '#0a5f59'), d=('#ffb083', '#a4552a', '#232c37', '#1f948b', '#5bdccb'))   # less … the same … more
 _levels = 31
 
 @lru_cache(None)
-def _palette(theme):
-    rgb = [tuple(int(h[i:i+2], 16) for i in (1, 3, 5)) for h in _ramps[theme]]
+def _palette(theme, signed=False):
+    rgb = [tuple(int(h[i:i+2], 16) for i in (1, 3, 5)) for h in (_signed if signed else _ramps)[theme]]
+    stops = rgb if signed else rgb[1:]
     def at(t):
-        i = min(int(t*2), 1); f = t*2 - i
-        return bytes(round(a+(b-a)*f) for a,b in zip(rgb[1+i], rgb[2+i]))
-    return bytes(rgb[0]) + b''.join(at(i/(_levels-1)) for i in range(_levels))
+        i = min(int(t*(len(stops)-1)), len(stops)-2); f = t*(len(stops)-1) - i
+        return bytes(round(a+(b-a)*f) for a,b in zip(stops[i], stops[i+1]))
+    return bytes(rgb[2] if signed else rgb[0]) + b''.join(at(i/(_levels-1)) for i in range(_levels))
 
 def _chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind+data))
 
 def palette_png(
-    rows,           # rows of values 0–1, all as long; None or 0: nothing
-    theme:str='l'   # 'l'ight or 'd'ark
-)->str:             # data URI
+    rows,             # rows of values 0–1, all as long; None or 0: nothing
+    theme:str='l',    # 'l'ight or 'd'ark
+    signed:bool=False # values −1–1, in two colours; None: nothing
+)->str:               # data URI
     "A heat map as a PNG of one byte per cell"
-    return _pngs(rows)[theme]
+    return _pngs(rows, signed)[theme]
 
-def _pngs(rows):
-    w, h = max((len(r) for r in rows), default=0) or 1, len(rows) or 1
-    level = lambda v: 0 if not v or v <= 0 else 1 + min(_levels-1, round(v*(_levels-1)))
+def _pngs(rows, signed=False):
+    w, h, top = max((len(r) for r in rows), default=0) or 1, len(rows) or 1, _levels-1
+    level = (lambda v: 0 if v is None else 1 + min(top, max(0, round((v+1)/2*top)))) if signed else lambda v: 0 if not v or v <= 0 else 1 + min(top, round(v*top))
     raw = b''.join(b'\0' + bytes(map(level, r)) + b'\0'*(w-len(r)) for r in rows) or b'\0\0'
     head, body = _chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 3, 0, 0, 0)), _chunk(b'IDAT', zlib.compress(raw, 9))
-    return {t: 'data:image/png;base64,' + base64.b64encode(b'\x89PNG\r\n\x1a\n' + head + _chunk(b'PLTE', _palette(t)) + body + _chunk(b'IEND', b'')).decode() for t in 'ld'}
+    return {t: 'data:image/png;base64,' + base64.b64encode(b'\x89PNG\r\n\x1a\n' + head + _chunk(b'PLTE', _palette(t, signed)) + body + _chunk(b'IEND', b'')).decode() for t in 'ld'}
 
-def _images(rows): return ''.join(f'<img class="{t}" src="{u}" alt="">' for t,u in _pngs(rows).items())
+def map_images(
+    rows,              # rows of values 0–1, all as long; None or 0: nothing
+    width:float=1,     # of the plot that they cover, 0–1
+    signed:bool=False  # values −1–1, in two colours
+)->str:
+    "A heat map for light pages and one for dark pages; the style sheet shows the right one"
+    style = f' style="width:{100*width:.2f}%"' if width < 1 else ''
+    return ''.join(f'<img class="{t}"{style} src="{u}" alt="">' for t,u in _pngs(rows, signed).items())
 
 def ramp_legend(
     low:str,        # words at the low end
@@ -220,7 +235,8 @@ def heat_map(
     row_px=None,    # height of a row; default: so that the map is about 380 px high
     left:int=92,    # px for the names
     legend='',      # HTML, as from `ramp_legend`
-    x_name='step'   # words under the x axis
+    x_name='step',  # words under the x axis
+    upto=None       # step that the rows reach; default: the right edge
 )->Picture:
     "Rows by steps, with bars beside the rows that share them"
     n = len(names) or 1
@@ -240,14 +256,40 @@ def heat_map(
     if bars: foot += '<div class="alf-sidex"><div><span class="first" style="left:0">0</span><span style="left:50%">0.5</span><span class="end" style="left:100%">1</span></div></div>'
     foot += f'<div class="alf-name">{escape(x_name)}</div>' + (f'<div class="alf-name alf-side" style="grid-column:3">{escape(side_name)}</div>' if bars else '')
     return Picture(f'<figure class="alf-fig" style="--left:{left}px;--right:{"26%" if bars else "0px"}">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{h}px">'
-                   f'<div class="alf-y">{y_lab}</div><div class="alf-plot">{_images(rows)}{over}{hover}</div>{bars}{foot}</div></figure>')
+                   f'<div class="alf-y">{y_lab}</div><div class="alf-plot">{map_images(rows, 1 if upto is None else (upto-x0)/((x1-x0) or 1))}{over}{hover}</div>{bars}{foot}</div></figure>')
 
-# %% ../nbs/11_plots.ipynb #94d4bd53
+# %% ../nbs/11_plots.ipynb #315e9305
 def by_layer(units)->dict: # layer name → its units, in model order
     "Units grouped by layer"
     out = {}
     for u in units: out.setdefault(u.layer, []).append(u)
     return out
+
+def trained_share(
+    groups:dict, # row name → its units
+    selection    # which units train
+)->list:         # share 0–1 per group
+    "Share of the parameters of each group that trains"
+    on = set(selection.names)
+    return [sum(u.n_params for u in us if u.name in on)/(sum(u.n_params for u in us) or 1) for us in groups.values()]
+
+def step_map(
+    values,          # one list per stretch of steps: a value 0–1 for each row
+    starts,          # first step of each stretch; it holds until the next one begins
+    steps:int,       # steps made so far
+    columns:int=240  # at most; fewer steps have one column each
+)->list:             # rows
+    "Values over time as rows of columns, averaged"
+    n = max(1, min(columns, steps)); w = steps/n or 1
+    rows = [[0.]*n for _ in (values[0] if values else ())]
+    for vs,a,b in zip(values, starts, [*starts[1:], steps]):
+        b = min(b, steps)
+        if b <= a: continue
+        cols = [(c, (min(b, (c+1)*w) - max(a, c*w))/w) for c in range(int(a/w), min(n, math.ceil(b/w)))]
+        for row,v in zip(rows, vs):
+            if v:
+                for c,f in cols: row[c] += v*max(f, 0)
+    return [[min(v, 1.) for v in r] for r in rows]
 
 def trained_map(
     groups:dict,     # row name → its units
@@ -256,19 +298,9 @@ def trained_map(
     columns:int=240  # at most; a run of fewer steps has one column per step
 )->list:             # one row of shares 0–1 per group
     "Share of the parameters of each group that trained, by step"
-    n = max(1, min(columns, steps)); w = steps/n or 1
-    rows = [[0.]*n for _ in groups]
-    ends = [s.step for s in selections[1:]] + [steps]
-    for sel,end in zip(selections, ends):
-        a, b, on = sel.step, min(end, steps), set(sel.names)
-        if b <= a: continue
-        cols = [(c, (min(b, (c+1)*w) - max(a, c*w))/w) for c in range(int(a/w), min(n, math.ceil(b/w)))]
-        for row,us in zip(rows, groups.values()):
-            if share := sum(u.n_params for u in us if u.name in on)/(sum(u.n_params for u in us) or 1):
-                for c,f in cols: row[c] += share*max(f, 0)
-    return [[min(v, 1.) for v in r] for r in rows]
+    return step_map([trained_share(groups, s) for s in selections], [s.step for s in selections], steps, columns) if selections else [[0.]*max(1, min(columns, steps)) for _ in groups]
 
-# %% ../nbs/11_plots.ipynb #141b4c0c
+# %% ../nbs/11_plots.ipynb #aba98160
 def band_map(
     bands:dict,     # name → rows of values 0–1
     label:str,      # the map in words
@@ -279,7 +311,7 @@ def band_map(
 )->Picture:
     "A small map per name, one above the other"
     px = max(.8, min(6, 420/(sum(map(len, bands.values())) or 1)))
-    body = ''.join(f'<div class="alf-band"><span title="{escape(str(k))}">{escape(str(k))}</span><div class="alf-plot" style="--h:{max(6, len(r)*px):.0f}px">{_images(r)}</div></div>' for k,r in bands.items())
+    body = ''.join(f'<div class="alf-band"><span title="{escape(str(k))}">{escape(str(k))}</span><div class="alf-plot" style="--h:{max(6, len(r)*px):.0f}px">{map_images(r)}</div></div>' for k,r in bands.items())
     foot = f'<div class="alf-chart"><div></div><div class="alf-x">{_x_labels(ticks(*x_range, 6), *x_range)}</div><div class="alf-name">{escape(x_name)}</div></div>'
     return Picture(f'<figure class="alf-fig" style="--left:{left}px">{legend}<div role="img" aria-label="{escape(label)}">{body}{foot}</div></figure>')
 
