@@ -6,19 +6,19 @@ Docs: https://example.github.io/alf_nb/optim.html.md"""
 
 # %% auto #0
 __all__ = ['FIRST_MOMENTS', 'STATE_MODES', 'unwrap_optimizer', 'optimizer_bytes', 'gradient_bytes', 'check_optimizer',
-           'ParkedStates', 'apply_selection', 'FrozenGuard', 'check_state']
+           'ParkedStates', 'apply_selection', 'FrozenGuard', 'last_update', 'check_last_update', 'check_state']
 
 # %% ../nbs/07_optim.ipynb #ae38ca3e
 import torch
 from torch import Tensor
 from .layers import Layers
 
-# %% ../nbs/07_optim.ipynb #d3cc7150
+# %% ../nbs/07_optim.ipynb #ee5917d9
 def unwrap_optimizer(
     optimizer # a torch optimizer, or a wrapper with an `.optimizer`
 )->torch.optim.Optimizer:
     "The torch optimizer inside wrappers such as accelerate's"
-    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
+    while hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
     if not hasattr(optimizer, 'state') or not hasattr(optimizer, 'param_groups'):
         raise ValueError(f"expected a torch optimizer, got {type(optimizer).__name__}")
     return optimizer
@@ -143,6 +143,32 @@ class FrozenGuard:
             bad = [f"{k} (unit {n})" for (k,(n,_,_)),c in zip(self._bits.items(), changed.tolist()) if c]
             raise RuntimeError(f"frozen weights changed: {', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''}. "
                                "Something outside ALF writes to them: an optimizer with its own copy, a merge, a callback that loads weights?")
+
+# %% ../nbs/07_optim.ipynb #feb56099
+def last_update(
+    optimizer, # Adam, AdamW or SGD of torch, after its step and before gradients go
+    p:Tensor   # a parameter that it trains
+)->Tensor:     # fp32, of the parameter's shape
+    "The step just made, −ΔW/lr, from the optimizer's own state"
+    opt = unwrap_optimizer(optimizer); check_last_update(opt)
+    g = next(g for g in opt.param_groups if any(p is q for q in g['params']))
+    state,w,wd = opt.state[p],p.detach().float(),g['weight_decay']
+    if isinstance(opt, torch.optim.SGD):
+        m = state.get('momentum_buffer')
+        return m.float() if m is not None else p.grad.float() + wd*(w + g['lr']*p.grad.float())/(1 - g['lr']*wd)
+    (b1,b2),t = g['betas'],float(state['step'])
+    v = state['max_exp_avg_sq' if g['amsgrad'] else 'exp_avg_sq'].float()/(1-b2**t)
+    u = state['exp_avg'].float()/(1-b1**t)/(v.sqrt() + g['eps'])
+    if not wd or not (isinstance(opt, torch.optim.AdamW) or g.get('decoupled_weight_decay')): return u
+    return u + wd*(w + g['lr']*u)/(1 - g['lr']*wd)     # the weights that decayed are those before the step
+
+def check_last_update(
+    optimizer # any torch optimizer
+)->None:
+    "Raise if `last_update` cannot read this optimizer"
+    opt = unwrap_optimizer(optimizer)
+    if not isinstance(opt, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)) or any(g.get('nesterov') or g.get('maximize') for g in opt.param_groups):
+        raise ValueError(f"the last update of {type(opt).__name__} cannot be read from its state, only of Adam, AdamW and SGD without nesterov or maximize: use references='device' or 'host'")
 
 # %% ../nbs/07_optim.ipynb #bf095ab3
 def check_state(

@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #4cd813f1
+# %% ../nbs/09_trainer.ipynb #15fe7e7d
 import hashlib, json, os, shutil, sys, threading, time, uuid, warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,10 +20,10 @@ from transformers.trainer_callback import ExportableState
 from . import __version__
 from .kernels import warm_up
 from .layers import partition_layers
-from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_optimizer, check_state, gradient_bytes, optimizer_bytes, unwrap_optimizer
+from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, gradient_bytes, last_update, optimizer_bytes, unwrap_optimizer
 from .policies import POLICIES, BudgetPolicy, Policy, ThresholdPolicy
 from .probe import probe_gradients
-from .records import KINDS, Scores, Selection
+from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
@@ -43,7 +43,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #4107f71b
+# %% ../nbs/09_trainer.ipynb #9854e12b
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -84,7 +84,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         pin=(),                      # units that always train: exact names, layer names or globs
         ban=(),                      # units that never train
         state:str|None=None,         # optimizer state of leavers: 'v', 'full' or 'drop'; default 'v'
-        references:str='device',     # where reference weights live: 'device' or 'host'
+        references:str='device',     # where reference weights live: 'device', 'host'; 'none': change rates from the optimizer's own last update
         check:str='raise',           # self-check: 'raise', 'warn' or 'off'
         seed:int=0,                  # seeds the draws of policy and probe
         out:str|None=None,           # folder of the run log; default the Trainer's output_dir
@@ -115,7 +115,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         if self.interval is not None: _whole('interval', self.interval, 0, 'steps between selections (0: never again)')
         if not 0 <= self.lock <= 1: raise ValueError(f"lock={self.lock}, but it is a fraction of the run, 0–1")
         self.state_mode = ParkedStates(pick('state', 'v')).state
-        for k,v,ok in (('references', references, ('device', 'host')), ('check', check, ('raise', 'warn', 'off')), ('unit', self.unit, ('module', 'block'))):
+        for k,v,ok in (('references', references, ('device', 'host', 'none')), ('check', check, ('raise', 'warn', 'off')), ('unit', self.unit, ('module', 'block'))):
             if v not in ok: raise ValueError(f"{k}={v!r}; give one of {', '.join(map(repr, ok))}")
         self.references,self.check,self.seed,self.out,self.resume_from = references,check,seed,out,resume_from
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
@@ -134,7 +134,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #78d9a0c4
+# %% ../nbs/09_trainer.ipynb #17dec999
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 def _thaw_leftovers(model):
@@ -183,6 +183,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self.names = tuple(u.name for u in self.units)
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
     self._optimizer = optimizer; check_optimizer(self.layers, optimizer, self.names)
+    if self.references == 'none': check_last_update(optimizer)
     self._loader,self._args,self._max_steps = train_dataloader,args,state.max_steps
     group = {id(p): i for i,g in enumerate(unwrap_optimizer(optimizer).param_groups) for p in g['params']}
     self._group = {n: group[id(self.layers.params(n)[0])] for n in self.names}
@@ -287,7 +288,7 @@ def _due(self:ALFCallback, step, max_steps):
     if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
-# %% ../nbs/09_trainer.ipynb #ead6048c
+# %% ../nbs/09_trainer.ipynb #8f5bfedb
 @patch
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
@@ -317,10 +318,11 @@ def _switch(self:ALFCallback, chosen, step, seen):
     "Make `chosen` true in model, optimizer and references"
     t0 = time.perf_counter()
     entered,left = apply_selection(self.layers, chosen.names, self._optimizer, self.parked)
-    held = set(self.snapshot.names)
-    self.snapshot.drop([n for n in left if n in held])
-    fresh = [n for n in chosen.names if n not in held]
-    self.snapshot.take(fresh); self._mark(fresh, step)
+    if self.references != 'none':
+        held = set(self.snapshot.names)
+        self.snapshot.drop([n for n in left if n in held])
+        fresh = [n for n in chosen.names if n not in held]
+        self.snapshot.take(fresh); self._mark(fresh, step)
     self.guard.watch()
     self.selection,self._new_state = chosen,True
     self.totals['select_s'] += time.perf_counter() - t0
@@ -332,7 +334,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #6a5d7ec1
+# %% ../nbs/09_trainer.ipynb #c0ce2a5e
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -341,14 +343,26 @@ def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **
     if self._new_state or self._measuring: self._grad_bytes = gradient_bytes(model)
     if not self._measuring: return
     t0 = time.perf_counter()
-    norms = self.snapshot.measure(refresh=True)
-    done = {n: step-1-self._marks[n][0] for n in norms.names}       # steps in each unit's window; 0: it just came
-    sum_lr = {n: self._cum_lr[self._group[n]] - self._marks[n][1] for n in norms.names if done[n]}
-    self._mark(norms.names, step-1)
-    self._check_moved(norms, done, sum_lr, step-1)
-    self._measured = self.tracker.update_from_norms(norms, sum_lr, self._sizes, step-1)
-    self._window = dict(steps=max(done.values(), default=0), sum_lr=max(sum_lr.values(), default=0.))
+    if self.references == 'none': self._before = {n: [_sample_bits(p, 4096) for p in self.layers.params(n)] for n in self._moving()}
+    else: self._end_window(step-1)
     self._measure_t = time.perf_counter() - t0
+
+@patch
+def _moving(self:ALFCallback):
+    "Units that train now and whose learning rate is not 0"
+    groups = unwrap_optimizer(self._optimizer).param_groups
+    return [n for n in self.selection.names if groups[self._group[n]]['lr'] > 0]
+
+@patch
+def _end_window(self:ALFCallback, step):
+    "Compare with the references, which become the weights of now"
+    norms = self.snapshot.measure(refresh=True)
+    done = {n: step-self._marks[n][0] for n in norms.names}         # steps in each unit's window; 0: it just came
+    sum_lr = {n: self._cum_lr[self._group[n]] - self._marks[n][1] for n in norms.names if done[n]}
+    self._mark(norms.names, step)
+    self._check_moved(norms, done, sum_lr, step)
+    self._measured = self.tracker.update_from_norms(norms, sum_lr, self._sizes, step)
+    self._window = dict(steps=max(done.values(), default=0), sum_lr=max(sum_lr.values(), default=0.))
 
 @patch
 def on_optimizer_step(self:ALFCallback, args, state, control, model=None, optimizer=None, **kw):
@@ -359,7 +373,8 @@ def on_optimizer_step(self:ALFCallback, args, state, control, model=None, optimi
     if self._new_state or self._measuring: self._count_bytes(state.global_step+1)
     if not self._measuring: return
     t0 = time.perf_counter()
-    self._measured['descent'] = self._descent(groups)
+    if self.references == 'none': self._read_update(groups, state.global_step+1)
+    else: self._measured['descent'] = self._descent(groups)
     self.tracker.update('descent', self._measured['descent'], state.global_step)
     self._watch(lambda: (self.guard.check(), check_state(self.layers, self._optimizer)))
     self._measure_t += time.perf_counter() - t0; self.totals['measure_s'] += self._measure_t
@@ -376,6 +391,25 @@ def _descent(self:ALFCallback, groups):
         dots.append(torch.stack(d).sum() if d else torch.zeros((), device=self.layers.params(n)[0].device))
     if not dots: return {}
     return {n: -v/self._sizes[n]/float(groups[self._group[n]]['lr']) for n,v in zip(names, torch.stack([d.to(dots[0].device) for d in dots]).tolist())}
+
+@patch
+@torch.no_grad()
+def _read_update(self:ALFCallback, groups, step):
+    "Change rate and descent of the step just made, from the optimizer's state: a window of one step, without references"
+    names,rows = self._moving(),[]
+    for n in names:
+        row = [torch.zeros(4, dtype=torch.float32)]
+        for p,bits in zip(self.layers.params(n), self._before[n]):
+            if p.grad is None or not p.numel(): continue
+            u = last_update(self._optimizer, p)*bool((_sample_bits(p, 4096) != bits).any())     # what was rounded away did not happen
+            row.append(torch.stack([u.square().sum(), (p.float() + groups[self._group[n]]['lr']*u).square().sum(), u.abs().amax(), (p.grad.float()*u).sum()]).cpu())
+        row = torch.stack(row); rows.append([*row[:,:2].sum(0).sqrt().tolist(), float(row[:,2].max()), float(row[:,3].sum())])
+    delta,ref,top,dot = zip(*rows) if rows else ((),)*4
+    norms,one = DeltaNorms(names, delta, ref, top),dict.fromkeys(names, 1.)
+    self._check_moved(norms, dict.fromkeys(names, 1), {n: groups[self._group[n]]['lr'] for n in names}, step)
+    self._measured = self.tracker.update_from_norms(norms, one, self._sizes, step)      # the update is in units of lr
+    self._measured['descent'] = {n: d/self._sizes[n] for n,d in zip(names, dot)}
+    self._window = dict(steps=1, sum_lr=max((groups[self._group[n]]['lr'] for n in names), default=0.))
 
 @patch
 def _count_bytes(self:ALFCallback, step):

@@ -1,4 +1,5 @@
 "Training in a thread: steered at random it stays exact, and a real kernel shows what went wrong in it."
+import os
 import random
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def test_waiting_has_an_end(tmp_path):
 def test_a_script_waits_for_its_run(tmp_path, end):
     "Without wait() a script ends when the run does, also when it left the run paused"
     (tmp_path/"train.py").write_text(SETUP + f"run = train_in_background(make('out', steps=12))\n{end}\n")
-    p = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    p = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert p.returncode == bool(end), p.stderr
     assert RunLog(tmp_path/"out").status == "complete"
 
