@@ -21,7 +21,6 @@ def wait_for(f, s=10):
 
 class Shown(View):
     "Shows the step and counts its drawings"
-    name = 'step'
     def __init__(self, source, fails=()):
         super().__init__(source)
         self.label, self.button, self.n, self.fails = W.HTML(), W.Button(), 0, set(fails)
@@ -210,16 +209,25 @@ def test_displayed_by_one_path(tmp_path, views, monkeypatch):
     import IPython.display
     log = RunLog(tmp_path); begin(log)
     v = views(log)
-    sent = []
-    handle = type('Handle', (), dict(update=lambda self, d, raw: sent.append(d)))()
-    monkeypatch.setattr(IPython.display, 'display', lambda d, raw, display_id: sent.append(d) or handle)
+    shown, updates = [], []
+    class Handle:
+        def __init__(self, i): self.i = i
+        def update(self, d, raw): updates.append((self.i, d))
+    monkeypatch.setattr(IPython.display, 'display', lambda d, raw, display_id: shown.append(d) or Handle(len(shown)-1))
     v._ipython_display_(); v._ipython_display_()
-    assert set(sent[0]) == {'text/plain', 'text/html', 'application/vnd.jupyter.widget-view+json'}
-    assert sent[0]['application/vnd.jupyter.widget-view+json']['model_id'] == v.box.model_id
-    html = sent[0]['text/html']
-    assert 'step 0' in html and '<style>' in html and 'id=' not in html and 'http' not in html.replace('http://www.w3.org', '') and '<script' not in html
+    assert [set(d) for d in shown] == [{'text/plain', 'application/vnd.jupyter.widget-view+json'}, {'text/plain', 'text/html'}]*2
+    assert shown[0]['application/vnd.jupyter.widget-view+json']['model_id'] == v.box.model_id
+    html = shown[1]['text/html']
+    assert 'step 0' in html and '<style>' in html and ' id=' not in html and 'http' not in html and '<script' not in html
+    assert v.box_id in html and f'.alf-still-{v.box_id} {{ display:none }}' in v.box.children[0].value     # the live widgets hide the picture
+    log.write('run_end', step=9)
+    wait_for(lambda: 'step 9' in v.label.value)
+    wait_for(lambda: {i for i, d in updates if 'step 9' in d.get('text/html', '')} == {1, 3})              # what is saved is the last state
+    del updates[:]
     v.close()
-    assert len(sent) == 4 and set(sent[2]) == {'text/plain', 'text/html'}       # the picture stays where the widgets were
+    assert [i for i, d in updates] == [1, 3, 0, 2] and all('application/vnd.jupyter.widget-view+json' not in d for _, d in updates)
+    v._ipython_display_()
+    assert set(shown[-1]) == {'text/plain', 'text/html'} and len(shown) == 5
 
 
 def test_put_sends_only_what_changed():

@@ -7,8 +7,8 @@ Docs: https://example.github.io/alf_nb/widgets.base.html.md"""
 # %% auto #0
 __all__ = ['ticker', 'RunState', 'Follower', 'follow', 'as_source', 'Ticker', 'put', 'View']
 
-# %% ../../nbs/11a_widgets.base.ipynb #ae541a0e
-import atexit, math, os, threading, time, traceback, weakref
+# %% ../../nbs/11a_widgets.base.ipynb #c9e763a0
+import math, os, threading, time, traceback, weakref
 from dataclasses import fields
 from html import escape
 from pathlib import Path
@@ -179,7 +179,7 @@ def as_source(
     hint = "; train it with train_in_background(trainer), and give what that returns" if hasattr(x, 'train') and hasattr(x, 'args') else ''
     raise ValueError(f"a view is made of a run in the background, a RunLog, or the folder of a run, got {type(x).__name__}{hint}")
 
-# %% ../../nbs/11a_widgets.base.ipynb #26a8c442
+# %% ../../nbs/11a_widgets.base.ipynb #df6d773b
 class Ticker:
     "Keeps open views fresh from one daemon thread."
     fast, slow, linger = .2, 2., 20.     # seconds: at most this often, at least this often, and how long after the end of a run
@@ -219,7 +219,7 @@ class Ticker:
     )->bool:  # did anything change?
         "Read every log once, then redraw the views of those that changed"
         broken, changed = {}, False
-        for f in {v.follower for v in views}:
+        for f in {v.follower for v in views if v.follower}:
             try: changed |= f.update()
             except Exception as e: broken[f] = e
         for v in views:
@@ -230,7 +230,7 @@ class Ticker:
 
 ticker = Ticker()
 
-# %% ../../nbs/11a_widgets.base.ipynb #dbdae914
+# %% ../../nbs/11a_widgets.base.ipynb #5c3df000
 def put(
     widget,  # an ipywidget
     **traits # new values
@@ -242,7 +242,7 @@ def put(
 
 class View(HasTraits):
     "A box of widgets that follows a run, with a still picture of itself."
-    name = 'view'       # in words, for the line of text that stands where not even HTML is shown
+    every = 20.         # seconds: the still pictures of a run that lives are at most this old
     def __init__(self, source=None, **kw):
         super().__init__(**kw)
         self.log, self.control = (None, None) if source is None else as_source(source)
@@ -252,8 +252,8 @@ class View(HasTraits):
         self.error = W.HTML('', layout=dict(display='none', width='100%'))
         self.box = W.VBox(layout=dict(width='100%'))
         self.box.add_class('alf'); self.box.add_class('alf-view')
-        self._on, self._parts, self._displays, self._drawn, self._seen = [], [], [], None, False
-        self._changed = time.monotonic()
+        self._on, self._parts, self._displays, self._drawn, self._seen, self._due = [], [], [], None, False, {}
+        self._changed, self._kept, self._stale = time.monotonic(), 0., False
         self.box._view_count = 0        # asks the front end to count the places where this box is shown
         self.box.observe(self._watched, '_view_count')
 
@@ -271,27 +271,25 @@ class View(HasTraits):
     def live(self)->bool:
         "May the run still go on?"
         alive = getattr(self.control, 'alive', None)
-        return self.status in ('starting', 'running', 'paused', 'stopping', 'unfinished') if alive is None else bool(alive)
+        return self.follower is not None and (self.status in ('starting', 'running', 'paused', 'stopping', 'unfinished') if alive is None else bool(alive))
 
     def draw(self):
         "Set the widgets to what is known now"
     def still(self)->str:
         "The same as HTML that needs no kernel"
         return ''
-    def __repr__(self): return f"{type(self).__name__}: {self.name}"
+    def __repr__(self): return f"{type(self).__name__} of {self.log.dir.name}: {self.status}" if self.log else type(self).__name__
 
-# %% ../../nbs/11a_widgets.base.ipynb #53a9d596
-_open = weakref.WeakSet()
-
+# %% ../../nbs/11a_widgets.base.ipynb #d20af0aa
 @patch
 def open(self:View,
     *children # widgets of the view, top to bottom
 ):
     "Fill the box, draw, and keep the view fresh"
-    style = W.HTML(f'<style>{theme_css()}</style>', layout=dict(display='none'))
+    self.box_id = self.box.model_id
+    style = W.HTML(f'<style>{theme_css()} .alf-still-{self.box_id} {{ display:none }}</style>', layout=dict(display='none'))
     self.box.children = (style, *children, self.error)
     self.refresh()
-    _open.add(self)
     if self.follower and self.live: ticker.add(self)
 
 @patch
@@ -303,24 +301,56 @@ def refresh(self:View):
         try: self.draw()
         except Exception as e: self.fail(e)
         else: put(self.error, value='') and put(self.error.layout, display='none')
+        self._stale = True
+        if self._displays: ticker.add(self)     # the pictures follow a little later
 
 @patch
 def _mark(self:View):
     "Changes when there is something new to draw"
-    return (self.follower.version, self.state, self.status) if self.follower else None
+    return (self.follower.version, self.state, self.status) if self.follower else ()
+
+@patch
+def later(self:View):
+    "Have the ticker draw once more, for what would make a message too large"
+    self._drawn = None
+    ticker.add(self)
 
 @patch
 def tick(self:View)->bool: # drawn?
-    "Draw if something changed and somebody looks"
-    if self.closed or self._drawn == self._mark() or self._seen and not self.box._view_count: return False
-    self._changed = time.monotonic()
+    "Draw if something changed and somebody looks; bring the still pictures up to date now and then"
+    if self.closed: return False
+    if drawn := self._drawn != self._mark() and bool(self.box._view_count or not self._seen):
+        self._changed = time.monotonic()
+        self.refresh()
+    if self._stale and time.monotonic() - self._kept > (self.every if self.live else 1): self._keep()
+    return drawn
+
+@patch
+def seldom(self:View,
+    part,          # name of a part of the view
+    mark,          # changes when there is something new for it
+    draw,          # draws it
+    gap:float=0,   # seconds between two drawings at least
+    share:float=.01# of one core's time that its drawing may take
+):
+    "Draw a part if it changed, but only so often; what has to wait is drawn by a later tick"
+    seen, due = self._due.get(part, (None, 0.))
+    if seen == (mark,): return
+    if time.monotonic() < due: self._drawn = None; return
+    t = time.thread_time()
+    draw()
+    self._due[part] = (mark,), time.monotonic() + min(10., max(gap, (time.thread_time() - t)/share))
+
+@patch
+def at_once(self:View, *args):
+    "Draw every part now: the user asked"
+    self._due = {k: (seen, 0.) for k,(seen,_) in self._due.items()}
     self.refresh()
-    return True
 
 @patch(as_prop=True)
 def idle(self:View)->float:
     "Seconds since the last change of a run that is over; 0 while it lives"
-    return math.inf if self.closed else 0. if self.live else time.monotonic() - self._changed
+    return math.inf if self.closed else 0. if self.live or self._stale and self._displays else time.monotonic() - self._changed
 
 @patch
 def _watched(self:View, change):
@@ -350,24 +380,36 @@ def on(self:View,
     if isinstance(widget, W.Button): widget.on_click(call); self._on.append(lambda: widget.on_click(call, remove=True))
     else: widget.observe(call, names); self._on.append(lambda: widget.unobserve(call, names))
 
-# %% ../../nbs/11a_widgets.base.ipynb #4b03b8af
+# %% ../../nbs/11a_widgets.base.ipynb #47b3bd3c
+_gone = '.jp-OutputArea-child:not(:has(.alf-view)):has(+ .jp-OutputArea-child .alf-still) { display:none }'    # the place of widgets whose kernel is gone
+
 @patch
 def picture(self:View)->Picture:
     "The still picture, with its style"
     with self.lock: return Picture(self.still())
 
 @patch
-def _ipython_display_(self:View, **kw):
-    from IPython.display import display
-    shown = display(self._bundle(), raw=True, display_id=True)
-    if shown is not None: self._displays.append(shown)
+def _still_bundle(self:View):
+    with self.lock: return {'text/plain': '', 'text/html': f'<div class="alf-still alf-still-{self.box_id}"><style>{_gone}</style>{self.picture()._repr_html_()}</div>'}
 
 @patch
-def _bundle(self:View):
-    "What a front end may choose from"
-    out = {'text/plain': repr(self), 'text/html': self.picture()._repr_html_()}
-    if not self.closed: out['application/vnd.jupyter.widget-view+json'] = dict(version_major=2, version_minor=0, model_id=self.box.model_id)
-    return out
+def _live_bundle(self:View):
+    return {'text/plain': repr(self), 'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.box.model_id)}
+
+@patch
+def _ipython_display_(self:View, **kw):
+    from IPython.display import display
+    shown = [display(b, raw=True, display_id=True) for b in ([] if self.closed else [self._live_bundle()]) + [self._still_bundle()]]
+    if len(shown) == 2 and None not in shown: self._displays.append(shown)
+
+@patch
+def _keep(self:View):
+    "Bring the still pictures up to date"
+    self._kept, self._stale = time.monotonic(), False
+    if not self._displays: return
+    try: bundle = self._still_bundle()
+    except Exception as e: return self.fail(e)
+    for _,still in self._displays: still.update(bundle, raw=True)
 
 def _all(w): return [w, *(o for c in getattr(w, 'children', ()) for o in _all(c))]
 
@@ -376,17 +418,11 @@ def close(self:View):
     "Leave the still picture in place of the widgets, and let go of everything"
     with self.lock:
         if self.closed: return
-        ticker.remove(self); _open.discard(self)
+        ticker.remove(self)
         for v in self._parts: v.close()
         for off in self._on: off()
         self.box.unobserve(self._watched, '_view_count')
+        self._keep()
+        for live,_ in self._displays: live.update({'text/plain': repr(self)}, raw=True)
         self.closed = True
-        for d in self._displays: d.update(self._bundle(), raw=True)
         for w in _all(self.box): w.close()
-
-@atexit.register
-def _farewell():
-    "The kernel goes: where its views were, their pictures stay"
-    for v in list(_open):
-        try: v.closed = True; [d.update(v._bundle(), raw=True) for d in v._displays]
-        except Exception: pass      # nobody may be listening any more

@@ -59,7 +59,7 @@ def seconds_per_full_step(
         found.append(y/costs[on.step])
     return median(found) if found else None
 
-# %% ../../nbs/11b_widgets.picker.ipynb #f3d16c81
+# %% ../../nbs/11b_widgets.picker.ipynb #4d46d4f6
 class BarChart:
     "Importance of units as bars, grouped by layer."
     left, height, top = 84, 264, 1200     # px, px, and the height in which importance 1 is 1000: below lie two strips
@@ -120,20 +120,24 @@ class BarChart:
         marks = ''.join(f'<span style="bottom:{y(v)}">{v:g}</span>' for v in (0, .25, .5, .75, 1) if cut is None or abs(v-cut) > .05)
         if cut is not None: marks += f'<span class="cut" style="bottom:{y(cut)}">≥ {cut:.2f}</span>'
         for i,t in enumerate(('would train', strip)): marks += f'<span style="bottom:{100*(1-(1070+90*i)/self.top):.1f}%">{t}</span>' if t else ''
-        return (f'<div class="alf-chart alf-bars" role="img" aria-label="{escape(label)}" style="--left:{self.left}px;--h:{self.height}px"><div class="alf-y">{marks}</div>'
+        if head := self._head(): marks += f'<span style="bottom:-13px">{escape(head)}</span>'
+        return (f'<div class="alf-chart alf-bars" role="img" aria-label="{escape(label)}" style="--left:{self.left}px;--right:0px;--h:{self.height}px"><div class="alf-y">{marks}</div>'
                 f'<div class="alf-plot">{inside}</div><div class="alf-x">{self._layer_names()}</div></div>')
 
+    def _head(self):
+        "What all layers are called, but for their number"
+        heads = {n.rpartition('.')[0] for n in self.layers}
+        return heads.pop() if len(heads) == 1 else ''
+
     def _layer_names(self):
-        names, out = list(self.layers), []
+        names, out, head = list(self.layers), [], self._head()
         every = next((e for e in (1, 2, 5, 10, 20, 50, 100) if len(names)/e <= 16), 200)
-        heads = [n.rpartition('.')[0] for n in names]
         for i,n in enumerate(names):
-            head, tail = heads[i], n.rpartition('.')[2]
-            first = i == 0 or heads[i-1] != head
-            if tail.isdigit() and not first and int(tail) % every: continue
+            before, _, tail = n.rpartition('.')
+            new = i == 0 or names[i-1].rpartition('.')[0] != before
+            if tail.isdigit() and not new and int(tail) % every: continue
             us = self.layers[n]
-            x = 100*(self.at[us[0].name] + len(us)/2)/self.width
-            out.append(f'<span style="left:{x:.1f}%">{escape(n if first and (i == 0 or not tail.isdigit()) else tail)}</span>')
+            out.append(f'<span style="left:{100*(self.at[us[0].name] + len(us)/2)/self.width:.1f}%">{escape(tail if head or tail.isdigit() and not new else n)}</span>')
         return ''.join(out)
 
     def hover(self,
@@ -141,14 +145,13 @@ class BarChart:
     )->str:
         "Words under the pointer"
         cols = ''.join(f'<div style="flex:{len(us)+self.gap} 1 0">' + ''.join(f'<i title="{escape(hint(u))}"></i>' for u in us) + ('<u></u>' if self.gap else '') + '</div>' for us in self.layers.values())
-        return f'<div class="alf-chart alf-bars" aria-hidden="true" style="--left:{self.left}px;--h:{self.height}px;--gap:{self.gap}"><div></div><div class="alf-plot"><div class="alf-hover cols">{cols}</div></div></div>'
+        return f'<div class="alf-chart alf-bars" aria-hidden="true" style="--left:{self.left}px;--right:0px;--h:{self.height}px;--gap:{self.gap}"><div></div><div class="alf-plot"><div class="alf-hover cols">{cols}</div></div></div>'
 
-# %% ../../nbs/11b_widgets.picker.ipynb #2f3961d7
+# %% ../../nbs/11b_widgets.picker.ipynb #183b62b3
 Context = namedtuple('Context', 'scores units step current policy asked actual')
 
 class ThresholdPicker(View):
     "Choose by slider which units train, and see what that means."
-    name = 'threshold picker'
     threshold = Float(.5, min=0., max=1., help="least importance that trains")
     budget = Float(.25, min=0., max=1., help="fraction of the parameters that may train")
     by = Enum((None, 'threshold', 'budget'), None, allow_none=True, help="what was chosen last; None: nothing yet, the policy stands as it is")
@@ -171,7 +174,7 @@ class ThresholdPicker(View):
         if not isinstance(policy, (Policy, type(None))): raise ValueError(f"policy is a Policy such as BudgetPolicy(0.25), or its dict, got {policy!r}")
         super().__init__(source)
         self._scores, self._units, self._base = scores, tuple(getattr(units, 'units', units) or ()), policy
-        if scores is not None: (policy or BudgetPolicy()).select(scores if (policy or BudgetPolicy()).needs_scores else None, self._units)     # what does not fit together is said at once
+        if scores is not None: FullPolicy(pin=policy.pin if policy else (), ban=policy.ban if policy else ()).select(scores, self._units)     # what does not fit together is said at once
         self._busy, self._key, self._why, self._request, self._chart = False, None, '', None, None
         self._ctx = self._seen_data = self._hovered = self._known = None; self._hover_t = 0.
         self._build()
@@ -182,7 +185,7 @@ class ThresholdPicker(View):
 
     def _asked(self): return self._base or (Policy.from_dict(self.state.policy) if self.state.policy else BudgetPolicy())
 
-# %% ../../nbs/11b_widgets.picker.ipynb #f2623fd4
+# %% ../../nbs/11b_widgets.picker.ipynb #e53ecd18
 @patch
 def _build(self:ThresholdPicker):
     wide = dict(width='100%')
@@ -204,7 +207,8 @@ def _build(self:ThresholdPicker):
     self.request = W.HTML(layout=dict(flex='1 1 240px', width='auto'))
     self.actions = W.HBox([self.apply, self.apply_now, self.request], layout=dict(width='100%', flex_flow='row wrap', align_items='center', display='none'))
     for by in ('threshold', 'budget'):
-        for kind in ('slider', 'number'): self.on(getattr(self, f'{by}_{kind}'), lambda c, by=by: None if self._busy else self._pick(by, c['new']))
+        self.on(getattr(self, f'{by}_number'), lambda c, by=by: None if self._busy else self._pick(by, c['new']))
+        self.on(getattr(self, f'{by}_slider'), lambda c, by=by: None if self._busy or round(c['new'], 2) == round(getattr(self, by), 2) else self._pick(by, round(c['new'], 6)))    # a front end may send a rounded echo
     self.on(self.step, lambda c: None if self._busy else self.refresh())
     self.on(self.unit, lambda c: None if self._busy else self.refresh())
     self.on(self.apply, lambda b: self._ask(False))
@@ -217,20 +221,32 @@ def _pick(self:ThresholdPicker, by, value):
     try:
         self.by = by
         setattr(self, by, value)
-        for kind in ('slider', 'number'): put(getattr(self, f'{by}_{kind}'), value=value)
+        self._show(by)
     finally: self._busy = False
     self.refresh()
+
+@patch
+def _show(self:ThresholdPicker, by):
+    "Number and slider say what the trait says; the slider as its steps allow"
+    v = getattr(self, by)
+    put(getattr(self, f'{by}_number'), value=round(v, 3))
+    if round(getattr(self, f'{by}_slider').value, 2) != round(v, 2): put(getattr(self, f'{by}_slider'), value=round(v, 2))
 
 @patch
 def _linked(self:ThresholdPicker, change):
     with self.lock:
         if not self._busy and not self.closed: self._pick(change['name'], change['new'])
 
-# %% ../../nbs/11b_widgets.picker.ipynb #0beb2e31
+# %% ../../nbs/11b_widgets.picker.ipynb #7657f522
 @patch
-def _recorded(self:ThresholdPicker):
-    "Is this a look back?"
-    return self.follower is not None and (self.control is None or not self.live)
+def _steers(self:ThresholdPicker):
+    "Is there a run to hand a wish to?"
+    return self.control is not None and self.live
+
+@patch
+def _back(self:ThresholdPicker):
+    "Is this a look back at a selection of the run?"
+    return self.follower is not None and not self._steers() and self.step.value >= 0
 
 @patch
 def _context(self:ThresholdPicker):
@@ -240,7 +256,7 @@ def _context(self:ThresholdPicker):
     if not s.units: return None
     asked = self._base or (Policy.from_dict(p) if isinstance(p := s.config.get('policy'), dict) else BudgetPolicy())
     step, events = self.step.value, s.events('select')
-    if not self._recorded() or not 0 <= step < len(events):
+    if not self._back():
         return Context(s.scores(), s.units, s.step, now := s.selections[-1] if s.selections else None, self._base or (Policy.from_dict(s.policy) if s.policy else asked), asked, now)
     e, before = events[step], [c for c in s.events('choose') if c.get('step', 0) <= events[step].get('step', 0)]
     policy = self._base or (Policy.from_dict(before[-1]['policy']) if before else asked)
@@ -252,7 +268,7 @@ def _compute(self:ThresholdPicker):
     "Select, and link the two sliders"
     s = self.state
     n = tuple(len(s.events(k)) for k in ('select', 'measure', 'probe', 'choose'))
-    seen = (s, n, self._recorded(), self.step.value)
+    seen = (s, n, self._back(), self.step.value)
     key = (seen, self.by, getattr(self, self.by) if self.by else None)
     if key == self._key: return
     if seen != self._seen_data: self._seen_data, self._ctx = seen, self._context()
@@ -287,16 +303,15 @@ def _link(self:ThresholdPicker, c, sel):
             if k is None or v is None or k == self.by: continue
             setattr(self, k, min(max(v, 0.), 1.))
         for k in ('threshold', 'budget'):
-            if k != self.by:
-                for kind in ('slider', 'number'): put(getattr(self, f'{k}_{kind}'), value=round(getattr(self, k), 3))
+            if k != self.by: self._show(k)
     finally: self._busy = busy
 
-# %% ../../nbs/11b_widgets.picker.ipynb #41d382ec
+# %% ../../nbs/11b_widgets.picker.ipynb #2944ee44
 @patch
 def draw(self:ThresholdPicker):
-    if self._recorded(): self._steps()
+    if self.follower and not self._steers(): self._steps()
     self._compute()
-    c, recorded = self._ctx, self._recorded()
+    c, steers = self._ctx, self._steers()
     shown = () if c is None else tuple(u for u in c.units if u.eligible or c.actual and u.name in c.actual or self.selection and u.name in self.selection)
     if self._chart is None or self._chart.units != shown:
         self._chart, self._hovered = BarChart(shown), None
@@ -305,14 +320,17 @@ def draw(self:ThresholdPicker):
         try: put(self.unit, options=[('look at a unit', ''), *((u.name, u.name) for u in shown)])
         finally: self._busy = False
     put(self.tiles, value=self._tiles())
-    put(self.drawing, value=self._drawing(self.unit.value))
-    if c is not None and self._hovered != self._seen_data and (recorded or self._hovered is None or time.monotonic() - self._hover_t > 5):
-        self._hovered, self._hover_t = self._seen_data, time.monotonic()
-        put(self.hints, value=self._hover())
+    drawn = put(self.drawing, value=self._drawing(self.unit.value))
+    if c is not None and self._hovered != self._seen_data and (not self.live or self._hovered is None or time.monotonic() - self._hover_t > 5):
+        if drawn and self._hovered is not None: self.later()     # the two together would be a large message
+        else:
+            self._hovered, self._hover_t = self._seen_data, time.monotonic()
+            put(self.hints, value=self._hover())
     put(self.said, value=self._said())
     put(self.about, value=self._about(self.unit.value))
-    put(self.actions.layout, display=None if self.control is not None and not recorded else 'none')
-    put(self.step.layout, display=None if recorded and len(self.step.options) > 1 else 'none')
+    put(self.actions.layout, display=None if steers or self._request else 'none')
+    for b in (self.apply, self.apply_now): put(b.layout, display=None if steers else 'none')
+    put(self.step.layout, display=None if not steers and len(self.step.options) > 1 else 'none')
     able = bool(self.by and self.selection)
     for b in (self.apply, self.apply_now): put(b, disabled=not able)
     put(self.request, value=self._answer())
@@ -320,11 +338,12 @@ def draw(self:ThresholdPicker):
 @patch
 def _steps(self:ThresholdPicker):
     "One stop of the step slider for each selection"
-    options = [(str(e.get('step', 0)), i) for i,e in enumerate(self.state.events('select'))] or [('–', -1)]
+    options = [(str(e.get('step', 0)), i) for i,e in enumerate(self.state.events('select'))]
+    if self.live or not options: options.append(('now', -1))
     if list(self.step.options) == options: return
-    last = self.step.value < 0 or self.step.value >= len(self.step.options)-1
+    last = self.step.value == self.step.options[-1][1]
     self._busy, keep = True, self.step.value
-    try: self.step.options = options; self.step.value = options[-1][1] if last else min(keep, options[-1][1])
+    try: self.step.options = options; self.step.value = options[-1][1] if last or keep >= len(options) else keep
     finally: self._busy = False
 
 @patch
@@ -337,19 +356,19 @@ def _forecast(self:ThresholdPicker):
     try: cost = step_cost(c.units, sel.names)
     except ValueError: cost = None
     full = seconds_per_full_step(s) if cost is not None else None
-    return (n*(per or ADAMW_BYTES), f'{per:.3g} bytes per parameter, as measured' if per else 'AdamW in fp32: gradient, 2 moments, reference',
-            cost, f'{cost:.2f} of full fine-tuning' + (', from measured steps' if full else '') if cost is not None else 'unknown', full*cost if full else None)
+    return (n*(per or ADAMW_BYTES), f'{per:.3g} B per weight, measured' if per else 'AdamW fp32: 4 B gradient, 8 optimizer, 4 reference each',
+            cost, f'{cost:.2f} of full training' + (', timed' if full else '') if cost is not None else 'unknown', full*cost if full else None)
 
 @patch
 def _tiles(self:ThresholdPicker):
     sel, c = self.selection, self._ctx
     tile = lambda name, big, sub='': f'<div><dt>{name}</dt><dd><div class="big">{big}</div><div class="sub">{escape(sub)}</div></dd></div>'
-    if not sel: return f'<dl class="alf-tiles">{tile("units that would train", "–", self._why)}</dl>'
+    if not sel: return f'<dl class="alf-tiles">{tile("would train", "–", self._why)}</dl>'
     able = sum(u.eligible for u in c.units)
     mem, mem_why, cost, cost_why, secs = self._forecast()
     n = sum(u.n_params for u in c.units if u.name in set(sel.names))
-    return '<dl class="alf-tiles">' + tile('units that would train', f'{len(sel)} <small>of {able}</small>', f'in {len({u.layer for u in c.units if u.name in set(sel.names)})} layers') + tile('share of parameters', percent(sel.share), f'{human_count(n)} of {human_count(sum(u.n_params for u in c.units))}') \
-        + tile('training state, predicted', human_bytes(mem), mem_why) + tile('time per step, predicted', human_time(secs) if secs else '–' if cost is None else f'× {cost:.2f}', cost_why) + '</dl>'
+    return '<dl class="alf-tiles">' + tile('would train', f'{len(sel)} <small>of {able} units</small>', f'in {len({u.layer for u in c.units if u.name in set(sel.names)})} layers') + tile('share of weights', percent(sel.share), f'{human_count(n)} of {human_count(sum(u.n_params for u in c.units))}') \
+        + tile('predicted memory', human_bytes(mem), mem_why) + tile('predicted time per step', human_time(secs) if secs else '–' if cost is None else f'× {cost:.2f}', cost_why) + '</dl>'
 
 @patch
 def _drawing(self:ThresholdPicker, pick=''):
@@ -357,7 +376,7 @@ def _drawing(self:ThresholdPicker, pick=''):
     if c is None: return '<p class="note">Waiting for the run to begin.</p>'
     if not self._imp or not any(v is not None for v in self._imp.values()): note = '<p class="note">Nothing was measured yet.</p>'
     else: note = ''
-    strip = '' if c.actual is None else 'did train' if self._recorded() else 'trains now'
+    strip = '' if c.actual is None else 'did train' if self._back() else 'trains now'
     label = f"Importance of {len(self._chart.units)} units by layer. {len(sel) if sel else 0} would train" + (f", {sel.share:.1%} of the parameters" if sel else '') + f", at importance of at least {self.threshold:.2f}"
     return note + self._chart.frame(self._chart.svg(self._imp, sel.names if sel else (), c.actual and c.actual.names, self.threshold, pick), label, strip, self.threshold)
 
@@ -368,25 +387,26 @@ def _facts(self:ThresholdPicker, u):
     other = {k: v for k in ('rate', 'coherence', 'gain', 'grad_norm') if (v := self._signals().get(k, {}).get(u.name)) is not None}
     if c.scores.values.get(u.name) is not None: other[c.scores.signal] = c.scores.values[u.name]
     known = self._imp.get(u.name)
-    return dict(shape=', '.join('×'.join(map(str, s)) for s in u.shapes) or '–', importance='unknown' if known is None else f'{known:.2f}', **{k.replace('_', ' '): f'{v:.3g}' for k,v in other.items()},
+    return dict(shape=', '.join('×'.join(map(str, s)) for s in u.shapes) or '–', importance='unknown' if known is None else f'{known:.2f}', **{k.replace('_', ' '): f'{v:.2g}' for k,v in other.items()},
                 age=f'{c.scores.ages[u.name]}' if u.name in c.scores.ages else '–' if known is None else '0')
 
 @patch
 def _signals(self:ThresholdPicker):
     "Newest values of every signal as known at the step shown"
     if self._known is None or self._known[0] != self._seen_data:
-        s, at = self.state, self._ctx.step if self._recorded() else None
+        s, at = self.state, self._ctx.step if self._back() else None
         self._known = self._seen_data, {k: s.scores(k, at).values for k in ('rate', 'coherence', 'gain', 'grad_norm') if k in s.signals}
     return self._known[1]
 
 @patch
 def _hover(self:ThresholdPicker):
     "Names and numbers under the pointer; a very large model gets the names alone"
-    def hint(u, short=False):
+    def hint(u, keys):
         f = self._facts(u)
-        return f"{u.name} {f['shape']}\n" + ' '.join(f'{k} {v}' for k,v in f.items() if k in (('importance',) if short else ('importance', 'rate', 'coherence', 'age')))
-    out = self._chart.hover(hint)
-    return out if len(out) < 20_000 else self._chart.hover(lambda u: hint(u, True))
+        return f"{u.name} {f['shape']}\n" + ' '.join(f'{k} {f[k]}' for k in keys if k in f)
+    for keys in (('importance', 'rate', 'coherence', 'age'), ('importance', 'age'), ()):
+        if len(out := self._chart.hover(lambda u: hint(u, keys))) < 22_000: break
+    return out
 
 @patch
 def _about(self:ThresholdPicker, name):
@@ -395,10 +415,10 @@ def _about(self:ThresholdPicker, name):
     if u is None: return ''
     c, sel = self._ctx, self.selection
     rows = dict(parameters=human_count(u.n_params), **self._facts(u), here='would train' if sel and name in sel else 'stays frozen')
-    if c.actual is not None: rows['did train' if self._recorded() else 'trains now'] = 'yes' if name in c.actual else 'no'
+    if c.actual is not None: rows['did train' if self._back() else 'trains now'] = 'yes' if name in c.actual else 'no'
     return f'<dl class="alf-unit" aria-label="{escape(name)}">' + ''.join(f'<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>' for k,v in rows.items()) + '</dl>'
 
-# %% ../../nbs/11b_widgets.picker.ipynb #c2984b83
+# %% ../../nbs/11b_widgets.picker.ipynb #4d05e38b
 def _units(n): return f"{n} unit{'s'*(n != 1)}"
 
 @patch
@@ -411,14 +431,14 @@ def _said(self:ThresholdPicker):
     c, sel = self._ctx, self.selection
     if c is None: return ''
     if not sel: return f'<p class="alf-said" role="status"><span class="bad">No selection:</span> {escape(self._why)}</p>'
-    said = f"With {escape(self._wish())}, {{}} <b>{_units(len(sel))}</b> ({percent(sel.share)}): {escape(sel.reason)}."
+    said = f"with {escape(self._wish())} {{}} <b>{_units(len(sel))}</b> ({percent(sel.share)}): {escape(sel.reason)}."
     if c.actual is None: said = said.format('it selects')
     else:
         here, there = set(sel.names), set(c.actual.names)
         differ = 'the same' if here == there else f'{len(here & there)} the same, <b>{len(here - there)}</b> only here, <b>{len(there - here)}</b> only there'
-        if self._recorded(): said = f'At step {c.step}: ' + said.format('it would have chosen') + f" It did choose <b>{_units(len(there))}</b> ({percent(c.actual.share)}, {escape(c.actual.policy)}): {differ}."
+        if self._back(): said = f'At step {c.step}: ' + said.format('it would have chosen') + f" It did choose <b>{_units(len(there))}</b> ({percent(c.actual.share)}, {escape(c.actual.policy)}): {differ}."
         else: said = said.format('it selects') + f" Since step {c.actual.step} <b>{_units(len(there))}</b> train ({percent(c.actual.share)}): " + (differ if here == there else f'{len(here - there)} would come, {len(there - here)} would go') + '.'
-    return f'<p class="alf-said" role="status">{said}</p>'
+    return f'<p class="alf-said" role="status">{said[0].upper()}{said[1:]}</p>'
 
 # %% ../../nbs/11b_widgets.picker.ipynb #c71aa888
 @patch

@@ -1,0 +1,340 @@
+"The threshold picker, driven as a front end drives it: before a run, beside one that lives, and on a recorded one."
+import random, re, sys, threading, time
+
+import ipywidgets as W
+import pytest
+import traitlets
+
+from alf_nb.plots import human_time
+from alf_nb.policies import *
+from alf_nb.records import Scores, UnitInfo
+from alf_nb.runlog import RunLog
+from alf_nb.widgets.base import _all, ticker
+from alf_nb.widgets.picker import ADAMW_BYTES, BarChart, ThresholdPicker
+
+sys.path.insert(0, __file__.rpartition('/')[0])
+from fake_run import fake_run, fake_units  # noqa: E402
+
+
+def wait_for(f, s=10):
+    end = time.monotonic() + s
+    while not (res := f()):
+        assert time.monotonic() < end, 'it never came'
+        time.sleep(.01)
+    return res
+
+
+@pytest.fixture
+def picker():
+    made = []
+    yield lambda *args, **kw: made.append(ThresholdPicker(*args, **kw)) or made[-1]
+    for p in made: p.close()
+    wait_for(lambda: ticker._thread is None)
+
+
+def made_up_scores(units, seed=0, signal='gain'):
+    rng = random.Random(seed)
+    return Scores(signal, {u.name: rng.random()**2 if u.eligible and rng.random() > .1 else None for u in units})
+
+
+class Live:
+    "What `train_in_background` returns: trains in a thread when told to, and writes a real run log"
+    def __init__(self, path, policy=BudgetPolicy(.25), blocks=4, interval=10, steps=1000):
+        self.log, self.units, self.policy, self.interval, self.max_steps = RunLog(path), fake_units(blocks), policy, interval, steps
+        self.status, self.alive, self.error, self.current, self.step, self.pending, self.asked = 'starting', True, None, None, 0, None, []
+        self.log.write('run_begin', step=0, run_id='live', config=dict(policy=policy.to_dict(), signal='gain', interval=interval), units=self.units, n_total=sum(u.n_params for u in self.units), max_steps=steps, interval=interval)
+        self.select(0)
+        self.status = 'running'
+
+    def draw(self, step): return made_up_scores(self.units, step)
+
+    def choose(self, threshold=None, budget=None, now=False):
+        self.asked.append(dict(threshold=threshold, budget=budget, now=now))
+        if not self.alive: raise RuntimeError('there is nothing to change after training has ended')
+        self.pending = (ThresholdPolicy(threshold) if threshold is not None else BudgetPolicy(budget)), now
+
+    def select(self, step):
+        scores = self.draw(step)
+        sel = self.policy.select(scores, self.units, step, self.current)
+        self.log.write('select', step=step, names=list(sel), entered=[], left=[], reason=sel.reason, policy=sel.policy, share=sel.share, signal='gain', scores=scores.values, ages=scores.ages)
+        self.current = sel
+
+    def _train(self, n):
+        for _ in range(n):
+            self.step += 1
+            now = False
+            if self.pending:
+                (self.policy, now), self.pending = self.pending, None
+                self.log.write('choose', step=self.step, policy=self.policy.to_dict(), now=now)
+            if now or self.step % self.interval == 0: self.select(self.step)
+            self.log.write('log', step=self.step, loss=1., seconds_per_step=.8*step_cost(self.units, self.current.names), tokens_per_second=9.)
+
+    def train(self, n=1):
+        t = threading.Thread(target=self._train, args=(n,)); t.start(); t.join()
+
+    def end(self, stopped=True):
+        self.log.write('run_end', step=self.step, stopped=stopped)
+        self.status, self.alive = 'stopped', False
+
+
+units = fake_units(30)
+scores = made_up_scores(units)
+
+
+# ---- before a run
+
+def test_sliders_numbers_and_traits_are_one(picker):
+    p = picker(scores=scores, units=units)
+    assert p.by is None and p.selection == BudgetPolicy(.25).select(scores, units) and p.budget == .25
+    assert p.threshold == threshold_for_budget(scores, units, .25)
+    p.threshold_slider.set_state({'value': .4})             # what a front end's message does
+    assert (p.by, p.threshold, p.threshold_number.value) == ('threshold', .4, .4)
+    assert p.selection == ThresholdPolicy(.4).select(scores, units) and p.policy == ThresholdPolicy(.4)
+    assert p.budget == budget_for_threshold(scores, units, .4) and p.budget_slider.value == round(p.budget, 2)
+    p.budget_number.value = .1
+    assert (p.by, p.policy, p.budget_slider.value) == ('budget', BudgetPolicy(.1), .1)
+    p.threshold = .7
+    assert (p.by, p.threshold_slider.value, p.threshold_number.value) == ('threshold', .7, .7) and p.selection.share <= p.budget + 1e-9
+
+
+def test_a_rounded_echo_is_no_choice(picker):
+    p = picker(scores=scores, units=units)
+    p.threshold_slider.set_state({'value': round(p.threshold, 2)}); p.budget_slider.set_state({'value': .25000000001})
+    assert p.by is None
+
+
+def test_traits_can_be_linked_and_observed(picker):
+    a, b = picker(scores=scores, units=units), picker(scores=scores, units=units)
+    traitlets.link((a, 'threshold'), (b, 'threshold'))
+    seen = []
+    b.observe(lambda c: seen.append(len(c['new'])), 'selection')
+    a.threshold_slider.value = .9
+    assert b.threshold_slider.value == .9 and a.selection == b.selection and seen == [len(b.selection)]
+
+
+def test_the_policy_keeps_its_other_settings(picker):
+    base = BudgetPolicy(.3, pin='norm', ban='block.2*', explore=.2, hysteresis=.5)
+    p = picker(scores=scores, units=units, policy=base, budget=.2)
+    assert p.policy == BudgetPolicy(.2, pin='norm', ban='block.2*', explore=.2, hysteresis=.5) and p.selection == p.policy.select(scores, units)
+    p.threshold_slider.value = .5
+    assert p.policy == ThresholdPolicy(.5, pin='norm', ban='block.2*') and 'norm' in p.selection
+    q = picker(scores=scores, units=units, policy=dict(policy='lisa', k=3))
+    assert len(q.selection) == 3*7 and q.budget == q.selection.share
+
+
+def test_readouts_say_what_the_records_say(picker):
+    p = picker(scores=scores, units=units, threshold=.5)
+    sel, n = p.selection, sum(u.n_params for u in units if u.name in p.selection)
+    assert f'>{len(sel)} <small>of 210 units<' in p.tiles.value and f'{sel.share*100:.1f} %' in p.tiles.value
+    assert f'{n*ADAMW_BYTES/1024**2:.3g} MB' in p.tiles.value and 'AdamW' in p.tiles.value
+    assert f'× {step_cost(units, sel.names):.2f}' in p.tiles.value
+
+
+def test_what_selects_nothing_is_said(picker):
+    p = picker(scores=scores, units=units)
+    p.budget_number.value = 0
+    assert p.selection is None and p.policy is None and 'above 0' in p.said.value and not p.error.value
+    p.budget_number.value = .5
+    assert p.selection and p.policy == BudgetPolicy(.5)
+    empty = picker(scores=Scores('rate', {}), units=units, policy=FullPolicy())
+    assert len(empty.selection) == 210
+    empty.threshold_slider.value = .31
+    assert empty.selection is None and 'no candidate has a known rate' in empty.said.value
+
+
+def test_bad_input_is_refused():
+    for kw, match in ((dict(), 'of a run, or of scores= and units='), (dict(scores=scores), 'of a run'), (dict(source=3), 'got int'), (dict(scores={}, units=units), 'a Scores'),
+                      (dict(scores=scores, units=fake_units(2)), 'another model'), (dict(scores=scores, units=units, policy=3), 'policy is a Policy'), (dict(scores=scores, units=units, policy=dict(policy='none')), 'unknown policy'),
+                      (dict(scores=scores, units=units, threshold=.1, budget=.1), 'give one'), (dict(scores=scores, units=units, budget=25), 'did you mean 0.25'), (dict(scores=scores, units=[]), 'no parameters')):
+        with pytest.raises(ValueError, match=re.escape(match)): ThresholdPicker(**kw)
+    p = ThresholdPicker(scores=scores, units=units)
+    with pytest.raises(traitlets.TraitError): p.threshold = 2
+    p.close()
+
+
+def test_a_unit_tells_about_itself(picker):
+    p = picker(scores=scores, units=units)
+    p.unit.value = 'block.7.mlp.down_proj'
+    assert '576×1536' in p.about.value and 'class="pick"' in p.drawing.value
+    v = Scores('gain', {u.name: scores[u.name] for u in units}).importance['block.7.mlp.down_proj']
+    assert f'{v:.2f}' in p.about.value if v is not None else 'unknown' in p.about.value
+    assert p.hints.value.count('<i title=') == 210 and 'block.7.mlp.down_proj 576×1536' in p.hints.value
+
+
+def test_hostile_names_are_text(picker):
+    odd = [UnitInfo('<b>"x', '<script>', 'matrix', '<i>', 10, 1), UnitInfo('y', '<script>', 'matrix', 'y', 10, 1)]
+    p = picker(scores=Scores('rate', {'<b>"x': 1., 'y': .2}), units=odd, budget=.9)
+    p.unit.value = '<b>"x'
+    html = p.still() + p.hints.value + p.about.value
+    assert '<script' not in html and '<b>"x' not in html and '<i>&' not in html
+
+
+# ---- how much and how fast
+
+def test_updates_are_small_and_quick(picker):
+    p = picker(scores=scores, units=units)
+    sent = []
+    for w in _all(p.box): w.observe(lambda c: sent.append(len(str(c['new']).encode())))
+    took = []
+    for i in range(1, 40):
+        for slider, v in ((p.threshold_slider, i/42), (p.budget_slider, i/41)):
+            del sent[:]
+            t = time.thread_time()
+            slider.value = v
+            took.append(time.thread_time() - t)
+            assert sum(sent) < 20_000
+    assert sorted(took)[len(took)//2] < .02
+
+
+def test_hints_stay_small():
+    big = fake_units(100)
+    p = ThresholdPicker(scores=Scores('gain', {u.name: 1e-3 for u in big if u.eligible}), units=big)
+    assert len(p.hints.value) < 60_000 and 'importance' not in p.hints.value
+    p.close()
+
+
+# ---- beside a run
+
+def test_it_follows_a_run_and_its_policy(picker, tmp_path):
+    run = Live(tmp_path, BudgetPolicy(.25, hysteresis=.3))
+    p = picker(run)
+    assert p.by is None and p.selection == run.policy.select(run_scores(run), run.units, 0, run.current)
+    assert p.actions.layout.display is None and p.step.layout.display == 'none' and p.apply.disabled and 'trains now' in p.drawing.value
+    run.train(25)
+    wait_for(lambda: p.state.step == 25 and 'Since step 20' in p.said.value)
+    assert p.selection.names == run.policy.select(p.state.scores(), run.units, 25, run.current).names
+    p.threshold_slider.value = .33
+    assert not p.apply.disabled and p.policy == ThresholdPolicy(.33)
+    assert human_time(.8*step_cost(run.units, p.selection.names)) in p.tiles.value and 'timed' in p.tiles.value
+
+
+def run_scores(run):
+    e = RunLog(run.log.path).events('select')[-1]
+    return Scores(e['signal'], e['scores'], e['ages'])
+
+
+def test_apply_at_the_next_reselection(picker, tmp_path):
+    run = Live(tmp_path)
+    p = picker(run)
+    run.train(3)
+    p.budget_slider.value = .1
+    p.apply.click()
+    assert run.asked == [dict(threshold=None, budget=.1, now=False)] and 'pending' in p.request.value
+    run.train()
+    wait_for(lambda: 'in force since step 4' in p.request.value and '(step 10)' in p.request.value)
+    run.train(6)
+    wait_for(lambda: 'trains since step 10' in p.request.value)
+    assert run.current.share <= .1 and f'{len(run.current)} units' in p.request.value
+
+
+def test_apply_now_and_the_run_trains_what_was_shown(picker, tmp_path):
+    run = Live(tmp_path)
+    p = picker(run)
+    p.threshold_slider.value = .45
+    shown = p.selection.names
+    p.apply_now.click()
+    run.draw = lambda step: made_up_scores(run.units, 0)        # the same scores as those shown
+    run.train()
+    wait_for(lambda: 'taken at step 1' in p.request.value or 'trains since' in p.request.value)
+    assert run.asked[-1] == dict(threshold=.45, budget=None, now=True) and run.current.names == shown
+
+
+def test_a_refusal_is_said(picker, tmp_path):
+    run = Live(tmp_path)
+    p = picker(run)
+    p.budget_slider.value = .5
+    run.choose = lambda **kw: (_ for _ in ()).throw(RuntimeError('no re-selection is left <b>'))
+    p.apply.click()
+    assert 'refused: no re-selection is left &lt;b&gt;' in p.request.value and not p.error.value
+
+
+def test_a_run_that_ends_can_be_looked_back_at(picker, tmp_path):
+    run = Live(tmp_path)
+    p = picker(run)
+    p.budget_slider.value = .12
+    p.apply.click()
+    run.end()
+    wait_for(lambda: 'ended before it was taken' in p.request.value)
+    assert p.apply.layout.display == p.apply_now.layout.display == 'none'
+    run2 = Live(tmp_path/'2'); q = picker(run2); run2.train(30); run2.end()
+    wait_for(lambda: q.step.layout.display is None)
+    assert [o[0] for o in q.step.options] == ['0', '10', '20', '30'] and 'At step 30' in q.said.value
+
+
+# ---- in hindsight
+
+def test_a_recorded_run_is_reproduced_at_every_step(picker, tmp_path):
+    run = Live(tmp_path, BudgetPolicy(.2, explore=.3, hysteresis=.4), blocks=6)
+    run.train(25); run.choose(threshold=.5); run.train(25); run.end()
+    p = picker(tmp_path)
+    events = RunLog(tmp_path).events('select')
+    assert len(p.step.options) == len(events) == 6
+    for i, e in enumerate(events):
+        p.step.value = i
+        assert list(p.selection.names) == e['names'] and f"At step {e['step']}" in p.said.value and 'the same' in p.said.value, e['step']
+        assert p.policy.name == e['policy']
+    p.step.value = 1
+    p.threshold_slider.value = .6
+    assert p.selection.names == ThresholdPolicy(.6).select(Scores('gain', events[1]['scores']), run.units, 10).names
+    here, there = set(p.selection.names), set(events[1]['names'])
+    assert f'<b>{len(here-there)}</b> only here' in p.said.value and f'<b>{len(there-here)}</b> only there' in p.said.value
+    wait_for(lambda: p._hovered == p._seen_data)        # the words under the pointer follow a tick later
+
+
+def test_recorded_runs_without_scores_in_their_selections(picker, tmp_path):
+    p = picker(fake_run(tmp_path/'old', steps=60))      # probes only
+    assert p.selection and p.state.selections[0].share > 0
+    p.step.value = 0
+    assert 'At step 0' in p.said.value and not p.error.value
+    assert '16 B per weight, measured' in p.tiles.value
+
+
+def test_a_run_that_has_not_measured_yet(picker, tmp_path):
+    log = RunLog(tmp_path)
+    log.write('eval', step=0, when='before', name='domain', loss=1.)
+    p = picker(log)
+    assert p.selection is None and 'Waiting for the run' in p.drawing.value and not p.error.value
+    log.write('run_begin', step=0, run_id='x', config=dict(policy=dict(policy='budget', budget=.3), signal='rate'), units=fake_units(2))
+    wait_for(lambda: 'Nothing was measured' in p.drawing.value)
+    log.write('select', step=0, names=['block.0.mlp.up_proj'], share=.2, reason='warm-up', policy='warm-up')
+    log.write('measure', step=10, signals=dict(rate={'block.0.mlp.up_proj': .1, 'block.1.mlp.up_proj': .05}, coherence={'block.0.mlp.up_proj': .5}))
+    wait_for(lambda: p.selection and 'block.0.mlp.up_proj' in p.selection)
+    assert [o[0] for o in p.step.options] == ['0', 'now'] and 'trains now' in p.drawing.value
+    p.step.value = 0
+    assert 'did train' in p.drawing.value and p.selection is None
+    p.step.value = -1
+    p.unit.value = 'block.0.mlp.up_proj'
+    assert '0.5' in p.about.value and 'coherence' in p.about.value
+
+
+# ---- where no kernel runs
+
+def test_the_still_picture_holds_the_same(picker):
+    p = picker(scores=scores, units=units, threshold=.5)
+    html = p.picture()._repr_html_()
+    assert p.tiles.value in html and '<svg' in html and html.count('<tr>') == 31 and 'alf-chart' in html
+    bare = re.sub(r'<style>.*?</style>|<svg.*?</svg>| style="[^"]*"| class="[^"]*"', '', html, flags=re.S)        # what a careful viewer leaves
+    assert f'{len(p.selection)} <small>of 210' in bare and 'block.29' in bare and f'{len(p.selection)} units' in bare
+    assert repr(p).startswith('ThresholdPicker: importance ≥ 0.5, ')
+
+
+def test_closing_lets_go(tmp_path):
+    run = Live(tmp_path)
+    p = ThresholdPicker(run)
+    slider = p.threshold_slider
+    p.close()
+    slider.value = .9
+    run.train(2)
+    assert p.by is None and slider.comm is None and all(w.comm is None for w in _all(p.box))
+
+
+# ---- the chart
+
+def test_bars_of_odd_models():
+    for us in ([], [UnitInfo('a', 'a', 'block', 'a', 5, 1)], [UnitInfo(f'{s}.block.{i}', f'{s}.block.{i}', 'block', 'block', 5, i+1) for s in ('encoder', 'decoder') for i in range(13)],
+               [UnitInfo(f'l.{i}', 'l', 'matrix', f'r{i}', 5, 1) for i in range(12)]):
+        c = BarChart(us)
+        svg = c.svg({u.name: None for u in us}, [u.name for u in us[:1]], [u.name for u in us], .5, us[0].name if us else '')
+        assert svg.count('M') >= len(us) and c.frame(svg, 'label').count('<svg') == 1
+        assert c.legend().count('<li>') <= 9 and c.hover(lambda u: u.name).count('<i title') == len(us)
+    assert {'encoder.block.0', 'decoder.block.0'} <= set(re.findall(r'>([\w.]+)<', BarChart([UnitInfo(f'{s}.block.{i}', f'{s}.block.{i}', 'block', 'block', 5, i+1) for s in ('encoder', 'decoder') for i in range(13)])._layer_names()))
