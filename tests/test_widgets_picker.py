@@ -125,7 +125,7 @@ def test_the_policy_keeps_its_other_settings(picker):
 def test_readouts_say_what_the_records_say(picker):
     p = picker(scores=scores, units=units, threshold=.5)
     sel, n = p.selection, sum(u.n_params for u in units if u.name in p.selection)
-    assert f'>{len(sel)} <small>of 210 units<' in p.tiles.value and f'{sel.share*100:.1f} %' in p.tiles.value
+    assert f'>{len(sel)} <small>of 210<' in p.tiles.value and f'{sel.share*100:.1f} %' in p.tiles.value
     assert f'{n*ADAMW_BYTES/1024**2:.3g} MB' in p.tiles.value and 'AdamW' in p.tiles.value
     assert f'× {step_cost(units, sel.names):.2f}' in p.tiles.value
 
@@ -338,3 +338,36 @@ def test_bars_of_odd_models():
         assert svg.count('M') >= len(us) and c.frame(svg, 'label').count('<svg') == 1
         assert c.legend().count('<li>') <= 9 and c.hover(lambda u: u.name).count('<i title') == len(us)
     assert {'encoder.block.0', 'decoder.block.0'} <= set(re.findall(r'>([\w.]+)<', BarChart([UnitInfo(f'{s}.block.{i}', f'{s}.block.{i}', 'block', 'block', 5, i+1) for s in ('encoder', 'decoder') for i in range(13)])._layer_names()))
+
+
+# ---- with a real model
+
+@pytest.mark.timeout(120)
+def test_beside_a_real_run(picker, tmp_path):
+    "What the picker showed is what the run went on to train, and every selection of the run is shown again afterwards"
+    pytest.importorskip('torch')
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from alf_nb.background import train_in_background
+    from alf_nb.demo import demo_dataset, demo_model
+    from alf_nb.trainer import ALFCallback
+
+    class Slow(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kw): time.sleep(.03)
+
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=60, per_device_train_batch_size=4, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no')
+    run = train_in_background(Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[ALFCallback(budget=.3, interval=10, lock=1.), Slow()]))
+    wait_for(lambda: run.log.path.exists() and run.log.events('log'), 60)
+    p = picker(run)
+    p.budget_slider.value = .5
+    p.apply_now.click()
+    wait_for(lambda: 'trains since step' in p.request.value, 30)
+    at = next(e['step'] for e in run.log.events('choose'))
+    run.wait(60)
+    wait_for(lambda: p.step.layout.display is None)
+    chosen = run.log.events('select')
+    assert [s for e in chosen if (s := e['step']) >= at][0] == at and all(e['share'] <= .5 for e in chosen) and any(e['share'] > .3 for e in chosen)
+    fresh = picker(tmp_path)
+    for i, e in enumerate(chosen):
+        fresh.step.value = i
+        assert list(fresh.selection.names) == e['names']
+    assert not p.error.value and not fresh.error.value

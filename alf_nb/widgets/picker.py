@@ -306,7 +306,7 @@ def _link(self:ThresholdPicker, c, sel):
             if k != self.by: self._show(k)
     finally: self._busy = busy
 
-# %% ../../nbs/11b_widgets.picker.ipynb #2944ee44
+# %% ../../nbs/11b_widgets.picker.ipynb #4e4dd79d
 @patch
 def draw(self:ThresholdPicker):
     if self.follower and not self._steers(): self._steps()
@@ -367,7 +367,7 @@ def _tiles(self:ThresholdPicker):
     able = sum(u.eligible for u in c.units)
     mem, mem_why, cost, cost_why, secs = self._forecast()
     n = sum(u.n_params for u in c.units if u.name in set(sel.names))
-    return '<dl class="alf-tiles">' + tile('would train', f'{len(sel)} <small>of {able} units</small>', f'in {len({u.layer for u in c.units if u.name in set(sel.names)})} layers') + tile('share of weights', percent(sel.share), f'{human_count(n)} of {human_count(sum(u.n_params for u in c.units))}') \
+    return '<dl class="alf-tiles">' + tile('would train', f'{len(sel)} <small>of {able}</small>', f'units, in {len({u.layer for u in c.units if u.name in set(sel.names)})} layers') + tile('share of weights', percent(sel.share), f'{human_count(n)} of {human_count(sum(u.n_params for u in c.units))}') \
         + tile('predicted memory', human_bytes(mem), mem_why) + tile('predicted time per step', human_time(secs) if secs else '–' if cost is None else f'× {cost:.2f}', cost_why) + '</dl>'
 
 @patch
@@ -440,7 +440,7 @@ def _said(self:ThresholdPicker):
         else: said = said.format('it selects') + f" Since step {c.actual.step} <b>{_units(len(there))}</b> train ({percent(c.actual.share)}): " + (differ if here == there else f'{len(here - there)} would come, {len(there - here)} would go') + '.'
     return f'<p class="alf-said" role="status">{said[0].upper()}{said[1:]}</p>'
 
-# %% ../../nbs/11b_widgets.picker.ipynb #c71aa888
+# %% ../../nbs/11b_widgets.picker.ipynb #b581dd0e
 @patch
 def _ask(self:ThresholdPicker, now):
     if not self.by: return
@@ -464,7 +464,7 @@ def _answer(self:ThresholdPicker):
     if r['error']: text, kind = f"refused: {escape(r['error'])}", 'bad'
     elif (e := self._taken()) is None: text, kind = (f'{wish}: <b>pending</b>, the run takes it between two steps', '') if self.live else (f'{wish}: the run ended before it was taken', 'bad')
     elif (sel := next((x for x in s.selections if x.step >= e['step']), None)) is None: text, kind = f"{wish}: <b>in force since step {e['step']}</b>, the next re-selection{self._next()} uses it", ''
-    else: text, kind = f"{wish}: taken at step {e['step']}, <b>trains since step {sel.step}</b>: {_units(len(sel))}, {percent(sel.share)}", 'good'
+    else: text, kind = f"{wish}: taken at step {e['step']}, <b>{'trains since' if self.live else 'trained from'} step {sel.step}</b>: {_units(len(sel))}, {percent(sel.share)}", 'good'
     return f'<p class="alf-said {kind}" role="status">{text}</p>'
 
 @patch
