@@ -367,6 +367,10 @@ def test_beside_a_real_run(picker, tmp_path):
     chosen = run.log.events('select')
     assert [s for e in chosen if (s := e['step']) >= at][0] == at and all(e['share'] <= .5 for e in chosen) and any(e['share'] > .3 for e in chosen)
     fresh = picker(tmp_path)
+    for e in chosen:                        # the follower blends what was measured as the tracker does
+        if e.get('scores'): assert {n: v for n, v in fresh.state.scores(step=e['step']).values.items() if v is not None} == {n: v for n, v in e['scores'].items() if v is not None}
+    tracked = run.callback.tracker.scores(run.callback.signal, 60)
+    assert fresh.state.scores().known == pytest.approx(tracked.known)
     for i, e in enumerate(chosen):
         fresh.step.value = i
         assert list(fresh.selection.names) == e['names']

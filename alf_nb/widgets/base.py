@@ -19,7 +19,7 @@ from ..records import Scores, Selection, UnitInfo
 from ..runlog import RunLog, survivors
 from ..plots import Picture, theme_css
 
-# %% ../../nbs/11a_widgets.base.ipynb #79144892
+# %% ../../nbs/11a_widgets.base.ipynb #a8197eec
 _ends = dict(run_end='complete', error='failed', pause='paused')
 
 class RunState:
@@ -28,7 +28,7 @@ class RunState:
         self.begin, self.units, self.sizes, self.policy = {}, (), {}, None
         self.step, self.status, self.error = 0, 'starting', None
         self.selections, self._kinds, self._columns = [], {}, {}
-        self._newest, self._lock = {}, threading.Lock()      # signal → unit → (value, step)
+        self._newest, self._stand_in, self._lock = {}, None, threading.Lock()      # signal → unit → (value, step)
         for e in events: self.add(e)
 
     def add(self,
@@ -36,7 +36,7 @@ class RunState:
     ):
         "Take in one event"
         kind, step = e['event'], e.get('step', 0)
-        if f := getattr(self, f'_{kind}', None): f(e)
+        if kind in ('run_begin', 'select', 'choose', 'error', 'probe', 'measure'): getattr(self, f'_{kind}')(e)
         if kind in ('log', 'measure', 'select', 'pause', 'unpause', 'run_end'): self.step = max(self.step, step)
         if kind in ('run_begin', 'resume', 'unpause', *_ends): self.status = 'stopped' if e.get('stopped') else _ends.get(kind, 'unfinished')
         self._kinds.setdefault(kind, []).append(e)
@@ -47,12 +47,20 @@ class RunState:
         self.sizes = {u.name: u.n_params for u in self.units}
         self.policy = self.config.get('policy') if isinstance(self.config.get('policy'), dict) else None
 
-    def _select(self, e): self.selections.append(Selection(**{f.name: e[f.name] for f in fields(Selection) if f.name in e}))
-    def _choose(self, e): self.policy = e['policy']
+    def _select(self, e):
+        self.selections.append(Selection(**{f.name: e[f.name] for f in fields(Selection) if f.name in e}))
+        if not (signal := e.get('signal')) or not e.get('scores'): return
+        if self._newest.get(signal): self._keep(signal, {n: (v, e.get('step', 0) - e.get('ages', {}).get(n, 0)) for n,v in e['scores'].items() if v is not None})
+        else: self._stand_in = Scores(signal, e['scores'])      # nothing was measured: the prior stood in
+
+    def _choose(self, e): self.policy = e.get('policy') or self.policy
     def _error(self, e): self.error = f"{e.get('type')}: {e.get('message')}"
-    def _probe(self, e):
-        for k,vs in (e.get('signals') or {}).items(): self._newest = {**self._newest, k: {**self._newest.get(k, {}), **{n: (v, e.get('step', 0)) for n,v in vs.items() if v is not None}}}
-    _measure = _probe
+    def _measure(self, e, beta=.5):
+        for k,vs in (e.get('signals') or {}).items():
+            old = self._newest.get(k, {})
+            self._keep(k, {n: ((v if n not in old else beta*old[n][0] + (1-beta)*v), e.get('step', 0)) for n,v in vs.items() if v is not None})
+    def _probe(self, e): self._measure(e, .7)
+    def _keep(self, signal, found): self._newest = {**self._newest, signal: {**self._newest.get(signal, {}), **found}}
 
     @property
     def signals(self)->list:
@@ -77,7 +85,7 @@ class RunState:
         "Surviving events of one kind"
         return self._kinds.get(kind, [])
 
-# %% ../../nbs/11a_widgets.base.ipynb #30b3b6c2
+# %% ../../nbs/11a_widgets.base.ipynb #76d2fe4f
 from fastcore.basics import patch
 
 @patch
@@ -105,31 +113,23 @@ def signal(self:RunState)->str:
     "The signal that the run chooses by"
     return self.config.get('signal') or next((e['signal'] for e in reversed(self.events('select')) if e.get('signal')), '') or next(iter(self._newest), '')
 
-def _overlay(base, newest, step):
-    "`Scores` of `base` with what was measured since on top, ages as of `step`"
-    values, ages, at = dict(base.get('scores') or {}), dict(base.get('ages') or {}), base.get('step', 0)
-    ages = {n: a + step - at for n,a in ages.items()}
-    for n,(v,s) in newest.items():
-        if n not in ages or step - s <= ages[n]: values[n], ages[n] = v, step - s
-    return values, ages
-
 @patch
 def scores(self:RunState,
     signal:str=None, # default: the one that the run chooses by
     step:int=None    # as known at that step; default: now
-)->Scores:           # every unit of the model that was ever measured or scored
-    "What is known of each unit: what the policy saw last, and what was measured since"
-    signal, own = signal or self.signal, signal in (None, self.signal)
-    at = self.step if step is None else step
-    base = next((e for e in reversed(self.events('select')) if own and e.get('scores') and e.get('step', 0) <= at), {})
-    newest = self._newest.get(signal, {})
+)->Scores:           # a value or None for every unit of the model
+    "What a policy would see: what it saw last, and what was measured since"
+    signal = signal or self.signal
     if step is not None and step < self.step:
-        newest = {}
-        for e in sorted(self.events('probe') + self.events('measure'), key=lambda e: e.get('step', 0)):
-            if e.get('step', 0) <= at: newest |= {n: (v, e.get('step', 0)) for n,v in ((e.get('signals') or {}).get(signal) or {}).items() if v is not None}
-    if base and newest and not any(s <= base.get('step', 0) for _,s in newest.values()): base = {}   # the prior stood in: not on one scale with what was measured
-    values, ages = _overlay(base, newest, at)
-    return Scores(signal, {n: values.get(n) for n in self.sizes} if self.sizes else values, ages)
+        past = RunState()
+        past.begin, past.units, past.sizes = self.begin, self.units, self.sizes
+        for e in sorted(self.events('probe') + self.events('measure') + self.events('select'), key=lambda e: e.get('step', 0)):
+            if e.get('step', 0) <= step: past.add(e)
+        past.step = step
+        return past.scores(signal)
+    found, stand_in = self._newest.get(signal, {}), self._stand_in
+    if not found and stand_in and stand_in.signal == signal: return Scores(signal, {n: stand_in.values.get(n) for n in self.sizes or stand_in.values})
+    return Scores(signal, {n: found[n][0] if n in found else None for n in self.sizes or found}, {n: self.step - s for n,(_,s) in found.items()})
 
 # %% ../../nbs/11a_widgets.base.ipynb #1fe1bbbe
 class Follower:
@@ -380,7 +380,7 @@ def on(self:View,
     if isinstance(widget, W.Button): widget.on_click(call); self._on.append(lambda: widget.on_click(call, remove=True))
     else: widget.observe(call, names); self._on.append(lambda: widget.unobserve(call, names))
 
-# %% ../../nbs/11a_widgets.base.ipynb #47b3bd3c
+# %% ../../nbs/11a_widgets.base.ipynb #40e2aa11
 _gone = '.jp-OutputArea-child:not(:has(.alf-view)):has(+ .jp-OutputArea-child .alf-still) { display:none }'    # the place of widgets whose kernel is gone
 
 @patch
@@ -390,17 +390,21 @@ def picture(self:View)->Picture:
 
 @patch
 def _still_bundle(self:View):
-    with self.lock: return {'text/plain': '', 'text/html': f'<div class="alf-still alf-still-{self.box_id}"><style>{_gone}</style>{self.picture()._repr_html_()}</div>'}
+    with self.lock: return {'text/plain': repr(self), 'text/html': f'<div class="alf-still alf-still-{self.box_id}"><style>{_gone}</style>{self.picture()._repr_html_()}</div>'}
 
 @patch
 def _live_bundle(self:View):
-    return {'text/plain': repr(self), 'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.box.model_id)}
+    return {'text/plain': type(self).__name__, 'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.box.model_id)}
+
+def _in_kernel():
+    from IPython import get_ipython
+    return hasattr(get_ipython(), 'kernel')
 
 @patch
 def _ipython_display_(self:View, **kw):
     from IPython.display import display
     shown = [display(b, raw=True, display_id=True) for b in ([] if self.closed else [self._live_bundle()]) + [self._still_bundle()]]
-    if len(shown) == 2 and None not in shown: self._displays.append(shown)
+    if len(shown) == 2 and _in_kernel(): self._displays.append(shown)      # elsewhere nobody replaces what was displayed
 
 @patch
 def _keep(self:View):
@@ -423,6 +427,6 @@ def close(self:View):
         for off in self._on: off()
         self.box.unobserve(self._watched, '_view_count')
         self._keep()
-        for live,_ in self._displays: live.update({'text/plain': repr(self)}, raw=True)
+        for live,_ in self._displays: live.update({'text/plain': type(self).__name__}, raw=True)
         self.closed = True
         for w in _all(self.box): w.close()

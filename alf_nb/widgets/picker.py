@@ -306,7 +306,7 @@ def _link(self:ThresholdPicker, c, sel):
             if k != self.by: self._show(k)
     finally: self._busy = busy
 
-# %% ../../nbs/11b_widgets.picker.ipynb #4e4dd79d
+# %% ../../nbs/11b_widgets.picker.ipynb #30fb7d5b
 @patch
 def draw(self:ThresholdPicker):
     if self.follower and not self._steers(): self._steps()
@@ -384,7 +384,7 @@ def _drawing(self:ThresholdPicker, pick=''):
 def _facts(self:ThresholdPicker, u):
     "What is known of a unit, in words"
     c = self._ctx
-    other = {k: v for k in ('rate', 'coherence', 'gain', 'grad_norm') if (v := self._signals().get(k, {}).get(u.name)) is not None}
+    other = {k: v for k,vs in self._signals().items() if (v := vs.get(u.name)) is not None}
     if c.scores.values.get(u.name) is not None: other[c.scores.signal] = c.scores.values[u.name]
     known = self._imp.get(u.name)
     return dict(shape=', '.join('×'.join(map(str, s)) for s in u.shapes) or '–', importance='unknown' if known is None else f'{known:.2f}', **{k.replace('_', ' '): f'{v:.2g}' for k,v in other.items()},
@@ -395,7 +395,7 @@ def _signals(self:ThresholdPicker):
     "Newest values of every signal as known at the step shown"
     if self._known is None or self._known[0] != self._seen_data:
         s, at = self.state, self._ctx.step if self._back() else None
-        self._known = self._seen_data, {k: s.scores(k, at).values for k in ('rate', 'coherence', 'gain', 'grad_norm') if k in s.signals}
+        self._known = self._seen_data, {k: s.scores(k, at).values for k in s.signals if k != 'prior'}
     return self._known[1]
 
 @patch
