@@ -7,8 +7,8 @@ Docs: https://example.github.io/alf_nb/widgets.dashboard.html.md"""
 # %% auto #0
 __all__ = ['last_line', 'is_silent', 'TrainingDashboard', 'spent_s']
 
-# %% ../../nbs/11d_widgets.dashboard.ipynb #8c73951d
-import math, time
+# %% ../../nbs/11d_widgets.dashboard.ipynb #34d45b35
+import math, re, time
 from datetime import datetime, timezone
 from html import escape
 from statistics import median
@@ -108,10 +108,12 @@ def _what(self:TrainingDashboard):
 def _mark(self:TrainingDashboard):
     return super(TrainingDashboard, self)._mark(), getattr(self.control, 'activity', ''), self._silent()
 
-# %% ../../nbs/11d_widgets.dashboard.ipynb #5bd3b1b5
+# %% ../../nbs/11d_widgets.dashboard.ipynb #b0cd05c1
 def _recent(s, field, n=20):
     known = [v for v in s.series('log', field)[1][-n:] if v is not None]
     return median(known) if known else None
+
+def _small(t): return re.sub(r'([a-z]+)', r'<small>\1</small>', t)
 
 def _average(y): return smooth(y, 1 - 1/max(1, min(10, len(y)/8)))      # over about an eighth of the run, at most 10 logs: as in the report
 
@@ -135,7 +137,7 @@ def _tiles(self:TrainingDashboard):
     tile('speed', f'{tps:.0f} <small>tokens/s</small>' if tps else f'{human_time(secs)} <small>per step</small>', f'{human_time(secs)} per step' if tps else '')
     left = (s.max_steps - s.step)*secs if s.max_steps and secs and self.status not in ('complete', 'stopped', 'failed') else None
     spent = spent_s(s)
-    tile('time left', human_time(left), f'{human_time(spent)} so far') if left is not None else tile('time', human_time(spent), f'{s.step} steps')
+    tile('time left', _small(human_time(left)), f'{human_time(spent)} so far') if left is not None else tile('time', _small(human_time(spent)), f'{s.step} steps')
     now = s.selections[-1] if s.selections else None
     able = sum(u.eligible for u in s.units)
     tile('trains now' if self.live else 'trained last', percent(now.share if now else None), f'{len(now)} of {able} units' if now else 'nothing was selected yet')
@@ -144,7 +146,7 @@ def _tiles(self:TrainingDashboard):
     tile('training state', human_bytes(state), f'{state/full:.2f} of full fine-tuning' if mem and full else 'gradients, optimizer, references')
     held = [(e.get('step', 0), e['loss']) for e in s.events('eval') if e.get('name') != 'other' and e.get('loss') is not None]
     if held: tile('held-out loss', num(held[-1][1]), f'{num(held[0][1])} at step {held[0][0]}' if len(held) > 1 else f'at step {held[0][0]}')
-    return f'<dl class="alf-tiles">{"".join(out)}</dl>'
+    return f'<dl class="alf-tiles six">{"".join(out)}</dl>'
 
 @patch
 def _full(self:TrainingDashboard):

@@ -27,7 +27,7 @@ def axis_end(
     while end < step: end *= 2
     return max(1, min(end, last or end), step)
 
-# %% ../../nbs/11c_widgets.map.ipynb #6e876288
+# %% ../../nbs/11c_widgets.map.ipynb #47bcdded
 _all, _kinds = 'all layers', 'kinds of matrix'
 
 def map_rows(
@@ -47,12 +47,16 @@ def mean_importance(
     importance:dict, # unit name → 0–1 or None
     only=None        # names that count; default: all
 )->list:             # 0–1 or None per row
-    "Importance of each row: the mean over its parameters"
+    "Importance of each row: the mean over its parameters, largest 1 unless every row is one unit"
     out = []
     for us in groups.values():
         known = [(importance[u.name], u.n_params) for u in us if importance.get(u.name) is not None and (only is None or u.name in only)]
         out.append(sum(v*n for v,n in known)/sum(n for _,n in known) if known else None)
-    return out
+    return out if all(len(us) == 1 for us in groups.values()) else _scaled(out)
+
+def _scaled(values):
+    top = max((v for v in values if v), default=0)
+    return [v if v is None or not top else v/top for v in values]
 
 # %% ../../nbs/11c_widgets.map.ipynb #90b58b9a
 COLOURS = {'importance of what trains': 'importance', 'share that trains': 'share', 'importance, frozen too': 'all'}
