@@ -68,7 +68,6 @@ def notebook(root, lab, context, request):
 
 
 @pytest.fixture
-def shot(request):
-    def take(nb, name, locator=None):
-        (locator or nb.page).screenshot(path=SHOTS/f"{name}.png")
-    return take
+def shot():
+    "shot(notebook, name, i): a picture of code cell `i` and its output, kept to be looked at"
+    return lambda nb, name, i: nb.cell(i).screenshot(path=SHOTS/f"{name}.png")

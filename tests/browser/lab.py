@@ -95,6 +95,7 @@ class Notebook:
     def theme(self, name):
         self.command("apputils:change-theme", theme=f"JupyterLab {name}")
         self.page.wait_for_function("name => document.body.dataset.jpThemeName === name", arg=f"JupyterLab {name}", timeout=20_000)
+        self.page.locator("#jupyterlab-splash").wait_for(state="detached", timeout=20_000)
 
     def restart(self):
         self.page.evaluate("async () => { const s = window.jupyterapp.shell.currentWidget.sessionContext; await s.session.kernel.restart(); await s.session.kernel.info; }")

@@ -5,6 +5,8 @@ START = """
 import time, torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from alf_nb.all import *
+from alf_nb.widgets.dashboard import TrainingDashboard
+from alf_nb.widgets.map import SelectionMap
 from alf_nb.widgets.picker import ThresholdPicker
 from alf_nb.demo import demo_dataset, demo_model
 class Slow(TrainerCallback):
@@ -44,7 +46,7 @@ def test_what_the_slider_says_is_what_trains(notebook, shot):
     said(nb, 1, r"budget 0.15: taken at step \d+, trains since").wait_for(timeout=10_000)
     wanted, trains, logged = eval(ask(nb, 3))
     assert abs(wanted - .15) < .005 and 0 < trains <= .15 and logged == wanted
-    shot(nb, "picker_live")
+    shot(nb, "picker_live", 1)
     # the mouse: drag the threshold to about 0.9
     threshold = slider(nb, 1, 0)
     nb.cell(1).get_by_text("would train").first.scroll_into_view_if_needed()
@@ -60,3 +62,51 @@ def test_what_the_slider_says_is_what_trains(notebook, shot):
     alive, step = eval(ask(nb, 5))
     assert alive and step > 5
     assert ask(nb, 6, 60) == "'stopped'"
+
+
+def test_pause_resume_stop(notebook, shot):
+    "By the dashboard's buttons; the stop leaves a checkpoint"
+    nb = notebook(START + "run = start('buttons')", "dash = TrainingDashboard(run); dash", "run.status, run.step", "time.sleep(.5); run.status, run.step", "time.sleep(.5); run.status, run.step",
+                  "import pathlib; run.status, run.step < 2000, len(list(pathlib.Path('buttons').glob('checkpoint-*/alf/state.json')))")
+    nb.run(0); nb.run(1)
+    button = lambda name: nb.cell(1).get_by_role("button", name=name)
+    button("Pause").click(timeout=20_000)
+    button("Resume").wait_for(timeout=20_000)
+    shot(nb, "dashboard_paused", 1)
+    held = ask(nb, 2)
+    assert held.startswith("('paused'") and ask(nb, 3) == held
+    button("Resume").click()
+    button("Pause").wait_for(timeout=20_000)
+    status, step = eval(ask(nb, 4))
+    assert status == "running" and step > eval(held)[1]
+    shot(nb, "dashboard_live", 1)
+    button("Stop").click()
+    nb.cell(1).get_by_text(re.compile("stopped", re.I)).first.wait_for(timeout=30_000)
+    assert ask(nb, 5) == "('stopped', True, 1)"
+    shot(nb, "dashboard_stopped", 1)
+
+
+def test_two_on_a_page_dark_narrow_and_after_a_restart(notebook, shot):
+    nb = notebook(START + "run = start('shown', 60)", "TrainingDashboard(run)", "ThresholdPicker(run)", "run.wait(); run.status", "SelectionMap('shown')",
+                  "from alf_nb.widgets.dashboard import TrainingDashboard; TrainingDashboard('shown')")
+    for i in range(3): nb.run(i)
+    assert ask(nb, 3, 60) == "'complete'"
+    nb.run(4)
+    colour = lambda: nb.page.evaluate("() => getComputedStyle(document.querySelector('.jp-OutputArea .alf')).color")
+    light = colour()
+    for i, name in (1, "dashboard"), (2, "picker"), (4, "map"): shot(nb, f"{name}_light", i)
+    nb.theme("Dark")
+    assert colour() != light
+    for i, name in (1, "dashboard"), (2, "picker"), (4, "map"): shot(nb, f"{name}_dark", i)
+    nb.page.set_viewport_size(dict(width=700, height=1000))
+    for i in (1, 2, 4):
+        out = nb.cell(i).locator(".jp-OutputArea-output").first
+        assert out.evaluate("e => e.scrollWidth - e.clientWidth") <= 1, f"cell {i} does not fit into 700 px"
+    for i, name in (1, "dashboard"), (2, "picker"), (4, "map"): shot(nb, f"{name}_narrow", i)
+    nb.page.set_viewport_size(dict(width=1280, height=1000))
+    nb.theme("Light")
+    nb.restart()
+    nb.run(5)
+    nb.cell(5).get_by_text(re.compile("complete", re.I)).first.wait_for(timeout=20_000)
+    assert nb.cell(5).get_by_role("button", name="Pause").count() == 0 or not nb.cell(5).get_by_role("button", name="Pause").is_visible()
+    shot(nb, "after_restart", 5)
