@@ -7,7 +7,7 @@ import traitlets
 
 from alf_nb.plots import human_time
 from alf_nb.policies import *
-from alf_nb.records import Scores, UnitInfo
+from alf_nb.records import Scores, Selection, UnitInfo
 from alf_nb.runlog import RunLog
 from alf_nb.widgets.base import _all, ticker
 from alf_nb.widgets.picker import ADAMW_BYTES, BarChart, ThresholdPicker
@@ -186,6 +186,20 @@ def test_updates_are_small_and_quick(picker):
     assert sorted(took)[len(took)//2] < .02
 
 
+def test_a_look_at_another_step_is_small_too(picker, tmp_path):
+    p = picker(fake_run(tmp_path))
+    sent = []
+    for w in _all(p.box): w.observe(lambda c: sent.append(len(str(c['new']).encode())))
+    for i in range(3):
+        wait_for(lambda: p._hovered == p._seen_data)
+        with p.lock:                            # what the pointer tells is sent on its own, a tick later
+            del sent[:]
+            p.step.value = i
+            assert 3_000 < sum(sent) < 20_000
+        wait_for(lambda: p._hovered == p._seen_data)
+        assert sum(sent) < 42_000
+
+
 def test_hints_stay_small():
     big = fake_units(100)
     p = ThresholdPicker(scores=Scores('gain', {u.name: 1e-3 for u in big if u.eligible}), units=big)
@@ -211,6 +225,22 @@ def test_it_follows_a_run_and_its_policy(picker, tmp_path):
 def run_scores(run):
     e = RunLog(run.log.path).events('select')[-1]
     return Scores(e['signal'], e['scores'], e['ages'])
+
+
+def test_the_policy_in_force_is_the_last_one_chosen(picker, tmp_path):
+    run = Live(tmp_path, BudgetPolicy(.25))
+    run.log.write('choose', step=0, policy=BudgetPolicy(.4, explore=.5, pin='norm').to_dict(), now=False)
+    p = picker(run)
+    assert p.policy == BudgetPolicy(.4, explore=.5, pin='norm')
+    p.budget_slider.value = .3
+    assert p.policy == BudgetPolicy(.3, explore=.5, pin='norm') and 'norm' in p.selection
+    p.threshold_slider.value = .3
+    assert p.policy == ThresholdPolicy(.3, pin='norm')
+
+
+def test_importance_is_that_of_units_that_may_be_chosen(picker):
+    p = picker(scores=Scores('gain', {**scores.values, 'embeddings': 1e9}), units=units)
+    assert max(v for v in p._imp.values() if v is not None) == 1 and 'embeddings' not in p._imp
 
 
 def test_apply_at_the_next_reselection(picker, tmp_path):
@@ -265,14 +295,18 @@ def test_a_run_that_ends_can_be_looked_back_at(picker, tmp_path):
 
 def test_a_recorded_run_is_reproduced_at_every_step(picker, tmp_path):
     run = Live(tmp_path, BudgetPolicy(.2, explore=.3, hysteresis=.4), blocks=6)
-    run.train(25); run.choose(threshold=.5); run.train(25); run.end()
+    run.train(25); run.choose(threshold=.5, now=True); run.train(25); run.end()
     p = picker(tmp_path)
     events = RunLog(tmp_path).events('select')
-    assert len(p.step.options) == len(events) == 6
+    assert len(p.step.options) == len(events) == 7
     for i, e in enumerate(events):
         p.step.value = i
         assert list(p.selection.names) == e['names'] and f"At step {e['step']}" in p.said.value and 'the same' in p.said.value, e['step']
         assert p.policy.name == e['policy']
+    p.step.value = 2
+    p.budget_slider.value = .12
+    before = BudgetPolicy(.2, explore=.3, hysteresis=.4).select(Scores('gain', events[1]['scores']), run.units, 10, Selection(events[0]['names']))
+    assert p.selection.names == BudgetPolicy(.12, explore=.3, hysteresis=.4).select(Scores('gain', events[2]['scores']), run.units, 20, before).names
     p.step.value = 1
     p.threshold_slider.value = .6
     assert p.selection.names == ThresholdPolicy(.6).select(Scores('gain', events[1]['scores']), run.units, 10).names
@@ -322,7 +356,10 @@ def test_closing_lets_go(tmp_path):
     run = Live(tmp_path)
     p = ThresholdPicker(run)
     slider = p.threshold_slider
+    heard = lambda: len(slider._trait_notifiers['value']['change'])
+    n = heard()
     p.close()
+    assert heard() == n-1
     slider.value = .9
     run.train(2)
     assert p.by is None and slider.comm is None and all(w.comm is None for w in _all(p.box))
