@@ -7,11 +7,10 @@ Docs: https://example.github.io/alf_nb/widgets.base.html.md"""
 # %% auto #0
 __all__ = ['ticker', 'RunState', 'Follower', 'follow', 'as_source', 'Ticker', 'put', 'View']
 
-# %% ../../nbs/11a_widgets.base.ipynb #c9e763a0
+# %% ../../nbs/11a_widgets.base.ipynb #9e2f3047
 import math, os, threading, time, traceback, weakref
 from dataclasses import fields
 from html import escape
-from pathlib import Path
 from statistics import median
 import ipywidgets as W
 from traitlets import HasTraits
