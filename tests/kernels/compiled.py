@@ -12,20 +12,21 @@ assert not triton.knobs.runtime.interpret, "the compiler cannot share a process 
 
 CUDA = {f'sm_{a}': GPUTarget('cuda', a, 32) for a in (80, 86, 89, 90, 100)}
 HIP = {g: GPUTarget('hip', g, 64) for g in ('gfx90a', 'gfx942')}
-SHORT = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
+SHORT = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.int8: 'int8', None: 'none'}
 WARPS = 4
 
 def build(target, fn=K._delta_partials, **consts):
     "Compile a kernel with these constants, as a launch would"
-    types = dict(w_ptrs='*i64', r_ptrs='*i64', numels='*i64', slots='*i32', blk_tensor='*i32', blk_chunk='*i32', part='*fp32', unit_start='*i32', out='*fp64', n_slots='i32')
+    types = dict(w_ptrs='*i64', r_ptrs='*i64', s_ptrs='*i64', g_ptrs='*i64', numels='*i64', slots='*i32', blk_tensor='*i32', blk_chunk='*i32', part='*fp32', start='*i32', out='*fp64', n_slots='i32')
     sig = {k: 'constexpr' if k in consts else types[k] for k in fn.arg_names}
     attrs = {(i,): [['tt.divisibility', 16]] for i,k in enumerate(fn.arg_names) if sig[k][0] == '*'}
     return triton.compile(ASTSource(fn=fn, signature=sig, constexprs=consts, attrs=attrs), target=target, options=dict(num_warps=WARPS, enable_fp_fusion=True))
 
-def partials(target, d1=torch.bfloat16, d2=torch.bfloat16, offset=0, **more):
-    "The data pass with the very constants that the host side chooses for such tensors"
-    s = K._TritonSweep([(0, tensor(64, d1, offset=offset), tensor(64, d2))])
-    return build(target, **{**s.launches[0][2], **dict(CHUNK=s.chunk, BLOCK=2048 if target.backend == 'hip' else s.block, MAX=True, REFRESH=False), **more})
+def partials(target, d1=torch.bfloat16, d2=torch.bfloat16, d3=None, offset=0, **more):
+    "The data pass with the very constants that the host side chooses for such tensors; int8 as dtype of the reference: in 8 bits"
+    w = tensor(64, d1, offset=offset); g = None if d3 is None else tensor(64, d3)
+    n, tables, consts, kernel = K._TritonSweep([(0, w, K.empty_reference(w) if d2 == torch.int8 else tensor(64, d2), g)]).launches[0]
+    return build(target, kernel, **{**consts, **dict(BLOCK=2048 if target.backend == 'hip' else consts['BLOCK'], REFRESH=False), **more})
 
 class Sass:
     "Machine code of an NVIDIA kernel: registers and spills, instructions, the hot loop"
@@ -50,19 +51,22 @@ class Sass:
                 if any(x[1].startswith('LDG') for x in body) and len(body) > len(best): best = body
         return Counter(op for _,op,_ in best)
 
+def clean(s):
+    assert s.use['LOCAL'] == s.use['STACK'] == 0 and not only(s.ops, 'LDL', 'STL'), 'spills'
+    assert not only(s.ops, 'ATOM', 'RED.', 'REDG'), 'atomics'
+
 def only(counter, *starts): return {k: v for k,v in counter.items() if k.startswith(starts)}
 
+ids = lambda x: '-'.join(map(SHORT.get, x)) if isinstance(x, tuple) else str(x)
 BF16, FP16, FP32 = (torch.bfloat16,)*2, (torch.float16,)*2, (torch.float32,)*2
 MAIN = [('sm_90', p, refresh) for p in PAIRS for refresh in (False, True)] + [('sm_80', p, p[0] == p[1]) for p in PAIRS]
 MORE = [(sm, *case) for sm in ('sm_86', 'sm_89', 'sm_100') for case in ((BF16, True), (FP32, False))]
 
-@pytest.mark.parametrize('sm,dtypes,refresh', MAIN + MORE, ids=lambda x: '-'.join(map(SHORT.get, x)) if isinstance(x, tuple) else str(x))
+@pytest.mark.parametrize('sm,dtypes,refresh', MAIN + MORE, ids=ids)
 def test_nvidia(sm, dtypes, refresh):
     k = partials(CUDA[sm], *dtypes, REFRESH=refresh); s = Sass(k.asm['cubin']); loop = s.loop
     assert f'.target {sm}' in k.asm['ptx']
-    assert s.use['LOCAL'] == s.use['STACK'] == 0 and not only(s.ops, 'LDL', 'STL'), 'spills'
-    assert not only(s.ops, 'ATOM', 'RED.', 'REDG'), 'atomics'
-    assert s.use['REG'] <= 64, 'fewer than 8 blocks of 4 warps fit'
+    clean(s); assert s.use['REG'] <= 64, 'fewer than 8 blocks of 4 warps fit'
     sizes = [d.itemsize for d in dtypes]; per = 16//max(sizes); n = 1024//(32*WARPS)//per      # elements per access, accesses per thread and loop
     want = Counter()
     for b in sizes: want[f'LDG.E.{8*per*b}'] += n
@@ -72,6 +76,37 @@ def test_nvidia(sm, dtypes, refresh):
     per_16_bytes = sum(loop.values())*16/(8*sum(sizes))
     rounds = refresh and dtypes[0] != dtypes[1]
     assert per_16_bytes <= (76 if rounds else 46 if max(sizes) == 2 else 32), f'{per_16_bytes} instructions per 16 bytes read'
+
+B, H, F, Q = torch.bfloat16, torch.float16, torch.float32, torch.int8
+DOT = [('sm_90', (a, b, c), refresh) for a,b,c in ((B, B, B), (F, F, F), (F, F, B), (B, B, F), (F, B, H)) for refresh in (False, True)] + [(sm, t, False) for sm in ('sm_80', 'sm_86', 'sm_89', 'sm_100') for t in ((B, B, B), (F, F, F))]
+
+@pytest.mark.parametrize('sm,dtypes,refresh', DOT, ids=ids)
+def test_dot_on_nvidia(sm, dtypes, refresh):
+    s = Sass(partials(CUDA[sm], *dtypes, REFRESH=refresh).asm['cubin']); loop = s.loop; clean(s)
+    assert s.use['REG'] <= 64, 'fewer than 8 blocks of 4 warps fit'
+    sizes = [d.itemsize for d in dtypes]; per = 16//max(sizes); n = 1024//(32*WARPS)//per; want = Counter()
+    for b in sizes: want[f'LDG.E.{8*per*b}'] += n
+    assert only(loop, 'LDG') == want and not only(loop, 'BAR', 'LDS', 'STS', 'SHFL')
+    assert sum(loop.values())*16/(8*sum(sizes)) <= (56 if refresh and len({*dtypes[:2]}) > 1 else 42 if max(sizes) == 2 else 32)
+
+REF8 = [('sm_90', (d, Q, g), refresh) for d in (B, H, F) for g in (None, B, F) for refresh in (False, True)] + [(sm, (d, Q, None), refresh) for sm in ('sm_80', 'sm_86', 'sm_89', 'sm_100') for d in (B, F) for refresh in (False, True)]
+
+@pytest.mark.parametrize('sm,dtypes,refresh', REF8, ids=ids)
+def test_ref8_on_nvidia(sm, dtypes, refresh):
+    s = Sass(partials(CUDA[sm], *dtypes, REFRESH=refresh).asm['cubin']); loop = s.loop; clean(s)
+    sizes = [d.itemsize for d in dtypes if d]; want = Counter({'LDG.E.64': 1, 'LDG.E': 1})          # 8 codes per lane, one scale per warp
+    for d in dtypes:
+        if d and d != Q: want['LDG.E.128'] += d.itemsize//2
+    assert only(loop, 'LDG') == want
+    assert only(loop, 'STG') == ({'STG.E.64': 1} if refresh else {}), 'codes are written in the loop, scales after it'
+    assert not only(loop, 'BAR', 'LDS', 'STS', 'SHFL') and sum(only(loop, 'REDUX', 'CREDUX').values()) == refresh
+    assert s.use['REG'] <= (48 if not refresh else 72 if dtypes[2] is None else 96)
+    assert sum(loop.values())*16/(8*sum(sizes)) <= (165 if refresh else 72)
+
+def test_ref8_rounds_product_and_sum_apart():
+    ptx = partials(CUDA['sm_90'], B, Q, REFRESH=True).asm['ptx']
+    assert '0f4B400000' in ptx and 'div.rn.f32' in ptx
+    assert not re.search(r'fma\S* .*0f4B400000', ptx), 'a fused multiply-add skips a rounding that the other backends make'
 
 def test_the_checks_can_fail():
     s = Sass(partials(CUDA['sm_90'], offset=1).asm['cubin'])                                       # misaligned: no promise, so no vector loads
@@ -90,16 +125,25 @@ def test_finish_on_nvidia(sm):
     assert s.use['LOCAL'] == s.use['STACK'] == 0 and not only(s.ops, 'ATOM', 'RED.', 'REDG') and s.use['REG'] <= 128
 
 @pytest.mark.parametrize('gfx,dtypes,refresh', [('gfx942', p, p[0] == p[1]) for p in PAIRS] + [('gfx942', (torch.float32, torch.bfloat16), True), ('gfx90a', BF16, True), ('gfx90a', FP32, False)],
-                         ids=lambda x: '-'.join(map(SHORT.get, x)) if isinstance(x, tuple) else str(x))
+                         ids=ids)
 def test_amd(gfx, dtypes, refresh):
-    k = partials(HIP[gfx], *dtypes, REFRESH=refresh); asm = k.asm['amdgcn']
+    k = partials(HIP[gfx], *dtypes, REFRESH=refresh); check_amd(k)
+    assert not refresh or re.search(rf'(buffer|global)_store_dwordx{min(4, 4*dtypes[1].itemsize//max(d.itemsize for d in dtypes))}', k.asm['amdgcn'])
+
+@pytest.mark.parametrize('gfx', HIP)
+@pytest.mark.parametrize('dtypes,refresh', [((B, B, B), False), ((F, F, B), True), *(((d, Q, g), r) for d in (B, F) for g in (None, B) for r in (False, True))], ids=ids)
+def test_variants_on_amd(gfx, dtypes, refresh):
+    k = partials(HIP[gfx], *dtypes, REFRESH=refresh); check_amd(k)
+    assert Q not in dtypes or re.search(r'(buffer|global)_load_dwordx2', k.asm['amdgcn'])
+
+def check_amd(k):
+    asm = k.asm['amdgcn']
     n = lambda key: int(re.search(rf'\.{key}:\s+(\d+)', asm).group(1))
     assert k.asm['hsaco'][:4] == b'\x7fELF'
     assert n('vgpr_spill_count') == n('sgpr_spill_count') == n('private_segment_fixed_size') == 0, 'spills'
     assert n('vgpr_count') <= 96
     assert not re.search(r'_atomic_', asm), 'atomics'
     assert re.search(r'(buffer|global)_load_dwordx4', asm), 'no 128-bit loads'
-    assert not refresh or re.search(rf'(buffer|global)_store_dwordx{min(4, 4*dtypes[1].itemsize//max(d.itemsize for d in dtypes))}', asm)
 
 def test_compiling_twice_gives_the_same_bits(tmp_path):
     code = "import compiled as c, hashlib; print(hashlib.sha256(c.partials(c.CUDA['sm_90']).asm['cubin']).hexdigest())"

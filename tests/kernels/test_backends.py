@@ -9,6 +9,7 @@ from common import *
 BACKENDS = [b for b in ('torch', 'numba') if K.available_backends()[b] is True]
 tensors = st.tuples(st.integers(0, 40_000), st.sampled_from((*DTYPES, torch.float64)), st.sampled_from((*DTYPES, torch.float64)), st.integers(0, 9), st.integers(0, 9))
 models = st.lists(st.lists(tensors, max_size=3), min_size=1, max_size=4)
+few_dtypes = st.lists(st.lists(st.tuples(st.integers(0, 40_000), st.sampled_from((torch.bfloat16, torch.float32, torch.float64)), st.just(torch.float32), st.integers(0, 9), st.integers(0, 9)), max_size=3), min_size=1, max_size=4)
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 def make(spec, seed):
@@ -38,6 +39,70 @@ def test_any_model_is_measured_right(backend, spec, seed, refresh):
         for w,old,r in zip(now[k], kept[k], ref[k]):
             assert same(w, old) and (not refresh or same(r, w.to(r.dtype)))
 
+def gradients(now, d, seed): return {k: [None if (i + seed)%4 == 0 else tensor(w.numel(), d, seed + i) for i,w in enumerate(v)] for k,v in now.items()}
+def items(now, ref, grads): return [(k, w, r, g) for k in now for w,r,g in zip(now[k], ref[k], grads[k])]
+def per_unit(now, x): return np.array([sum(v for v,k in zip(x, [k for k in now for _ in now[k]]) if k == u) for u in now])
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@few
+@given(spec=few_dtypes, seed=st.integers(0, 99), refresh=st.booleans(), d=st.sampled_from((torch.float32, torch.bfloat16)), eight=st.booleans())
+def test_any_model_with_gradients_and_8_bits_is_measured_right(backend, spec, seed, refresh, d, eight):
+    now, ref = make(spec, seed); grads = gradients(now, d, seed)
+    if eight: ref = {k: [K.quantize_reference(t, backend) for t in v] for k,v in ref.items()}
+    j, (dot, size) = want(now, ref), (per_unit(now, x) for x in judge_dot(items(now, ref, grads)))
+    errors = np.array([sum(r.error for r in v) for v in ref.values()]) if eight else np.zeros(len(now))
+    out = K.delta_norms(now, ref, backend, refresh, grads)
+    np.testing.assert_allclose(np.square(out.delta), np.maximum(j[0]**2 - errors, 0), rtol=2e-6, atol=2e-6*max(1e-9, errors.max()))
+    np.testing.assert_allclose(got(out)[1:], j[1:], rtol=1e-6)
+    assert (np.abs(np.array(out.dot) - dot) <= 1e-6*size).all()
+    if not eight: assert out.error == ()
+    elif refresh:
+        for k,w,r,_ in items(now, ref, grads):
+            q, scale = K._quantize(w); assert torch.equal(r.q, q) and same(r.scale, scale)
+            assert abs(r.error - ((f64(w) - f64(r))**2).sum()) <= 1e-5*r.error + 1e-12*w.numel()
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('d', (*DTYPES, torch.float64))
+def test_codes_and_scales_are_the_specifications(backend, d):
+    for w in (awkward(d), awkward(d)[1:], *(tensor(n, d, n) for n in (1, 255, 256, 257, 16385))):
+        a, (q, scale) = K.quantize_reference(w, backend), K._quantize(w)
+        assert torch.equal(a.q, q) and same(a.scale, scale) and np.isfinite(a.error) == bool(w.isfinite().all())
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_nothing_beyond_the_ends_of_8_bit_references_is_touched(backend):
+    for n in (1, 15, 255, 257, 4097, 16385):
+        w = tensor(n + 64, torch.bfloat16); w[:32] = w[-32:] = float('nan'); m = -(-n//256)
+        q, scale = torch.full((n + 64,), 7, dtype=torch.int8), torch.full((m + 2,), 7.)
+        d = K.delta_norms({'a': [w[32:-32]]}, {'a': [K.Reference8(q[32:-32], scale[1:-1])]}, backend, True, {'a': [w[32:-32]]})
+        assert not d.bad and (q[:32] == 7).all() and (q[-32:] == 7).all() and scale[[0, -1]].tolist() == [7, 7]
+        assert torch.equal(q[32:-32], K._quantize(w[32:-32])[0])
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_variants_take_any_strides(backend):
+    base = tensor(60*80, torch.float32).view(60, 80)
+    for w in (base.t(), base[::2], base[:,3:50], base[:,0], base[0,0]):
+        for g in (w.clone() + 1, torch.ones((*w.shape, 2))[...,0], w.t().contiguous().t() if w.dim() == 2 else w + 2):
+            for r in (torch.randn(w.shape), K.quantize_reference(torch.randn(w.shape))):
+                i = [('a', w, r, g)]; dot, size = judge_dot(i); error = getattr(r, 'error', 0)
+                out = K.delta_norms({'a': [w]}, {'a': [r]}, backend, True, {'a': [g]})
+                assert abs(out.dot[0] - dot[0]) <= 1e-6*size[0]
+                if error: assert (r.dequantize() - w).abs().max() <= r.scale.max()*.5001
+                else: assert torch.equal(r, w)
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_a_correction_of_the_rounding(backend):
+    w = tensor(1_000_000, torch.float32)*.02; r = K.quantize_reference(w, backend)
+    assert K.delta_norms({'a': [w]}, {'a': [r]}, backend).delta[0] < 1e-3*r.error**.5
+    moved = w + tensor(1_000_000, torch.float32, 1)*2e-5; true = float((moved.double() - w).norm())
+    plan = K.DeltaPlan({'a': [moved]}, {'a': [r]}, backend); first = plan.run(refresh=True)
+    assert first.delta[0] == pytest.approx(true, rel=.05) and (first.delta[0]**2 + first.error[0]**2)**.5 > 5*true
+    assert plan.run().delta[0] < 1e-3*r.error**.5 and plan.run().error[0] == r.error**.5   # the new reference has an error of its own
+
+def test_a_plan_takes_gradients_of_new_memory_and_dtype():
+    w, r, g = (tensor(5000, torch.float32, i) for i in range(3)); plan = K.DeltaPlan({'a': [w]}, {'a': [r]}, dot={'a': [g]})
+    one = plan.run().dot[0]; g.data = g.double()*2
+    assert plan.run().dot[0] == pytest.approx(2*one, rel=1e-6) and plan.n_builds == 2
+
 @pytest.mark.parametrize('backend', BACKENDS)
 @few
 @given(spec=models, k=st.integers(-6, 6), seed=st.integers(0, 99))
@@ -51,12 +116,13 @@ def test_powers_of_two_scale_exactly(backend, spec, k, seed):
 def test_no_bit_depends_on_threads_or_company(spec, seed, threads):
     now, ref = make(spec, seed); n = torch.get_num_threads()
     for backend in BACKENDS:
-        one = K.delta_norms(now, ref, backend)
-        try: torch.set_num_threads(threads); assert K.delta_norms(now, ref, backend) == one
-        finally: torch.set_num_threads(n)
-        for i,k in enumerate(now):
-            alone = K.delta_norms({k: now[k]}, {k: ref[k]}, backend)
-            assert (alone.delta[0], alone.ref[0], alone.max_abs[0]) == (one.delta[i], one.ref[i], one.max_abs[i])
+        for refs,grads in ((ref, None), ({k: [K.quantize_reference(t, backend) for t in v] for k,v in ref.items()}, {k: [t.flip(0) for t in v] for k,v in now.items()})):
+            one = K.delta_norms(now, refs, backend, dot=grads)
+            try: torch.set_num_threads(threads); assert K.delta_norms(now, refs, backend, dot=grads) == one
+            finally: torch.set_num_threads(n)
+            for i,k in enumerate(now):
+                alone = K.delta_norms({k: now[k]}, {k: refs[k]}, backend, dot=grads and {k: grads[k]})
+                for f in alone._numbers: assert getattr(alone, f) == getattr(one, f)[i:i+1] or not now[k]
 
 @pytest.mark.parametrize('d1,d2', PAIRS)
 @pytest.mark.parametrize('backend', BACKENDS)
