@@ -169,7 +169,7 @@ def line_chart(
     return Picture(f'<figure class="alf-fig">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{height}px"><div class="alf-y">{y_lab}</div>'
                    f'<div class="alf-plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(svg)}</svg></div>{x_lab}{name}</div></figure>')
 
-# %% ../nbs/11_plots.ipynb #2a92c82c
+# %% ../nbs/11_plots.ipynb #48cda72d
 _ramps = dict(l=('#edf0f3', '#c4e3de', '#45aea4', '#0a5f59'), d=('#232c37', '#174a4a', '#1f948b', '#5bdccb'))   # ramp0 … ramp3 of theme.css
 _signed = dict(l=('#a63f0b', '#ee9a6b', '#edf0f3', '#45aea4', '#0a5f59'), d=('#ffb083', '#a4552a', '#232c37', '#1f948b', '#5bdccb'))   # less … the same … more
 _levels = 31
@@ -186,7 +186,7 @@ def _palette(theme, signed=False):
 def _chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind+data))
 
 def palette_png(
-    rows,             # rows of values 0–1, all as long; None or 0: nothing
+    rows,             # rows of values 0–1, all as long; None or 0: nothing; NaN: transparent
     theme:str='l',    # 'l'ight or 'd'ark
     signed:bool=False # values −1–1, in two colours; None: nothing
 )->str:               # data URI
@@ -196,9 +196,11 @@ def palette_png(
 def _pngs(rows, signed=False):
     w, h, top = max((len(r) for r in rows), default=0) or 1, len(rows) or 1, _levels-1
     level = (lambda v: 0 if v is None else 1 + min(top, max(0, round((v+1)/2*top)))) if signed else lambda v: 0 if not v or v <= 0 else 1 + min(top, round(v*top))
+    clear = any(v != v for r in rows for v in r)
+    if clear: known, level = level, lambda v: _levels+1 if v != v else known(v)
     raw = b''.join(b'\0' + bytes(map(level, r)) + b'\0'*(w-len(r)) for r in rows) or b'\0\0'
     head, body = _chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 3, 0, 0, 0)), _chunk(b'IDAT', zlib.compress(raw, 9))
-    return {t: 'data:image/png;base64,' + base64.b64encode(b'\x89PNG\r\n\x1a\n' + head + _chunk(b'PLTE', _palette(t, signed)) + body + _chunk(b'IEND', b'')).decode() for t in 'ld'}
+    return {t: 'data:image/png;base64,' + base64.b64encode(b'\x89PNG\r\n\x1a\n' + head + _chunk(b'PLTE', _palette(t, signed) + b'\0\0\0'*clear) + _chunk(b'tRNS', b'\xff'*(_levels+1) + b'\0')*clear + body + _chunk(b'IEND', b'')).decode() for t in 'ld'}
 
 def map_images(
     rows,              # rows of values 0–1, all as long; None or 0: nothing

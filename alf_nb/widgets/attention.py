@@ -60,12 +60,12 @@ def pool(
     blocks = p.reshape(len(p)//k, k, len(p)//k, k).swapaxes(1, 2).reshape(len(p)//k, len(p)//k, k*k)
     return np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
 
-# %% ../../nbs/11e_widgets.attention.ipynb #4fbd7976
+# %% ../../nbs/11e_widgets.attention.ipynb #3d336f8f
 def _levels(m, signed):
-    "Values for the palette: the square root, in 15 steps, which costs half the bytes"
-    v = np.sign(m)*np.sqrt(np.abs(m))
-    if not signed: v = np.where(m > 1e-3, np.maximum(np.round(v*15)/15, 1/30), 0)
-    return (np.round(v*15)/15 if signed else v).tolist()
+    "Values for the palette: the square root, in few steps, which costs half the bytes"
+    k = 15 if len(m) <= 40 else 8
+    v = np.round(np.sign(m)*np.sqrt(np.abs(m))*k)/k
+    return (v if signed else np.where(m > 1e-3, np.maximum(v, 1/30), 0)).tolist()
 
 def token_text(
     t # a token as the tokenizer writes it
@@ -93,34 +93,33 @@ def square_map(
     return Picture(f'<figure class="alf-sq" style="--left:{74 if names else 0}px"><figcaption>{title}</figcaption><div class="alf-chart" role="img" aria-label="{escape(label)}"><div class="alf-y">{y}</div>'
                    f'<div class="alf-plot">{map_images(_levels(pool(np.asarray(m), most), signed), signed=signed)}{over}{hover}</div></div></figure>')
 
-# %% ../../nbs/11e_widgets.attention.ipynb #6bc61d14
+# %% ../../nbs/11e_widgets.attention.ipynb #29bfedd1
 def head_grid(
     maps,        # [heads, n, n]
     captions,    # words under each head
     label:str,   # the grid in words
     pick:int=None, # head that stands out
     signed=False,# a difference?
-    columns:int=None # default: so that it is twice as wide as high
+    columns:int=None # default: so that it is about twice as wide as high
 )->Picture:
     "Small maps of all heads of a layer"
     h = len(maps)
-    columns = columns or max(1, min(h, round((h*1.6)**.5)))
+    columns = columns or -(-h//max(1, round((h/2)**.5)))
     rows = -(-h//columns)
-    small = [_levels(pool(m, 24), signed) for m in maps]
-    n, none = len(small[0]), None if signed else 0
-    gap = max(1, n//10)
+    small = [_levels(pool(m, 20), signed) for m in maps]
+    n, none = len(small[0]), float('nan')
+    gap, below = max(1, n//10), max(2, round(n*.3))
     blank = [[[none]*n]*n]*(rows*columns - h)
     out, small = [], small + blank
     for r in range(rows):
         for i in range(n): out.append(sum((small[r*columns+c][i] + [none]*gap*(c < columns-1) for c in range(columns)), []))
-        if r < rows-1: out += [[none]*(columns*(n+gap)-gap)]*(max(gap, round(n*.3)))
-    wide, high = columns*(n+gap)-gap, len(out)
-    step = (n + max(gap, round(n*.3)))
+        out += [[none]*(columns*(n+gap)-gap)]*below
+    wide, high, step = columns*(n+gap)-gap, len(out), n+below
     text = ''.join(f'<span class="{"now" if i == pick else ""}" style="left:{100*(i % columns)*(n+gap)/wide:.2f}%;top:{100*((i//columns)*step + n)/high:.2f}%;width:{100*n/wide:.2f}%">{c}</span>' for i,c in enumerate(captions))
     over = '' if pick is None else f'<svg viewBox="0 0 {wide} {high}" preserveAspectRatio="none" aria-hidden="true"><rect class="pick" x="{(pick % columns)*(n+gap)}" y="{(pick//columns)*step}" width="{n}" height="{n}"/></svg>'
     return Picture(f'<figure class="alf-heads" role="img" aria-label="{escape(label)}"><div class="alf-plot" style="aspect-ratio:{wide}/{high}">{map_images(out, signed=signed)}{over}{text}</div></figure>')
 
-# %% ../../nbs/11e_widgets.attention.ipynb #d4da30d6
+# %% ../../nbs/11e_widgets.attention.ipynb #82993858
 class AttentionViewer(View):
     "Heads and layers before and after."
     def __init__(self,
@@ -150,18 +149,20 @@ class AttentionViewer(View):
         self.show = drop('show', ['before'] if after is None else ['difference', 'after', 'before'], 'before' if after is None else 'difference', '190px')
         self.token = drop('token', [(f'{i}: {t}', i) for i,t in enumerate(self.tokens)], int(moved.argmax()), '230px')
         pair = lambda *ws: W.HBox(ws, layout=dict(flex='1 1 240px', width='auto', align_items='center'))
-        row = lambda *ws, **kw: W.HBox(ws, layout=dict(wide, flex_flow='row wrap', **kw))
+        row = lambda *ws, **kw: W.HBox(ws, layout=dict(wide, flex_flow='row wrap', grid_gap='4px 16px', **kw))
         html = lambda **kw: W.HTML(layout=dict(wide, **kw))
-        self.said, self.legend, self.overview, self.heads, self.maps, self.strip, self.table = html(), html(), html(flex='1 1 230px', width='auto'), html(flex='2 1 380px', width='auto'), html(), html(), html()
+        self.said, self.legend, self.heads, self.maps, self.strip, self.table = html(), html(), html(flex='2 1 380px', width='auto'), html(), html(), html()
+        self.overview, self.hints = html(grid_area='1 / 1 / 2 / 2'), html(grid_area='1 / 1 / 2 / 2')
+        heads = W.GridBox([self.overview, self.hints], layout=dict(flex='1 1 230px', width='auto', grid_template_columns='minmax(0, 1fr)'))
         for w in (self.layer, self.head, self.show, self.token): self.on(w, self.at_once)
-        self.open(row(pair(self.layer, self.layer_slider), pair(self.head, self.head_slider), self.show, self.token), self.said, self.legend, row(self.overview, self.heads, align_items='flex-start'), self.maps, self.strip, self.table)
+        self.open(row(pair(self.layer, self.layer_slider), pair(self.head, self.head_slider), self.show, self.token), self.said, self.legend, row(heads, self.heads, align_items='flex-start'), self.maps, self.strip, self.table)
 
     @property
     def at(self)->tuple: # layer, head, token
         "What is looked at"
         return self.layer.value, self.head.value, self.token.value
 
-# %% ../../nbs/11e_widgets.attention.ipynb #aeb6bf5e
+# %% ../../nbs/11e_widgets.attention.ipynb #5e16efc4
 def _named(word, i): return f'{word} {i}'
 
 @patch
@@ -191,12 +192,18 @@ def _overview(self:AttentionViewer):
     y = ''.join(f'<span class="row{" now" if i == l else ""}" style="top:{100*(i+.5)/n_layers:.1f}%">{i}</span>' for i in range(n_layers) if i == l or n_layers <= 24 or i % 2 == l % 2)
     x = ''.join(f'<span class="{"now" if i == h else ""}" style="left:{100*(i+.5)/n_heads:.1f}%">{i}</span>' for i in range(n_heads) if i == h or n_heads <= 16 or i % 4 == 0 and abs(i-h) > 2)
     px = max(9, min(26, 300//n_layers))
-    hover = ''
-    if self.score.size <= 400: hover = '<div class="alf-hover">' + ''.join('<i>' + ''.join(f'<u title="{i}.{j}: {v:.2f}"></u>' for j,v in enumerate(r)) + '</i>' for i,r in enumerate(self.score)) + '</div>'
     best = [tuple(map(int, np.unravel_index(k, self.score.shape))) for k in self.score.ravel().argsort()[::-1][:3]]
     said = f"{n_layers} layers by {n_heads} heads, colour: {self._measure()}. Most: " + ', '.join(f'layer {a} head {b} ({self.score[a, b]:.2f})' for a,b in best)
     return (f'<figure class="alf-sq over" style="--left:34px;--h:{px*n_layers}px"><figcaption>layers by heads: {self._measure()}</figcaption><div class="alf-chart" role="img" aria-label="{escape(said)}"><div class="alf-y">{y}</div>'
-            f'<div class="alf-plot">{map_images(np.maximum(self.score/top, .02).tolist())}<svg viewBox="0 0 {n_heads} {n_layers}" preserveAspectRatio="none" aria-hidden="true"><rect class="pick" x="{h}" y="{l}" width="1" height="1"/></svg>{hover}</div><div class="alf-x">{x}</div></div></figure>')
+            f'<div class="alf-plot">{map_images(np.where(self.score < .02*top, 0, self.score/top).tolist())}<svg viewBox="0 0 {n_heads} {n_layers}" preserveAspectRatio="none" aria-hidden="true"><rect class="pick" x="{h}" y="{l}" width="1" height="1"/></svg></div><div class="alf-x">{x}</div></div></figure>')
+
+@patch
+def _hints(self:AttentionViewer):
+    "Words under the pointer for each head, where there are not too many"
+    if self.score.size > 600: return ''
+    px = max(9, min(26, 300//len(self.score)))
+    rows = ''.join('<i>' + ''.join(f'<u title="layer {i}, head {j}: {v:.2f}"></u>' for j,v in enumerate(r)) + '</i>' for i,r in enumerate(self.score))
+    return f'<div class="alf-sq" aria-hidden="true"><div class="alf-head">&nbsp;</div><div class="alf-over" style="--left:34px;--h:{px*len(self.score)}px"><div class="alf-hover">{rows}</div></div></div>'
 
 @patch
 def _kinds(self:AttentionViewer):
@@ -215,7 +222,8 @@ def _maps(self:AttentionViewer):
     l, h, q = self.at
     n = len(self.tokens)
     def hints(m): return [f'{t} → ' + ', '.join(f'{self.tokens[j]} {m[i, j]:.2f}' for j in m[i].argsort()[::-1][:2]) for i,t in enumerate(self.tokens)] if n <= 40 else None
-    out = [square_map(m[l, h], f'Attention of layer {l}, head {h}, {k}: rows look at columns, {n} tokens', f'<b>{k}</b>' if self.after is not None else f'<b>layer {l}, head {h}</b>', self.tokens, k == 'difference', q, hints(m[l, h]) if k != 'difference' else None)
+    last = 'before' if self.after is None else 'after'
+    out = [square_map(m[l, h], f'Attention of layer {l}, head {h}, {k}: rows look at columns, {n} tokens', f'<b>{k}</b>' if self.after is not None else f'<b>layer {l}, head {h}</b>', self.tokens, k == 'difference', q, hints(m[l, h]) if k == last else None)
            for k,m in self._kinds().items()]
     note = f'<p class="note">{n} tokens: each cell shows the largest of {-(-n//64)} × {-(-n//64)}.</p>' if n > 64 else ''
     return f'<div class="alf-maps">{"".join(out)}</div>{note}'
@@ -225,7 +233,7 @@ def _strip(self:AttentionViewer):
     "The text, coloured by what the token looks at"
     l, h, q = self.at
     lo, hi = max(0, min(q-48, len(self.tokens)-64)), max(0, min(q-48, len(self.tokens)-64)) + 64
-    def line(name, w): return f'<div class="alf-toks"><em>{name}</em>' + ''.join(f'<span{" class=now" if i == q else ""} style="--v:{w[i]**.5:.2f}">{escape(self.tokens[i])}</span>' for i in range(lo, min(hi, len(self.tokens)))) + '</div>'
+    def line(name, w): return f'<div class="alf-toks"><em>{name}</em><div>' + ''.join(f'<span{" class=now" if i == q else ""} style="--v:{w[i]**.5:.2f}">{escape(self.tokens[i])}</span>' for i in range(lo, min(hi, len(self.tokens)))) + '</div></div>'
     return f'<div role="img" aria-label="The text, coloured by how much {escape(self.tokens[q])} attends to each token; the table has the numbers">' + ''.join(line(k if self.after is not None else '', m[l, h, q]) for k,m in self._kinds().items() if k != 'difference') + '</div>'
 
 @patch
@@ -255,7 +263,7 @@ def _legend(self:AttentionViewer):
 def draw(self:AttentionViewer):
     l, h, q = self.at
     part = lambda w, mark, f: self.seldom(w, mark, lambda: put(getattr(self, w), value=f()))
-    part('said', (l, h, q), self._words); part('legend', 0, self._legend); part('overview', (l, h), self._overview); part('heads', (l, h, self.show.value), self._heads)
+    part('said', (l, h, q), self._words); part('legend', 0, self._legend); part('hints', 0, self._hints); part('overview', (l, h), self._overview); part('heads', (l, h, self.show.value), self._heads)
     part('maps', (l, h, q), self._maps); part('strip', (l, h, q), self._strip); part('table', (l, h, q), self._table)
 
 @patch

@@ -40,7 +40,7 @@ def is_silent(
     t = max((e[-1].get('t') or 0 for k in ('run_begin', 'resume', 'log', 'measure', 'probe', 'select', 'save', 'unpause') if (e := state.events(k))), default=0)
     return (time.time() if now is None else now) - t > max(60, 10*(state.seconds_per_step or 0))
 
-# %% ../../nbs/11d_widgets.dashboard.ipynb #d26f5f2f
+# %% ../../nbs/11d_widgets.dashboard.ipynb #62757746
 class TrainingDashboard(View):
     "A run at a glance, with its controls."
     def __init__(self,
@@ -62,7 +62,7 @@ class TrainingDashboard(View):
         self.on(self.pause, self._pause)
         self.on(self.stop, self._stop)
         self.on(self.choose, lambda c: self._toggle(c['new']))
-        row = lambda *ws, **kw: W.HBox(ws, layout=dict(wide, flex_flow='row wrap', **kw))
+        row = lambda *ws, **kw: W.HBox(ws, layout=dict(wide, flex_flow='row wrap', grid_gap='4px 18px', **kw))
         self.open(row(self.what, self.buttons, align_items='center'), self.progress, self.tiles, row(self.curve, self.side), self.picker_box, self.map.box)
 
 # %% ../../nbs/11d_widgets.dashboard.ipynb #d5c17f02
