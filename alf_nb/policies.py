@@ -6,12 +6,12 @@ Docs: https://example.github.io/alf_nb/policies.html.md"""
 
 # %% auto #0
 __all__ = ['POLICIES', 'match_units', 'Ballot', 'Policy', 'step_cost', 'ThresholdPolicy', 'BudgetPolicy', 'budget_for_threshold',
-           'threshold_for_budget', 'TopKPolicy', 'FullPolicy', 'StaticPolicy', 'RotatePolicy', 'LISAPolicy',
+           'threshold_for_budget', 'adjusted', 'TopKPolicy', 'FullPolicy', 'StaticPolicy', 'RotatePolicy', 'LISAPolicy',
            'BAdamPolicy', 'GRASSPolicy', 'InvertedPolicy']
 
-# %% ../nbs/06_policies.ipynb #60405ae7
+# %% ../nbs/06_policies.ipynb #d3d4bbe0
 import math, random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -329,6 +329,21 @@ def threshold_for_budget(
         if used/b.n_total > p.budget: break
         best = v
     return best
+
+# %% ../nbs/06_policies.ipynb #b81dd724
+def adjusted(
+    policy,                   # `Policy` in force
+    asked,                    # `Policy` that the run was started with; may be the same
+    threshold:float|None=None, # its new threshold, 0–1
+    budget:float|None=None     # or its new budget, above 0 and at most 1
+)->Policy:
+    "The policy with another threshold or budget; one that has none gives way to one that does, with the same pins, bans and seed"
+    given = {k: v for k,v in dict(threshold=threshold, budget=budget).items() if v is not None}
+    if len(given) != 1: raise ValueError(f"{' and '.join(given) or 'nothing'} given: give one of threshold and budget")
+    k = next(iter(given))
+    for p in (policy, asked):
+        if k in {f.name for f in fields(p)}: return replace(p, **given)
+    return dict(budget=BudgetPolicy, threshold=ThresholdPolicy)[k](**given, pin=policy.pin, ban=policy.ban, seed=policy.seed)
 
 # %% ../nbs/06_policies.ipynb #004dc1ff
 @dataclass(frozen=True)

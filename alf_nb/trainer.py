@@ -7,9 +7,9 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #15fe7e7d
+# %% ../nbs/09_trainer.ipynb #e0ab9c59
 import hashlib, json, os, shutil, sys, threading, time, uuid, warnings
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -21,7 +21,7 @@ from . import __version__
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, gradient_bytes, last_update, optimizer_bytes, unwrap_optimizer
-from .policies import POLICIES, BudgetPolicy, Policy, ThresholdPolicy
+from .policies import POLICIES, Policy, adjusted
 from .probe import probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
@@ -457,14 +457,7 @@ def summary(self:ALFCallback)->dict:
     return dict(wall_s=t['wall_s'], importance_s=t['measure_s']+t['probe_s']+t['select_s'], measure_s=t['measure_s'], probe_s=t['probe_s'], select_s=t['select_s'],
                 trainable_share_mean=t['share_sum']/n, trainable_share_peak=t['share_peak'], state_bytes_peak=t['state_bytes_peak'], rss_bytes_peak=peak_rss_bytes())
 
-# %% ../nbs/09_trainer.ipynb #b86c841c
-def _with(policy, asked, **kw):
-    "`policy` with another budget or threshold; a policy that has none gives way to one that does, with the same pins, bans and seed"
-    (k,v), = kw.items()
-    for p in (policy, asked):
-        if k in {f.name for f in fields(p)}: return replace(p, **kw)
-    return dict(budget=BudgetPolicy, threshold=ThresholdPolicy)[k](v, pin=policy.pin, ban=policy.ban, seed=policy.seed)
-
+# %% ../nbs/09_trainer.ipynb #5b53ef7e
 @patch
 def next_selection(self:ALFCallback,
     step:int,     # optimizer step
@@ -487,7 +480,7 @@ def choose(self:ALFCallback,
     if self._args.world_size > 1: raise RuntimeError("a choice made in one process would not reach the others: under several processes give it to ALFCallback")
     with self._lock:
         before = self._pending[0] if self._pending else self.policy
-        wish = _make_policy(policy, {}, (), (), self.seed) if policy is not None else _with(before, self._asked_policy, **given)
+        wish = _make_policy(policy, {}, (), (), self.seed) if policy is not None else adjusted(before, self._asked_policy, **given)
         if wish.signal not in (None, self.signal): raise ValueError(f"policy {wish.name!r} chooses by {wish.signal!r}, but this run measures {self.signal!r}")
         step = self.totals['steps']
         wish.select(self._seen if wish.needs_scores else None, self.units, step, self.selection)     # what cannot be chosen is refused here, not in the training loop
