@@ -270,3 +270,30 @@ def test_same_seed_same_run_and_other_seed_other_run(tmp_path):
         random.seed(seed * 77)                                                # global random state decides nothing
         run(tmp_path / d, ALFCallback(policy=policy, interval=3, seed=seed))
     assert names("a") == names("b") != names("c")
+
+
+@pytest.mark.parametrize("references", ["device", "none"])
+def test_ordinary_steps_cost_no_tensor_operation(tmp_path, references):
+    "So nothing waits for a device either: only steps that measure or select touch a tensor"
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            Count.n += 1
+            return f(*args, **(kwargs or {}))
+
+    class Counted(ALFCallback):
+        touched = {}
+    for event in ("on_pre_optimizer_step", "on_optimizer_step", "on_step_end"):
+        def counted(self, args, state, control, _event=event, **kw):
+            before = Count.n
+            with Count(): getattr(ALFCallback, _event)(self, args, state, control, **kw)
+            step = state.global_step + (_event != "on_step_end")
+            self.touched[step] = self.touched.get(step, 0) + Count.n - before
+        setattr(Counted, event, counted)
+    alf = Counted(budget=.25, interval=8, measure_every=4, references=references)
+    alf.touched = {}
+    run(tmp_path, alf, steps=14)
+    assert {s for s, n in alf.touched.items() if n} == {4, 8, 12, 14}
