@@ -7,21 +7,23 @@ Docs: https://example.github.io/alf_nb/snapshots.html.md"""
 # %% auto #0
 __all__ = ['Snapshot', 'snapshot_tensors', 'restore_snapshot']
 
-# %% ../nbs/04_snapshots.ipynb #664603c2
+# %% ../nbs/04_snapshots.ipynb #0b544abd
 import torch
-from .kernels import DeltaPlan
+from .kernels import DeltaPlan, Reference8, empty_reference
 from .layers import Layers
 from .records import DeltaNorms
 
-# %% ../nbs/04_snapshots.ipynb #6fd82805
+# %% ../nbs/04_snapshots.ipynb #10f982ac
 class Snapshot:
     "Reference weights of some units of a model."
     def __init__(self,
         layers:Layers,           # the model, as units
         device:str|None=None,    # where references live; None: beside their weights
-        backend:str='auto'       # kernel backend, see `available_backends`
+        backend:str='auto',      # kernel backend, see `available_backends`
+        bits:int=32              # 8: one byte and a bit per parameter; 32: references in the dtype of the weights
     ):
-        self.layers,self.device,self.backend = layers,device,backend
+        if bits not in (8, 32): raise ValueError(f"references in {bits} bits; there are 8, and 32 for the dtype of the weights")
+        self.layers,self.device,self.backend,self.bits = layers,device,backend,bits
         self._refs,self._plan = {},None
 
     @property
@@ -32,16 +34,25 @@ class Snapshot:
     @property
     def nbytes(self)->int:
         "Bytes of all references"
-        return sum(t.numel()*t.element_size() for ts in self._refs.values() for t in ts.values())
+        return sum(t.nbytes for ts in self._refs.values() for t in ts.values())
 
     @torch.no_grad()
     def take(self,
         names # units whose weights of now become the reference
     ):
         "Remember the weights of `names` as they are now"
+        names = list(names)
         for n in names:
-            self._refs[n] = {k: p.detach().to(self.device or p.device, copy=True).contiguous() for k,p in self.layers.named_params(n).items()}
+            self._refs[n] = {k: empty_reference(self._here(p)) if self.bits == 8 else p.detach().to(self.device or p.device, copy=True).contiguous() for k,p in self.layers.named_params(n).items()}
+        if self.bits == 8 and names: self._new_plan(names).run(refresh=True)     # the kernel fills them
         self._plan = None
+
+    def _here(self, t): return t if t is None or self.device is None else t.detach().to(self.device)
+
+    def _new_plan(self, names, dot=None):
+        # the parameters themselves where they can be: the plan notices when one gets new memory
+        now = {n: [self._here(p) for p in self.layers.params(n)] for n in names}
+        return DeltaPlan(now, {n: list(self._refs[n].values()) for n in names}, self.backend, dot and {n: [self._here(g) for g in dot[n]] for n in names})
 
     def drop(self,
         names # units to forget
@@ -55,40 +66,47 @@ class Snapshot:
     def params_and_refs(self,
         name:str # a unit with a reference
     )->list:
-        "Pairs of parameter and reference of one unit"
-        return [(p, self._refs[name][k]) for k,p in self.layers.named_params(name).items()]
+        "Pairs of parameter and reference of one unit; 8-bit references as the fp32 they stand for"
+        return [(p, r.dequantize() if isinstance(r := self._refs[name][k], Reference8) else r) for k,p in self.layers.named_params(name).items()]
 
     @torch.no_grad()
     def measure(self,
-        refresh:bool=False # let the next window start from the weights of now
+        refresh:bool=False, # let the next window start from the weights of now
+        dot:dict|None=None  # unit → list of gradients in the order of its parameters, None where there is none
     )->DeltaNorms:
-        "How far every unit with a reference has moved since"
-        if not self._refs: return DeltaNorms((), (), (), ())
-        plan = self._plan
-        if plan is None:
-            # the parameters themselves where they can be: the plan notices when one gets new memory
-            now = {n: self.layers.params(n) if self.device is None else [p.detach().to(self.device) for p in self.layers.params(n)] for n in self.names}
-            plan = DeltaPlan(now, {n: list(self._refs[n].values()) for n in self.names}, backend=self.backend)
-            if self.device is None: self._plan = plan      # a plan of host copies is good for one measurement
-        return plan.run(refresh=refresh)
+        "How far every unit with a reference has moved since; with gradients, of their units only, also Σ g·(W−W_ref)"
+        names = self.names if dot is None else tuple(n for n in self.names if n in dot)
+        if not names: return DeltaNorms((), (), (), ())
+        if dot is None and self._plan: return self._plan.run(refresh)
+        plan = self._new_plan(names, dot)
+        if dot is None and self.device is None: self._plan = plan      # a plan of host copies or of gradients is good for one measurement
+        return plan.run(refresh)
 
-# %% ../nbs/04_snapshots.ipynb #9c66efd1
+# %% ../nbs/04_snapshots.ipynb #4f818c4d
 def snapshot_tensors(
     snap:Snapshot # references to be saved
 )->dict:
     "References as one flat dict `full parameter name` → tensor, for safetensors"
-    return {k: t for ts in snap._refs.values() for k,t in ts.items()}
+    out = {}
+    for k,r in (kr for ts in snap._refs.values() for kr in ts.items()):
+        out |= {f'{k}/q': r.q, f'{k}/scale': r.scale, f'{k}/error': torch.tensor(r.error, dtype=torch.float64)} if isinstance(r, Reference8) else {k: r}
+    return out
 
 def restore_snapshot(
     snap:Snapshot,  # empty snapshot of the same model
     tensors:dict    # what `snapshot_tensors` returned
 )->None:
     "Fill `snap` with saved references; a unit is restored whole or not at all"
+    def put(k, p):
+        ref, device = tensors[key(k)], snap.device or p.device
+        if ref.shape != p.shape: raise ValueError(f"reference of {k} has shape {tuple(ref.shape)}, the parameter has {tuple(p.shape)}")
+        if snap.bits == 32: return ref.to(device, copy=True)
+        return Reference8(ref.to(device, copy=True), tensors[f'{k}/scale'].to(device, copy=True), tensors[f'{k}/error'].item())
+    key = lambda k: f'{k}/q' if snap.bits == 8 else k
     for n in snap.layers:
         params = snap.layers.named_params(n)
-        if held := [k for k in params if k in tensors]:
-            if missing := [k for k in params if k not in tensors]: raise ValueError(f"reference of {n!r} is incomplete: {missing[0]} is missing")
-            for k in held:
-                if tensors[k].shape != params[k].shape: raise ValueError(f"reference of {k} has shape {tuple(tensors[k].shape)}, the parameter has {tuple(params[k].shape)}")
-            snap._refs[n] = {k: tensors[k].to(snap.device or params[k].device, copy=True) for k in held}
+        if other := [k for k in params if (k if snap.bits == 8 else f'{k}/q') in tensors]: raise ValueError(f"the reference of {other[0]} was saved in {40-snap.bits} bits, this snapshot keeps {snap.bits}")
+        if held := [k for k in params if key(k) in tensors]:
+            if missing := [k for k in params if key(k) not in tensors]: raise ValueError(f"reference of {n!r} is incomplete: {missing[0]} is missing")
+            snap._refs[n] = {k: put(k, params[k]) for k in held}
     snap._plan = None
