@@ -5,8 +5,9 @@
     python benchmarks/bench_delta_norms.py --quick         # a look: small, appends nothing
 
 `gb_per_s` counts the bytes that have to be read (and written, with refresh) once, whatever a provider moves in fact. The torch providers compute the two norms only, ours the largest change as well.
+Kernel `dot` adds the dot product with gradients of the weights' dtype, `ref8` measures against references in 8 bits (and `ref8_refresh` takes new ones).
 """
-import argparse, datetime, json, os, platform, statistics, sys, time
+import argparse, datetime, functools, json, os, platform, statistics, sys, time
 from pathlib import Path
 import numpy as np, torch
 from alf_nb import kernels as K
@@ -30,6 +31,19 @@ class Case:
         self.bytes = sum(t.nbytes for t in self.w + self.r)
 
     def ours(self, backend, refresh=False): return lambda plan=K.DeltaPlan(self.now, self.ref, backend): plan.run(refresh)
+
+    @functools.cached_property
+    def g(self): return [torch.randn_like(t) for t in self.w]
+
+    def dot(self, backend): return lambda plan=K.DeltaPlan(self.now, self.ref, backend, {str(i): [t] for i,t in enumerate(self.g)}): plan.run()
+
+    def ref8(self, backend, refresh=False):
+        ref = {k: [K.empty_reference(t) for t in v] for k,v in self.now.items()}; plan = K.DeltaPlan(self.now, ref, backend); plan.run(refresh=True)
+        return lambda: plan.run(refresh)
+
+    def eager_dot(self):
+        "As correct as ours: upcast before subtracting"
+        return torch.stack([torch.stack([torch.linalg.vector_norm(d := w.float() - r.float()), torch.linalg.vector_norm(r.float()), (g.float()*d).sum()]) for w,r,g in zip(self.w, self.r, self.g)]).tolist()
 
     def eager(self):
         "One tensor after the other, in the dtype of the weights"
@@ -71,9 +85,12 @@ if K.numba:
 def providers(case, wanted):
     "(kernel, provider, bytes, callable, seconds to the first result), those that work here"
     fast = 'triton' if case.device.type == 'cuda' else 'numba'; once, more = case.bytes, sum(t.nbytes for t in case.r)
+    wb = once - more; eight = sum(t.numel() + 4*-(-t.numel()//256) for t in case.w)
     makers = {'limit': ('limit', once, case.limit), f'alf_{fast}': ('delta_norms', once, lambda: case.ours(fast)), f'alf_{fast}_refresh': ('delta_norms_refresh', once + more, lambda: case.ours(fast, True)),
               'alf_torch': ('delta_norms', once, lambda: case.ours('torch')), 'eager': ('delta_norms', once, lambda: case.eager), 'eager_fp32': ('delta_norms', once, lambda: case.eager_fp32),
-              'foreach': ('delta_norms', once, lambda: case.foreach), 'compile': ('delta_norms', once, case.compiled)}
+              'foreach': ('delta_norms', once, lambda: case.foreach), 'compile': ('delta_norms', once, case.compiled),
+              f'alf_{fast}_dot': ('dot', once + wb, lambda: case.dot(fast)), 'eager_dot': ('dot', once + wb, lambda: case.eager_dot),
+              f'alf_{fast}_ref8': ('ref8', wb + eight, lambda: case.ref8(fast)), f'alf_{fast}_ref8_refresh': ('ref8_refresh', wb + 2*eight, lambda: case.ref8(fast, True))}
     for name,(kernel, n, make) in makers.items():
         if wanted and name not in wanted and name != 'limit': continue
         t0 = time.perf_counter()
@@ -103,7 +120,7 @@ def bench(label, shapes, dtype, ref_dtype, args):
         row = dict(kernel=kernel, provider=name, dtype=dtype if dtype == ref_dtype else f'{dtype}/{ref_dtype}', model=label, n_tensors=len(shapes), bytes=n, median_s=med[name], p20_s=p20, p80_s=p80,
                    gb_per_s=n/med[name]/1e9, limit_gb_per_s=limit, share_of_limit=n/med[name]/1e9/limit, first_call_s=first, repeats=args.repeats, device=device_name(args.device), versions=versions(),
                    date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
-        print(f"  {name:20} {med[name]*1e3:9.2f} ms  {row['gb_per_s']:7.1f} GB/s  {row['share_of_limit']:6.1%} of the limit   first call {first:5.2f} s")
+        print(f"  {name:22} {med[name]*1e3:9.2f} ms  {row['gb_per_s']:7.1f} GB/s  {row['share_of_limit']:6.1%} of the limit   first call {first:5.2f} s")
         yield row
 
 def main(argv=None):
