@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/widgets.compare.html.md"""
 # %% auto #0
 __all__ = ['COLUMNS', 'CURVES', 'Followed', 'short_names', 'differences', 'CompareView']
 
-# %% ../../nbs/12a_widgets.compare.ipynb #afe9fcbe
+# %% ../../nbs/12a_widgets.compare.ipynb #381957c7
 from html import escape
 import ipywidgets as W
 from fastcore.basics import patch
@@ -16,7 +16,8 @@ from ..plots import *
 from ..reports import compare_runs
 from ..reports import _average, _flat
 from .base import View, as_source, follow, put
-from .dashboard import clock, is_silent
+from .map import is_silent
+from .dashboard import clock
 
 # %% ../../nbs/12a_widgets.compare.ipynb #4d491b04
 class Followed(RunLog):
