@@ -25,6 +25,23 @@ def test_misaligned_views():
         w, r = base[0][a:a+90_000], base[1][b:b+90_000]
         assert K.delta_norms({'a': [w]}, {'a': [r]}).delta[0] == pytest.approx(judge([(0, w, r)])[0,0]**.5, rel=1e-6)
 
+def test_dot(items):
+    items = [(u, w, r, None if u%5 == 4 else tensor(w.numel(), DTYPES[u%3], u).cuda()) for u,w,r in items]
+    now, ref = model([i[:3] for i in items]); dot, size = judge_dot(items)
+    plan = K.DeltaPlan(now, ref, dot={str(u): [g] for u,_,_,g in items}); d = plan.run()
+    assert (np.abs(d.dot - dot) <= 1e-6*size).all() and plan.run() == d
+    assert [getattr(d, f) for f in ('delta', 'ref', 'max_abs')] == [getattr(K.delta_norms(now, ref), f) for f in ('delta', 'ref', 'max_abs')]
+
+@pytest.mark.parametrize('d', DTYPES)
+def test_8_bit_references_are_those_of_the_specification(d):
+    for w in (awkward(d), awkward(d)[1:], *(tensor(n, d, n) for n in (*SIZES, 255, 257, 1_000_001))):
+        a, b = K.quantize_reference(w.cuda()), K.quantize_reference(w, 'torch')
+        assert torch.equal(a.q.cpu(), b.q) and same(a.scale.cpu(), b.scale)
+        if not w.isfinite().all(): continue
+        assert abs(a.error - b.error) <= 1e-5*b.error + 1e-12*w.numel()
+        got, want = (K.delta_norms({'a': [x + 1]}, {'a': [r]}) for x,r in ((w.cuda(), a), (w, b)))
+        assert got.delta[0] == pytest.approx(want.delta[0], rel=1e-4) and got.ref[0] == pytest.approx(want.ref[0], rel=1e-6)
+
 def test_nan_and_infinity():
     for bad in (float('nan'), float('inf')):
         w = torch.ones(5000, device='cuda'); w[4999] = bad
