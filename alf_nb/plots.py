@@ -89,7 +89,7 @@ def _key(kind, c): return f'<i class="alf-key {kind} alf-c{c}" aria-hidden="true
 
 def _legend(items): return f'<ul class="alf-legend">{"".join(f"<li>{i}</li>" for i in items)}</ul>' if items else ''
 
-# %% ../nbs/11_plots.ipynb #28eb4898
+# %% ../nbs/11_plots.ipynb #d22a2ab7
 def _thin(x, y, n=700):
     "At most about 2n points: first, least and largest of each bucket"
     if len(x) <= 2*n: return list(zip(x, y))
@@ -110,8 +110,12 @@ def _runs(points):
     if run: yield run
 
 def _path(points, fx, fy):
-    "Whole numbers, each relative to the one before: a third of the bytes"
-    at = [(round(fx(x)), round(fy(y))) for x,y in points]
+    "Whole numbers, each relative to the one before, and no stops on the level: a third of the bytes"
+    at = []
+    for p in points:
+        x, y = round(fx(p[0])), round(fy(p[1]))
+        if len(at) > 1 and at[-1][1] == at[-2][1] == y and (x-at[-1][0])*(at[-1][0]-at[-2][0]) >= 0: at[-1] = x, y
+        elif not at or at[-1] != (x, y): at.append((x, y))
     return f'M{at[0][0]} {at[0][1]}' + ('l' + ' '.join(f'{x-a} {y-b}' for (a,b),(x,y) in zip(at, at[1:]))).replace(' -', '-')*(len(at) > 1)
 
 def _x_labels(marks, lo, hi):
@@ -169,7 +173,7 @@ def line_chart(
     return Picture(f'<figure class="alf-fig">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{height}px"><div class="alf-y">{y_lab}</div>'
                    f'<div class="alf-plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(svg)}</svg></div>{x_lab}{name}</div></figure>')
 
-# %% ../nbs/11_plots.ipynb #48cda72d
+# %% ../nbs/11_plots.ipynb #b5706c9a
 _ramps = dict(l=('#edf0f3', '#c4e3de', '#45aea4', '#0a5f59'), d=('#232c37', '#174a4a', '#1f948b', '#5bdccb'))   # ramp0 … ramp3 of theme.css
 _signed = dict(l=('#a63f0b', '#ee9a6b', '#edf0f3', '#45aea4', '#0a5f59'), d=('#ffb083', '#a4552a', '#232c37', '#1f948b', '#5bdccb'))   # less … the same … more
 _levels = 31
@@ -252,7 +256,10 @@ def heat_map(
     over = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true"><path class="tick" d="{lines}"/></svg>' if lines else ''
     bars = ''
     if side is not None:
-        rect = ''.join(f'<rect class="bar{"" if side_on is None or side_on[i] else " off"}" x="0" y="{1000*i/n+1000*.14/n:.2f}" width="{1000*v:.1f}" height="{1000*.72/n:.2f}"/>' for i,v in enumerate(side) if v)
+        d = {True: '', False: ''}
+        for i,v in enumerate(side):
+            if v: d[side_on is None or bool(side_on[i])] += f'M0 {1000*(i+.14)/n:.1f}h{1000*v:.0f}v{720/n:.1f}H0z'
+        rect = ''.join(f'<path class="bar{"" if on else " off"}" d="{p}"/>' for on,p in d.items() if p)
         bars = f'<div class="alf-side"><div class="alf-plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{rect}</svg>{hover}</div></div>'
     foot = f'<div class="alf-x">{_x_labels(ticks(x0, x1, 6), x0, x1)}</div>'
     if bars: foot += '<div class="alf-sidex"><div><span class="first" style="left:0">0</span><span style="left:50%">0.5</span><span class="end" style="left:100%">1</span></div></div>'

@@ -161,7 +161,7 @@ def _bar(self:TrainingDashboard):
     said = f'step {n} of {of}' if of else f'step {n}'
     return f'<div class="alf-bar {self._words()[0]}" role="progressbar" aria-label="{said}" aria-valuemin="0" aria-valuemax="{of or 1}" aria-valuenow="{n if of else done:g}"><i style="width:{100*done:.2f}%"></i></div><div class="alf-barsay"><span>{said}</span><span>{percent(done, 0)}</span></div>'
 
-# %% ../../nbs/11d_widgets.dashboard.ipynb #906face5
+# %% ../../nbs/11d_widgets.dashboard.ipynb #356894c0
 _kinds = (('grad_bytes', 'gradients', 1), ('optimizer_bytes', 'optimizer', 2), ('reference_bytes', 'references', 3), ('parked_bytes', 'parked, host', 4))
 
 def _steps_of(xs, ys, end):
@@ -186,10 +186,10 @@ def _curve(self:TrainingDashboard):
         series += [dict(x=hx, y=hy, c=(2, 3, 5)[i % 3], kind='dash'), dict(name='held out' if len(held) == 1 else f'{name}, held out', x=hx, y=hy, c=(2, 3, 5)[i % 3], kind='dots', last=num(hy[-1]))]
         said += f' Held out: {num(hy[0])} to {num(hy[-1])}.'
     lx, ly = (list(v) for v in s.series('log', 'learning_rate'))
-    out = line_chart(series, said, lambda v: f'{v:.3g}', 216, marks, (0, end), x_labels=not lx, x_name='' if lx else 'step', points=400) if series else f'<p class="note">{said}</p>'
+    out = line_chart(series, said, lambda v: f'{v:.3g}', 216, marks, (0, end), x_labels=not lx, x_name='' if lx else 'step', points=260) if series else f'<p class="note">{said}</p>'
     if lx:
         top, now = max((v or 0 for v in ly), default=0), ly[-1]
-        out += line_chart([dict(name='learning rate', x=lx, y=ly, c=4, last='–' if now is None else f'{now:.2g}')], f'Learning rate, at most {top:.3g}, now {now}', lambda v: f'{v:.0e}'.replace('e-0', 'e-') if v else '0', 44, marks, (0, end), (0, top*1.1 or 1), 'step', n_ticks=2, points=160)
+        out += line_chart([dict(name='learning rate', x=lx, y=ly, c=4, last='–' if now is None else f'{now:.2g}')], f'Learning rate, at most {top:.3g}, now {now}', lambda v: f'{v:.0e}'.replace('e-0', 'e-') if v else '0', 44, marks, (0, end), (0, top*1.1 or 1), 'step', n_ticks=2, points=80)
     return out
 
 @patch
@@ -217,7 +217,7 @@ def _side(self:TrainingDashboard):
         out += line_chart([dict(name='parameters that train', x=x, y=y, c=3, last=percent(few[-1].share))], f'Share of the parameters that train: {percent(few[-1].share)} now, {percent(max(e.share for e in few))} at most', lambda v: f'{v:g} %', 60, (), (0, end), (0, max(y)*1.25 or 1), 'step', n_ticks=2, n_x_ticks=4)
     return out
 
-def _few(ev, n=60): return ev if len(ev) <= n else [ev[i*len(ev)//n] for i in range(n-1)] + [ev[-1]]
+def _few(ev, n=32): return ev if len(ev) <= n else [ev[i*len(ev)//n] for i in range(n-1)] + [ev[-1]]
 
 # %% ../../nbs/11d_widgets.dashboard.ipynb #cdd8d063
 @patch

@@ -155,7 +155,7 @@ def _marks(self:SelectionMap):
     steps = [x.step for x in self.state.selections[1:]]
     return steps if len(steps) <= 60 else []       # more would hide the map
 
-# %% ../../nbs/11c_widgets.map.ipynb #05d76d82
+# %% ../../nbs/11c_widgets.map.ipynb #cfa93413
 _why = {'importance': ('least important', 'most important of what trains', 'frozen'), 'share': ('a little of it', 'all of it trains', 'frozen'), 'all': ('unimportant', 'most important, frozen or not', 'unknown')}
 
 def _left(names): return max(48, min(170, 14 + int(6.4*max((len(str(n)) for n in names), default=4))))
@@ -172,14 +172,15 @@ def _picture(self:SelectionMap, still=False):
     if not s.selections or not groups: return '<p class="note">Nothing was selected yet.</p>'
     values, facts, (n, end) = self._values(groups, how), self._facts(groups), self._steps()
     facts, scores = facts
-    rows = step_map(values, [x.step for x in s.selections], n)
     most = [f"{k} ({percent(facts[k]['mean'], 0)})" for k in sorted((k for k,f in facts.items() if f['mean'] > 0), key=lambda k: -facts[k]['mean'])[:3]]
     label = (f"{'Layers' if self.zoom.value == _all else self.zoom.value[0].upper()+self.zoom.value[1:]} by step, up to step {n} of {s.max_steps or n}; colour: {self.colour.value}. "
              f"{sum(f['mean'] > 0 for f in facts.values())} of {len(groups)} trained; most of all {', '.join(most)}.")
     side = dict(side=[f['imp'] for f in facts.values()], side_name=f'importance now ({scores.signal})', side_on=[bool(f['on']) for f in facts.values()]) if scores.known else {}
     marks = self._marks()
-    return heat_map(list(groups), rows, label, (0, end), marks=marks, left=_left(groups), upto=n, row_px=max(3, min(20, 340//len(groups))) if len(groups) > 8 else 26, hints=[self._hint(k, f) for k,f in facts.items()] if still else None,
+    draw = lambda columns: heat_map(list(groups), step_map(values, [x.step for x in s.selections], n, columns), label, (0, end), marks=marks, left=_left(groups), upto=n, row_px=max(3, min(20, 340//len(groups))) if len(groups) > 8 else 26, hints=[self._hint(k, f) for k,f in facts.items()] if still else None,
                     legend=self._legend() if still else '', **side)
+    out = draw(240)
+    return out if len(out) < 9000 or still else draw(100)      # selections that change at every step do not compress
 
 @patch
 def _hint(self:SelectionMap, name, f):
