@@ -10,8 +10,10 @@ __all__ = []
 # %% ../nbs/99_all.ipynb #6ec601a0
 import importlib
 
-# %% ../nbs/99_all.ipynb #f299b9d6
+# %% ../nbs/99_all.ipynb #104a8ebe
 _ROOMS = ('records', 'layers', 'kernels', 'snapshots', 'tracker', 'probe', 'policies', 'optim', 'runlog', 'trainer', 'background', 'delta', 'plots', 'reports', 'sources', 'finetune')
+
+_VIEWS = {'widgets.picker': 'ThresholdPicker', 'widgets.map': 'SelectionMap', 'widgets.dashboard': 'TrainingDashboard', 'widgets.attention': 'AttentionViewer', 'widgets.compare': 'CompareView'}
 
 def _public(rooms):
     "name → object of every public name; a name that two rooms export is an error"
@@ -23,7 +25,7 @@ def _public(rooms):
             res[n] = getattr(m, n)
     return res
 
-# %% ../nbs/99_all.ipynb #2fc5efd5
-_names = _public(_ROOMS)
+# %% ../nbs/99_all.ipynb #d9531312
+_names = _public(_ROOMS) | {n: getattr(importlib.import_module(f'alf_nb.{r}'), n) for r,n in _VIEWS.items()}
 globals().update(_names)
 __all__ = list(_names)

@@ -80,6 +80,7 @@ class Notebook:
         self.page.wait_for_function("() => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel; return k.connectionStatus === 'connected' && k.status === 'idle' }", timeout=60_000)
 
     def command(self, name, **args): return self.page.evaluate("([c, a]) => window.jupyterapp.commands.execute(c, a).then(() => null)", [name, args])
+    def source(self, i): return self.page.evaluate("i => window.jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type === 'code')[i].model.sharedModel.getSource()", i)
     def cell(self, i): return self.page.locator(".jp-Notebook .jp-CodeCell").nth(i)
     def output(self, i): return self.cell(i).locator(".jp-OutputArea").inner_text()
 

@@ -1,5 +1,8 @@
 """What a person does: start a training in the background, move sliders by key and mouse, press buttons, change the theme, restart the kernel."""
 import re
+from pathlib import Path
+
+TUTORIALS = Path(__file__).parents[2]/"nbs"/"tutorials"
 
 START = """
 import time, torch
@@ -110,3 +113,15 @@ def test_two_on_a_page_dark_narrow_and_after_a_restart(notebook, shot):
     nb.cell(5).get_by_text(re.compile("complete", re.I)).first.wait_for(timeout=20_000)
     assert nb.cell(5).get_by_role("button", name="Pause").count() == 0 or not nb.cell(5).get_by_role("button", name="Pause").is_visible()
     shot(nb, "after_restart", 5)
+
+
+def test_the_live_tutorial_in_the_page(notebook, shot):
+    "Run all, as a student does, with the real model"
+    nb = notebook(path=TUTORIALS/"2_choose_live.ipynb")
+    n = nb.page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type === 'code').length")
+    live = [i for i in range(n) if "eval: false" not in nb.source(i)]       # the install cell is for Colab
+    for i in live: nb.run(i, timeout=180)
+    for i in live: assert "Traceback" not in nb.output(i)
+    views = [i for i in live if nb.cell(i).locator(".alf-view").count()]
+    assert len(views) == 5
+    for k, i in enumerate(views): shot(nb, f"tutorial_2_{k}", i)
