@@ -162,7 +162,7 @@ class AttentionViewer(View):
         "What is looked at"
         return self.layer.value, self.head.value, self.token.value
 
-# %% ../../nbs/11e_widgets.attention.ipynb #5e16efc4
+# %% ../../nbs/11e_widgets.attention.ipynb #8c54fa0b
 def _named(word, i): return f'{word} {i}'
 
 @patch
@@ -233,7 +233,7 @@ def _strip(self:AttentionViewer):
     "The text, coloured by what the token looks at"
     l, h, q = self.at
     lo, hi = max(0, min(q-48, len(self.tokens)-64)), max(0, min(q-48, len(self.tokens)-64)) + 64
-    def line(name, w): return f'<div class="alf-toks"><em>{name}</em><div>' + ''.join(f'<span{" class=now" if i == q else ""} style="--v:{w[i]**.5:.2f}">{escape(self.tokens[i])}</span>' for i in range(lo, min(hi, len(self.tokens)))) + '</div></div>'
+    def line(name, w): return f'<div class="alf-toks"><em>{name}</em><div>' + ''.join(f'<span{" class=now" if i == q else ""}{f" style=--v:{w[i]**.5:.2f}" if w[i] > 1e-3 else ""}>{escape(self.tokens[i])}</span>' for i in range(lo, min(hi, len(self.tokens)))) + '</div></div>'
     return f'<div role="img" aria-label="The text, coloured by how much {escape(self.tokens[q])} attends to each token; the table has the numbers">' + ''.join(line(k if self.after is not None else '', m[l, h, q]) for k,m in self._kinds().items() if k != 'difference') + '</div>'
 
 @patch
