@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #e0ab9c59
+# %% ../nbs/09_trainer.ipynb #26d8cbda
 import hashlib, json, os, shutil, sys, threading, time, uuid, warnings
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +21,7 @@ from . import __version__
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, gradient_bytes, last_update, optimizer_bytes, unwrap_optimizer
-from .policies import POLICIES, Policy, adjusted
+from .policies import POLICIES, Policy, adjusted, match_units
 from .probe import probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
@@ -43,7 +43,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #9854e12b
+# %% ../nbs/09_trainer.ipynb #b293d2d4
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -121,7 +121,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
         self._asked_policy,self._lock,self._pending,self._again = self.policy,threading.Lock(),None,False
-        self._training = False
+        self._training,self.log = False,None
 
     @property
     def config(self)->dict:
@@ -134,7 +134,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #17dec999
+# %% ../nbs/09_trainer.ipynb #f0fb2dd5
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 def _thaw_leftovers(model):
@@ -167,7 +167,13 @@ def preview(self:ALFCallback,
     "What these settings would choose by the prior alone; settings that do not fit the model are refused as in training"
     layers,units = self._partition(model)
     prior = prior_scores(layers).values
-    return self.policy.select(Scores(self.signal, {u.name: prior[u.name] for u in units}) if self.policy.needs_scores else None, units)
+    return self.policy.select(Scores(self.policy.signal or 'prior', {u.name: prior[u.name] for u in units}) if self.policy.needs_scores else None, units)
+
+def _warn_of_new_head(model, units, pinned):
+    "A classifier's head is usually new, and new weights that stay frozen stay random"
+    heads = [u.name for u in units if u.kind == 'head' and not u.eligible and u.name not in pinned]
+    if heads and getattr(model, 'get_output_embeddings', lambda: None)() is None:
+        warnings.warn(f"{', '.join(heads)} stays frozen, and if it was not in the pretrained weights it stays random: pin='head' trains it, ban='head' says that this is meant")
 
 @patch
 def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
@@ -200,6 +206,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
+    if not resuming: _warn_of_new_head(model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)})
     self.run_id,self._seen = uuid.uuid4().hex[:12],self._scores(0)
     if resuming: self._restore(args, state)
     else:
@@ -334,7 +341,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #c0ce2a5e
+# %% ../nbs/09_trainer.ipynb #47b87924
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -429,17 +436,23 @@ def on_step_end(self:ALFCallback, args, state, control, **kw):
     t['wall_s'] += time.perf_counter() - self._t_begin; self._t_begin = time.perf_counter()
     self._t_step = self._t_begin
 
+_SPEED = ('_runtime', '_per_second', '_preparation_time')    # of an evaluation: no metrics
+
 @patch
 def on_log(self:ALFCallback, args, state, control, logs=None, **kw):
-    "Losses of the Trainer, with speed, into the run log"
+    "Losses and metrics of the Trainer, with speed, into the run log"
     logs = logs or {}
+    if not self._training: return      # an evaluation before or after training
     if 'loss' in logs:
         s = sum(self._step_s)/max(len(self._step_s), 1)
         seen = getattr(state, 'num_input_tokens_seen', 0) or 0
         speed = dict(tokens_per_second=(seen - self._tokens_seen)/sum(self._step_s)) if seen > self._tokens_seen and self._step_s else {}
         self._event('log', state.global_step, **{k: float(v) for k,v in logs.items() if k in ('loss', 'learning_rate', 'grad_norm', 'epoch')}, seconds_per_step=s, **speed)
         self._step_s,self._tokens_seen = [],seen
-    elif 'eval_loss' in logs: self._event('eval', state.global_step, name='eval', when='during', loss=float(logs['eval_loss']))
+    for k in logs:      # one loss for each evaluation set, with the metrics beside it
+        if not (k.startswith('eval') and k.endswith('_loss')): continue
+        name = k[:-5]; metrics = {m[len(name)+1:]: float(v) for m,v in logs.items() if m.startswith(name+'_') and m != k and not m.endswith(_SPEED) and isinstance(v, (int, float))}
+        self._event('eval', state.global_step, name=name, when='during', loss=float(logs[k]), **(dict(metrics=metrics) if metrics else {}))
     self._t_step = time.perf_counter()      # evaluation and saving are not part of a step
 
 @patch
@@ -541,7 +554,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(p, 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #1a38c3fb
+# %% ../nbs/09_trainer.ipynb #9ec87bfb
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
@@ -581,6 +594,8 @@ def _restore(self:ALFCallback, args, state):
         raise ValueError(f"the model has changed since the checkpoint: {len(data['units'])} units then, {len(self.units)} now" + (f", the first difference is {sorted(was ^ now)[0]!r}" if was ^ now else ', with other sizes'))
     if data['weights'] != _fingerprint(self.layers): raise ValueError(f"the weights of this model are not those of {folder.name}: resume with trainer.train(resume_from_checkpoint=…) and the same model")
     if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != data['config'].get(k)]: warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}")
+    if self.log is not None and self.log.path.exists() and (last := self.log.begin.get('run_id')) not in (None, data['run_id']):
+        warnings.warn(f"{folder.name} belongs to run {data['run_id']}, and a newer run, {last}, was begun in this folder since: was it meant?")
     tensors = load_file(folder/'alf'/'tensors.safetensors')
     self.run_id = data['run_id']
     self.selection = Selection.from_dict(data['selection'])
