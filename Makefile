@@ -8,7 +8,7 @@ READY   := $(VENV)/.ready
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu bench-kernel mutants export lab docs lock wheel clean
+.PHONY: help setup demo test browser gpu bench-kernel bench-live mutants export lab docs lock wheel clean
 
 help:     ## what there is
 	@sed -n 's/^\([a-z][a-z-]*\):.*## */make \1 · /p' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: $(READY) ## everything CI checks: generated files in step, notebooks, pyte
 	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev-test
 	@$(OFFLINE) $(BIN)/python -m pytest
 
+browser: $(READY) ## the widgets in a real JupyterLab, driven by key and mouse; needs Chromium or Chrome; pictures in build/screenshots
+	@$(OFFLINE) $(BIN)/python -m pytest -o addopts= -q -rs tests/browser tests/test_ipywidgets7.py
+
 gpu: $(READY) ## on a GPU: correctness of the kernels, then the benchmark; says so where there is none
 	@$(BIN)/python -m pytest -o addopts= -q -rs tests/kernels/test_gpu.py
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)" && $(BIN)/python benchmarks/bench_delta_norms.py --device cuda --dtypes bf16 fp32 && $(BIN)/python benchmarks/bench_delta_norms.py --device cuda --dtypes bf16 --sweep \
@@ -42,6 +45,9 @@ gpu: $(READY) ## on a GPU: correctness of the kernels, then the benchmark; says 
 bench-kernel: $(READY) ## time the kernels beside their limit; appends to benchmarks/results/delta_norms.jsonl
 	@$(BIN)/python benchmarks/bench_delta_norms.py
 	@$(BIN)/python benchmarks/bench_delta_norms.py --sweep
+
+bench-live: $(READY) ## from key press to changed read-out while a model trains; appends to benchmarks/results/live.jsonl; needs Chromium or Chrome
+	@$(OFFLINE) $(BIN)/python benchmarks/bench_live.py --append
 
 mutants: $(READY) ## break the kernels on purpose, one line at a time; every mutant has to be killed
 	@$(BIN)/python tests/kernels/mutants.py
