@@ -57,7 +57,7 @@ class TrainingDashboard(View):
         row = lambda *ws, **kw: W.HBox(ws, layout=dict(wide, flex_flow='row wrap', grid_gap='4px 18px', **kw))
         self.open(row(self.what, self.buttons, align_items='center'), self.progress, self.tiles, row(self.curve, self.side), self.picker_box, self.map.box)
 
-# %% ../../nbs/11d_widgets.dashboard.ipynb #40eb32be
+# %% ../../nbs/11d_widgets.dashboard.ipynb #4bc6b698
 @patch
 def _words(self:TrainingDashboard):
     "A word for the style sheet, what happens in a few words, and more of it"
@@ -70,7 +70,7 @@ def _words(self:TrainingDashboard):
         trace = str(getattr(self.control, 'traceback', '') or (s.events('error') or [{}])[-1].get('traceback') or '')
         return 'failed', f'Failed at {step}', f'<b>{escape(said)}</b>' + (f'<br><code>{escape(last_line(trace))}</code>' if last_line(trace) else '') + (f'<details><summary>Traceback</summary><pre>{escape(trace)}</pre></details>' if trace else '')
     if at == 'complete': return at, 'Complete', f'{step} made'
-    if at == 'stopped': return at, 'Stopped', f'on request, after {step}; its checkpoint can be resumed'
+    if at == 'stopped': return at, 'Stopped', f'on request, after {step}' + ('; its checkpoint can be resumed' if s.events('save') else '')
     if self.control is None or not self.live:
         if not s.begin: return 'waiting', 'Waiting for the run to begin', ''
         if not goes_on(self): return 'interrupted', 'Interrupted', f'at {step}: its log has no end, and nothing was written since {_when(last_t(s))}. What is shown is what was logged'

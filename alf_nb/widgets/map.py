@@ -196,7 +196,7 @@ def _hover(self:SelectionMap):
     rows = ''.join(f'<i title="{escape(self._hint(k, f))}"></i>' for k,f in self._facts(groups)[0].items())
     return f'<div class="alf-over" aria-hidden="true" style="--left:{_left(groups)}px;--h:{px*len(groups)}px"><div class="alf-hover">{rows}</div></div>'
 
-# %% ../../nbs/11c_widgets.map.ipynb #8f7bc403
+# %% ../../nbs/11c_widgets.map.ipynb #486cb0ec
 def _n(k, what): return f"{k} {what}{'s'*(k != 1)}"
 
 @patch
@@ -208,7 +208,7 @@ def _words(self:SelectionMap):
     before = set(s.selections[-2].names) if len(s.selections) > 1 else set()
     new, gone = set(now.names) - before, before - set(now.names)
     verb = 'train' if goes_on(self) else 'trained'
-    change = f"; {len(new)} came, {len(gone)} went" if len(s.selections) > 1 else ''
+    change = '' if len(s.selections) == 1 else f"; {len(new)} came, {len(gone)} went" if new or gone else '; the same as before'
     why = f": {escape(now.reason)}" if now.reason else ''
     return f'<p class="alf-said" role="status">Since step {e.get("step", 0)} <b>{_n(len(now), "unit")}</b> {verb} ({percent(now.share)} of the parameters{change}){why}.</p>'
 
@@ -221,7 +221,7 @@ def _table(self:SelectionMap):
     one = all(f['of'] == 1 for f in facts.values())
     which = lambda f: ('yes' if f['on'] else 'no') if one else f"{len(f['on'])} of {f['of']}" + (f": {escape(', '.join(dict.fromkeys(u.role if self.zoom.value == _all else u.layer for u in f['on'])))}" if 0 < len(f['on']) < f['of'] else '')
     body = ''.join(f'<tr><th scope="row" class="txt">{escape(k)}</th><td class="txt">{which(f)}</td><td>{percent(f["mean"], 0)}</td><td>{num(f["imp"], 2)}</td><td>{"–" if f["age"] is None else f["age"]}</td></tr>' for k,f in facts.items())
-    head = ''.join(f'<th scope="col"{c}>{h}</th>' for h,c in (('row', ' class="txt"'), ('trains now', ' class="txt"'), ('of all steps', ''), (f'importance ({escape(scores.signal)})', ''), ('age, steps', '')))
+    head = ''.join(f'<th scope="col"{c}>{h}</th>' for h,c in (('row', ' class="txt"'), ('trains now' if goes_on(self) else 'trained last', ' class="txt"'), ('of all steps', ''), (f'importance ({escape(scores.signal)})', ''), ('age, steps', '')))
     return f'<div class="scroll" tabindex="0" role="region" aria-label="The map in numbers"><table class="data plain"><caption>{escape(self.zoom.value)}, at step {self.state.step}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 # %% ../../nbs/11c_widgets.map.ipynb #75bcc334
