@@ -142,7 +142,7 @@ class Selection(Record):
         shown = ', '.join(f'`{n}`' for n in self.names[:8]) + (f' … and {len(self)-8} more' if len(self) > 8 else '')
         return f"**{len(self)} units, {self.share:.1%} of the parameters** from step {self.step} ({self.policy}: {self.reason})\n\n{shown}"
 
-# %% ../nbs/01_records.ipynb #499f159a
+# %% ../nbs/01_records.ipynb #58f37976
 def _frozen(v): return tuple(map(_frozen, v)) if isinstance(v, (list, tuple)) else v
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class AttentionComparison(Record):
             if o['low'] is None: return s.text(k, o['change'], True)
             t = lambda v: s.text(k, v, True).rpartition(' ')[0]
             sure = '' if o['low'] <= 0 <= o['high'] else '**'
-            return f"{sure}{s.text(k, o['change'], True)}{sure} ({t(o['low'])} … {t(o['high'])}), {len(s.marked.get(k, ()))} heads"
+            return f"{sure}{s.text(k, o['change'], True)}{sure} ({t(o['low'])} … {t(o['high'])}), {(n := len(s.marked.get(k, ())))} head{'s'*(n != 1)}"
         return [(first.statistics[k], first.text(k, o['before']), *(cell(s, k) for s in self.shifts.values())) for k,o in first.overall.items()]
 
     def _repr_markdown_(self):
