@@ -79,7 +79,7 @@ def _as_rows(stats):
     acc = torch.float64 if stats[0].device.type in ('cpu', 'cuda') else torch.float32 # Apple's GPU has no fp64
     return torch.stack([s.to(acc) for s in stats])
 
-# %% ../nbs/03_kernels.ipynb #a6549032
+# %% ../nbs/03_kernels.ipynb #52e022ea
 _GROUP, _TINY = 256, float(np.float32(1e-30)) # elements that share a scale; largest magnitude that counts as zero
 _INV127 = float(np.float32(1/127))
 
@@ -87,9 +87,8 @@ def _quantize(x):
     "1-d weights → int8 codes and fp32 scales"
     x, n = torch.nn.functional.pad(x.float(), (0, -len(x)%_GROUP)).view(-1, _GROUP), len(x)
     top = x.abs().amax(1, keepdim=True)
-    fine = (top >= _TINY) & (top < math.inf)
-    inv = torch.where(fine, torch.full_like(top, 127).div(top), 0.) # `127/top` would be a reciprocal first: rounded twice
-    return torch.where(fine, x*inv, 0.).round().to(torch.int8).view(-1)[:n], torch.where(top < _TINY, 0., top*_INV127).view(-1)
+    inv = torch.where(top >= _TINY, torch.full_like(top, 127).div(top), 0.) # `127/top` would be a reciprocal first: rounded twice
+    return torch.where(inv > 0, x*inv, 0.).round().to(torch.int8).view(-1)[:n], torch.where(top < _TINY, 0., top*_INV127).view(-1)
 
 def _dequantize(q, scale): return torch.nn.functional.pad(q, (0, -len(q)%_GROUP)).view(-1, _GROUP).float().mul(scale[:,None]).view(-1)[:len(q)]
 
@@ -248,7 +247,7 @@ def _numba_sweep(
             d2 += dd; r2 += rr; gd += dot
         part[c,0] = d2; part[c,1] = r2; part[c,2] = _as_f32(top); part[c,3] = gd
 
-# %% ../nbs/03_kernels.ipynb #c326ea28
+# %% ../nbs/03_kernels.ipynb #fc053327
 @_intrinsic
 def _rint(typingctx, x):
     "fp32 → nearest integer, ties to even, as fp32"
@@ -285,8 +284,8 @@ def _numba_sweep8(ws, qs, ss, gs, numels, tensor, index, part, lo, hi, chunk, wt
             if refresh is not None:
                 a = _as_f32(high); ee = np.float32(0)
                 new = np.float32(0) if a < np.float32(_TINY) else a*np.float32(_INV127)
-                if a >= np.float32(_TINY) and a < np.float32(np.inf):
-                    inv = np.float32(127)/a
+                inv = np.float32(127)/a if a >= np.float32(_TINY) else np.float32(0)
+                if inv > np.float32(0):
                     for i in range(n):
                         x = _load(w[i]); k = _code(x, inv); d = x - k*new
                         q[i] = np.int8(k); ee += d*d
@@ -440,7 +439,7 @@ def _delta_finish(
         acc = tl.where(s == 2, tl.maximum(acc, x), acc + x)
     tl.store(out + u*tl.num_programs(1) + s, tl.where(s == 2, tl.max(acc), tl.sum(acc)))
 
-# %% ../nbs/03_kernels.ipynb #5ef0d00f
+# %% ../nbs/03_kernels.ipynb #f331bf91
 @_triton_jit
 def _lanes(x): # [R,256] → [R,32]
     return tl.sum(tl.reshape(x, [x.shape[0], 32, 8]), 2)
@@ -457,10 +456,9 @@ def _rows8(wp, qp, sp, gp, offs, m, row, has, W_BF16:tl.constexpr, G_BF16:tl.con
     if DOT: gd = _lanes(_to_f32(tl.load(gp + offs, mask=m, other=0), G_BF16)*d)
     if REFRESH:
         high = tl.max(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True).to(tl.float32, bitcast=True)
-        fine = (high >= TINY) & (high < float('inf'))
-        inv = tl.where(fine, tl.div_rn(127., high), 0.)
+        inv = tl.where(high >= TINY, tl.div_rn(127., high), 0.)
         new = tl.where(high < TINY, 0., high*INV127)
-        k = tl.minimum(tl.where(fine, w*inv, 0.), 127.) + 12582912. # 1.5·2**23: the integer is in the low bits
+        k = tl.minimum(tl.where(inv > 0, w*inv, 0.), 127.) + 12582912. # 1.5·2**23: the integer is in the low bits
         tl.store(qp + offs, k.to(tl.int32, bitcast=True).to(tl.int8), mask=m)
         e = w - (k - 12582912.)*new
         e2 = _lanes(e*e)
