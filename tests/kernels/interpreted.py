@@ -106,7 +106,7 @@ def test_ref8_each_byte_once_and_nothing_else(d, g, refresh):
 @pytest.mark.parametrize('aligned', [False, True])
 @pytest.mark.parametrize('d', DTYPES)
 def test_ref8_codes_and_scales_are_the_specifications(d, aligned):
-    for w in (awkward(d), *(tensor(n, d, n) for n in SIZES8)):
+    for w in (awkward(d), *(tensor(n, d, n) for n in (1, 255, 257, 16385))):
         w = torch.cat([w[:1], w])[1:] if not aligned else w; assert aligned or w.data_ptr()%16
         a, b = K.empty_reference(w), K.quantize_reference(w, 'torch')
         out = sweep([(0, w, a)], refresh=True, columns=5)
