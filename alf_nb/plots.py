@@ -173,7 +173,7 @@ def line_chart(
     return Picture(f'<figure class="alf-fig">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{height}px"><div class="alf-y">{y_lab}</div>'
                    f'<div class="alf-plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(svg)}</svg></div>{x_lab}{name}</div></figure>')
 
-# %% ../nbs/11_plots.ipynb #b5706c9a
+# %% ../nbs/11_plots.ipynb #cbd2f38d
 _ramps = dict(l=('#edf0f3', '#c4e3de', '#45aea4', '#0a5f59'), d=('#232c37', '#174a4a', '#1f948b', '#5bdccb'))   # ramp0 … ramp3 of theme.css
 _signed = dict(l=('#a63f0b', '#ee9a6b', '#edf0f3', '#45aea4', '#0a5f59'), d=('#ffb083', '#a4552a', '#232c37', '#1f948b', '#5bdccb'))   # less … the same … more
 _levels = 31
@@ -213,7 +213,8 @@ def map_images(
 )->str:
     "A heat map for light pages and one for dark pages; the style sheet shows the right one"
     style = f' style="width:{100*width:.2f}%"' if width < 1 else ''
-    return ''.join(f'<img class="{t}"{style} src="{u}" alt="">' for t,u in _pngs(rows, signed).items())
+    size = dict(l='width=100%', d='width=1 height=1')        # where a viewer drops styles, the one for light pages is seen
+    return ''.join(f'<img class="{t}" {size[t]}{style} src="{u}" alt="">' for t,u in _pngs(rows, signed).items())
 
 def ramp_legend(
     low:str,        # words at the low end

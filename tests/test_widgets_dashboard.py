@@ -42,6 +42,7 @@ def test_a_complete_run(tmp_path, view):
     assert '1.405' in text and '2.189 at step 0' in text and 'tokens/s' in text and 'trained last' in text and 'of full fine-tuning' in text
     assert 'time left' not in text and 'width:100.00%' in d.progress.value and 'step 120 of 120' in d.progress.value
     assert d.curve.value.count('role="img"') == 2 and d.side.value.count('role="img"') == 2
+    assert 'Held out: 2.189 to 1.405' in d.curve.value and 'other' not in d.curve.value        # another text has another scale
     for w in ('gradients', 'optimizer', 'references', 'parked'): assert w in d.side.value
     assert not d.error.value and repr(d) == f'TrainingDashboard of {tmp_path.name}: complete, step 120 of 120'
 
@@ -145,8 +146,9 @@ def test_pause_resume_stop(live, view):
     assert 'Stopping' in d.what.value or live.status == 'stopped'
     wait_for(lambda: 'Stopped' in d.what.value)
     assert buttons(d) == [True, True] and live.step < 500
-    d.pause.click(); d.stop.click()                 # too late, and no harm
-    assert not d.error.value
+    for b in (d.pause, d.stop):
+        b.click()                                   # too late, and no harm
+        assert not d.error.value
 
 
 def test_a_pause_can_be_taken_back_before_it_holds(live, view):

@@ -57,17 +57,18 @@ def test_colours_say_what_was_chosen_then(tmp_path, view):
     units = [UnitInfo(f'b.{i}.{r}', f'b.{i}', 'matrix', r, 100, i+1) for i in range(2) for r in 'qv']
     log.write('run_begin', step=0, units=units, n_total=400, max_steps=8, config=dict(signal='gain'))
     log.write('select', step=0, names=['b.0.q'], share=.25, signal='gain', scores={'b.0.q': 1., 'b.0.v': .2, 'b.1.q': .5, 'b.1.v': None}, ages={})
-    log.write('select', step=4, names=['b.1.v', 'b.0.v'], share=.5, signal='gain', scores={'b.0.q': .1, 'b.0.v': .4, 'b.1.q': .2, 'b.1.v': .8}, ages={})
+    log.write('select', step=4, names=['b.1.v', 'b.0.v'], share=.5, signal='gain', scores={'b.0.q': .3, 'b.0.v': .4, 'b.1.q': .2, 'b.1.v': .8}, ages={})
+    log.write('select', step=6, names=['b.0.q', 'b.1.q'], share=.5, signal='gain', scores={'b.0.q': 0., 'b.0.v': 1., 'b.1.q': None, 'b.1.v': .5}, ages={})
     log.write('run_end', step=8)
     m = view(tmp_path)
     groups = map_rows(m.state)
-    assert m._values(groups, 'importance') == [[1., 0], [.5, 1.]]          # of what trains, the largest is 1
-    assert m._values(groups, 'share') == [[.5, 0], [.5, .5]]
-    assert m._values(groups, 'all') == [[1., .5/.6], [.5, 1.]]              # b.1.v was not known at first
+    assert m._values(groups, 'importance') == [[1., 0], [.5, 1.], [.02, .5]]     # of what trains, the largest is 1; what is worth nothing or unknown did train all the same
+    assert m._values(groups, 'share') == [[.5, 0], [.5, .5], [.5, .5]]
+    assert m._values(groups, 'all') == [[1., .5/.6], [.7, 1.], [1., 1.]]         # b.1.v was not known at first
     m.zoom.value = 'b.1'
-    assert m._values(map_rows(m.state, 'b.1'), 'importance') == [[0, 0], [0, 1.]]
+    assert m._values(map_rows(m.state, 'b.1'), 'importance') == [[0, 0], [0, 1.], [1., 0]]
     m.zoom.value = 'b.0'
-    assert m._values(map_rows(m.state, 'b.0'), 'importance') == [[1., 0], [0, .5]]
+    assert m._values(map_rows(m.state, 'b.0'), 'importance') == [[1., 0], [0, .5], [.02, 0]]
 
 
 def test_a_policy_without_scores(tmp_path, view):
@@ -98,9 +99,10 @@ def test_what_was_zoomed_stays_zoomed(live, view):
     live.begin()
     m = view(live)
     m.zoom.value = 'block.7'
+    live._out.write('select', step=1, names=['embeddings', 'block.7.self_attn.q_proj'], share=.2)       # a layer that is new to the map
     live.train(40)
     wait_for(lambda: 'up to step 40' in m.drawing.value)
-    assert m.zoom.value == 'block.7' and 'q_proj' in m.drawing.value
+    assert len(map_rows(m.state)) == 31 and m.zoom.value == 'block.7' and 'q_proj' in m.drawing.value
 
 
 @pytest.mark.parametrize('interval', [30, 1])
@@ -123,8 +125,9 @@ def test_nothing_new_sends_nothing(live, view):
     live.begin(); live.train(40)
     m = view(live)
     sent = Sent(m.box)
+    m._picture = m._hover = lambda: pytest.fail('drawn again')
     for _ in range(5): m.refresh(); m.tick()
-    assert sent.take() == 0
+    assert sent.take() == 0 and not m.error.value
 
 
 def test_a_resumed_run_forgets_what_came_later(tmp_path, view):
@@ -133,7 +136,7 @@ def test_a_resumed_run_forgets_what_came_later(tmp_path, view):
     assert 'up to step 70' in m.drawing.value
     log.write('resume', step=30, path='checkpoint-30')
     m.follower.update(); m.at_once()
-    assert 'up to step 31' in m.drawing.value and len(m.state.selections) == 2
+    assert 'up to step 31' in m.drawing.value and len(m.state.selections) == len(m._values(map_rows(m.state), 'share')) == 2
 
 
 def test_before_anything_happened(tmp_path, view):

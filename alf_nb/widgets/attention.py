@@ -60,10 +60,10 @@ def pool(
     blocks = p.reshape(len(p)//k, k, len(p)//k, k).swapaxes(1, 2).reshape(len(p)//k, len(p)//k, k*k)
     return np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
 
-# %% ../../nbs/11e_widgets.attention.ipynb #3d336f8f
+# %% ../../nbs/11e_widgets.attention.ipynb #4cba5ae5
 def _levels(m, signed):
     "Values for the palette: the square root, in few steps, which costs half the bytes"
-    k = 15 if len(m) <= 40 else 8
+    k = 12 if len(m) <= 40 else 8
     v = np.round(np.sign(m)*np.sqrt(np.abs(m))*k)/k
     return (v if signed else np.where(m > 1e-3, np.maximum(v, 1/30), 0)).tolist()
 
