@@ -126,7 +126,7 @@ def test_nothing_new_sends_nothing(live, view):
     m = view(live)
     sent = Sent(m.box)
     m._picture = m._hover = lambda: pytest.fail('drawn again')
-    for _ in range(5): m.refresh(); m.tick()
+    for _ in range(5): m.at_once(); m.tick()        # nothing has to wait, but nothing is new
     assert sent.take() == 0 and not m.error.value
 
 
