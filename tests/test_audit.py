@@ -208,7 +208,7 @@ def made(n=24, seed=0, noise=.01):
 def test_the_signal_that_knows_is_recommended_and_keeps_nearly_all():
     units, useful, signals, _ = made()
     agreement, chance, repeats, advice = A._agree(units, useful, signals, .95, 500, .25, 0)
-    assert advice.startswith('Use knows') and agreement['knows']['kept'] > .95 and agreement['knows']['per_param_low'] > .9
+    assert advice.startswith('Use knows') and .85 < agreement['knows']['kept'] <= 1 and agreement['knows']['per_param_low'] > .9
     assert agreement['random']['kept'] < agreement['knows']['kept'] and 0 < chance['kept'] < .9
 
 
