@@ -43,7 +43,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #b293d2d4
+# %% ../nbs/09_trainer.ipynb #69da0e89
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -84,7 +84,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         pin=(),                      # units that always train: exact names, layer names or globs
         ban=(),                      # units that never train
         state:str|None=None,         # optimizer state of leavers: 'v', 'full' or 'drop'; default 'v'
-        references:str='device',     # where reference weights live: 'device', 'host'; 'none': change rates from the optimizer's own last update
+        references:str='device',     # where reference weights live: 'device', 'host'; '8bit': rounded, a quarter of the memory; 'none': rates from the optimizer's last update
         check:str='raise',           # self-check: 'raise', 'warn' or 'off'
         seed:int=0,                  # seeds the draws of policy and probe
         out:str|None=None,           # folder of the run log; default the Trainer's output_dir
@@ -115,7 +115,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         if self.interval is not None: _whole('interval', self.interval, 0, 'steps between selections (0: never again)')
         if not 0 <= self.lock <= 1: raise ValueError(f"lock={self.lock}, but it is a fraction of the run, 0–1")
         self.state_mode = ParkedStates(pick('state', 'v')).state
-        for k,v,ok in (('references', references, ('device', 'host', 'none')), ('check', check, ('raise', 'warn', 'off')), ('unit', self.unit, ('module', 'block'))):
+        for k,v,ok in (('references', references, ('device', 'host', '8bit', 'none')), ('check', check, ('raise', 'warn', 'off')), ('unit', self.unit, ('module', 'block'))):
             if v not in ok: raise ValueError(f"{k}={v!r}; give one of {', '.join(map(repr, ok))}")
         self.references,self.check,self.seed,self.out,self.resume_from = references,check,seed,out,resume_from
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
@@ -134,7 +134,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #f0fb2dd5
+# %% ../nbs/09_trainer.ipynb #e9930f9a
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 def _thaw_leftovers(model):
@@ -195,7 +195,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self._group = {n: group[id(self.layers.params(n)[0])] for n in self.names}
     self._every = self.interval if self.interval is not None else min(max(state.max_steps//3, 32), 256)
     self.parked = ParkedStates(self.state_mode)
-    self.snapshot = Snapshot(self.layers, device='cpu' if self.references == 'host' else None)
+    self.snapshot = Snapshot(self.layers, device='cpu' if self.references == 'host' else None, bits=8 if self.references == '8bit' else 32)
     self.guard = FrozenGuard(self.layers)
     self.tracker = ImportanceTracker(self.names)
     self.tracker.update('prior', self._ours(prior_scores(self.layers)), 0)
@@ -213,7 +213,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
         self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
                     max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
         self._select(0)
-    warm_up(sorted({p.dtype for p in model.parameters()}, key=str), next(model.parameters()).device)      # compile here, not in the first window
+    warm_up(sorted({p.dtype for p in model.parameters()}, key=str), next(model.parameters()).device, dot=True, bits=8 if self.references == '8bit' else 32)      # compile here, not in the first window
     self._training = True
     self._t_step = time.perf_counter()
 
@@ -234,7 +234,7 @@ def peak_rss_bytes()->int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/09_trainer.ipynb #aae552ec
+# %% ../nbs/09_trainer.ipynb #7bbf75a8
 @patch
 def _probe(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
@@ -267,7 +267,7 @@ def _ours(self:ALFCallback, scores):
     return {n: scores[n] for n in self.names}
 
 @patch
-def _reference_bytes(self:ALFCallback): return self.snapshot.nbytes if self.references == 'device' else 0
+def _reference_bytes(self:ALFCallback): return self.snapshot.nbytes if self.references in ('device', '8bit') else 0
 
 @patch
 def _rotation(self:ALFCallback):
@@ -341,7 +341,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #47b87924
+# %% ../nbs/09_trainer.ipynb #a5e61332
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -392,12 +392,9 @@ def on_optimizer_step(self:ALFCallback, args, state, control, model=None, optimi
 def _descent(self:ALFCallback, groups):
     "−⟨g, ΔW⟩ / (n·lr) of the step just made, for every unit that trains"
     names = [n for n in self.snapshot.names if groups[self._group[n]]['lr'] > 0]
-    dots = []
-    for n in names:
-        d = [(p.grad.float()*(p.detach().float() - r.to(p.device).float())).sum() for p,r in self.snapshot.params_and_refs(n) if p.grad is not None]
-        dots.append(torch.stack(d).sum() if d else torch.zeros((), device=self.layers.params(n)[0].device))
-    if not dots: return {}
-    return {n: -v/self._sizes[n]/float(groups[self._group[n]]['lr']) for n,v in zip(names, torch.stack([d.to(dots[0].device) for d in dots]).tolist())}
+    if not names: return {}
+    norms = self.snapshot.measure(dot={n: [p.grad for p in self.layers.params(n)] for n in names})
+    return {n: -v/self._sizes[n]/float(groups[self._group[n]]['lr']) for n,v in zip(norms.names, norms.dot)}
 
 @patch
 @torch.no_grad()
@@ -519,7 +516,7 @@ def _forget_pause(self:ALFCallback):
     "Time spent waiting belongs to no step"
     self._t_begin = self._t_step = time.perf_counter()
 
-# %% ../nbs/09_trainer.ipynb #603c4c48
+# %% ../nbs/09_trainer.ipynb #eb7aaf3d
 @patch
 def _watch(self:ALFCallback, f):
     if self.check == 'off': return
@@ -534,7 +531,8 @@ def _check_moved(self:ALFCallback, norms, done, sum_lr, step):
     "Every selected unit has to have moved, and to be finite"
     def check():
         if norms.bad: raise RuntimeError(f"weights of {norms.bad[0]} hold NaN or infinity after step {step}{f' (and {len(norms.bad)-1} more units)' if len(norms.bad) > 1 else ''}: lower the learning rate, or ban the unit")
-        for n,d in zip(norms.names, norms.delta):
+        for i,(n,d) in enumerate(zip(norms.names, norms.delta)):
+            if norms.error and norms.error[i]: continue             # moved less than an 8-bit reference can tell
             if d == 0 and done[n] and sum_lr.get(n, 0) > 0: raise RuntimeError(f"selected unit {n} did not move in {done[n]} steps up to step {step}: {self._why_still(n, sum_lr[n]/done[n])}")
     self._watch(check)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from alf_nb.kernels import delta_norms
+from alf_nb.kernels import delta_norms, quantize_reference
 from alf_nb.optim import last_update, unwrap_optimizer
 from alf_nb.sources import load_model, load_texts, supports_bf16, token_blocks
 from alf_nb.trainer import ALFCallback, versions
@@ -36,7 +36,7 @@ class Compare(TrainerCallback):
     def on_step_begin(self, args, state, control, **kw):
         if state.global_step % self.every == 0:
             self.ref = {n: [p.detach().clone() for p in ps] for n, ps in self.params().items()}
-            self.low = {n: [quantise(p.detach()) for p in ps] for n, ps in self.params().items()}
+            self.low = {n: [quantize_reference(p.detach()) for p in ps] for n, ps in self.params().items()}
             self.sum_lr = dict.fromkeys(self.ref, 0.)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kw):
@@ -46,22 +46,13 @@ class Compare(TrainerCallback):
         if (state.global_step + 1) % self.every: return
         now = {n: [p.detach() for p in ps] for n, ps in self.params().items() if n in self.ref}
         ref = {n: self.ref[n] for n in now}
-        true = delta_norms(now, ref).relative
+        true, low = delta_norms(now, ref).relative, delta_norms(now, {n: self.low[n] for n in now})
+        low = {n: (d, e) for n, d, e in zip(low.names, low.delta, low.error)}
         for n in now:
             w2 = sum(float(p.float().square().sum()) for p in self.ref[n])
             u2 = sum(float(last_update(opt, p).square().sum()) for p in self.params()[n])
-            raw2 = sum(float((p.float() - q).square().sum()) for p, (q, _) in zip(now[n], self.low[n]))
-            err2 = sum(e for _, e in self.low[n])
             s = self.sum_lr[n]
-            self.rows.append(dict(step=state.global_step+1, unit=n, snapshot=true[n]/s, none=(u2/w2)**.5, bits8=max(raw2-err2, 0.)**.5/w2**.5/s, bits8_uncorrected=(raw2/w2)**.5/s))
-
-
-def quantise(w, block=256):
-    "int8 with one scale per block, back in fp32, and the squared error of that"
-    flat = torch.nn.functional.pad(w.float().reshape(-1), (0, -w.numel() % block)).view(-1, block)
-    scale = flat.abs().amax(1, keepdim=True)/127
-    q = (torch.round(flat/scale.clamp_min(1e-30))*scale).view(-1)[:w.numel()].view_as(w)
-    return q, float((w.float() - q).square().sum())
+            self.rows.append(dict(step=state.global_step+1, unit=n, snapshot=true[n]/s, none=(u2/w2)**.5, bits8=low[n][0]/w2**.5/s, bits8_uncorrected=(low[n][0]**2 + low[n][1]**2)**.5/w2**.5/s))
 
 
 def main():
