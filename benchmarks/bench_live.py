@@ -4,7 +4,7 @@
 
 Starts JupyterLab and Chromium, trains in the background, and alternates between an open dashboard with a picker and a page without them. Latency: from the page's `keydown` to the mutation of
 the read-out that follows, so it holds the way to the kernel, the policy's choice, the way back and the drawing. Slowdown: median step time with the page open over without, minus 1,
-with the interval that a bootstrap over steps gives. Bytes: payload of each widget update as the browser received it. Prints, and with --append adds to results/live.jsonl, one row.
+with the interval that a bootstrap over steps gives; opening the page, about a second once, is left out. Bytes: payload of each widget update as the browser received it. Prints, and with --append adds to results/live.jsonl, one row.
 """
 import argparse
 import json
@@ -36,8 +36,8 @@ run = train_in_background(Trainer(model, args, train_dataset=blocks, data_collat
 while run.step < 5 and run.alive: time.sleep(.1)
 views = []
 """
-CELLS = [START, "phase = 'open'; views = [TrainingDashboard(run)]; views[0]", "views.append(ThresholdPicker(run)); views[1]", "phase = 'closed'\nfor v in views: v.close()",
-         "phase = 'pressing'", "print(json.dumps(dict(ends=ends, threads=torch.get_num_threads(), versions=versions())))", "run.stop(); run.wait()"]
+CELLS = [START, "phase = 'opening'; views = [TrainingDashboard(run)]; views[0]", "views.append(ThresholdPicker(run)); views[1]", "phase = 'closed'\nfor v in views: v.close()",
+         "phase = 'pressing'", "print(json.dumps(dict(ends=ends, threads=torch.get_num_threads(), versions=versions())))", "run.stop(); run.wait()", "phase = 'open'"]
 WATCH = """() => {
   const cell = document.querySelectorAll('.jp-Notebook .jp-CodeCell')[2], times = []; let t0 = null, before = null;
   const said = () => cell.querySelector('.jp-OutputArea').innerText;
@@ -78,10 +78,10 @@ def main():
             nb.run(0, timeout=300)
             for i in range(a.rounds):
                 print(f'round {i+1} of {a.rounds}', flush=True)
-                nb.run(1); nb.run(2)
-                counting[0] = True; time.sleep(a.seconds); counting[0] = False
+                nb.run(1); nb.run(2); nb.page.wait_for_timeout(3000); nb.run(7)
+                counting[0] = True; nb.page.wait_for_timeout(1000*a.seconds); counting[0] = False      # a plain sleep would hear nothing
                 if i == a.rounds-1: break
-                nb.run(3); time.sleep(a.seconds)
+                nb.run(3); nb.page.wait_for_timeout(1000*a.seconds)
             nb.run(4)
             print(f'{a.presses} key presses', flush=True)
             slider = nb.cell(2).get_by_role('slider').first
@@ -89,7 +89,7 @@ def main():
             for i in range(a.presses):
                 nb.page.keyboard.press('ArrowRight' if i//20 % 2 == 0 else 'ArrowLeft'); time.sleep(.35)
             times = sorted(nb.page.evaluate('() => window.alfTimes'))
-            nb.run(3); time.sleep(a.seconds); nb.run(5)
+            nb.run(3); nb.page.wait_for_timeout(1000*a.seconds); nb.run(5)
             found = json.loads(nb.output(5).strip().splitlines()[-1])
             nb.run(6, timeout=120); nb.close()
     if len(times) < .9*a.presses: raise SystemExit(f'only {len(times)} of {a.presses} key presses changed the read-out')

@@ -219,7 +219,7 @@ def _side(self:TrainingDashboard):
 
 def _few(ev, n=32): return ev if len(ev) <= n else [ev[i*len(ev)//n] for i in range(n-1)] + [ev[-1]]
 
-# %% ../../nbs/11d_widgets.dashboard.ipynb #cdd8d063
+# %% ../../nbs/11d_widgets.dashboard.ipynb #13c28528
 @patch
 def _buttons(self:TrainingDashboard):
     at = self.status
@@ -260,10 +260,10 @@ def draw(self:TrainingDashboard):
     put(self.progress, value=self._bar())
     n = {k: len(s.events(k)) for k in ('log', 'select', 'memory', 'eval')}
     mark = (s, *n.values(), self.status, goes_on(self))
-    self.seldom('tiles', (mark, s.step), lambda: put(self.tiles, value=self._tiles()), .4)
-    self.seldom('curve', mark, lambda: put(self.curve, value=self._curve()), .5)
+    self.seldom('tiles', (mark, s.step), lambda: put(self.tiles, value=self._tiles()), 2)
+    self.seldom('curve', mark, lambda: put(self.curve, value=self._curve()), 2)
     end = axis_end(s.step, s.max_steps, not goes_on(self))
-    self.seldom('side', (s, n['select'], n['memory'], end, s.step*100//end), lambda: put(self.side, value=self._side()), 1)
+    self.seldom('side', (s, n['select'], n['memory'], end, s.step*100//end), lambda: put(self.side, value=self._side()), 5)
 
 @patch
 def still(self:TrainingDashboard):

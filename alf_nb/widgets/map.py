@@ -224,7 +224,7 @@ def _table(self:SelectionMap):
     head = ''.join(f'<th scope="col"{c}>{h}</th>' for h,c in (('row', ' class="txt"'), ('trains now' if goes_on(self) else 'trained last', ' class="txt"'), ('of all steps', ''), (f'importance ({escape(scores.signal)})', ''), ('age, steps', '')))
     return f'<div class="scroll" tabindex="0" role="region" aria-label="The map in numbers"><table class="data plain"><caption>{escape(self.zoom.value)}, at step {self.state.step}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../../nbs/11c_widgets.map.ipynb #75bcc334
+# %% ../../nbs/11c_widgets.map.ipynb #88d9d13e
 @patch
 def draw(self:SelectionMap):
     s = self.state
@@ -238,7 +238,7 @@ def draw(self:SelectionMap):
         self._shape = layers
     at = (s, len(s.selections), self.zoom.value, self.colour.value)
     put(self.legend, value=self._legend())
-    self.seldom('map', (at, *self._steps()), lambda: put(self.drawing, value=self._picture()), 1)
+    self.seldom('map', (at, *self._steps()), lambda: put(self.drawing, value=self._picture()), 4)
     self.seldom('said', (at, goes_on(self)), lambda: put(self.said, value=self._words()))
     measured = (at, len(s.events('measure')), len(s.events('probe')))
     self.seldom('hints', measured, lambda: put(self.hints, value=self._hover()), 5)

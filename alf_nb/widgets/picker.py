@@ -293,7 +293,7 @@ def _link(self:ThresholdPicker, c, sel):
             if k != self.by: self._show(k)
     finally: self._busy = busy
 
-# %% ../../nbs/11b_widgets.picker.ipynb #57faf39e
+# %% ../../nbs/11b_widgets.picker.ipynb #72b72cd9
 @patch
 def draw(self:ThresholdPicker):
     if self.follower and not self._steers(): self._steps()
@@ -355,7 +355,7 @@ def _tiles(self:ThresholdPicker):
     mem, mem_why, cost, cost_why, secs = self._forecast()
     n = sum(u.n_params for u in c.units if u.name in set(sel.names))
     return '<dl class="alf-tiles">' + tile('would train', f'{len(sel)} <small>of {able}</small>', f'units, in {len({u.layer for u in c.units if u.name in set(sel.names)})} layers') + tile('share of weights', percent(sel.share), f'{human_count(n)} of {human_count(sum(u.n_params for u in c.units))}') \
-        + tile('predicted memory', human_bytes(mem), mem_why) + tile('predicted time per step', human_time(secs) if secs else '–' if cost is None else f'× {cost:.2f}', cost_why) + '</dl>'
+        + tile('predicted memory', human_bytes(mem), mem_why) + tile('predicted time per step', human_time(float(f'{secs:.2g}')) if secs else '–' if cost is None else f'× {cost:.2f}', cost_why) + '</dl>'
 
 @patch
 def _drawing(self:ThresholdPicker, pick=''):
