@@ -60,7 +60,7 @@ def browser(**kw):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         b = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"])
-        try: yield b.new_context(viewport=dict(width=1280, height=1000), **kw)
+        try: yield b.new_context(viewport=dict(width=1280, height=1500), **kw)
         finally: b.close()
 
 

@@ -101,12 +101,12 @@ def test_two_on_a_page_dark_narrow_and_after_a_restart(notebook, shot):
     nb.theme("Dark")
     assert colour() != light
     for i, name in (1, "dashboard"), (2, "picker"), (4, "map"): shot(nb, f"{name}_dark", i)
-    nb.page.set_viewport_size(dict(width=700, height=1000))
+    nb.page.set_viewport_size(dict(width=700, height=1500))
     for i in (1, 2, 4):
         out = nb.cell(i).locator(".jp-OutputArea-output").first
         assert out.evaluate("e => e.scrollWidth - e.clientWidth") <= 1, f"cell {i} does not fit into 700 px"
     for i, name in (1, "dashboard"), (2, "picker"), (4, "map"): shot(nb, f"{name}_narrow", i)
-    nb.page.set_viewport_size(dict(width=1280, height=1000))
+    nb.page.set_viewport_size(dict(width=1280, height=1500))
     nb.theme("Light")
     nb.restart()
     nb.run(5)
