@@ -1,4 +1,4 @@
-"""`alf finetune`: the same job from a terminal.
+"""`alf finetune`, `alf audit`, `alf report`: the same jobs from a terminal.
 
 Docs: https://example.github.io/alf_nb/cli.html.md"""
 
@@ -12,7 +12,8 @@ import argparse, os, sys
 from pathlib import Path
 from . import __version__
 
-# %% ../nbs/15_cli.ipynb #fc10de30
+# %% ../nbs/15_cli.ipynb #dc3f88e3
+_POLICIES = ('threshold', 'budget', 'topk', 'full', 'static', 'rotate', 'lisa', 'badam', 'grass', 'inverted')
 _PRESETS = ('default', 'paper', 'lisa', 'badam', 'grass', 'static-top', 'full')
 
 def _parser():
@@ -32,11 +33,13 @@ def _parser():
     b.add_argument('--budget', type=float, help='fraction of the parameters that may train, above 0 and at most 1 (default: 0.25)', default=argparse.SUPPRESS)
     b.add_argument('--threshold', type=float, help='instead of a budget: least importance that trains, 0 to 1', default=argparse.SUPPRESS)
     b.add_argument('--preset', choices=_PRESETS, default='default', help='arguments with a name: ours, the paper\'s, the peers\'')
+    b.add_argument('--policy', choices=_POLICIES, help='how scores become a selection (default: budget, or threshold)', default=argparse.SUPPRESS)
     b.add_argument('--signal', choices=('rate', 'coherence', 'gain', 'grad_norm', 'prior'), help='which signal is importance (default: gain)', default=argparse.SUPPRESS)
     b.add_argument('--unit', choices=('module', 'block'), help='what is chosen as one: a weight matrix or a block (default: module)', default=argparse.SUPPRESS)
     b.add_argument('--interval', type=int, help='steps between selections, 0: never again (default: a third of the run, 32 to 256)', default=argparse.SUPPRESS)
     b.add_argument('--pin', action='append', metavar='PATTERN', help='unit or layer that always trains, exact name or glob; may be repeated', default=argparse.SUPPRESS)
     b.add_argument('--ban', action='append', metavar='PATTERN', help='unit or layer that never trains', default=argparse.SUPPRESS)
+    b.add_argument('--references', choices=('device', 'host', '8bit', 'none'), help='reference weights: where, or a quarter of the memory, or none (default: device)', default=argparse.SUPPRESS)
     c = f.add_argument_group('how')
     c.add_argument('--steps', type=int, default=120, help='optimizer steps')
     c.add_argument('--lr', type=float, default=4e-4, help='peak learning rate; selective training likes more than full')
@@ -48,12 +51,22 @@ def _parser():
     c.add_argument('--resume', action='store_true', help='continue from the last checkpoint in --out')
     c.add_argument('--fp32', action='store_true', help='no bf16 autocast, even where it is faster')
     c.add_argument('--quiet', action='store_true', help='no progress bars')
+    d = sub.add_parser('audit', help='which signal knows which units are worth training, on your model and data', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                       description='Train a sample of units one at a time, and compare what that gained with what each signal said before. The model is left as it was.')
+    d.add_argument('--model', help='hub id or folder of a causal language model (default: SmolLM2-135M-Instruct)', default=argparse.SUPPRESS)
+    d.add_argument('--data', help='as for finetune (default: the Python language reference)', default=argparse.SUPPRESS)
+    d.add_argument('--column', help='column of the text in structured data (default: text)', default=argparse.SUPPRESS)
+    d.add_argument('--out', default='runs/audit', help='folder for audit.json and audit.html')
+    d.add_argument('--units', type=int, default=24, help='units in the sample'); d.add_argument('--repeats', type=int, default=3, help='times each unit is trained')
+    d.add_argument('--steps', type=int, default=4, help='optimizer steps each time'); d.add_argument('--lr', type=float, default=4e-4, help='learning rate')
+    d.add_argument('--length', type=int, default=128, help='tokens per sequence'); d.add_argument('--seed', type=int, default=0, help='decides sample and batches')
+    d.add_argument('--quiet', action='store_true', help='no progress bar')
     r = sub.add_parser('report', help='write report.html of a run folder anew', description='Write report.html of a recorded run; needs no torch.')
     r.add_argument('run', help='run folder with events.jsonl')
-    for s in (f, r): s.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    for s in (f, d, r): s.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return p
 
-# %% ../nbs/15_cli.ipynb #b14d09a2
+# %% ../nbs/15_cli.ipynb #b76b5571
 def _finetune(a):
     from transformers.utils import logging as hf_logging
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
@@ -62,6 +75,14 @@ def _finetune(a):
     summary = finetune(bf16=False if a.pop('fp32') else None, progress=not a.pop('quiet'), **a)
     print(summary_table(summary))
     print(f"\nReport: {Path(a['out'])/'report.html'}\nDelta:  {Path(a['out'])/'delta'}  (apply_delta(model, path) turns the base into the tuned model)")
+
+def _audit(a):
+    from alf_nb.audit import audit_signals
+    out = Path(a.pop('out')); out.mkdir(parents=True, exist_ok=True)
+    audit = audit_signals(n_units=a.pop('units'), progress=not a.pop('quiet'), **a)
+    (out/'audit.json').write_text(audit.to_json()+'\n', encoding='utf-8')
+    (out/'audit.html').write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Signal audit</title>{audit.plot()._repr_html_()}</html>\n', encoding='utf-8')
+    print(audit._repr_markdown_()); print(f"\nPicture: {out/'audit.html'}")
 
 def _report(a):
     from alf_nb.reports import write_report
@@ -73,8 +94,8 @@ def main(
     "The command `alf`"
     a = vars(_parser().parse_args(argv))
     command,debug = a.pop('command'),a.pop('debug')
-    if command == 'finetune': os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-    try: (_finetune if command == 'finetune' else _report)(a)
+    if command != 'report': os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    try: dict(finetune=_finetune, audit=_audit, report=_report)[command](a)
     except KeyboardInterrupt:
         print(f"\nalf: interrupted; what was logged is kept in {a.get('out', a.get('run'))}", file=sys.stderr); return 130
     except (ValueError, OSError, RuntimeError, ImportError) as e:
