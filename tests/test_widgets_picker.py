@@ -219,7 +219,7 @@ def test_it_follows_a_run_and_its_policy(picker, tmp_path):
     assert p.selection.names == run.policy.select(p.state.scores(), run.units, 25, run.current).names
     p.threshold_slider.value = .33
     assert not p.apply.disabled and p.policy == ThresholdPolicy(.33)
-    assert human_time(.8*step_cost(run.units, p.selection.names)) in p.tiles.value and 'timed' in p.tiles.value
+    assert human_time(float(f'{.8*step_cost(run.units, p.selection.names):.2g}')) in p.tiles.value and 'timed' in p.tiles.value
 
 
 def run_scores(run):

@@ -102,6 +102,7 @@ def sidebar(made):
 def configure(nbs, folder, made):
     "The site's settings: `_quarto.yml` as committed, and what nbdev would write beside it"
     for f in ('_quarto.yml', 'styles.css'): shutil.copy(nbs/f, folder)
+    if (nbs/'images').is_dir(): shutil.copytree(nbs/'images', folder/'images')
     site = {'title': settings['title'], 'site-url': SITE, 'description': settings['description'], 'repo-branch': settings['branch'], 'repo-url': settings['git_url'], 'llms-txt': True}
     page = {'include-in-header': [dict(text=HEAD)]}
     (folder/'nbdev.yml').write_text(yaml.safe_dump(dict(project={'output-dir': '_docs'}, website=site, format=dict(html=page))), encoding='utf-8')
@@ -199,6 +200,7 @@ def build(out, nbs=root/'nbs'):
         made = stage(nbs, folder)
         configure(nbs, folder, made)
         site, wrong = render(folder)
+        if (folder/'images').is_dir(): shutil.copytree(folder/'images', site/'images', dirs_exist_ok=True)
         offline(site, made)
         wrong += problems(site)
         if not wrong:
