@@ -6,13 +6,15 @@ Docs: https://example.github.io/alf_nb/reports.html.md"""
 
 # %% auto #0
 __all__ = ['summarize', 'summary_table', 'latest_scores', 'loss_chart', 'layer_map', 'role_maps', 'memory_chart', 'report_html',
-           'write_report', 'Comparison', 'compare_runs']
+           'write_report', 'Comparison', 'compare_runs', 't_interval', 'read_results', 'PolicyComparison',
+           'compare_results', 'write_comparison']
 
-# %% ../nbs/12_reports.ipynb #f6ee9f1b
+# %% ../nbs/12_reports.ipynb #0c4fcd02
 import json, math, os, re, statistics, textwrap
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
+from fastcore.basics import patch
 from .records import Scores
 from .runlog import RunLog
 from .plots import *
@@ -400,3 +402,320 @@ def compare_runs(
     runs = [runs] if isinstance(runs, (str, os.PathLike, RunLog)) else list(runs)
     if not runs: raise ValueError("no runs to compare; give their folders")
     return Comparison([_log(r) for r in runs])
+
+# %% ../nbs/12_reports.ipynb #342f61b9
+def _t_inside(theta, df):
+    "P(|T| ≤ √df·tan θ) for Student's T"
+    c, odd = math.cos(theta), df % 2
+    total, term = 0., c if odd else 1.
+    for k in range(1+odd, df, 2): total += term; term *= c*c*k/(k+1)
+    return 2/math.pi*(theta + math.sin(theta)*total) if odd else math.sin(theta)*total
+
+def t_interval(
+    values,         # one number per seed
+    level:float=.95 # of the interval, 0–1
+)->tuple:           # mean, low end, high end; the ends are None for a single value
+    "Mean and Student's interval"
+    n = len(values)
+    if not n: raise ValueError("no values to average")
+    mean = statistics.fmean(values)
+    if n < 2: return mean, None, None
+    lo, hi = 0., math.pi/2
+    for _ in range(60): mid = (lo+hi)/2; lo, hi = (mid, hi) if _t_inside(mid, n-1) < level else (lo, mid)
+    half = math.sqrt(n-1)*math.tan(lo)*statistics.stdev(values)/math.sqrt(n)
+    return mean, mean-half, mean+half
+
+# %% ../nbs/12_reports.ipynb #7c91dfde
+def read_results(
+    path # `.jsonl` file of rows
+)->list: # dicts in the order of their first writing
+    "Rows of a results file; of those with the same key the last one"
+    path, rows = Path(path), {}
+    if not path.is_file(): raise FileNotFoundError(f"no results here: {path} does not exist")
+    for line in path.read_bytes().split(b'\n'):
+        try: r = json.loads(line.decode('utf-8', 'replace'), parse_constant=lambda c: None)
+        except ValueError: continue
+        if isinstance(r, dict) and {'key', 'task', 'method', 'lr', 'seed'} <= set(r): rows[r['key']] = r
+    return list(rows.values())
+
+def _good(r): return not r.get('error') and isinstance(r.get('task_loss'), (int, float))
+
+def _mean(rows, k): return statistics.fmean(v) if (v := [r[k] for r in rows if r.get(k) is not None]) else None
+
+def _difference(a, b, k='task_loss'):
+    "Mean and interval of `k` in runs of one method less that in runs of another, seed by seed; None: no seed in common"
+    at = {r['seed']: r[k] for r in b if r.get(k) is not None}
+    found = [r[k]-at[r['seed']] for r in a if r.get(k) is not None and r['seed'] in at]
+    return (*t_interval(found), len(found)) if found else None
+
+class _Method:
+    "Runs of one method in one task"
+    def __init__(self, rows):
+        self.all, self.name, good = rows, str(rows[-1]['method']), [r for r in rows if _good(r)]
+        self.errors = [r for r in rows if r.get('error')]
+        rates = sorted({r['lr'] for r in good})
+        by_seed = {s: [r for r in good if r['seed'] == s] for s in sorted({r['seed'] for r in good})}
+        self.grid = len(by_seed) > 1 and all(len(v) == len(rates) > 1 for v in by_seed.values())
+        first = good if self.grid else max(by_seed.values(), key=len, default=[])      # the seed that tried the most rates; of equals the lowest
+        self.lr = min({r['lr'] for r in first}, key=lambda v: _mean([r for r in first if r['lr'] == v], 'task_loss'), default=None)
+        self.runs = sorted((r for r in good if r['lr'] == self.lr), key=lambda r: r['seed'])
+        tried = sorted({r['lr'] for r in rows})
+        self.edge = len(tried) > 1 and self.lr in (tried[0], tried[-1]) and not any(r.get('diverged') and r['lr'] > self.lr for r in rows)
+        self.loss = _mean(self.runs, 'task_loss')
+    def mean(self, k): return _mean(self.runs, k)
+    @property
+    def forgetting(self): return _mean([dict(d=r['other_loss']-r['other_loss_before']) for r in self.runs if r.get('other_loss') is not None and r.get('other_loss_before') is not None], 'd')
+
+# %% ../nbs/12_reports.ipynb #2cc034e8
+_rules = dict(steps=lambda a: f'equal steps ({a:g})', tokens=lambda a: f'equal tokens ({human_count(a)})', wall=lambda a: f'equal wall-clock time ({human_time(a)} per run)')
+
+def _interval(m, digits=3): return num(m[0], digits) if m[1] is None else f'{num(m[0], digits)} ({num(m[1], digits)} … {num(m[2], digits)})'
+
+def _signed(d): return '–' if d is None else f'{d[0]:+.3f}' if d[1] is None else f'{d[0]:+.3f} ({d[1]:+.3f} … {d[2]:+.3f})'
+
+def _won(d):
+    "-1: lower, 1: higher, 0: not told apart, None: one seed"
+    return None if d is None or d[1] is None else -1 if d[2] < 0 else 1 if d[1] > 0 else 0
+
+class PolicyComparison:
+    "Methods on one task, the best first."
+    def __init__(self,
+        rows,              # of one task, as from `read_results`
+        control='random',  # the method that every choice has to beat
+        baseline='full'    # the method that is to be replaced
+    ):
+        self.rows = list(rows)
+        if not self.rows: raise ValueError("no rows to compare")
+        if len(tasks := {r['task'] for r in self.rows}) > 1: raise ValueError(f"rows of {len(tasks)} tasks: losses on different tasks do not compare")
+        groups = {}
+        for r in self.rows: groups.setdefault((str(r['method']), r.get('settings')), []).append(r)
+        self.methods = sorted(map(_Method, groups.values()), key=lambda m: (m.loss is None, m.loss, m.name))
+        for i,m in enumerate(self.methods):       # one name, two settings
+            if n := sum(o.name == m.name for o in self.methods[:i]): m.name = f'{m.name} ({n+1})'
+        self.control, self.baseline = self._get(control), self._get(baseline)
+
+    def _get(self, name): return next((m for m in self.methods if m.name == name and m.runs), None)
+    def __len__(self): return len(self.methods)
+    def __iter__(self): return iter(self.methods)
+    @property
+    def task(self)->dict:
+        "What all runs share"
+        r = self.rows[-1]
+        return {k: r.get(k) for k in ('task', 'model', 'data', 'rule', 'amount', 'batch_size', 'length', 'bf16', 'device', 'task_loss_before', 'other_loss_before')}
+    @property
+    def title(self)->str:
+        "Model, data and rule in a line"
+        return f"{self.task['model']} on {self.task['data']}, {_rules.get(self.task['rule'], lambda a: str(a))(self.task['amount'])}"
+
+    @property
+    def verdict(self)->list:
+        "What won, and what that is worth: plain sentences"
+        ranked = [m for m in self if m.runs]
+        if not ranked: return ['No run was completed.']
+        best, n = ranked[0], len(ranked[0].runs)
+        out = [f"Under {_rules.get(self.task['rule'], lambda a: self.task['rule'])(self.task['amount'])}, {best.name} has the lowest task loss: {_interval(t_interval([r['task_loss'] for r in best.runs]))}, {n} seed{'s'*(n > 1)}."]
+        def against(m, o, what):
+            d = _difference(m.runs, o.runs); w = _won(d)
+            if d is None: return f"{m.name} and {what} have no seed in common."
+            seeds = f"{d[3]} seed{'s'*(d[3] > 1)}"
+            return f"{m.name} against {what}: {_signed(d)}, {seeds}: " + {None: 'one seed gives no interval, so this is a hint and no result', -1: 'lower, and significantly so', 1: 'higher, and significantly so', 0: 'not told apart'}[w] + '.'
+        if len(ranked) > 1: out.append(against(best, ranked[1], f'the next ({ranked[1].name})'))
+        choosing = [m for m in ranked if m.runs[0].get('selects')]
+        if self.control and choosing:
+            out.append(('Selection by measurement ' + {None: 'was run with too few seeds to say whether it beats a random choice', -1: 'beats a random choice of the same size significantly', 1: 'is significantly worse than a random choice of the same size',
+                        0: 'is not shown to beat a random choice of the same size'}[_won(_difference(choosing[0].runs, self.control.runs))]) + f". The best of it, {against(choosing[0], self.control, self.control.name)}")
+        elif choosing: out.append("No random control was run, so nothing shows that the choice of units matters.")
+        if self.baseline and best is not self.baseline: out.append(against(best, self.baseline, self.baseline.name))
+        return out
+
+    @property
+    def warnings(self)->list:
+        "What weakens the comparison"
+        out, few = [], [m.name for m in self if m.runs and len(m.runs) < 2]
+        if few: out.append(f"One seed only, so no interval: {', '.join(few)}.")
+        if edge := [f'{m.name} ({m.lr:g})' for m in self if m.runs and m.edge]: out.append(f"The best learning rate is the largest or smallest tried, so a better one may lie beyond: {', '.join(edge)}.")
+        if single := [m.name for m in self if m.runs and len({r['lr'] for r in m.all}) == 1]: out.append(f"One learning rate only: {', '.join(single)}.")
+        orders = {}
+        for r in self.rows:
+            if _good(r) and r.get('data_order') and r.get('steps', 0) >= 16: orders.setdefault(r['seed'], set()).add(r['data_order'])
+        if odd := [s for s,o in orders.items() if len(o) > 1]: out.append(f"Data came in different orders within seed {', '.join(map(str, odd))}.")
+        if early := sorted({str(r['method']) for r in self.rows if r.get('stopped_early')}): out.append(f"Time was up before the schedule was through, so the learning rate had not come down: {', '.join(early)}.")
+        for m in self:
+            if m.errors: e = m.errors[-1]; out.append(f"{m.name}: {len(m.errors)} run{'s'*(len(m.errors) > 1)} failed, the last with “{str(e['error'])[:200]}”.")
+        if len({json.dumps(r.get('versions'), sort_keys=True) for r in self.rows if _good(r)}) > 1: out.append("Not all runs were made by the same versions.")
+        return out
+
+    def table(self)->list:
+        "A dict per method, the best first"
+        full = self.baseline and self.baseline.mean('state_bytes_peak')
+        out = []
+        for m in self:
+            loss = t_interval([r['task_loss'] for r in m.runs]) if m.runs else None
+            out.append(dict(method=m.name, lr=m.lr, edge=m.edge, seeds=len(m.runs), task_loss=loss, minus_control=_difference(m.runs, self.control.runs) if self.control and m is not self.control and m.runs else None,
+                minus_baseline=_difference(m.runs, self.baseline.runs) if self.baseline and m is not self.baseline and m.runs else None, forgetting=m.forgetting, share=m.mean('trainable_share_peak'), state=m.mean('state_bytes_peak'),
+                state_of_full=m.mean('state_bytes_peak')/full if full and m.runs else None, seconds_per_step=m.mean('seconds_per_step'), steps=m.mean('steps'), wall_s=m.mean('wall_s'), importance_s=m.mean('importance_s'), errors=len(m.errors)))
+        return out
+
+# %% ../nbs/12_reports.ipynb #a246e16d
+def _md(s): return re.sub(r'([|\\`*_<>\[\]])', r'\\\1', str(s)).replace('\n', ' ')
+
+def _cells(c):
+    "What was reached and what it cost: head and rows of text, each"
+    c0, b0 = (c.control.name if c.control else 'random'), (c.baseline.name if c.baseline else 'full')
+    head = ('method', 'learning rate', 'seeds', 'task loss', f'less {c0}', f'less {b0}', 'forgetting', 'trains, peak', 'state, peak', f'of {b0}', 's/step', 'steps', 'time', 'choosing')
+    rows = []
+    for i,r in enumerate(c.table()):
+        if r['task_loss'] is None: rows.append([r['method'], *['–']*(len(head)-2), f"{r['errors']} failed"]); continue
+        rows.append([r['method'], f"{r['lr']:g}{'†' if r['edge'] else ''}", str(r['seeds']), _interval(r['task_loss']), _signed(r['minus_control']), _signed(r['minus_baseline']), '–' if r['forgetting'] is None else f"{r['forgetting']:+.3f}",
+                     percent(r['share']), human_bytes(r['state']), num(r['state_of_full'], 2), num(r['seconds_per_step']), num(r['steps'], 0), human_time(r['wall_s']), percent(r['importance_s']/r['wall_s'] if r['wall_s'] and r['importance_s'] is not None else None)])
+    cost = (0, *range(7, len(head)))
+    return [([h[i] for i in at], [[r[i] for i in at] for r in rows]) for h in (head,) for at in (range(7), cost)]
+
+_how_to_read = ("Losses are means over seeds with 95 % intervals (Student); lower is better. Differences are taken seed by seed. Forgetting: how much the loss on unrelated text rose. State: gradients, optimizer and references at their peak. "
+                "The learning rate is the one that did best on the held-out text with the first seed, so means are a little too good, for every method alike. Each interval stands alone: of twenty true nulls one is expected to miss 0. †: at the edge of the rates tried.")
+
+def _repr_markdown_(self):
+    show = lambda v, i, j: f'**{_md(v)}**' if i == 0 and j in (0, 3) and v != '–' else _md(v)
+    tables = ['\n'.join(['| ' + ' | '.join(map(_md, head)) + ' |', '|---|' + '---:|'*(len(head)-1), *('| ' + ' | '.join(show(v, i if k == 0 else 1, j) for j,v in enumerate(r)) + ' |' for i,r in enumerate(rows))]) for k,(head,rows) in enumerate(_cells(self))]
+    words = [*(f'- {_md(w)}' for w in self.verdict), *(f'- Caution: {_md(w)}' for w in self.warnings)]
+    return '\n'.join([f'**{_md(self.title)}**', '', *words, '', '\n\n'.join(tables), '', _how_to_read])
+PolicyComparison._repr_markdown_ = _repr_markdown_
+
+# %% ../nbs/12_reports.ipynb #c6c83bf1
+def _colours(c):
+    "Method → colour class of `line_chart`; a palette of eight, and grey"
+    ranked = [m for m in c if m.runs]
+    first = [m for m in (c.baseline, c.control) if m]
+    bright = (first + [m for m in ranked if m not in first])[:8]
+    return {m: f'4 alf-k{bright.index(m)+1}' if m in bright else '4' for m in ranked}
+
+def _mean_curve(m):
+    "Points of the curve, averaged over seeds where all have them"
+    curves = [r['curve'] for r in m.runs if r.get('curve')]
+    if not curves: return []
+    n = min(map(len, curves))
+    return [[statistics.fmean(c[i][k] for c in curves) for k in range(4)] for i in range(n)]
+
+def _curves(c, axis, name):
+    "Held-out loss against steps (0), time (1) or tokens (2)"
+    at, series = _colours(c), []
+    for m,col in sorted(at.items(), key=lambda kv: kv[1] != '4'):      # grey below
+        pts = [p for p in _mean_curve(m) if p[3] is not None][1:]      # the start is the same for all and would flatten the rest
+        if pts: series.append(dict(name=m.name if col != '4' else '', x=[p[axis] for p in pts], y=[p[3] for p in pts], c=col, kind='line' if col != '4' else 'thin', last=num(pts[-1][3])))
+    if not series: return Picture('<p class="note">No curve was recorded.</p>')
+    ys = sorted(v for s in series for v in s['y'])
+    said = f'Held-out loss against {name}, at the end: ' + ', '.join(f"{m.name} {num(_mean_curve(m)[-1][3])}" for m in at if _mean_curve(m))
+    return line_chart(series, said, lambda v: f'{v:.3g}', 260, x_name=name, y_range=(ys[0]-.01*abs(ys[0]), ys[min(len(ys)-1, int(.97*len(ys)))]*1.01))
+
+def _labelled(picture, points, x_range, y_range):
+    "Words beside points of a chart, moved apart where they would meet"
+    placed, out = [], []
+    for x,y,text in sorted(points, key=lambda p: p[1]):
+        left, up = 100*(x-x_range[0])/(x_range[1]-x_range[0]), 100*(y-y_range[0])/(y_range[1]-y_range[0])
+        while any(abs(left-l) < 24 and abs(up-u) < 5 for l,u in placed): up += 1
+        placed.append((left, up))
+        side = f'right:{100-left:.1f}%;padding-right:9px' if left > 75 else f'left:{left:.1f}%;padding-left:9px'
+        out.append(f'<span style="position:absolute;{side};bottom:{up:.1f}%;transform:translateY(50%);white-space:nowrap;font-size:11.5px;line-height:1;color:var(--fg)">{escape(text)}</span>')
+    return Picture(picture.replace('</svg></div>', '</svg>' + ''.join(out) + '</div>', 1))
+
+def _scatter(c, x, name, x_format, zero=True):
+    "Task loss against a figure of each method, a point per method"
+    at = _colours(c)
+    pts = [(m, x(m), m.loss) for m in at if x(m) is not None]
+    if not pts: return Picture(f'<p class="note">{escape(name)}: not recorded.</p>')
+    xs, ys = [p[1] for p in pts], [p[2] for p in pts]
+    wide, high = max(xs)-min(0 if zero else min(xs), min(xs)) or 1, max(ys)-min(ys) or .1
+    x_range, y_range = (min(0 if zero else min(xs), min(xs))-.04*wide, max(xs)+.06*wide), (min(ys)-.08*high, max(ys)+.12*high)
+    said = f'Task loss against {name}: ' + ', '.join(f'{m.name} {x_format(v)}, {num(y)}' for m,v,y in pts)
+    series = [dict(name='', x=[v], y=[y], c=at[m], kind='dots') for m,v,y in pts]
+    return _labelled(line_chart(series, said, lambda v: f'{v:.3g}', 260, x_range=x_range, y_range=y_range, x_name=name), [(v, y, m.name) for m,v,y in pts], x_range, y_range)
+
+def _trained(c):
+    "Which layers trained, how much and when: of each method the run of its first seed"
+    maps = {m.name: m.runs[0]['map'] for m in c if m.runs and m.runs[0].get('map') and m.name != (c.baseline.name if c.baseline else None)}
+    if not maps: return ''
+    layers = list(dict.fromkeys(l for v in maps.values() for l in v))
+    share = lambda s: sum(map(int, s))/9/len(s)
+    cells = {(k, l): share(v[l]) or None for k,v in maps.items() for l in layers if v.get(l)}      # None has the colour of what is frozen
+    left = _rows_px(maps)
+    hint = lambda m, l: f'{l}, {m}: {percent(cells[m, l] or 0, 0)} of it trained on average'
+    out = cell_table(cells, list(maps), layers, 'How much of each layer trained, on average over the run; darker or brighter is more. Columns are layers, first to last.', hint=hint, left=left)
+    moving = {k: v for k,v in maps.items() if any(len(set(s)) > 1 for s in v.values())}
+    if moving:
+        bands = {k: [[int(d)/9 for d in v.get(l, '0')] for l in layers] for k,v in moving.items()}
+        out += '<h3>What trained when</h3>' + band_map(bands, 'Layers by time, one band for each method that changed its selection: ' + ', '.join(moving), (0, 100), left, ramp_legend('a little', 'all of the layer trains', 'frozen'), '% of the run')
+    return Picture(out)
+
+@patch
+def plot(self:PolicyComparison)->Picture:
+    "Loss against steps, time, tokens, memory and forgetting"
+    pairs = [('Held-out loss by step', _curves(self, 0, 'steps')), ('by time', _curves(self, 1, 'seconds')), ('by tokens', _curves(self, 2, 'tokens')),
+             ('Loss and memory', _scatter(self, lambda m: None if m.mean('state_bytes_peak') is None else m.mean('state_bytes_peak')/2**20, 'training state, peak, MB', lambda v: f'{v:.0f} MB')),
+             ('Loss and forgetting', _scatter(self, lambda m: m.forgetting, 'rise of the loss on unrelated text', lambda v: f'{v:+.3f}', False)),
+             ('Loss and time per step', _scatter(self, lambda m: m.mean('seconds_per_step'), 'seconds per step', lambda v: f'{v:.3g} s'))]
+    return Picture('<div class="alf-pair">' + ''.join(f'<div><h3>{h}</h3>{p}</div>' for h,p in pairs) + '</div>')
+
+# %% ../nbs/12_reports.ipynb #20119936
+@patch
+def _html(self:PolicyComparison, level=2):
+    (head, rows), (cost_head, cost_rows) = _cells(self)
+    rows = [[f'<strong>{escape(v)}</strong>' if i == 0 and j in (0, 3) else escape(v) for j,v in enumerate(r)] for i,r in enumerate(rows)]
+    sec = lambda title, body, note='': f'<section><h{level}>{title}</h{level}>{f"""<p class="note">{note}</p>""" if note else ""}{body}</section>' if body else ''
+    t = self.task
+    about = {str(r['method']): r.get('about') or '' for r in self.rows}
+    return (''.join(f'<p class="warning" role="note">{escape(w)}</p>' for w in self.warnings) +
+        sec('What was reached', _table(head, rows, self.title), _how_to_read) + sec('What it cost', _table(cost_head, [list(map(escape, r)) for r in cost_rows], 'Means over the seeds')) + sec('Curves', self.plot(), 'Held-out loss while training, mean over seeds; the start, which is the same for all, is left out. In grey: methods that did worse.') +
+        sec('Where each method learnt', _trained(self)) +
+        sec('Methods', _table(('method', 'what it is', 'learning rates tried', 'best', 'seeds'), [[escape(m.name), escape(about.get(str(m.all[-1]['method']), '')), ', '.join(f'{v:g}' for v in sorted({r['lr'] for r in m.all})), '–' if m.lr is None else f'{m.lr:g}', escape(', '.join(str(r['seed']) for r in m.runs)) or '–'] for m in self],
+            'Methods of this comparison', (0, 1), ' plain')) +
+        sec('Task', _settings({k: v for k,v in t.items() if v is not None} | dict(versions=self.rows[-1].get('versions') or {}, commit=self.rows[-1].get('commit') or 'unknown', date=self.rows[-1].get('date') or 'unknown'), 'What all runs share')))
+
+@patch
+def _repr_html_(self:PolicyComparison):
+    said = ''.join(f'<p class="alf-said">{escape(w)}</p>' for w in self.verdict)
+    return f'<style>{theme_css()}</style><div class="alf"><h2>{escape(self.title)}</h2>{said}{self._html(3)}</div>'
+
+def compare_results(
+    results, # `.jsonl` file, or rows
+    task=None, # which task; None: the one written last
+    **kw     # further arguments of `PolicyComparison`
+)->PolicyComparison:
+    "The comparison that a results file holds"
+    rows = read_results(results) if isinstance(results, (str, os.PathLike)) else list(results)
+    if not rows: raise ValueError(f"no rows in {results}" if isinstance(results, (str, os.PathLike)) else "no rows to compare")
+    task = rows[-1]['task'] if task is None else task
+    if not (found := [r for r in rows if r['task'] == task]): raise ValueError(f"no task {task!r}; tasks are {', '.join(dict.fromkeys(str(r['task']) for r in rows))}")
+    return PolicyComparison(found, **kw)
+
+def _replace(path, text):
+    "Write a file, whole or not at all"
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    try: part.write_text(text, encoding='utf-8'); os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+
+def _notebook(file, comparisons):
+    "A notebook that shows the comparisons, with its outputs"
+    md = lambda s: dict(cell_type='markdown', metadata={}, source=s)
+    code = lambda s, out=None: dict(cell_type='code', metadata={}, source=s, execution_count=None, outputs=[] if out is None else [dict(output_type='display_data', metadata={}, data={'text/html': out._repr_html_(), 'text/markdown': out._repr_markdown_(), 'text/plain': out.title})])
+    cells = [md('# Methods under one rule\nEach cell shows what one task of the results file says. Run it again when more rows are there.'), code(f'from alf_nb.reports import compare_results\nresults = {file!r}')]
+    for c in comparisons: cells += [code(f"compare_results(results, task={c.task['task']!r})", c)]
+    for i,c in enumerate(cells): c['id'] = f'cell-{i}'
+    return json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(display_name='Python 3', language='python', name='python3'), language_info=dict(name='python')), nbformat=4, nbformat_minor=5), indent=1, ensure_ascii=False) + '\n'
+
+def write_comparison(
+    results,   # `.jsonl` file of rows
+    out=None,  # folder to write to; default the file's
+    tasks=None # which tasks; default all
+)->Path:       # of the page
+    "Write `comparison.html`, `.md` and `.ipynb` from a results file"
+    rows, results = read_results(results), Path(results)
+    tasks = list(dict.fromkeys(r['task'] for r in rows)) if tasks is None else list(tasks)
+    found = [compare_results(rows, t) for t in tasks] if rows else []
+    if not found: raise ValueError(f"no rows in {results}")
+    out = Path(out or results.parent); out.mkdir(parents=True, exist_ok=True)
+    body = ''.join(f'<header><h1>{escape(c.title)}</h1>{"".join(f"""<p class="lead">{escape(w)}</p>""" for w in c.verdict)}</header>{c._html()}' for c in found)
+    _replace(out/'comparison.md', '# Methods under one rule\n\n' + '\n\n'.join(c._repr_markdown_() for c in found) + '\n')
+    _replace(out/'comparison.ipynb', _notebook(os.path.relpath(results, out).replace(os.sep, '/') if results.anchor == out.anchor else str(results), found))
+    _replace(out/'comparison.html', f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark"><meta name="generator" content="alf_nb">'
+             f'<title>{escape(found[-1].title)}</title><style>{theme_css()}</style></head>\n<body class="alf alf-page"><main>{body}<footer>Written by alf_nb from <code>{escape(results.name)}</code>. A dash means not measured.</footer></main></body></html>\n')
+    return out/'comparison.html'
