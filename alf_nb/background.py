@@ -17,15 +17,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .runlog import RunLog
 from .trainer import ALFCallback
 
-# %% ../nbs/09b_background.ipynb #c65fd415
+# %% ../nbs/09b_background.ipynb #ae35a5bc
 class _Gate(TrainerCallback):
     "Holds or ends training between two steps"
     def __init__(self, run): self.run,self.go = run,threading.Event(); self.go.set(); self.ending = False
 
-    def on_train_begin(self, args, state, control, **kw): self._report('training', state)
+    def on_train_begin(self, args, state, control, **kw): self._report(state)
 
     def on_step_end(self, args, state, control, **kw):
-        self._report('training', state)
+        self._report(state)
         if not self.go.is_set() and not self.ending and state.global_step < state.max_steps: self._hold(state)
         if self.ending and state.global_step < state.max_steps: control.should_training_stop = control.should_save = True
 
@@ -36,8 +36,8 @@ class _Gate(TrainerCallback):
         alf._event('unpause', state.global_step, paused_s=time.perf_counter()-t0); alf._forget_pause()
         self.run._status = 'running'
 
-    def _report(self, activity, state):
-        self.run.activity,self.run.step,self.run.max_steps = activity,state.global_step,state.max_steps
+    def _report(self, state):
+        self.run.activity,self.run.step,self.run.max_steps = 'training',state.global_step,state.max_steps
         if self.run._status == 'starting': self.run._status = 'running'
 
 # %% ../nbs/09b_background.ipynb #aa9d783b

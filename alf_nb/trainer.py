@@ -341,7 +341,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #a5e61332
+# %% ../nbs/09_trainer.ipynb #30e1e814
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -391,7 +391,7 @@ def on_optimizer_step(self:ALFCallback, args, state, control, model=None, optimi
 @torch.no_grad()
 def _descent(self:ALFCallback, groups):
     "−⟨g, ΔW⟩ / (n·lr) of the step just made, for every unit that trains"
-    names = [n for n in self.snapshot.names if groups[self._group[n]]['lr'] > 0]
+    names = self._moving()
     if not names: return {}
     norms = self.snapshot.measure(dot={n: [p.grad for p in self.layers.params(n)] for n in names})
     return {n: -v/self._sizes[n]/float(groups[self._group[n]]['lr']) for n,v in zip(norms.names, norms.dot)}

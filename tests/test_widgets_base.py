@@ -9,14 +9,7 @@ from alf_nb.widgets.base import Follower, RunState, View, as_source, follow, put
 
 sys.path.insert(0, __file__.rpartition('/')[0])
 from fake_run import fake_run, fake_units  # noqa: E402
-
-
-def wait_for(f, s=10):
-    end = time.monotonic() + s
-    while not (res := f()):
-        assert time.monotonic() < end, 'it never came'
-        time.sleep(.01)
-    return res
+from live_run import wait_for  # noqa: E402
 
 
 class Shown(View):
