@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from alf_nb.demo import demo_dataset
-from alf_nb.efficiency import ModelShape, Speed, StepMeter, extrapolate
+from alf_nb.efficiency import ModelShape, StepMeter, extrapolate
 from alf_nb.layers import partition_layers
 from alf_nb.policies import BudgetPolicy
 from alf_nb.probe import _model_loss, probe_gradients
@@ -69,12 +69,6 @@ def meter(model, method, budget, length, bf16):
     if names is not None: m.select()
     m.step(); m.forget()
     return m, picked
-
-
-def finish(m):
-    "One probe and one switch more, timed warm"
-    if m.names is not None: m.probe(); m.select()
-    return m.costs()
 
 
 def available_bytes(device):
@@ -130,7 +124,7 @@ def main():
         if sweep not in a.only: continue
         computed = [extrapolate(shape, m, b or BUDGET, length=length, weights=weights, rank=RANK) for m, b in methods]
         rounds = 2 if sweep == 'peak' else 1 + a.repeats
-        work = sum(rounds*(e.forward_flops + e.backward_flops) + (4 if e.method == 'alf' else 0)*computed[0].flops for e in computed)
+        work = sum(rounds*(e.forward_flops + e.backward_flops) + (2 + rounds if e.method == 'alf' else 0)*computed[0].flops for e in computed)
         need = max(e.total_bytes for e in computed) if sweep == 'peak' else sum(e.weight_bytes + e.state_bytes for e in computed) + max(e.activation_bytes + e.cast_bytes for e in computed)
         left, takes = a.limit - (time.perf_counter() - t0), work/pace + (8*len(methods) if sweep == 'peak' else 0)      # a process needs seconds to start
         if not a.quick and takes > left: print(f"left out: {sweep} {shape.name} length {length}, about {takes:.0f} s with {left:.0f} s left"); continue
@@ -143,8 +137,12 @@ def main():
             meters = [meter(copy.deepcopy(base), m, b or BUDGET, length, bf16) for m, b in methods]
             del base
             for r in range(a.repeats):
-                for i in range(len(meters)): m = meters[(i+r) % len(meters)][0]; m.step(measure=m.names is not None)
-            for (name, b), (m, picked) in zip(methods, meters): rows.append(dict(method=name, budget=b, units=picked, costs={**finish(m).to_dict(), 'peak_bytes': None}))
+                for i in range(len(meters)):
+                    m = meters[(i+r) % len(meters)][0]
+                    if m.names is not None and r % 2 == 0: m.probe()
+                    if m.names is not None and r % 3 == 1: m.select()
+                    m.step(measure=m.names is not None)
+            for (name, b), (m, picked) in zip(methods, meters): rows.append(dict(method=name, budget=b, units=picked, costs={**m.costs().to_dict(), 'peak_bytes': None}))
             del meters, m
         if sweep != 'peak' and (took := time.perf_counter()-t1) > 2: pace = work/took
         rows = [dict(sweep=sweep, shape=shape.to_dict(), length=length, **r, **same, t=round(time.time())) for r in rows]
