@@ -257,7 +257,7 @@ def test_memory_does_not_grow_with_the_corpus():
         peak = 0
         def __call__(self, n): self.peak = max(self.peak, rss().rss)
     def peak(n):
-        rows = A._corpus(texts(n, length=30), TOK, None, .2, 128)
+        rows,_ = A._corpus(texts(n, length=30), TOK, None, .2, 128)
         gc.collect(); w = Watch(); start = rss().rss
         A._measure(model, rows, 1, 0, w)
         assert all(len(r[0]) > 90 for r in rows)
