@@ -1,4 +1,4 @@
-"""`alf finetune`, `alf audit`, `alf report`: the same jobs from a terminal.
+"""`alf finetune`, `alf audit`, `alf attention`, `alf report`: the same jobs from a terminal.
 
 Docs: https://example.github.io/alf_nb/cli.html.md"""
 
@@ -12,7 +12,7 @@ import argparse, os, sys
 from pathlib import Path
 from . import __version__
 
-# %% ../nbs/15_cli.ipynb #dc3f88e3
+# %% ../nbs/15_cli.ipynb #ac6aa4eb
 _POLICIES = ('threshold', 'budget', 'topk', 'full', 'static', 'rotate', 'lisa', 'badam', 'grass', 'inverted')
 _PRESETS = ('default', 'paper', 'lisa', 'badam', 'grass', 'static-top', 'full')
 
@@ -46,6 +46,7 @@ def _parser():
     c.add_argument('--batch-size', type=int, default=3, help='sequences per step')
     c.add_argument('--length', type=int, default=256, help='tokens per sequence')
     c.add_argument('--eval-blocks', type=int, default=24, help='held-out sequences of each kind that losses are measured on')
+    c.add_argument('--attention', type=int, default=0, metavar='N', help='held-out passages on which the change of attention is measured for the report, such as 16; 0: none')
     c.add_argument('--seed', type=int, default=0, help='the same seed gives the same result')
     c.add_argument('--save-steps', type=int, default=0, help='checkpoint every so many steps, 0: none')
     c.add_argument('--resume', action='store_true', help='continue from the last checkpoint in --out')
@@ -61,12 +62,23 @@ def _parser():
     d.add_argument('--steps', type=int, default=4, help='optimizer steps each time'); d.add_argument('--lr', type=float, default=4e-4, help='learning rate')
     d.add_argument('--length', type=int, default=128, help='tokens per sequence'); d.add_argument('--seed', type=int, default=0, help='decides sample and batches')
     d.add_argument('--quiet', action='store_true', help='no progress bar')
+    t = sub.add_parser('attention', help='what fine-tuning did to attention: several tuned models against one base', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                       description='Entropy, distance and the attention on central words, per layer and head, before and after, with intervals over texts. One model is in memory at a time.')
+    t.add_argument('tuned', nargs='+', metavar='TUNED', help='folder of a tuned model: a run or its delta, a PEFT adapter, or a saved model; NAME=FOLDER names it')
+    t.add_argument('--base', help='hub id or folder of the model before (default: SmolLM2-135M-Instruct)', default=argparse.SUPPRESS)
+    t.add_argument('--data', help='as for finetune (default: the Python language reference)', default=argparse.SUPPRESS)
+    t.add_argument('--column', help='column of the text in structured data (default: text)', default=argparse.SUPPRESS)
+    t.add_argument('--all', action='store_true', help='use all texts of --data; without it, those that finetune with the same --seed holds out')
+    t.add_argument('--texts', type=int, default=32, help='passages, from as many texts as possible; 6 or more give intervals')
+    t.add_argument('--length', type=int, default=256, help='tokens of a passage; memory grows with the square')
+    t.add_argument('--out', default='runs/attention', help='folder for attention.json and attention.html'); t.add_argument('--seed', type=int, default=0, help='decides which texts are held out, and the draws of the intervals')
+    t.add_argument('--quiet', action='store_true', help='no progress bar')
     r = sub.add_parser('report', help='write report.html of a run folder anew', description='Write report.html of a recorded run; needs no torch.')
     r.add_argument('run', help='run folder with events.jsonl')
-    for s in (f, d, r): s.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    for s in (f, d, t, r): s.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return p
 
-# %% ../nbs/15_cli.ipynb #b76b5571
+# %% ../nbs/15_cli.ipynb #c32c758c
 def _finetune(a):
     from transformers.utils import logging as hf_logging
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
@@ -84,6 +96,51 @@ def _audit(a):
     (out/'audit.html').write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Signal audit</title>{audit.plot()._repr_html_()}</html>\n', encoding='utf-8')
     print(audit._repr_markdown_()); print(f"\nPicture: {out/'audit.html'}")
 
+def _names(tuned):
+    "Name → folder, from FOLDER or NAME=FOLDER; a run's delta/ is named after the run, and what would be named twice by its whole path"
+    res,paths = {},[]
+    for t in tuned:
+        name,sep,path = t.partition('=')
+        paths.append(('', t) if not sep or not name or Path(t).exists() else (name, path))
+    short = [name or (Path(path).resolve().parent.name if Path(path).resolve().name == 'delta' else Path(path).resolve().name) for name,path in paths]
+    for (name,path),s in zip(paths, short):
+        key = s if short.count(s) == 1 else name or path
+        if key in res: raise ValueError(f"{key!r} is given twice: name the models apart with NAME=FOLDER")
+        res[key] = path
+    return res
+
+def _attention(a):
+    from transformers.utils import logging as hf_logging
+    hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
+    from alf_nb.attention import AttentionSnapshot, _bar, passages
+    from alf_nb.finetune import load_tuned, tuned_kind
+    from alf_nb.records import AttentionComparison
+    from alf_nb.reports import write_attention
+    from alf_nb.shift import shift_verdict
+    from alf_nb.sources import domain_split, load_model, load_texts
+    tuned,out,base,seed,length,quiet = _names(a['tuned']),Path(a['out']),a.get('base'),a['seed'],a['length'],a['quiet']
+    if length < 2: raise ValueError(f"length={length}, but it is tokens of a passage, at least 2")
+    kinds = {name: tuned_kind(path)[0] for name,path in tuned.items()}     # a wrong folder is told before anything is loaded
+    texts = load_texts(a.get('data'), a.get('column'))
+    texts = passages(texts if a['all'] else domain_split(texts, seed=seed)[1], a['texts'], 4*length)
+    net,tokenizer = load_model(base, progress=not quiet)
+    spell = lambda t: [t(x, add_special_tokens=False, verbose=False)['input_ids'] for x in texts[:4]]
+    def load(name):
+        model,own = load_tuned(tuned[name], base)
+        if own is not None and spell(own) != spell(tokenizer): raise ValueError(f"{name} has another tokenizer than the base: name its base with --base")
+        return model
+    tick,close = _bar(len(texts)*(1+len(tuned)), not quiet)
+    try:
+        seen = AttentionSnapshot(net, texts, tokenizer, length=length, seed=seed, example=None, tick=tick)
+        del net
+        got = AttentionComparison({name: seen.shift(load(name), name) for name in tuned})
+    finally: close()
+    out.mkdir(parents=True, exist_ok=True)
+    (out/'attention.json').write_text(got.to_json()+'\n', encoding='utf-8')
+    what = dict(delta='a delta of alf_nb', adapter='a PEFT adapter', model='a whole model')
+    page = write_attention(got, out/'attention.html', seen.words, f"Base: {base or 'SmolLM2-135M-Instruct'}; {', '.join(f'{n}: {what[k]}' for n,k in kinds.items())}. Texts: {a.get('data') or 'the Python language reference'}, {'all' if a['all'] else f'held out with seed {seed}'}.")
+    print(got._repr_markdown_()); print(f"\n{shift_verdict(got)}\n\nPage: {page}\nData: {out/'attention.json'}")
+
 def _report(a):
     from alf_nb.reports import write_report
     print(write_report(a['run']))
@@ -95,7 +152,7 @@ def main(
     a = vars(_parser().parse_args(argv))
     command,debug = a.pop('command'),a.pop('debug')
     if command != 'report': os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-    try: dict(finetune=_finetune, audit=_audit, report=_report)[command](a)
+    try: dict(finetune=_finetune, audit=_audit, attention=_attention, report=_report)[command](a)
     except KeyboardInterrupt:
         print(f"\nalf: interrupted; what was logged is kept in {a.get('out', a.get('run'))}", file=sys.stderr); return 130
     except (ValueError, OSError, RuntimeError, ImportError) as e:

@@ -6,18 +6,19 @@ Docs: https://example.github.io/alf_nb/reports.html.md"""
 
 # %% auto #0
 __all__ = ['summarize', 'summary_table', 'latest_scores', 'loss_chart', 'layer_map', 'role_maps', 'memory_chart', 'report_html',
-           'write_report', 'Comparison', 'compare_runs', 't_interval', 'read_results', 'PolicyComparison',
-           'compare_results', 'write_comparison']
+           'write_report', 'write_attention', 'Comparison', 'compare_runs', 't_interval', 'read_results',
+           'PolicyComparison', 'compare_results', 'write_comparison']
 
-# %% ../nbs/12_reports.ipynb #0c4fcd02
+# %% ../nbs/12_reports.ipynb #6a824cfa
 import json, math, os, re, statistics, textwrap
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 from fastcore.basics import patch
-from .records import Scores
+from .records import AttentionComparison, AttentionShift, Scores
 from .runlog import RunLog
 from .plots import *
+from .shift import shift_section, shift_verdict
 
 # %% ../nbs/12_reports.ipynb #da311042
 def _log(run): return run if isinstance(run, RunLog) else RunLog(run)
@@ -238,7 +239,7 @@ def memory_chart(
     said = f"Training state at most {human_bytes(s['state_bytes_peak'])}" + (f", {_share_of(s['state_bytes_peak'], full)}, which needs {human_bytes(full)}" if full else '')
     return line_chart([{**r, 'y': [v/1024**i for v in r['y']]} for r in series], said, lambda v: f'{v:g} {unit}', 220, [], (0, x1), (0, hi/1024**i), 'step')
 
-# %% ../nbs/12_reports.ipynb #5a8ebca1
+# %% ../nbs/12_reports.ipynb #7bed5b7a
 def _headline(s, train):
     model = escape(str(s['model'] or 'The model').rpartition('/')[2])
     done = f"{'learnt' if s['status'] == 'complete' else 'has learnt so far'} with <b>{percent(s['trainable_share_peak'])}</b> of its parameters at a time" if s['trainable_share_peak'] is not None else 'was not trained yet'
@@ -306,6 +307,19 @@ def _sample_html(p):
         return f'<div><p class="sample-head">{when}</p><p class="sample {when}"><span class="prompt">{escape(p["prompt"])}</span> {escape(_continuation(p["prompt"], p[when]))}</p></div>'
     return f'<div class="two">{side("before")}{side("after")}</div>'
 
+def _attention(log):
+    "Section on the last `attention` event; empty without one"
+    e = next(iter(log.events('attention')[-1:]), None)
+    if e is None: return ''
+    try: shift = AttentionShift.from_dict(e['shift']); body = shift_section(shift, words=e.get('words') or ())
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError): return '<p class="note">The attention that was recorded cannot be read.</p>'
+    return f'<p>{escape(shift_verdict(shift))}</p>{body}'
+
+def _page(title, body):
+    "One page of HTML that needs nothing else; `title` is escaped here, `body` is HTML"
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">\n'
+            f'<meta name="generator" content="alf_nb"><title>{escape(title)}</title><style>{theme_css()}</style></head>\n<body class="alf alf-page"><main>{body}</main></body></html>\n')
+
 def report_html(
     run # folder of a run, or its `RunLog`
 )->str:
@@ -327,19 +341,22 @@ def report_html(
             + (f" Never trained: {escape(', '.join(never[:4]))}{' …' if len(never) > 4 else ''}." if never else '')),
         sec('Which matrices learnt', role_maps(log), 'One band for each kind of matrix; within a band each line is a layer, the one nearest to the input on top.'),
         sec('Memory', memory_chart(log), 'What training keeps beside the weights: ' + (_share_of(s['state_bytes_peak'], s['state_bytes_full']) or 'gradients, optimizer state and references') + '. Parked state waits in host memory for its unit to come back, and does not count on the device.'),
+        sec('What attention did', _attention(log), 'Attention of the model before and after, over the same held-out texts.'),
         sec('In its own words', ''.join(map(_sample_html, s['samples'])), 'The same prompt, continued by the model before and after.') if s['samples'] else '',
         sec('Selections', _selection_table(log)) if sels else '',
         sec('Settings', '<div class="two">' + _settings(log.begin.get('config') or {}, 'Settings of the run') + _settings(s['versions'] | {k: v for k,v in dict(model=s['model'], device=s['device'], run=s['run_id'], begun=s['date'], process_memory_peak=human_bytes(s['rss_bytes_peak'])).items() if v}, 'Versions and place') + '</div>') if log.begin else '']
     title = f"{s['model'] or s['run']}: what learnt, and what it cost"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">
-<meta name="generator" content="alf_nb"><title>{escape(title)}</title><style>{theme_css()}</style></head>
-<body class="alf alf-page"><main><header><h1>{escape(str(s['model'] or s['run']).rpartition('/')[2])}</h1><p class="lead">{_headline(s, train)}</p>
+    return _page(title, f"""<header><h1>{escape(str(s['model'] or s['run']).rpartition('/')[2])}</h1><p class="lead">{_headline(s, train)}</p>
 <div class="kicker"><span class="chip status {s['status']}">{s['status']}</span>{''.join(f'<span class="chip"><b>{k}</b>{escape(str(v))}</span>' for k,v in chips if v is not None)}<span>{escape(s['date'] or '')}</span></div>
 {''.join(f'<p class="warning" role="note">{escape(w)}</p>' for w in warn)}{_cards(s, train)}</header>
 {''.join(parts)}
-<footer>Written by alf_nb {escape(str(s['versions'].get('alf_nb', '')))} from the run log of <code>{escape(s['run'])}</code>. A dash means not measured.</footer></main></body></html>
-"""
+<footer>Written by alf_nb {escape(str(s['versions'].get('alf_nb', '')))} from the run log of <code>{escape(s['run'])}</code>. A dash means not measured.</footer>""")
+
+def _replace(path, text):
+    "Write a file, whole or not at all"
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    try: part.write_text(text, encoding='utf-8'); os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
 
 def write_report(
     run,      # folder of a run, or its `RunLog`
@@ -348,13 +365,23 @@ def write_report(
     "Write the report of a run, whole or not at all"
     log = _log(run)
     out, html = Path(out or log.dir/'report.html'), report_html(log)
-    part = out.with_name(f'.{out.name}.{os.getpid()}')
-    try:
-        part.write_text(html, encoding='utf-8')
-        os.replace(part, out)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise type(e)(e.errno, f"cannot write the report ({e.strerror}); choose another place than", str(out)) from None
+    try: _replace(out, html)
+    except OSError as e: raise type(e)(e.errno, f"cannot write the report ({e.strerror}); choose another place than", str(out)) from None
+    return out
+
+# %% ../nbs/12_reports.ipynb #5d4e18a0
+def write_attention(
+    shift,        # `AttentionShift` or `AttentionComparison`
+    out,          # file to write
+    words=(),     # some of the central words
+    note:str=''   # what was compared, on which texts
+)->Path:
+    "Write a page on a change of attention"
+    out, one = Path(out), isinstance(shift, AttentionShift)
+    title = f"Attention: {shift.name if one else ', '.join(shift.shifts)}"
+    body = f'<header><h1>{escape(title)}</h1><p class="lead">{escape(shift_verdict(shift))}</p></header><section><h2>Before and after</h2>{shift_section(shift, words=words)}</section><footer>Written by alf_nb. {escape(note)}</footer>'
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _replace(out, _page(title, body))
     return out
 
 # %% ../nbs/12_reports.ipynb #18fbd902
@@ -655,7 +682,7 @@ def plot(self:PolicyComparison)->Picture:
              ('Loss and time per step', _scatter(self, lambda m: m.mean('seconds_per_step'), 'seconds per step', lambda v: f'{v:.3g} s'))]
     return Picture('<div class="alf-pair">' + ''.join(f'<div><h3>{h}</h3>{p}</div>' for h,p in pairs) + '</div>')
 
-# %% ../nbs/12_reports.ipynb #20119936
+# %% ../nbs/12_reports.ipynb #6a3530ef
 @patch
 def _html(self:PolicyComparison, level=2):
     (head, rows), (cost_head, cost_rows) = _cells(self)
@@ -687,12 +714,6 @@ def compare_results(
     if not (found := [r for r in rows if r['task'] == task]): raise ValueError(f"no task {task!r}; tasks are {', '.join(dict.fromkeys(str(r['task']) for r in rows))}")
     return PolicyComparison(found, **kw)
 
-def _replace(path, text):
-    "Write a file, whole or not at all"
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    try: part.write_text(text, encoding='utf-8'); os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
 def _notebook(file, comparisons):
     "A notebook that shows the comparisons, with its outputs"
     md = lambda s: dict(cell_type='markdown', metadata={}, source=s)
@@ -716,6 +737,5 @@ def write_comparison(
     body = ''.join(f'<header><h1>{escape(c.title)}</h1>{"".join(f"""<p class="lead">{escape(w)}</p>""" for w in c.verdict)}</header>{c._html()}' for c in found)
     _replace(out/'comparison.md', '# Methods under one rule\n\n' + '\n\n'.join(c._repr_markdown_() for c in found) + '\n')
     _replace(out/'comparison.ipynb', _notebook(os.path.relpath(results, out).replace(os.sep, '/') if results.anchor == out.anchor else str(results), found))
-    _replace(out/'comparison.html', f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark"><meta name="generator" content="alf_nb">'
-             f'<title>{escape(found[-1].title)}</title><style>{theme_css()}</style></head>\n<body class="alf alf-page"><main>{body}<footer>Written by alf_nb from <code>{escape(results.name)}</code>. A dash means not measured.</footer></main></body></html>\n')
+    _replace(out/'comparison.html', _page(found[-1].title, f'{body}<footer>Written by alf_nb from <code>{escape(results.name)}</code>. A dash means not measured.</footer>'))
     return out/'comparison.html'
