@@ -144,7 +144,7 @@ def _prompt(texts):
         if len(words := t.split()) > 25: return ' '.join(words[:25])
     return ' '.join(texts[0].split()[:25])
 
-# %% ../nbs/14_finetune.ipynb #f35bacb6
+# %% ../nbs/14_finetune.ipynb #bd2eb9bd
 def tuned_kind(
     path # folder of a run, a delta, a PEFT adapter, or a saved model
 )->tuple: # `delta`, `adapter` or `model`, and its folder
@@ -159,12 +159,18 @@ def tuned_kind(
 
 def _with_adapter(model, where):
     "`model` with the PEFT adapter in folder `where`"
-    try: from peft import PeftModel
+    try: from peft import PeftModel, get_peft_model_state_dict
     except ImportError: raise ImportError(f"'{where}' is a PEFT adapter, which needs the package peft: pip install peft") from None
+    from peft.utils import load_peft_weights
+    refuse = lambda why: ValueError(f"the adapter in '{where}' cannot be put on this base: {why}")
     with warnings.catch_warnings():
-        warnings.filterwarnings('error', message='.*missing adapter keys')      # would leave a part as it was drawn
-        try: return PeftModel.from_pretrained(model, str(where))
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError, UserWarning) as e: raise ValueError(f"the adapter in '{where}' cannot be put on this base: {' '.join(str(e).split())[:300]}") from e
+        warnings.simplefilter('ignore'); warnings.filterwarnings('error', message='.*missing adapter keys')      # would leave a part as it was drawn
+        try:
+            model = PeftModel.from_pretrained(model, str(where))
+            left = sorted(set(load_peft_weights(str(where), device='cpu')) - set(get_peft_model_state_dict(model, save_embedding_layers=True)))
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, UserWarning) as e: raise refuse(' '.join(str(e).split())[:300]) from e
+    if left: raise refuse(f"it has {left[0]}, for which there is no place ({len(left)} such)")
+    return model
 
 def load_tuned(
     path,              # folder of a run, a delta, a PEFT adapter, or a saved model

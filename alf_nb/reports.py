@@ -239,7 +239,7 @@ def memory_chart(
     said = f"Training state at most {human_bytes(s['state_bytes_peak'])}" + (f", {_share_of(s['state_bytes_peak'], full)}, which needs {human_bytes(full)}" if full else '')
     return line_chart([{**r, 'y': [v/1024**i for v in r['y']]} for r in series], said, lambda v: f'{v:g} {unit}', 220, [], (0, x1), (0, hi/1024**i), 'step')
 
-# %% ../nbs/12_reports.ipynb #7bed5b7a
+# %% ../nbs/12_reports.ipynb #4dc8b37d
 def _headline(s, train):
     model = escape(str(s['model'] or 'The model').rpartition('/')[2])
     done = f"{'learnt' if s['status'] == 'complete' else 'has learnt so far'} with <b>{percent(s['trainable_share_peak'])}</b> of its parameters at a time" if s['trainable_share_peak'] is not None else 'was not trained yet'
@@ -312,7 +312,7 @@ def _attention(log):
     e = next(iter(log.events('attention')[-1:]), None)
     if e is None: return ''
     try: shift = AttentionShift.from_dict(e['shift']); body = shift_section(shift, words=e.get('words') or ())
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError): return '<p class="note">The attention that was recorded cannot be read.</p>'
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError): return '<p class="note">The attention that was recorded cannot be read.</p>'
     return f'<p>{escape(shift_verdict(shift))}</p>{body}'
 
 def _page(title, body):
