@@ -135,16 +135,14 @@ def _layer_importance(layers, scores):
     top = max((v for v in out.values() if v), default=0)
     return {k: v/top if v is not None and top else v for k,v in out.items()}
 
-# %% ../nbs/12_reports.ipynb #25ec7697
-def _average(y): return smooth(y, 1 - 1/max(1, min(10, len(y)/8)))     # over about an eighth of the run, at most 10 logs
-
+# %% ../nbs/12_reports.ipynb #04ea356c
 def loss_chart(
     run # folder of a run, or its `RunLog`
 )->Picture:
     "Training loss with its average, held-out losses, and the learning rate below"
     log = _log(run)
     x, y = log.series('log', 'loss')
-    avg = _average(y)
+    avg = trend(y)
     last = next((v for v in reversed(avg) if v is not None), None); first = next((v for v in avg if v is not None), None)
     series = [dict(name='training loss', x=x, y=y, c=1, kind='thin'), dict(name='average', x=x, y=avg, c=1, last=num(last))] if x else []
     held, aside = {}, []
@@ -169,8 +167,6 @@ def loss_chart(
 
 def _marks(sels): return [s.step for s in sels[1:]] if len(sels) <= 60 else []     # more would hide the chart
 
-def _rows_px(names): return max(48, min(170, 14 + int(6.4*max((len(str(n)) for n in names), default=4))))
-
 def layer_map(
     run # folder of a run, or its `RunLog`
 )->Picture:
@@ -188,7 +184,7 @@ def layer_map(
     hints = [f"{l}: {percent(mean[l], 0)} of it trained on average; importance {num(imp[l], 2)}; {sum(u.name in now for u in us)} of {len(us)} units selected last" for l,us in layers.items()]
     side = dict(side=list(imp.values()), side_name=f'importance ({scores.signal})', side_on=[any(u.name in now for u in us) for us in layers.values()]) if scores.known else {}
     return heat_map(list(layers), rows, f"What trained, layer by step. {sum(v > 0 for v in mean.values())} of {len(layers)} layers trained; most of all {', '.join(f'{l} ({percent(mean[l], 0)})' for l in most)}.",
-                    (0, max(steps, 1)), marks=_marks(sels), hints=hints, left=_rows_px(layers), **side,
+                    (0, max(steps, 1)), marks=_marks(sels), hints=hints, left=names_px(layers), **side,
                     legend=ramp_legend('a little', 'all of the layer trains', 'frozen', ['dotted line: a new selection'] if _marks(sels) else ()))
 
 def role_maps(
@@ -203,7 +199,7 @@ def role_maps(
     for u in units: size[u.role] = size.get(u.role, 0) + u.n_params
     roles = [r for r in size if r in sorted(size, key=size.get, reverse=True)[:16]]
     if not sels or len(roles) < 2: return Picture('')
-    left = _rows_px(roles)
+    left = names_px(roles)
     bands = {r: trained_map({u.name: [u] for u in units if u.role == r}, sels, max(steps, sels[-1].step+1)) for r in roles}
     share = {r: sum(map(sum, rows))/sum(map(len, rows)) for r,rows in bands.items()}
     out = band_map(bands, 'Which matrices trained, by step. Share of unit-steps: ' + ', '.join(f'{r} {percent(v, 0)}' for r,v in share.items()), (0, max(steps, 1)), left, legend=band_legend())
@@ -239,7 +235,7 @@ def memory_chart(
     said = f"Training state at most {human_bytes(s['state_bytes_peak'])}" + (f", {_share_of(s['state_bytes_peak'], full)}, which needs {human_bytes(full)}" if full else '')
     return line_chart([{**r, 'y': [v/1024**i for v in r['y']]} for r in series], said, lambda v: f'{v:g} {unit}', 220, [], (0, x1), (0, hi/1024**i), 'step')
 
-# %% ../nbs/12_reports.ipynb #4dc8b37d
+# %% ../nbs/12_reports.ipynb #1b1b1843
 def _headline(s, train):
     model = escape(str(s['model'] or 'The model').rpartition('/')[2])
     done = f"{'learnt' if s['status'] == 'complete' else 'has learnt so far'} with <b>{percent(s['trainable_share_peak'])}</b> of its parameters at a time" if s['trainable_share_peak'] is not None else 'was not trained yet'
@@ -311,9 +307,8 @@ def _attention(log):
     "Section on the last `attention` event; empty without one"
     e = next(iter(log.events('attention')[-1:]), None)
     if e is None: return ''
-    try: shift = AttentionShift.from_dict(e['shift']); body = shift_section(shift, words=e.get('words') or ())
+    try: return shift_section(AttentionShift.from_dict(e['shift']), words=e.get('words') or ())
     except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError): return '<p class="note">The attention that was recorded cannot be read.</p>'
-    return f'<p>{escape(shift_verdict(shift))}</p>{body}'
 
 def _page(title, body):
     "One page of HTML that needs nothing else; `title` is escaped here, `body` is HTML"
@@ -326,7 +321,7 @@ def report_html(
     "The report as one page of HTML"
     log = _log(run)
     s, sels, layers = summarize(log), log.selections(), by_layer(log.units)
-    train = [v for v in _average(log.series('log', 'loss')[1]) if v is not None]
+    train = [v for v in trend(log.series('log', 'loss')[1]) if v is not None]
     ever = {n for x in sels for n in x.names}
     never = [l for l,us in layers.items() if not any(u.eligible or u.name in ever for u in us)]
     chips = [('policy', s['policy']), ('budget', percent(s['budget'], 0) if s['budget'] else None), ('signal', s['signal']), ('seed', s['seed']), ('device', s['device']), ('steps', f"{s['steps']} of {s['max_steps']}" if s['max_steps'] and s['max_steps'] != s['steps'] else s['steps'])]
@@ -384,7 +379,7 @@ def write_attention(
     _replace(out, _page(title, body))
     return out
 
-# %% ../nbs/12_reports.ipynb #18fbd902
+# %% ../nbs/12_reports.ipynb #aa1bf450
 _columns = (('run', 'run', str), ('policy', 'policy', str), ('steps', 'steps', str), ('trainable_share_peak', 'share, peak', percent), ('domain_loss_after', 'domain loss', num), ('other_loss_after', 'other loss', num),
             ('seconds_per_step', 's/step', num), ('state_bytes_peak', 'state, peak', human_bytes), ('importance_overhead_share', 'overhead', percent))
 
@@ -419,7 +414,7 @@ class Comparison:
         series = []
         for i,(l,r) in enumerate(zip(self.logs, self.rows)):
             x, y = l.series('log', 'loss')
-            if y: series.append(dict(name=r['run'], x=x, y=_average(y), c=i % 5 + 1, kind='line' if i < 5 else 'dash', last=num(next((v for v in reversed(_average(y)) if v is not None), None))))
+            if y: series.append(dict(name=r['run'], x=x, y=trend(y), c=i % 5 + 1, kind='line' if i < 5 else 'dash', last=num(next((v for v in reversed(trend(y)) if v is not None), None))))
         return line_chart(series, 'Averaged training loss of ' + ', '.join(f"{s['name']} ({s['last']})" for s in series), x_name='step')
 
 def compare_runs(
@@ -608,7 +603,7 @@ def _repr_markdown_(self):
     return '\n'.join([f'**{_md(self.title)}**', '', *words, '', '\n\n'.join(tables), '', _how_to_read])
 PolicyComparison._repr_markdown_ = _repr_markdown_
 
-# %% ../nbs/12_reports.ipynb #c6c83bf1
+# %% ../nbs/12_reports.ipynb #01516f89
 def _colours(c):
     "Method → colour class of `line_chart`; a palette of eight, and grey"
     ranked = [m for m in c if m.runs]
@@ -664,7 +659,7 @@ def _trained(c):
     layers = list(dict.fromkeys(l for v in maps.values() for l in v))
     share = lambda s: sum(map(int, s))/9/len(s)
     cells = {(k, l): share(v[l]) or None for k,v in maps.items() for l in layers if v.get(l)}      # None has the colour of what is frozen
-    left = _rows_px(maps)
+    left = names_px(maps)
     hint = lambda m, l: f'{l}, {m}: {percent(cells[m, l] or 0, 0)} of it trained on average'
     out = cell_table(cells, list(maps), layers, 'How much of each layer trained, on average over the run; darker or brighter is more. Columns are layers, first to last.', hint=hint, left=left)
     moving = {k: v for k,v in maps.items() if any(len(set(s)) > 1 for s in v.values())}

@@ -39,9 +39,9 @@ def shift_map(
                    f'<div class="alf-chart" role="img" aria-label="{escape(label)}"><div class="alf-y">{y}</div><div class="alf-plot">{map_images([[v/most if v else None for v in r] for r in rows], signed=True)}{over}{hover}</div>'
                    f'<div class="alf-x">{x}</div></div></figure>')
 
-# %% ../nbs/11g_shift.ipynb #428b0f5f
-_asked = dict(central=('central words get more of the attention that words get', 'central words get less of the attention that words get', 'the attention on central words changed by no more than chance would'),
-              entropy=('heads spread their attention wider', 'heads focus more sharply', 'the sharpness of heads changed by no more than chance would'))
+# %% ../nbs/11g_shift.ipynb #93e5a734
+_asked = dict(central=('central words get more of the attention that words get', 'central words get less of the attention that words get', 'the attention on central words shows no change that could be told from chance'),
+              entropy=('heads spread their attention wider', 'heads focus more sharply', 'the sharpness of heads shows no change that could be told from chance'))
 
 def shift_verdict(
     shift # `AttentionShift` or `AttentionComparison`
@@ -59,7 +59,7 @@ def shift_verdict(
     said = '; '.join(f"in {both(v)}, {w}" for v,w in zip(found, _asked[k]) if v) + '.'
     return said[0].upper() + said[1:] + ('' if any(s.low for s in shifts) else ' There are too few texts to tell a change from chance: give at least 6.')
 
-# %% ../nbs/11g_shift.ipynb #f9e1bd0a
+# %% ../nbs/11g_shift.ipynb #2e5b9853
 def _table(head, rows, caption):
     th = lambda c: f'<th scope="col"{" class=txt" if c == head[0] else ""}>{escape(c)}</th>'
     body = ''.join(f'<tr><th scope="row" class="txt">{escape(r[0])}</th>{"".join(f"<td>{c}</td>" for c in r[1:])}</tr>' for r in rows)
@@ -82,12 +82,14 @@ def shift_section(
     caption = f"Mean over {first.shape[0]} layers × {first.shape[1]} heads, {first.n_texts} texts, {first.n_tokens:,} tokens"
     head = ['attention', 'before', 'after', 'change', f'{first.level:.0%} interval', 'heads with more', 'with less'] if one else ['attention', 'before', *shift.shifts]
     rows = [[_bold(c, 'strong') if i else c for i,c in enumerate(r)] for r in shift.table()]
+    table = _table(head, rows, caption)
     note = f'A dot: the change of this head stands out among all heads; the chance of any false dot in a map is {1-first.level:.0%}.' if any(s.low for s in shifts) else 'Too few texts for intervals: give at least 6.'
     out = []
     for k in maps:
         have = [s for s in shifts if k in s.change]
         most = max((abs(v) for s in have for r in s.change[k] for v in r), default=0)
-        out += [f'<div>{shift_map(s, k, most)}</div>' for s in have]
+        out.append(''.join(f'<div>{shift_map(s, k, most)}</div>' for s in have))
     legend = '<ul class="alf-legend"><li>less<i class="alf-key ramp signed" aria-hidden="true"></i>more than before</li><li>rows are layers, columns heads</li></ul>'
     if words: note += f' Central are the words with the highest tf-idf of each text, such as <em>{escape(", ".join(map(str, words[:12])))}</em>.'
-    return Picture(f'{said}{_table(head, rows, caption)}<p class="note">{note}</p>{legend}<div class="alf-maps">{"".join(out)}</div>')
+    rows = [''.join(out)] if one else out
+    return Picture(f'{said}{table}<p class="note">{note}</p>{legend}' + ''.join(f'<div class="alf-maps">{r}</div>' for r in rows if r))

@@ -7,14 +7,13 @@ Docs: https://example.github.io/alf_nb/widgets.compare.html.md"""
 # %% auto #0
 __all__ = ['COLUMNS', 'CURVES', 'Followed', 'short_names', 'differences', 'CompareView']
 
-# %% ../../nbs/12a_widgets.compare.ipynb #381957c7
+# %% ../../nbs/12a_widgets.compare.ipynb #d640ce3a
 from html import escape
 import ipywidgets as W
 from fastcore.basics import patch
 from ..runlog import RunLog
 from ..plots import *
-from ..reports import compare_runs
-from ..reports import _average, _flat
+from ..reports import compare_runs, _flat
 from .base import View, as_source, follow, put
 from .map import is_silent
 from .dashboard import clock
@@ -113,14 +112,14 @@ class CompareView(View):
 
     def _look(self, i): return ('dash' if i % 10 > 4 else 'line', i % 5 + 1)
 
-# %% ../../nbs/12a_widgets.compare.ipynb #2eb6f6c8
+# %% ../../nbs/12a_widgets.compare.ipynb #f0db1bd8
 @patch
 def figures(self:CompareView)->list: # dicts in the order given: what `summarize` says, `train_loss`, `differs`
     "The figures of all runs"
     rows = compare_runs([Followed(f) for f in self.follower.followers]).rows
     differ = differences([s.config for s in self.states])
     for r,name,s,d,status in zip(rows, self.names, self.states, differ, self.status):
-        known = [v for v in _average(s.series('log', 'loss')[1]) if v is not None]
+        known = [v for v in trend(s.series('log', 'loss')[1]) if v is not None]
         r.update(run=name, status=status, train_loss=known[-1] if known else None, differs={k.removeprefix('policy.'): v for k,v in d.items() if k not in ('policy', 'policy.policy', 'policy.budget')})
     return rows
 
@@ -188,7 +187,7 @@ def _words(self:CompareView):
         out.append(f"<b>{escape(self.names[i])}</b> the {'smallest' if what == 'training state' else 'shortest' if what == 'time per step' else 'lowest'} {'held-out loss' if k == 'domain_loss_after' else 'training loss' if k == 'train_loss' else what} ({COLUMNS[k][1](rows[i][k])})")
     return f'<p class="alf-said" role="status">Of {len(order)} runs, {", ".join(out)}.</p>'.replace('</b> the', '</b> has the', 1) if out else ''
 
-# %% ../../nbs/12a_widgets.compare.ipynb #2f5d6897
+# %% ../../nbs/12a_widgets.compare.ipynb #872e95c2
 @patch
 def _points(self:CompareView, i):
     "x and y of the curve of one run"
@@ -204,7 +203,7 @@ def _points(self:CompareView, i):
         for a,b in zip(s.selections, [*s.selections[1:], None]): x += [a.step, b.step if b else max(s.step, a.step+1)]; y += [100*a.share]*2
     else:
         x, y = map(list, s.series('log', 'loss' if what in ('loss', 'raw') else what))
-        if what == 'loss': y = _average(y)
+        if what == 'loss': y = trend(y)
     if self.over.value == 'seconds' and x:
         at, last, seconds = clock(s), 0., []
         known = sorted(at)

@@ -94,14 +94,12 @@ def _what(self:TrainingDashboard):
 def _mark(self:TrainingDashboard):
     return super(TrainingDashboard, self)._mark(), getattr(self.control, 'activity', ''), goes_on(self)
 
-# %% ../../nbs/11d_widgets.dashboard.ipynb #0a88fd06
+# %% ../../nbs/11d_widgets.dashboard.ipynb #c1a2df3e
 def _recent(s, field, n=20):
     known = [v for v in s.series('log', field)[1][-n:] if v is not None]
     return median(known) if known else None
 
 def _small(t): return re.sub(r'([a-z]+)', r'<small>\1</small>', t)
-
-def _average(y): return smooth(y, 1 - 1/max(1, min(10, len(y)/8)))      # over about an eighth of the run, at most 10 logs: as in the report
 
 def _ticks(state):
     "(step, seconds so far) for each event, without pauses and the time between a kill and a resume"
@@ -129,7 +127,7 @@ def _tiles(self:TrainingDashboard):
     s, out = self.state, []
     def tile(name, big, sub): out.append(f'<div><dt>{name}</dt><dd><div class="big">{big}</div><div class="sub">{sub}</div></dd></div>')
     y = s.series('log', 'loss')[1]
-    avg = [v for v in _average(y[-400:]) if v is not None]
+    avg = [v for v in trend(y[-400:]) if v is not None]
     first = next((v for v in y if v is not None), None)
     tile('loss, averaged', num(avg[-1] if avg else None), f'{num(first)} at first' if avg else 'not logged yet')
     secs, tps = s.seconds_per_step, _recent(s, 'tokens_per_second')
@@ -161,7 +159,7 @@ def _bar(self:TrainingDashboard):
     said = f'step {n} of {of}' if of else f'step {n}'
     return f'<div class="alf-bar {self._words()[0]}" role="progressbar" aria-label="{said}" aria-valuemin="0" aria-valuemax="{of or 1}" aria-valuenow="{n if of else done:g}"><i style="width:{100*done:.2f}%"></i></div><div class="alf-barsay"><span>{said}</span><span>{percent(done, 0)}</span></div>'
 
-# %% ../../nbs/11d_widgets.dashboard.ipynb #356894c0
+# %% ../../nbs/11d_widgets.dashboard.ipynb #de95003e
 _kinds = (('grad_bytes', 'gradients', 1), ('optimizer_bytes', 'optimizer', 2), ('reference_bytes', 'references', 3), ('parked_bytes', 'parked, host', 4))
 
 def _steps_of(xs, ys, end):
@@ -174,7 +172,7 @@ def _curve(self:TrainingDashboard):
     x, y = (list(v) for v in s.series('log', 'loss'))
     end, marks = axis_end(s.step, s.max_steps, not goes_on(self)), [e.step for e in s.selections[1:]]
     marks = marks if len(marks) <= 60 else []
-    avg = _average(y)
+    avg = trend(y)
     last, first = (next((v for v in vs if v is not None), None) for vs in (reversed(avg), avg))
     series, said = [], f'Training loss, averaged: {num(first)} at first, {num(last)} at step {s.step}.' if x else 'No loss was logged yet.'
     if x: series += [dict(name='loss', x=x, y=y, c=1, kind='thin'), dict(name='average', x=x, y=avg, c=1, last=num(last))]

@@ -155,10 +155,9 @@ def _marks(self:SelectionMap):
     steps = [x.step for x in self.state.selections[1:]]
     return steps if len(steps) <= 60 else []       # more would hide the map
 
-# %% ../../nbs/11c_widgets.map.ipynb #371a6a37
+# %% ../../nbs/11c_widgets.map.ipynb #00e860a4
 _why = {'importance': ('least important', 'most important of what trains', 'frozen'), 'share': ('a little of it', 'all of it trains', 'frozen'), 'all': ('unimportant', 'most important, frozen or not', 'unknown')}
 
-def _left(names): return max(48, min(170, 14 + int(6.4*max((len(str(n)) for n in names), default=4))))
 def _row_px(groups): return max(3, min(20, 340//len(groups))) if len(groups) > 8 else 26
 
 @patch
@@ -178,7 +177,7 @@ def _picture(self:SelectionMap, still=False):
              f"{sum(f['mean'] > 0 for f in facts.values())} of {len(groups)} trained; most of all {', '.join(most)}.")
     side = dict(side=[f['imp'] for f in facts.values()], side_name=f'importance now ({scores.signal})', side_on=[bool(f['on']) for f in facts.values()]) if scores.known else {}
     marks = self._marks()
-    draw = lambda columns: heat_map(list(groups), step_map(values, [x.step for x in s.selections], n, columns), label, (0, end), marks=marks, left=_left(groups), upto=n, row_px=_row_px(groups), hints=[self._hint(k, f) for k,f in facts.items()] if still else None,
+    draw = lambda columns: heat_map(list(groups), step_map(values, [x.step for x in s.selections], n, columns), label, (0, end), marks=marks, left=names_px(groups), upto=n, row_px=_row_px(groups), hints=[self._hint(k, f) for k,f in facts.items()] if still else None,
                     legend=self._legend() if still else '', **side)
     out = draw(240)
     return out if len(out) < 9000 or still else draw(100)      # selections that change at every step do not compress
@@ -195,7 +194,7 @@ def _hover(self:SelectionMap):
     if not groups or not self.state.selections: return ''
     px = _row_px(groups)
     rows = ''.join(f'<i title="{escape(self._hint(k, f))}"></i>' for k,f in self._facts(groups)[0].items())
-    return f'<div class="alf-over" aria-hidden="true" style="--left:{_left(groups)}px;--h:{px*len(groups)}px"><div class="alf-hover">{rows}</div></div>'
+    return f'<div class="alf-over" aria-hidden="true" style="--left:{names_px(groups)}px;--h:{px*len(groups)}px"><div class="alf-hover">{rows}</div></div>'
 
 # %% ../../nbs/11c_widgets.map.ipynb #486cb0ec
 def _n(k, what): return f"{k} {what}{'s'*(k != 1)}"
