@@ -78,7 +78,7 @@ def _parser():
     for s in (f, d, t, r): s.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return p
 
-# %% ../nbs/15_cli.ipynb #c32c758c
+# %% ../nbs/15_cli.ipynb #f6974bf6
 def _finetune(a):
     from transformers.utils import logging as hf_logging
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
@@ -110,6 +110,7 @@ def _names(tuned):
     return res
 
 def _attention(a):
+    import torch
     from transformers.utils import logging as hf_logging
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
     from alf_nb.attention import AttentionSnapshot, _bar, passages
@@ -125,13 +126,14 @@ def _attention(a):
     texts = passages(texts if a['all'] else domain_split(texts, seed=seed)[1], a['texts'], 4*length)
     net,tokenizer = load_model(base, progress=not quiet)
     spell = lambda t: [t(x, add_special_tokens=False, verbose=False)['input_ids'] for x in texts[:4]]
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     def load(name):
         model,own = load_tuned(tuned[name], base)
         if own is not None and spell(own) != spell(tokenizer): raise ValueError(f"{name} has another tokenizer than the base: name its base with --base")
-        return model
+        return model.to(device)
     tick,close = _bar(len(texts)*(1+len(tuned)), not quiet)
     try:
-        seen = AttentionSnapshot(net, texts, tokenizer, length=length, seed=seed, example=None, tick=tick)
+        seen = AttentionSnapshot(net.to(device), texts, tokenizer, length=length, seed=seed, example=None, tick=tick)
         del net
         got = AttentionComparison({name: seen.shift(load(name), name) for name in tuned})
     finally: close()

@@ -60,7 +60,7 @@ def _whole(**kw):
 def _write_json(path, data):
     part = path.with_name(f'.{path.name}.part'); part.write_text(json.dumps(data, indent=2, allow_nan=False)+'\n', encoding='utf-8'); os.replace(part, path)
 
-# %% ../nbs/14_finetune.ipynb #60fc027f
+# %% ../nbs/14_finetune.ipynb #094c6c70
 _looked_at = 256    # tokens of a passage at most: all maps of one passage are in memory at once, and grow with the square
 
 def finetune(
@@ -98,6 +98,7 @@ def finetune(
     texts = load_texts(data, column)
     others = load_texts(other, column) if other is not None else unrelated_texts()
     net,tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)
+    if torch.cuda.is_available(): net.to('cuda')      # where Trainer will put it: before and after are measured on one device
     callback.preview(net)      # settings that do not fit this model are refused now, not after the first evaluation
     train_texts,held_texts = domain_split(texts, seed=seed)
     train,held,unrelated = (token_blocks(t, tokenizer, length) for t in (train_texts, held_texts, others))
