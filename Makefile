@@ -8,7 +8,7 @@ READY   := $(VENV)/.ready
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser gpu bench-kernel bench-live mutants export lab docs lock wheel clean
+.PHONY: help setup demo test browser gpu bench-kernel bench-live bench-efficiency mutants export lab docs lock wheel clean
 
 help:     ## what there is
 	@sed -n 's/^\([a-z][a-z-]*\):.*## */make \1 · /p' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench-kernel: $(READY) ## time the kernels beside their limit; appends to benchm
 
 bench-live: $(READY) ## from key press to changed read-out while a model trains; appends to benchmarks/results/live.jsonl; needs Chromium or Chrome
 	@$(OFFLINE) $(BIN)/python benchmarks/bench_live.py --append
+
+bench-efficiency: $(READY) ## time and bytes of a step over model size, length and budget, beside LoRA; appends to benchmarks/results/efficiency.jsonl
+	@$(OFFLINE) $(BIN)/python benchmarks/bench_efficiency.py
 
 mutants: $(READY) ## break the kernels on purpose, one line at a time; every mutant has to be killed
 	@$(BIN)/python tests/kernels/mutants.py
