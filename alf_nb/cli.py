@@ -1,4 +1,4 @@
-"""`alf finetune`, `alf audit`, `alf attention`, `alf report`: the same jobs from a terminal.
+"""`alf finetune`, `alf audit`, `alf attention`, `alf compare`, `alf report`: the same jobs from a terminal.
 
 Docs: https://example.github.io/alf_nb/cli.html.md"""
 
@@ -12,7 +12,7 @@ import argparse, os, sys
 from pathlib import Path
 from . import __version__
 
-# %% ../nbs/15_cli.ipynb #ac6aa4eb
+# %% ../nbs/15_cli.ipynb #070fbb4c
 _POLICIES = ('threshold', 'budget', 'topk', 'full', 'static', 'rotate', 'lisa', 'badam', 'grass', 'inverted')
 _PRESETS = ('default', 'paper', 'lisa', 'badam', 'grass', 'static-top', 'full')
 
@@ -73,12 +73,27 @@ def _parser():
     t.add_argument('--length', type=int, default=256, help='tokens of a passage; memory grows with the square')
     t.add_argument('--out', default='runs/attention', help='folder for attention.json and attention.html'); t.add_argument('--seed', type=int, default=0, help='decides which texts are held out, and the draws of the intervals')
     t.add_argument('--quiet', action='store_true', help='no progress bar')
+    m = sub.add_parser('compare', help='several methods on your model and data under one rule, with tuned rates, seeds and controls', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                       description='Every method tries its learning rates with the first seed and repeats the best with the others. Each run is appended to policies.jsonl; called again, the comparison goes on where it was.')
+    m.add_argument('--model', help='hub id or folder of a causal language model (default: SmolLM2-135M-Instruct)', default=argparse.SUPPRESS)
+    m.add_argument('--data', help='as for finetune (default: the Python language reference)', default=argparse.SUPPRESS)
+    m.add_argument('--column', help='column of the text in structured data (default: text)', default=argparse.SUPPRESS)
+    m.add_argument('--other', help='unrelated text to measure forgetting on (default: a sample of GSM8K)', default=argparse.SUPPRESS)
+    m.add_argument('--methods', nargs='+', metavar='METHOD', default=['full', 'alf', 'random', 'lora'], help='names; a wrong one lists them all')
+    m.add_argument('--rule', choices=('steps', 'tokens', 'wall'), default='steps', help='what every method gets the same of; wall: seconds'); m.add_argument('--amount', type=float, default=120, help='how much of it')
+    m.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of order and draws; the first chooses the learning rate')
+    m.add_argument('--lrs', type=float, nargs='+', help="learning rates for all methods (default: each method's own)", default=argparse.SUPPRESS)
+    m.add_argument('--extend', type=int, default=2, help='times a method may go beyond its rates while the best is at the edge')
+    m.add_argument('--batch-size', type=int, default=3, help='sequences per step'); m.add_argument('--length', type=int, default=256, help='tokens per sequence')
+    m.add_argument('--eval-blocks', type=int, default=24, help='held-out sequences of each kind')
+    m.add_argument('--out', default='runs/compare', help='folder for policies.jsonl and comparison.html, .md, .ipynb')
+    m.add_argument('--fp32', action='store_true', help='no bf16 autocast, even where it is faster'); m.add_argument('--quiet', action='store_true', help='no progress bar')
     r = sub.add_parser('report', help='write report.html of a run folder anew', description='Write report.html of a recorded run; needs no torch.')
     r.add_argument('run', help='run folder with events.jsonl')
-    for s in (f, d, t, r): s.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    for s in (f, d, t, m, r): s.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return p
 
-# %% ../nbs/15_cli.ipynb #f6974bf6
+# %% ../nbs/15_cli.ipynb #bffd48a3
 def _finetune(a):
     from transformers.utils import logging as hf_logging
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
@@ -143,6 +158,14 @@ def _attention(a):
     page = write_attention(got, out/'attention.html', seen.words, f"Base: {base or 'SmolLM2-135M-Instruct'}; {', '.join(f'{n}: {what[k]}' for n,k in kinds.items())}. Texts: {a.get('data') or 'the Python language reference'}, {'all' if a['all'] else f'held out with seed {seed}'}.")
     print(got._repr_markdown_()); print(f"\n{shift_verdict(got)}\n\nPage: {page}\nData: {out/'attention.json'}")
 
+def _compare(a):
+    from transformers.utils import logging as hf_logging
+    hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
+    from alf_nb.compare import compare_policies
+    out = Path(a.pop('out'))
+    found = compare_policies(a.pop('model', None), a.pop('data', None), out=out/'policies.jsonl', bf16=False if a.pop('fp32') else None, progress=not a.pop('quiet'), **a)
+    print(found._repr_markdown_()); print(f"\nPage: {out/'comparison.html'}\nRuns: {out/'policies.jsonl'}")
+
 def _report(a):
     from alf_nb.reports import write_report
     print(write_report(a['run']))
@@ -154,7 +177,7 @@ def main(
     a = vars(_parser().parse_args(argv))
     command,debug = a.pop('command'),a.pop('debug')
     if command != 'report': os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-    try: dict(finetune=_finetune, audit=_audit, attention=_attention, report=_report)[command](a)
+    try: dict(finetune=_finetune, audit=_audit, attention=_attention, compare=_compare, report=_report)[command](a)
     except KeyboardInterrupt:
         print(f"\nalf: interrupted; what was logged is kept in {a.get('out', a.get('run'))}", file=sys.stderr); return 130
     except (ValueError, OSError, RuntimeError, ImportError) as e:
