@@ -7,13 +7,14 @@ Docs: https://example.github.io/alf_nb/background.html.md"""
 # %% auto #0
 __all__ = ['BackgroundRun', 'train_in_background']
 
-# %% ../nbs/09b_background.ipynb #2811babe
+# %% ../nbs/09b_background.ipynb #d308c91c
 import sys, threading, time, traceback, weakref
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from .checkpoints import find_checkpoint
 from .runlog import RunLog
 from .trainer import ALFCallback
 
@@ -40,7 +41,7 @@ class _Gate(TrainerCallback):
         self.run.activity,self.run.step,self.run.max_steps = 'training',state.global_step,state.max_steps
         if self.run._status == 'starting': self.run._status = 'running'
 
-# %% ../nbs/09b_background.ipynb #aa9d783b
+# %% ../nbs/09b_background.ipynb #d32c8e81
 _alive = weakref.WeakKeyDictionary()    # model → its run
 
 class BackgroundRun:
@@ -51,7 +52,9 @@ class BackgroundRun:
     ):
         found = [c for c in trainer.callback_handler.callbacks if isinstance(c, ALFCallback)]
         if len(found) != 1: raise ValueError(f"this trainer has {len(found)} ALFCallbacks: give it one, Trainer(…, callbacks=[ALFCallback(…)])")
-        self.trainer,self.callback,self._resume = trainer,found[0],resume_from_checkpoint
+        self.trainer,self.callback = trainer,found[0]
+        self._resume = find_checkpoint(trainer.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if resume_from_checkpoint is True and self._resume is None: raise ValueError(f"nothing to resume: no whole checkpoint in {trainer.args.output_dir}")
         self.log = RunLog(self.callback.out or trainer.args.output_dir)      # a reader of its own
         self.error = self.result = None
         self.step,self.max_steps,self.activity,self._status,self._seen = 0,None,'starting','starting',False
@@ -106,7 +109,7 @@ def _in_kernel():
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     return shell is not None and hasattr(shell, 'kernel')
 
-# %% ../nbs/09b_background.ipynb #4b191b14
+# %% ../nbs/09b_background.ipynb #2f21b416
 def _show_failures(run):
     "In a notebook: show a failure once, under the next cell, unless `wait` has raised it"
     if not _in_kernel(): return
@@ -119,7 +122,7 @@ def _show_failures(run):
 
 def train_in_background(
     trainer,                    # a `transformers` Trainer, TRL's too, with an `ALFCallback`
-    resume_from_checkpoint=None # as for `Trainer.train`: True, or a checkpoint folder
+    resume_from_checkpoint=None # True: the newest whole checkpoint of its output_dir; or a checkpoint folder
 )->BackgroundRun:
     "Start training in a thread and return at once"
     run = BackgroundRun(trainer, resume_from_checkpoint)

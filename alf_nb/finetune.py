@@ -7,15 +7,15 @@ Docs: https://example.github.io/alf_nb/finetune.html.md"""
 # %% auto #0
 __all__ = ['finetune', 'tuned_kind', 'load_tuned']
 
-# %% ../nbs/14_finetune.ipynb #6e484c8f
+# %% ../nbs/14_finetune.ipynb #95236765
 import json, os, time, warnings
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from .attention import AttentionSnapshot, passages
+from .checkpoints import find_checkpoint
 from .delta import apply_delta, fingerprint, save_delta
 from .reports import summarize, write_report
 from .runlog import RunLog
@@ -60,7 +60,7 @@ def _whole(**kw):
 def _write_json(path, data):
     part = path.with_name(f'.{path.name}.part'); part.write_text(json.dumps(data, indent=2, allow_nan=False)+'\n', encoding='utf-8'); os.replace(part, path)
 
-# %% ../nbs/14_finetune.ipynb #094c6c70
+# %% ../nbs/14_finetune.ipynb #7204615e
 _looked_at = 256    # tokens of a passage at most: all maps of one passage are in memory at once, and grow with the square
 
 def finetune(
@@ -93,8 +93,8 @@ def finetune(
     if not (isinstance(lr, (int, float)) and 0 < lr < 1): raise ValueError(f"lr={lr!r}, but a learning rate is above 0 and below 1, such as 4e-4")
     out = _check_output(out)
     callback = ALFCallback(budget=budget, threshold=threshold, preset=preset, seed=seed, out=str(out), **alf)
-    checkpoint = get_last_checkpoint(str(out)) if resume else None
-    if resume and checkpoint is None: raise ValueError(f"nothing to resume: no checkpoint in {out}; start with save_steps= first")
+    checkpoint = find_checkpoint(out) if resume else None
+    if resume and checkpoint is None: raise ValueError(f"nothing to resume: no whole checkpoint in {out}; start with save_steps= first")
     texts = load_texts(data, column)
     others = load_texts(other, column) if other is not None else unrelated_texts()
     net,tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)

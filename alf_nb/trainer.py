@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #26d8cbda
+# %% ../nbs/09_trainer.ipynb #eb8b31e2
 import hashlib, json, os, shutil, sys, threading, time, uuid, warnings
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from . import __version__
+from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, gradient_bytes, last_update, optimizer_bytes, unwrap_optimizer
@@ -552,7 +553,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(p, 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #9ec87bfb
+# %% ../nbs/09_trainer.ipynb #7f809d17
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
@@ -572,6 +573,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
                 selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, policy=self.policy.to_dict(), again=self._again)
     with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(data, f); f.flush(); os.fsync(f.fileno())
     shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
+    seal_checkpoint(folder)      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
 
@@ -580,10 +582,9 @@ def _restore(self:ALFCallback, args, state):
     "Continue from the checkpoint that Trainer has just loaded"
     given = self.resume_from or (args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
     folder = Path(given or Path(args.output_dir)/f'checkpoint-{state.global_step}')
-    if not (folder/'alf'/'state.json').is_file() or not (folder/'alf'/'tensors.safetensors').is_file():
-        others = sorted((p.parent.parent.name for p in Path(args.output_dir).glob('checkpoint-*/alf/state.json')), key=lambda n: int(n.split('-')[-1]))
-        raise RuntimeError(f"{folder.name} holds no complete ALF state: it was saved without ALFCallback, its writing was cut off, or it lies elsewhere (resume_from=…). "
-                           f"{'Checkpoints that can be resumed: ' + ', '.join(others) if others else 'No checkpoint here can be resumed with ALF'}")
+    if why := 'it was saved without ALFCallback, or it lies elsewhere (resume_from=…)' if not (folder/'alf').is_dir() else check_checkpoint(folder):
+        with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir)
+        raise RuntimeError(f"cannot resume from {folder.name}: {why}. {f'The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}' if other else 'There is no whole checkpoint with ALF here'}")
     data = json.loads((folder/'alf'/'state.json').read_text(encoding='utf-8'))
     if data.get('version') != 1: raise RuntimeError(f"ALF state of version {data.get('version')!r}, this alf_nb reads 1")
     if data['step'] != state.global_step: raise RuntimeError(f"ALF state of step {data['step']} beside a Trainer state of step {state.global_step}: {folder.name} mixes two runs")

@@ -33,7 +33,7 @@ EXTRA = {m.name: m for m in SEARCH}
 CORE = ('full', 'alf', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
 # task → methods, steps, seeds; rates: two each, and on beyond the better one
 PLAN = dict(
-    gsm8k=(CORE + ('alf-prior', 'alf-rate', 'inverted'), 60, (0, 1)),
+    gsm8k=(CORE + ('alf-static', 'alf-grad_norm', 'alf-prior', 'alf-rate', 'inverted'), 60, (0, 1)),
     python=(('full', 'alf', 'random', 'lora'), 60, (0, 1)),
     chapters=(tuple(METHODS) + tuple(EXTRA), 60, (0, 1, 2)))
 AGAIN = (('chapters', ('full', 'alf', 'random', 'lora', 'freeze-50')), ('gsm8k', ('full', 'alf', 'random', 'lora')))      # 20 minutes on 2 cores
