@@ -135,8 +135,10 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #e9930f9a
+# %% ../nbs/09_trainer.ipynb #a4eb6b24
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
+
+_TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
 
 def _thaw_leftovers(model):
     frozen = set(getattr(model, _LEFTOVER, ()))
@@ -154,6 +156,11 @@ def _check_engine(args, model):
         f = getattr(m, '_gradient_checkpointing_func', None)
         if getattr(m, 'gradient_checkpointing', False) and getattr(f, 'keywords', {}).get('use_reentrant'):
             raise ValueError("gradient checkpointing with use_reentrant=True gives frozen bottoms no gradients: set gradient_checkpointing_kwargs={'use_reentrant': False}")
+
+def _check_alone(callback, model, state):
+    "Two callbacks in one Trainer would each undo what the other selects"
+    if getattr(model, _TRAINS, None) is state: raise ValueError("this Trainer has two ALFCallbacks (or one twice): give it one, and two wishes as one policy")
+    setattr(model, _TRAINS, state)
 
 @patch
 def _partition(self:ALFCallback, model):
@@ -185,7 +192,7 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
     self._t_begin = time.perf_counter()
-    _check_engine(args, model); _thaw_leftovers(model)      # of an attempt that died: Trainer may begin again in the same process
+    _check_alone(self, model, state); _check_engine(args, model); _thaw_leftovers(model)      # of an attempt that died: Trainer may begin again in the same process
     self.layers,self.units = self._partition(model)
     self.names = tuple(u.name for u in self.units)
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
@@ -207,6 +214,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
+    if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
     if not resuming: _warn_of_new_head(model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)})
     self.run_id,self._seen = uuid.uuid4().hex[:12],self._scores(0)
     if resuming: self._restore(args, state)
@@ -342,7 +350,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #30e1e814
+# %% ../nbs/09_trainer.ipynb #4c472803
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -456,7 +464,7 @@ def on_log(self:ALFCallback, args, state, control, logs=None, **kw):
 @patch
 def on_train_end(self:ALFCallback, args, state, control, model=None, **kw):
     "Close the log and leave the model trainable as it was found"
-    self._training = False
+    self._training = False; setattr(model, _TRAINS, None)
     self._event('run_end', state.global_step, **self.summary(), stopped=state.global_step < state.max_steps)
     _thaw_leftovers(model)
     if self.log is not None: self.log.close()
