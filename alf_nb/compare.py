@@ -286,7 +286,7 @@ def _next(found, grid, seeds, extend):
     if len(grid) > 1 and len(tried) < len(grid)+extend and best in (tried[0], tried[-1]): return float(f'{best*2 if best == tried[-1] else best/2:.6g}'), seeds[0]
     return next(((best, s) for s in seeds[1:] if (best, s) not in found), None)
 
-# %% ../nbs/14a_compare.ipynb #ca714843
+# %% ../nbs/14a_compare.ipynb #6b475a6b
 _rules = ('steps', 'tokens', 'wall')
 
 def _steps_for(task, method, rule, amount):
@@ -349,6 +349,8 @@ def compare_policies(
     loss = lambda r: math.inf if r.get('diverged') or r.get('task_loss') is None else r['task_loss']
     planned, failed, fresh = {}, set(), 0
     bar = tqdm(total=sum(len(grids[m.name])+len(seeds)-1 for m in methods), unit='run', disable=not progress, dynamic_ncols=True)
+    beyond = lambda r, m: r['seed'] == seeds[0] and r['lr'] not in grids[m.name]      # the grid was widened: one run more than planned
+    bar.total += sum(beyond(r, m) for m in methods for r in mine(m))
     bar.update(min(bar.total, sum(not r.get('error') for m in methods for r in mine(m))))
     try:
         waiting = list(methods)
@@ -357,8 +359,8 @@ def compare_policies(
                 todo = None if m.name in failed else _next({(r['lr'], r['seed']): loss(r) for r in mine(m) if not r.get('error')}, grids[m.name], seeds, extend)
                 if todo is None: waiting.remove(m); continue
                 lr, seed = todo
-                bar.set_postfix_str(f'{m.name}, lr {lr:g}, seed {seed}')
                 row = described[m.name] | shared | dict(lr=lr, seed=seed)
+                bar.total += beyond(row, m); bar.set_postfix_str(f'{m.name}, lr {lr:g}, seed {seed}')
                 row['key'] = hashlib.sha256(f"{name}|{m.name}|{row['settings']}|{lr:g}|{seed}".encode()).hexdigest()[:16]
                 try:
                     if m.name not in planned: planned[m.name] = next((r['steps_planned'] for r in mine(m) if r.get('steps_planned')), None) or _steps_for(task, m, rule, amount)
