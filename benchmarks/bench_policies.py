@@ -76,11 +76,12 @@ def best_rates(task, results):
     return {m.name: m.lr for m in compare_results(rows) if m.runs} if rows else {}
 
 
-def again(out):
+def again(out, names):
     "Run some of the committed runs once more and say how they compare"
     t0, committed = time.perf_counter(), {r['key']: r for r in read_results(RESULTS)}
     pairs = []
     for name,methods in AGAIN:
+        if names and name not in names: continue
         task = make(*PLAN[name][:2])
         rows = [r for r in committed.values() if r['task'].startswith(task.key + '|')]
         if not rows: print(f"{name}: the committed rows are of other data or weights (this is {task.key}): nothing to compare"); continue
@@ -111,7 +112,7 @@ def main():
     ap.add_argument('--out', type=Path, help='results file')
     a = ap.parse_args()
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
-    if a.again: raise SystemExit(again(a.out or Path('runs/evidence/policies.jsonl')))
+    if a.again: raise SystemExit(again(a.out or Path('runs/evidence/policies.jsonl'), a.task))
     for name in a.task or PLAN:
         kind, size, steps, seeds, methods, lrs = PLAN[name]
         if a.full: size, steps, seeds, methods, lrs = size if kind == 'chapters' else FULL[0], *FULL[1:], tuple(METHODS), None
