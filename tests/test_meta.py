@@ -50,6 +50,9 @@ def test_settings_and_pyproject_agree(settings, pyproject):
     assert settings['version'] == alf_nb.__version__
 
 
+def test_the_citation_names_this_version(settings): assert f"\nversion: {settings['version']}\n" in read('CITATION.cff')
+
+
 def test_version_stands_in_the_changelog(settings):
     log = read('CHANGELOG.md')
     assert '<!-- do not remove -->' in log
