@@ -2,7 +2,7 @@
 from pathlib import Path
 
 import pytest
-from execnb.nbio import read_nb
+from fastcore.nbio import read_nb
 from execnb.shell import CaptureShell
 
 root = Path(__file__).resolve().parents[1]
@@ -12,9 +12,10 @@ def said(cells): return [''.join(o['data']['text/markdown']) for c in cells for 
 
 
 @pytest.mark.parametrize('page', ['index', 'evidence', 'costs', 'speed'])
-def test_a_page_says_what_its_files_say(page):
+def test_a_page_says_what_its_files_say(page, monkeypatch):
+    monkeypatch.chdir(root/'nbs')
     kept, now = (read_nb(root/'nbs'/f'{page}.ipynb') for _ in range(2))
     assert said(kept.cells), f"{page} has no tables: run it and save its outputs"
-    shell = CaptureShell(path=root/'nbs')
+    shell = CaptureShell()
     shell.run_all(now, exc_stop=True, preproc=lambda c: c.cell_type != 'code' or 'eval: false' in c.source)
     assert said(now.cells) == said(kept.cells), f"nbs/{page}.ipynb is older than its result files: run it again and save it"
