@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from alf_nb.checkpoints import seal_checkpoint
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.optim import optimizer_bytes
 from alf_nb.runlog import RunLog
@@ -260,6 +261,7 @@ def test_a_changed_model_at_resume_is_refused(tmp_path):
     state = json.loads((tmp_path / "checkpoint-4" / "alf" / "state.json").read_text())
     state["weights"] = "0" * 64
     (tmp_path / "checkpoint-4" / "alf" / "state.json").write_text(json.dumps(state))
+    seal_checkpoint(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="weights of this model are not those"): run(tmp_path, ALFCallback(budget=.3), steps=8, resume=str(tmp_path / "checkpoint-4"))
 
 
