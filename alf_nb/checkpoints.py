@@ -11,7 +11,7 @@ __all__ = ['SEAL', 'seal_checkpoint', 'check_checkpoint', 'find_checkpoint']
 import json, os, re, warnings, zlib
 from pathlib import Path
 
-# %% ../nbs/08a_checkpoints.ipynb #120dd58f
+# %% ../nbs/08a_checkpoints.ipynb #9e63f3a7
 SEAL = 'alf-files.json'
 
 def _crc(path):
@@ -20,7 +20,7 @@ def _crc(path):
         while block := f.read(1 << 22): crc = zlib.crc32(block, crc)
     return crc
 
-def _files(folder): return sorted(p for p in folder.rglob('*') if p.is_file() and p.name != SEAL and not p.name.startswith(SEAL) and not re.fullmatch(r'rng_state_\d+\.pth', p.name))
+def _files(folder): return sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.startswith(SEAL) and not re.fullmatch(r'rng_state_\d+\.pth', p.name))
 
 def seal_checkpoint(
     folder # of the checkpoint, in which everything else is written

@@ -135,7 +135,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #a4eb6b24
+# %% ../nbs/09_trainer.ipynb #08f4c158
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -157,7 +157,7 @@ def _check_engine(args, model):
         if getattr(m, 'gradient_checkpointing', False) and getattr(f, 'keywords', {}).get('use_reentrant'):
             raise ValueError("gradient checkpointing with use_reentrant=True gives frozen bottoms no gradients: set gradient_checkpointing_kwargs={'use_reentrant': False}")
 
-def _check_alone(callback, model, state):
+def _check_alone(model, state):
     "Two callbacks in one Trainer would each undo what the other selects"
     if getattr(model, _TRAINS, None) is state: raise ValueError("this Trainer has two ALFCallbacks (or one twice): give it one, and two wishes as one policy")
     setattr(model, _TRAINS, state)
@@ -192,7 +192,7 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
     self._t_begin = time.perf_counter()
-    _check_alone(self, model, state); _check_engine(args, model); _thaw_leftovers(model)      # of an attempt that died: Trainer may begin again in the same process
+    _check_alone(model, state); _check_engine(args, model); _thaw_leftovers(model)      # of an attempt that died: Trainer may begin again in the same process
     self.layers,self.units = self._partition(model)
     self.names = tuple(u.name for u in self.units)
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())

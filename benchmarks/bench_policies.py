@@ -9,26 +9,25 @@ Tasks: `gsm8k` and `python`, SmolLM2-135M on grade school math and on the Python
 """
 import argparse, json, random, time
 from pathlib import Path
-import torch
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 from transformers.utils import logging as hf_logging
 from alf_nb.compare import METHODS, Task, alf_method, compare_policies, text_task
 from alf_nb.reports import compare_results, read_results
-from alf_nb.sources import load_encoder, load_model, load_texts
-from chapters import CHAPTERS, paragraphs
+from alf_nb.sources import load_model, load_texts
+from chapters import new_classifier
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT/'results'/'policies.jsonl'
+
 # beside the named methods: what else a default could be
-SEARCH = (
+EXTRA = {m.name: m for m in (
     alf_method('alf-block', 'blocks by gain', unit='block'),
     alf_method('alf-15', 'matrices by gain, 15 % of the parameters', budget=.15),
     alf_method('alf-30', 'matrices by gain, 30 % of the parameters', budget=.3),
     alf_method('alf-cost', 'matrices by gain, weighed against the cost of reaching them', cost_aware=True),
     alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16),
     alf_method('alf-explore', 'matrices by gain, a fifth of the budget for what was not measured for longest', explore=.2),
-    alf_method('alf-paper', 'blocks by change rate after a rotating start, as in the paper', preset='paper'))
-EXTRA = {m.name: m for m in SEARCH}
+    alf_method('alf-paper', 'blocks by change rate after a rotating start, as in the paper', preset='paper'))}
 
 CORE = ('full', 'alf', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
 # name → task, sequences per step and their length, steps, seeds, methods, rates (None: two of each method's own, and on beyond the better one)
@@ -50,12 +49,7 @@ def gsm8k():
 
 def classifier(length):
     "MiniLM with a new head, rows of which a fifth is held out, and their collator"
-    encoder, tok = load_encoder(progress=False)
-    encoder.config.num_labels = len(CHAPTERS)
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(encoder.config)
-    setattr(model, model.base_model_prefix, encoder)
-    rows = [dict(tok(r['text'], truncation=True, max_length=length), labels=r['labels']) for r in paragraphs()]
+    model, tok, rows = new_classifier(0, length)
     random.Random('rows').shuffle(rows)
     n = len(rows)//5
     return model, rows[n:], rows[:n], DataCollatorWithPadding(tok)
@@ -107,7 +101,7 @@ def main():
     ap.add_argument('--task', choices=PLAN, action='append', help='default: all')
     ap.add_argument('--methods', nargs='+', help=f"of {', '.join([*METHODS, *EXTRA])}")
     ap.add_argument('--seeds', type=int, nargs='+'); ap.add_argument('--steps', type=int); ap.add_argument('--lrs', type=float, nargs='+')
-    ap.add_argument('--wall', type=float, help='equal seconds instead of equal steps; rates are then the best committed ones and their neighbours')
+    ap.add_argument('--wall', type=float, help='equal seconds instead of equal steps; rates are then the best committed ones, where there are any')
     ap.add_argument('--full', action='store_true', help='the large plan'); ap.add_argument('--again', action='store_true', help='rerun some committed runs and compare')
     ap.add_argument('--out', type=Path, help='results file')
     a = ap.parse_args()

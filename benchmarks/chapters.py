@@ -1,5 +1,8 @@
 "A classification task made from the Python language reference: from which part is this paragraph?"
 from pydoc_data.topics import topics
+import torch
+from transformers import AutoModelForSequenceClassification
+from alf_nb.sources import load_encoder
 
 CHAPTERS = dict(
     statements='assert assignment async augassign break class compound continue del exceptions for function global if import in nonlocal pass raise return try while with yield',
@@ -15,3 +18,13 @@ def paragraphs():
             for p in topics.get(name, '').split('\n\n'):
                 if len(words := p.split()) >= 12: found.setdefault(' '.join(words), set()).add(i)
     return [dict(text=t, labels=next(iter(s))) for t,s in sorted(found.items()) if len(s) == 1]
+
+
+def new_classifier(seed, length):
+    "MiniLM with a new head, its tokenizer, and the paragraphs as rows of at most `length` tokens"
+    encoder, tok = load_encoder(progress=False)
+    encoder.config.num_labels = len(CHAPTERS)
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(encoder.config)
+    setattr(model, model.base_model_prefix, encoder)
+    return model, tok, [dict(tok(r['text'], truncation=True, max_length=length), labels=r['labels']) for r in paragraphs()]
