@@ -190,7 +190,7 @@ def _as_methods(methods):
     if len({m.name for m in out}) < len(out) or not out: raise ValueError(f"methods need different names, and at least one: got {[m.name for m in out]}")
     return out
 
-# %% ../nbs/14a_compare.ipynb #a9f2e887
+# %% ../nbs/14a_compare.ipynb #1f78c952
 class _Counting(Trainer):
     "A Trainer that counts tokens and remembers which batches came first, in which order"
     tokens = batches = 0
@@ -201,18 +201,29 @@ class _Counting(Trainer):
         if self.batches < 16: self.data_order = hashlib.sha256(self.data_order.encode() + ids.detach().cpu().numpy().tobytes()).hexdigest()[:12]
         self.batches += 1
         return super().training_step(model, inputs, *args, **kw)
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        "Under equal time the learning rate follows the clock, so that every schedule is through when time is up"
+        if not self.meter.limit: return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, lambda step: _cosine(max(self.meter.spent/self.meter.limit, step/num_training_steps)))
+        return self.lr_scheduler
+
+def _cosine(done, warm_up=.05): return done/warm_up if done < warm_up else .5*(1 + math.cos(math.pi*min(1., (done-warm_up)/(1-warm_up))))
 
 class _Meter(TrainerCallback):
     "Losses while training, time that training itself took, bytes of its state"
-    def __init__(self, task, alf, points, added, limit): self.task,self.alf,self.points,self.added,self.limit,self.off,self.curve,self.bytes,self.step_s = task,alf,points,added,limit,0.,[],0,[]
-    def on_train_begin(self, args, state, control, **kw): self.t0 = self.t = time.perf_counter()
+    def __init__(self, task, alf, points, added, limit): self.task,self.alf,self.points,self.added,self.limit,self.off,self.curve,self.bytes,self.step_s = task,alf,sorted(points),added,limit,0.,[],0,[]
+    def start(self, before): self.t0 = time.perf_counter()-before
+    @property
+    def spent(self): return time.perf_counter()-self.t0-self.off
+    def on_train_begin(self, args, state, control, **kw): self.t = time.perf_counter()
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
         if state.global_step < 2: self.bytes = max(self.bytes, gradient_bytes(model) + optimizer_bytes(optimizer) + self.added)
     def on_step_end(self, args, state, control, model=None, **kw):
         now = time.perf_counter(); self.step_s.append(now-self.t); self.t = now
-        spent = now-self.t0-self.off
-        if self.limit and spent > self.limit: control.should_training_stop = True
-        if state.global_step not in self.points: return
+        spent = self.spent
+        if self.limit and spent + self.step_s[-1] > self.limit: control.should_training_stop = True      # there is no time for one more
+        if control.should_training_stop or state.global_step == state.max_steps or not self.points or (spent if self.limit else state.global_step) < self.points[0]: return
+        self.points.pop(0)
         loss = self.task.evaluate(model, self.task.held)['loss']
         self.curve.append([state.global_step, spent, self.trainer.tokens, _finite(loss)])
         self.t = time.perf_counter(); self.off += self.t-now
@@ -250,15 +261,15 @@ def _train(task, method, lr, seed, steps, points=(), limit=None):
     prepare_s = time.perf_counter()-t0
     own = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     added = sum(p.numel()*p.element_size() for p in model.parameters()) - before      # adapters exist for training only
-    meter = _Meter(task, alf, points, added, limit and limit-prepare_s)
+    meter = _Meter(task, alf, points, added, limit)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         args = TrainingArguments(output_dir=folder, max_steps=steps, per_device_train_batch_size=task.batch_size, learning_rate=lr, lr_scheduler_type='cosine', warmup_steps=max(1, steps//20), weight_decay=0., logging_steps=max(1, steps//10),
                                  save_strategy='no', bf16=task.bf16, seed=seed, data_seed=seed, report_to=[], disable_tqdm=True, use_cpu=task.device.type == 'cpu', remove_unused_columns=False, label_names=['labels'])
         trainer = meter.trainer = _Counting(model, args, train_dataset=task.train, data_collator=task.collate, callbacks=[*([alf] if alf else []), meter])
         trainer.remove_callback(PrinterCallback)
-        t0 = time.perf_counter()
+        trainer.meter = meter; meter.start(prepare_s)
         trainer.train()
-        wall, done = time.perf_counter()-t0-meter.off+prepare_s, trainer.state.global_step
+        wall, done = meter.spent, trainer.state.global_step
         if alf: picked = [(s.step, s.names) for s in RunLog(folder).selections()]
     peak = int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])*1024 if alone else None
     held = task.evaluate(model, task.held)
@@ -285,7 +296,7 @@ def _next(found, grid, seeds, extend):
     if len(grid) > 1 and len(tried) < len(grid)+extend and best in (tried[0], tried[-1]): return float(f'{best*2 if best == tried[-1] else best/2:.6g}'), seeds[0]
     return next(((best, s) for s in seeds[1:] if (best, s) not in found), None)
 
-# %% ../nbs/14a_compare.ipynb #a82912f9
+# %% ../nbs/14a_compare.ipynb #1fd5e384
 _rules = ('steps', 'tokens', 'wall')
 
 def _steps_for(task, method, rule, amount):
@@ -294,8 +305,8 @@ def _steps_for(task, method, rule, amount):
     if rule == 'tokens': return max(1, round(amount/task.tokens_per_step))
     r = _train(task, method, method.lrs[len(method.lrs)//2], 0, 16)
     once = max(0., r['wall_s']-16*r['step_s_median'])*(1.5 if r['importance_s'] else 1.)      # later selections probe, too
-    if .97*amount < once + 4*r['step_s_median']: raise ValueError(f"{method.name} makes fewer than 4 steps in {amount:g} s: it needs {once:.3g} s to begin and {r['step_s_median']:.3g} s per step; give more time")
-    return int((.97*amount-once)/r['step_s_median'])
+    if amount < once + 4*r['step_s_median']: raise ValueError(f"{method.name} makes fewer than 4 steps in {amount:g} s: it needs {once:.3g} s to begin and {r['step_s_median']:.3g} s per step; give more time")
+    return int(1.2*(amount-once)/r['step_s_median'])      # an upper bound: the clock ends the run
 
 def device_name()->str:
     "Where the numbers of a run come from"
@@ -367,7 +378,7 @@ def compare_policies(
                 try:
                     if m.name not in planned: planned[m.name] = next((r['steps_planned'] for r in mine(m) if r.get('steps_planned')), None) or _steps_for(task, m, rule, amount)
                     steps = planned[m.name]
-                    row |= _train(task, m, lr, seed, steps, {round(steps*(i+1)/(points+1)) for i in range(points)} - {steps}, amount if rule == 'wall' else None)
+                    row |= _train(task, m, lr, seed, steps, {(amount if rule == 'wall' else steps)*(i+1)/(points+1) for i in range(points)}, amount if rule == 'wall' else None)
                 except (RuntimeError, ValueError, ImportError, ArithmeticError) as e:
                     row |= dict(diverged=True, task_loss=None) if 'NaN or infinity' in str(e) else dict(error=f'{type(e).__name__}: {e}'[:500], task_loss=None)
                     if row.get('error'): failed.add(m.name)
