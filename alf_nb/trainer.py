@@ -44,7 +44,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #69da0e89
+# %% ../nbs/09_trainer.ipynb #61028cf7
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -103,6 +103,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         self.policy = _make_policy(policy, options, pick('pin', ()), ban, seed, pick('interval'))
         self.signal = self.policy.signal or pick('signal', 'gain')
         if self.signal not in SIGNALS: raise ValueError(f"unknown signal {self.signal!r}; signals are {', '.join(SIGNALS)}")
+        if explore and reprobe_batches and self.signal in ('gain', 'grad_norm'): warnings.warn(f"explore={explore:g} changes nothing: {self.signal!r} measures every unit at once, so none waits to be looked at (rate and coherence measure only what trains)")
         self.unit,self.kinds = pick('unit', 'module'),tuple(pick('kinds', ('matrix', 'block', 'adapter')))
         start = pick('start', 'auto')
         if start not in STARTS: raise ValueError(f"unknown start {start!r}; starts are {', '.join(STARTS)}")
