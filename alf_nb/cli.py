@@ -12,9 +12,9 @@ import argparse, os, sys
 from pathlib import Path
 from . import __version__
 
-# %% ../nbs/15_cli.ipynb #070fbb4c
+# %% ../nbs/15_cli.ipynb #816e0dfa
 _POLICIES = ('threshold', 'budget', 'topk', 'full', 'static', 'rotate', 'lisa', 'badam', 'grass', 'inverted')
-_PRESETS = ('default', 'paper', 'lisa', 'badam', 'grass', 'static-top', 'full')
+_PRESETS = ('default', 'quick', 'paper', 'lisa', 'badam', 'grass', 'static-top', 'full')
 
 def _parser():
     p = argparse.ArgumentParser(prog='alf', description='Which layers of my model should learn? Adaptive layer-wise fine-tuning of Hugging Face models.')

@@ -7,9 +7,9 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #eb8b31e2
-import hashlib, json, os, shutil, sys, threading, time, uuid, warnings
-from dataclasses import fields
+# %% ../nbs/09_trainer.ipynb #3c53e398
+import hashlib, json, math, os, shutil, sys, threading, time, uuid, warnings
+from dataclasses import fields, replace
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -29,9 +29,11 @@ from .runlog import RunLog
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
-# %% ../nbs/09_trainer.ipynb #8fc1d753
+# %% ../nbs/09_trainer.ipynb #c2937257
 PRESETS = {
     'default': {},
+    # for runs of minutes: one short probe, no references, and a backward pass that ends above the lowest fifth of the blocks (benchmarks/LOG.md)
+    'quick': dict(reach=.8, interval=0, probe_batches=2, references='none'),
     # J. Y. Lee, Adaptive Layer-wise Fine-tuning: importance is the change rate, measured by a probe that keeps to the budget
     'paper': dict(budget=.25, signal='rate', unit='block', start='rotate', warm_up=16, explore=.1),
     # LISA, https://arxiv.org/abs/2403.17919: two random blocks every 20 steps, embeddings and head always, state not carried over
@@ -44,7 +46,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #61028cf7
+# %% ../nbs/09_trainer.ipynb #44cb363d
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -74,7 +76,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         kinds=None,                  # kinds of units a policy may choose; default matrices, blocks, adapters
         start:str|None=None,         # how to choose first: 'probe', 'prior', 'rotate', 'warm-up'; 'auto': what the signal needs
         warm_up:int|None=None,       # steps of 'rotate' (within the budget) or 'warm-up' (trains everything); default 16
-        probe_batches:int=8,         # batches of the gradient probe before the first step, at least 2
+        probe_batches:int|None=None, # batches of the gradient probe before the first step, at least 2; default 8
         reprobe_batches:int=2,       # batches of the probe at each re-selection, blended into what is known; 0: none
         interval:int|None=None,      # steps between selections; 0: never again; default a third of the run, 32 to 256
         measure_every:int=10,        # steps of a window of the change rate
@@ -82,10 +84,11 @@ class ALFCallback(TrainerCallback, ExportableState):
         explore:float|None=None,     # part of the budget for the units not measured for longest, 0–1
         hysteresis:float|None=None,  # how much better a newcomer has to be
         cost_aware:bool|None=None,   # weigh importance against the cost of reaching a unit
+        reach:float|None=None,       # how much of the depth trains, from the top: at 0.8 the lowest fifth of the blocks stays frozen, with all below, and is left out of the backward pass; default 1
         pin=(),                      # units that always train: exact names, layer names or globs
         ban=(),                      # units that never train
         state:str|None=None,         # optimizer state of leavers: 'v', 'full' or 'drop'; default 'v'
-        references:str='device',     # where reference weights live: 'device', 'host'; '8bit': rounded, a quarter of the memory; 'none': rates from the optimizer's last update
+        references:str|None=None,    # where reference weights live: 'device' (default), 'host'; '8bit': rounded, a quarter of the memory; 'none': rates from the optimizer's last update
         check:str='raise',           # self-check: 'raise', 'warn' or 'off'
         seed:int=0,                  # seeds the draws of policy and probe
         out:str|None=None,           # folder of the run log; default the Trainer's output_dir
@@ -96,6 +99,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         base = dict(PRESETS[preset])
         if budget is not None and threshold is not None: raise ValueError(f"budget={budget} and threshold={threshold} given: each determines the other, give one")
         if policy is not None: base.pop('budget', None)
+        if reach is not None and isinstance(policy, Policy): raise ValueError("reach given beside a ready policy: ban what it shall not reach in the policy")
         if threshold is not None: base.pop('budget', None); base.pop('explore', None)
         pick = lambda k, default=None: given[k] if given[k] not in (None, ()) else base.get(k, default)
         options = {k: v for k in ('budget', 'threshold', 'explore', 'hysteresis', 'cost_aware') if (v := pick(k)) is not None}
@@ -110,19 +114,22 @@ class ALFCallback(TrainerCallback, ExportableState):
         auto = 'probe' if self.signal in ('gain', 'grad_norm') else 'prior'
         self.start = 'none' if not self.policy.needs_scores else auto if start == 'auto' else start
         self.warm_up,self.interval,self.lock = pick('warm_up', 16),pick('interval', getattr(self.policy, 'interval', None)),pick('lock', .85)
-        self.probe_batches,self.reprobe_batches,self.measure_every = probe_batches,reprobe_batches,measure_every
-        _whole('probe_batches', probe_batches, 2, 'batches of the first probe'); _whole('measure_every', measure_every, 1, 'steps of a window')
+        self.probe_batches,self.reprobe_batches,self.measure_every = pick('probe_batches', 8),reprobe_batches,measure_every
+        _whole('probe_batches', self.probe_batches, 2, 'batches of the first probe'); _whole('measure_every', measure_every, 1, 'steps of a window')
         _whole('reprobe_batches', reprobe_batches, 0, 'batches of later probes'); _whole('warm_up', self.warm_up, 1, 'steps')
         if reprobe_batches == 1: raise ValueError("reprobe_batches=1, but a probe compares batches: 0 for none, or at least 2")
         if self.interval is not None: _whole('interval', self.interval, 0, 'steps between selections (0: never again)')
+        self.reach,self.references = pick('reach', 1.),pick('references', 'device')
+        if isinstance(self.reach, bool) or not isinstance(self.reach, (int, float)) or not 0 < self.reach <= 1: raise ValueError(f"reach={self.reach!r}, but it is a fraction of the depth, above 0 and at most 1")
         if not 0 <= self.lock <= 1: raise ValueError(f"lock={self.lock}, but it is a fraction of the run, 0–1")
         self.state_mode = ParkedStates(pick('state', 'v')).state
-        for k,v,ok in (('references', references, ('device', 'host', '8bit', 'none')), ('check', check, ('raise', 'warn', 'off')), ('unit', self.unit, ('module', 'block'))):
+        for k,v,ok in (('references', self.references, ('device', 'host', '8bit', 'none')), ('check', check, ('raise', 'warn', 'off')), ('unit', self.unit, ('module', 'block'))):
             if v not in ok: raise ValueError(f"{k}={v!r}; give one of {', '.join(map(repr, ok))}")
-        self.references,self.check,self.seed,self.out,self.resume_from = references,check,seed,out,resume_from
+        self.check,self.seed,self.out,self.resume_from = check,seed,out,resume_from
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
-        self._asked_policy,self._lock,self._pending,self._again = self.policy,threading.Lock(),None,False
+        self._wished = self._asked_policy = self.policy          # as given, and with what lies below its reach banned
+        self._lock,self._pending,self._again = threading.Lock(),None,False
         self._training,self.log = False,None
 
     @property
@@ -130,13 +137,13 @@ class ALFCallback(TrainerCallback, ExportableState):
         "What decides how this run goes, as plain values"
         return dict(policy=self._asked_policy.to_dict(), signal=self.signal, unit=self.unit, kinds=list(self.kinds), start=self.start, warm_up=self.warm_up,
                     probe_batches=self.probe_batches, reprobe_batches=self.reprobe_batches, interval=self.interval, measure_every=self.measure_every,
-                    lock=self.lock, state=self.state_mode, references=self.references, check=self.check, seed=self.seed)
+                    lock=self.lock, reach=self.reach, state=self.state_mode, references=self.references, check=self.check, seed=self.seed)
 
     def state(self)->dict:
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #08f4c158
+# %% ../nbs/09_trainer.ipynb #189889a6
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -165,9 +172,15 @@ def _check_alone(model, state):
 
 @patch
 def _partition(self:ALFCallback, model):
-    "The model as units, and those that could train"
+    "The model as units, and those that could train; what lies below the reach is banned, unless it is pinned"
     layers = partition_layers(model, unit=self.unit, kinds=self.kinds)
-    return layers, tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
+    units = tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
+    cut = math.floor(layers.n_blocks*(1-self.reach) + 1e-9)
+    pinned = {n for p in self._wished.pin for n in match_units(p, units)}
+    kept = {u.layer for u in units if u.name in pinned}
+    below = dict.fromkeys(u.name if u.layer in kept else u.layer for u in units if cut and u.depth <= cut and u.eligible and u.name not in pinned)
+    self._asked_policy = replace(self._wished, ban=(*self._wished.ban, *below)) if below else self._wished
+    return layers, units
 
 @patch
 def preview(self:ALFCallback,
@@ -176,7 +189,7 @@ def preview(self:ALFCallback,
     "What these settings would choose by the prior alone; settings that do not fit the model are refused as in training"
     layers,units = self._partition(model)
     prior = prior_scores(layers).values
-    return self.policy.select(Scores(self.policy.signal or 'prior', {u.name: prior[u.name] for u in units}) if self.policy.needs_scores else None, units)
+    return self._asked_policy.select(Scores(self.policy.signal or 'prior', {u.name: prior[u.name] for u in units}) if self.policy.needs_scores else None, units)
 
 def _warn_of_new_head(model, units, pinned):
     "A classifier's head is usually new, and new weights that stay frozen stay random"

@@ -27,6 +27,7 @@ EXTRA = {m.name: m for m in (
     alf_method('alf-cost', 'matrices by gain, weighed against the cost of reaching them', cost_aware=True),
     alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16),
     alf_method('alf-explore', 'matrices by gain, a fifth of the budget for what was not measured for longest', explore=.2),
+    alf_method('random-reach', 'random matrices within the same budget, the lowest fifth of the blocks left out: the control of alf-quick', selects=False, policy=dict(policy='static', where='random', budget=.25), unit='module', interval=0, reach=.8, references='none', measure_every=10**6),
     alf_method('alf-paper', 'blocks by change rate after a rotating start, as in the paper', preset='paper'))}
 
 CORE = ('full', 'alf', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
@@ -67,7 +68,8 @@ def make(name, size):
 def best_rates(task, results):
     "Method → learning rate that did best on this task at equal steps"
     rows = [r for r in read_results(results) if r['task'].startswith(f'{task.key}|steps')] if Path(results).is_file() else []
-    return {m.name: m.lr for m in compare_results(rows) if m.runs} if rows else {}
+    best = {m.name: m.lr for m in compare_results(rows) if m.runs} if rows else {}
+    return best | {new: best[of] for new,of in (('alf-quick', 'alf'), ('random-reach', 'random')) if of in best and new not in best}      # variants of those
 
 
 def again(out, names):
