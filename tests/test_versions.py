@@ -80,3 +80,42 @@ def test_what_is_not_installed_is_left_to_the_import(monkeypatch):
 def test_import_alf_nb_reads_no_metadata():
     res = subprocess.run([sys.executable, '-S', '-c', "import sys; sys.path.insert(0, '.'); import alf_nb; assert not {'re', 'importlib.metadata'} & set(sys.modules)"], cwd=root, capture_output=True, text=True)
     assert not res.returncode, res.stderr
+
+
+@pytest.fixture(scope='module')
+def api(): return tool('api')
+
+
+def test_public_signatures_do_not_change_unnoticed(api):
+    was, now = api.LINES.read_text(encoding='utf-8').splitlines(), list(api.lines())
+    changed = [f'- {l}' for l in was if l not in now] + [f'+ {l}' for l in now if l not in was]
+    assert was == now, '\n'.join(["public signatures changed, and others rely on them; if it is meant: python tools/api.py, and a line in CHANGELOG.md", *changed])
+
+
+def test_the_page_of_public_names_is_in_step(api):
+    assert api.PAGE.read_text(encoding='utf-8') == api.page(), "nbs/api.ipynb is not what the code says: python tools/api.py"
+
+
+def test_signatures_are_written_the_same_everywhere(api):
+    def f(a, /, b=1, *rest, c='x|y', d=len, e=(1,), g=[None], h=set(), **more): pass
+    assert api.call(f, 'f') == "f(a, /, b=1, *rest, c='x|y', d=len, e=(1,), g=[None], h=set(…), **more)"
+    assert api.call(lambda *, a=2.5: a, 'f') == 'f(*, a=2.5)'
+    assert not [l for l in api.lines() if ' at 0x' in l]
+
+
+def test_the_matrix_asks_for_what_settings_ini_says():
+    matrix = tool('matrix')
+    combinations = matrix.combinations()
+    assert combinations['oldest'] == (settings['min_python'], 'lower') and {'lower', 'lock', 'free'} == {which for _, which in combinations.values()}
+    lower = matrix.asked('lower')
+    assert f"torch=={least('torch')}" in lower and not [r for r in lower if '>=' in r]
+    assert matrix.asked('lock')[-2:] == ['-c', str(root/'requirements.lock')] and f"torch>={least('torch')}" in matrix.asked('free')
+
+
+def test_what_is_claimed_was_run():
+    "The newest row of every combination passed, and the oldest has the lower bounds of today"
+    rows = {r['name']: r for r in map(json.loads, (root/'benchmarks'/'results'/'versions.jsonl').read_text(encoding='utf-8').splitlines())}
+    assert {'oldest', 'lock'} <= set(rows) and not [r for r in rows.values() if r['failed'] or r['passed'] < 300]
+    same = lambda a, b: a.split('.')[:len(b.split('.'))] == b.split('.')
+    stale = [f"{p} {rows['oldest'][p]}" for p in ('torch', 'transformers', 'accelerate', 'datasets', 'numpy', 'triton') if not same(rows['oldest'][p], least(p))]
+    assert not stale, f"make matrix ran with {', '.join(stale)}, but settings.ini claims others: run it again"
