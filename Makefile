@@ -8,7 +8,7 @@ READY   := $(VENV)/.ready
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser gpu bench-kernel bench-live bench-efficiency evidence mutants export lab docs lock wheel clean
+.PHONY: help setup demo test browser gpu bench-kernel bench-live bench-efficiency evidence mutants export lab docs lock matrix wheel clean
 
 help:     ## what there is
 	@sed -n 's/^\([a-z][a-z-]*\):.*## */make \1 · /p' $(MAKEFILE_LIST)
@@ -58,10 +58,11 @@ evidence: $(READY) ## some of the committed comparison once more, and how it com
 mutants: $(READY) ## break the kernels on purpose, one line at a time; every mutant has to be killed
 	@$(BIN)/python tests/kernels/mutants.py
 
-export: $(READY) ## notebooks to modules, notebooks cleaned, index to README
+export: $(READY) ## notebooks to modules, notebooks cleaned, index to README, public names to tests/api.txt
 	@$(BIN)/nbdev-export
 	@$(BIN)/nbdev-clean
 	@$(BIN)/python tools/readme.py
+	@$(BIN)/python tools/api.py
 
 lab: $(READY) ## open the first tutorial in JupyterLab
 	@$(BIN)/jupyter lab nbs/tutorials/1_quickstart.ipynb
@@ -71,6 +72,9 @@ docs: $(READY) ## build the documentation in _docs/; opens from disk, loads noth
 
 lock: ## resolve settings.ini anew into requirements.lock; needs python3.10 to python3.13
 	@$(or $(PYTHON),python3) tools/lock.py
+
+matrix:   ## the quick tests with the oldest, the locked and the newest packages; needs python3.10, 3.11 and 3.13; appends to benchmarks/results/versions.jsonl
+	@$(or $(PYTHON),python3) tools/matrix.py
 
 wheel: $(READY) ## build dist/*.whl
 	@$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .

@@ -8,6 +8,10 @@ Docs: https://example.github.io/alf_nb/attention.html.md"""
 __all__ = ['attention_maps', 'attention_entropy', 'attention_distance', 'central_words', 'passages', 'AttentionSnapshot',
            'compare_attention', 'attention_shift']
 
+# %% ../nbs/10_attention.ipynb #db298164
+from . import _require
+_require('numpy', 'torch')
+
 # %% ../nbs/10_attention.ipynb #2fbba982
 import math, re, unicodedata
 from contextlib import contextmanager

@@ -7,6 +7,10 @@ Docs: https://example.github.io/alf_nb/audit.html.md"""
 # %% auto #0
 __all__ = ['sample_units', 'rank_correlation', 'SignalAudit', 'audit_signals']
 
+# %% ../nbs/14b_audit.ipynb #3bb66da0
+from . import _require
+_require('numpy', 'torch', 'transformers')
+
 # %% ../nbs/14b_audit.ipynb #87488ec2
 import math, random, time
 from contextlib import contextmanager

@@ -7,6 +7,10 @@ Docs: https://example.github.io/alf_nb/background.html.md"""
 # %% auto #0
 __all__ = ['BackgroundRun', 'train_in_background']
 
+# %% ../nbs/09b_background.ipynb #03b8db2d
+from . import _require
+_require('torch', 'transformers', 'accelerate')
+
 # %% ../nbs/09b_background.ipynb #d308c91c
 import sys, threading, time, traceback, weakref
 from pathlib import Path

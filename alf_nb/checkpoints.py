@@ -7,8 +7,8 @@ Docs: https://example.github.io/alf_nb/checkpoints.html.md"""
 # %% auto #0
 __all__ = ['SEAL', 'seal_checkpoint', 'check_checkpoint', 'find_checkpoint']
 
-# %% ../nbs/08a_checkpoints.ipynb #9adfca17
-import json, os, re, warnings, zlib
+# %% ../nbs/08a_checkpoints.ipynb #deb64af8
+import json, os, re, time, warnings, zlib
 from pathlib import Path
 
 # %% ../nbs/08a_checkpoints.ipynb #9e63f3a7
@@ -33,7 +33,15 @@ def seal_checkpoint(
     os.replace(part, folder/SEAL)
     return folder/SEAL
 
-# %% ../nbs/08a_checkpoints.ipynb #7ab17411
+# %% ../nbs/08a_checkpoints.ipynb #cf87d704
+_whole = {}     # the one folder found whole last → marks of its files
+
+def _marks(paths):
+    "What changes when a file is written; None: this might not show it, because a file is new"
+    try: res = [(str(p), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in paths for s in [p.stat()]]
+    except OSError: return None
+    return res if all(time.time() - max(m, c)/1e9 > 3 for *_,m,c in res) else None
+
 def check_checkpoint(
     folder, # of the checkpoint
     full:bool=True # compare checksums, not only sizes
@@ -46,12 +54,15 @@ def check_checkpoint(
     files = data.get('files') if isinstance(data, dict) and data.get('version') == 1 else None
     if not isinstance(files, dict) or not all(isinstance(v, list) and len(v) == 2 for v in files.values()): return f'its {SEAL} is not one that this alf_nb reads'
     here = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
+    marks = _marks([*here.values(), folder/SEAL])
+    if full and marks and _whole.get(folder.resolve()) == marks: return ''
     for name,(size,crc) in files.items():
         if name not in here: return f'{name} is missing'
         try:
             if here[name].stat().st_size != size: return f'{name} has {here[name].stat().st_size:,} bytes, not {size:,}'
             if full and _crc(here[name]) != crc: return f'{name} is damaged'
         except OSError as e: return f'{name} cannot be read ({e.strerror})'
+    if full: _whole.clear(); _whole[folder.resolve()] = marks
     return ''
 
 # %% ../nbs/08a_checkpoints.ipynb #8ca86f6b

@@ -12,9 +12,16 @@ import argparse, os, sys
 from pathlib import Path
 from . import __version__
 
-# %% ../nbs/15_cli.ipynb #816e0dfa
+# %% ../nbs/15_cli.ipynb #8c1a5d75
 _POLICIES = ('threshold', 'budget', 'topk', 'full', 'static', 'rotate', 'lisa', 'badam', 'grass', 'inverted')
 _PRESETS = ('default', 'quick', 'paper', 'lisa', 'badam', 'grass', 'static-top', 'full')
+
+def _what(p, model=True, other=False):
+    "The options that say what a command works on, with the same words everywhere"
+    says = dict(model='hub id or folder of a causal language model (default: SmolLM2-135M-Instruct)', data='text file, folder of texts, .jsonl, .csv, or the name of a dataset (default: the Python language reference)',
+                column='column of the text in structured data (default: text)', other='unrelated text to measure forgetting on, as --data (default: a sample of GSM8K)')
+    for k,text in says.items():
+        if dict(model=model, other=other).get(k, True): p.add_argument(f'--{k}', help=text, default=argparse.SUPPRESS)
 
 def _parser():
     p = argparse.ArgumentParser(prog='alf', description='Which layers of my model should learn? Adaptive layer-wise fine-tuning of Hugging Face models.')
@@ -23,10 +30,7 @@ def _parser():
     f = sub.add_parser('finetune', help='fine-tune a model on a text and write a report', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                        description='Fine-tune a model with ALF. Without arguments: SmolLM2-135M on the Python language reference.')
     a = f.add_argument_group('what')
-    a.add_argument('--model', help='hub id or folder of a causal language model (default: SmolLM2-135M-Instruct)', default=argparse.SUPPRESS)
-    a.add_argument('--data', help='text file, folder of texts, .jsonl, .csv, or the name of a dataset (default: the Python language reference)', default=argparse.SUPPRESS)
-    a.add_argument('--column', help='column of the text in structured data (default: text)', default=argparse.SUPPRESS)
-    a.add_argument('--other', help='unrelated text to measure forgetting on, as --data (default: a sample of GSM8K)', default=argparse.SUPPRESS)
+    _what(a, other=True)
     a.add_argument('--prompt', help='beginning of the sample continuation (default: a held-out text)', default=argparse.SUPPRESS)
     a.add_argument('--out', default='runs/demo', help='run folder: events.jsonl, summary.json, report.html, delta/')
     b = f.add_argument_group('which layers learn')
@@ -54,9 +58,7 @@ def _parser():
     c.add_argument('--quiet', action='store_true', help='no progress bars')
     d = sub.add_parser('audit', help='which signal knows which units are worth training, on your model and data', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                        description='Train a sample of units one at a time, and compare what that gained with what each signal said before. The model is left as it was.')
-    d.add_argument('--model', help='hub id or folder of a causal language model (default: SmolLM2-135M-Instruct)', default=argparse.SUPPRESS)
-    d.add_argument('--data', help='as for finetune (default: the Python language reference)', default=argparse.SUPPRESS)
-    d.add_argument('--column', help='column of the text in structured data (default: text)', default=argparse.SUPPRESS)
+    _what(d)
     d.add_argument('--out', default='runs/audit', help='folder for audit.json and audit.html')
     d.add_argument('--units', type=int, default=24, help='units in the sample'); d.add_argument('--repeats', type=int, default=3, help='times each unit is trained')
     d.add_argument('--steps', type=int, default=4, help='optimizer steps each time'); d.add_argument('--lr', type=float, default=4e-4, help='learning rate')
@@ -66,8 +68,7 @@ def _parser():
                        description='Entropy, distance and the attention on central words, per layer and head, before and after, with intervals over texts. One model is in memory at a time.')
     t.add_argument('tuned', nargs='+', metavar='TUNED', help='folder of a tuned model: a run or its delta, a PEFT adapter, or a saved model; NAME=FOLDER names it')
     t.add_argument('--base', help='hub id or folder of the model before (default: SmolLM2-135M-Instruct)', default=argparse.SUPPRESS)
-    t.add_argument('--data', help='as for finetune (default: the Python language reference)', default=argparse.SUPPRESS)
-    t.add_argument('--column', help='column of the text in structured data (default: text)', default=argparse.SUPPRESS)
+    _what(t, model=False)
     t.add_argument('--all', action='store_true', help='use all texts of --data; without it, those that finetune with the same --seed holds out')
     t.add_argument('--texts', type=int, default=32, help='passages, from as many texts as possible; 6 or more give intervals')
     t.add_argument('--length', type=int, default=256, help='tokens of a passage; memory grows with the square')
@@ -75,10 +76,7 @@ def _parser():
     t.add_argument('--quiet', action='store_true', help='no progress bar')
     m = sub.add_parser('compare', help='several methods on your model and data under one rule, with tuned rates, seeds and controls', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                        description='Every method tries its learning rates with the first seed and repeats the best with the others. Each run is appended to policies.jsonl; called again, the comparison goes on where it was.')
-    m.add_argument('--model', help='hub id or folder of a causal language model (default: SmolLM2-135M-Instruct)', default=argparse.SUPPRESS)
-    m.add_argument('--data', help='as for finetune (default: the Python language reference)', default=argparse.SUPPRESS)
-    m.add_argument('--column', help='column of the text in structured data (default: text)', default=argparse.SUPPRESS)
-    m.add_argument('--other', help='unrelated text to measure forgetting on (default: a sample of GSM8K)', default=argparse.SUPPRESS)
+    _what(m, other=True)
     m.add_argument('--methods', nargs='+', metavar='METHOD', default=['full', 'alf', 'random', 'lora'], help='names; a wrong one lists them all')
     m.add_argument('--rule', choices=('steps', 'tokens', 'wall'), default='steps', help='what every method gets the same of; wall: seconds'); m.add_argument('--amount', type=float, default=120, help='how much of it')
     m.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of order and draws; the first chooses the learning rate')

@@ -7,6 +7,10 @@ Docs: https://example.github.io/alf_nb/compare.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'Task', 'text_task', 'Method', 'alf_method', 'device_name', 'compare_policies']
 
+# %% ../nbs/14a_compare.ipynb #03b8db2d
+from . import _require
+_require('torch', 'transformers', 'accelerate')
+
 # %% ../nbs/14a_compare.ipynb #a31a801a
 import copy, datetime, hashlib, json, math, os, platform, re, statistics, tempfile, time
 from dataclasses import dataclass

@@ -7,6 +7,10 @@ Docs: https://example.github.io/alf_nb/finetune.html.md"""
 # %% auto #0
 __all__ = ['finetune', 'tuned_kind', 'load_tuned']
 
+# %% ../nbs/14_finetune.ipynb #03b8db2d
+from . import _require
+_require('torch', 'transformers', 'accelerate')
+
 # %% ../nbs/14_finetune.ipynb #95236765
 import json, os, time, warnings
 from pathlib import Path

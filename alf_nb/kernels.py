@@ -7,6 +7,10 @@ Docs: https://example.github.io/alf_nb/kernels.html.md"""
 # %% auto #0
 __all__ = ['Reference8', 'empty_reference', 'available_backends', 'DeltaPlan', 'delta_norms', 'quantize_reference', 'warm_up']
 
+# %% ../nbs/03_kernels.ipynb #db298164
+from . import _require
+_require('numpy', 'torch')
+
 # %% ../nbs/03_kernels.ipynb #c59bc42d
 import math, os, threading, time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,17 +23,19 @@ from .records import DeltaNorms
 
 # %% ../nbs/03_kernels.ipynb #ddfe184b
 try:
+    _require('numba')
     import numba
     from numba.extending import intrinsic as _intrinsic, overload as _overload
     _no_numba = None
-except Exception as e: # not installed, or built for another numpy
+except Exception as e: # not installed, too old, or built for another numpy
     numba, _no_numba = None, f"numba cannot be imported ({e})"
     _intrinsic, _overload = (lambda f: f), (lambda *a, **k: lambda f: f)
 
 try:
+    _require('triton')
     import triton, triton.language as tl
     _no_triton = None
-except Exception as e: # no wheel for macOS and Windows
+except Exception as e: # no wheel for macOS and Windows, or too old
     triton, tl, _no_triton = None, SimpleNamespace(constexpr=None), f"triton cannot be imported ({e})"
 
 def _triton_jit(f): return triton.jit(f, do_not_specialize=['n_slots']) if triton else f

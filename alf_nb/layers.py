@@ -7,6 +7,10 @@ Docs: https://example.github.io/alf_nb/layers.html.md"""
 # %% auto #0
 __all__ = ['Layers', 'partition_layers']
 
+# %% ../nbs/02_layers.ipynb #8737e5c8
+from . import _require
+_require('torch')
+
 # %% ../nbs/02_layers.ipynb #d7021815
 import ast, difflib, functools, inspect, textwrap
 from collections import Counter

@@ -8,6 +8,10 @@ Docs: https://example.github.io/alf_nb/sources.html.md"""
 __all__ = ['SMOLLM2', 'MINILM', 'HUB_DEFAULT', 'cache_folder', 'load_model', 'load_encoder', 'unrelated_texts', 'load_texts',
            'domain_split', 'token_blocks', 'supports_bf16', 'evaluate_loss', 'continuation']
 
+# %% ../nbs/13_sources.ipynb #cd5718d4
+from . import _require
+_require('torch', 'transformers', 'safetensors')
+
 # %% ../nbs/13_sources.ipynb #083f67d8
 import copy, csv, hashlib, io, json, os, random, shutil, socket, time, uuid, warnings
 from contextlib import contextmanager

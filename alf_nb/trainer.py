@@ -7,6 +7,10 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
+# %% ../nbs/09_trainer.ipynb #1a7ccbea
+from . import _require
+_require('torch', 'transformers', 'accelerate', 'safetensors')
+
 # %% ../nbs/09_trainer.ipynb #3c53e398
 import hashlib, json, math, os, shutil, sys, threading, time, uuid, warnings
 from dataclasses import fields, replace

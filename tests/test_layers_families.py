@@ -2,6 +2,7 @@
 import os
 os.environ['HF_HUB_OFFLINE'] = '1'
 import pytest, torch, transformers as tf
+from packaging.version import Version
 from torch import nn
 from alf_nb.layers import partition_layers
 
@@ -109,9 +110,14 @@ FAMILIES = {
     rest={'embeddings.embeddings':'embedding', 'head.ln_out':'norm', 'head.head':'head'}),
 }
 
+# transformers whose modules have the names above, or (phi) whose model can be built at all; found by trying 5.0, 5.4, 5.8 and 5.23
+SINCE = dict(phi='5.4', mamba='5.4', clip='5.8', gpt_neox='5.23', vit='5.23', llava='5.23', swin='5.23')
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_family(family):
     torch.manual_seed(0)
+    older = Version(tf.__version__) < Version(SINCE.get(family, '5'))
+    if older and family == 'phi': pytest.skip(f"transformers {tf.__version__} cannot build a Phi")
     f = FAMILIES[family]()
     model,layers = f['model'],partition_layers(f['model'])
     unique = dict(model.named_parameters())
@@ -121,6 +127,7 @@ def test_family(family):
     assert sum(u.n_params for u in layers.units) == sum(p.numel() for p in unique.values())
     assert layers.total == sum(p.numel() for p in unique.values() if p.requires_grad)
     assert all(layers.unit_of(k) in layers for k,_ in model.named_parameters(remove_duplicate=False))
+    if older: pytest.skip(f"transformers {tf.__version__} names the modules of {family} otherwise; every parameter is in one unit")
     for name,unit in f.get('tied', {}).items(): assert layers.unit_of(name) == unit
     # blocks
     blocks = [f'{s}.{i}' for s,n in f['stacks'].items() for i in range(n)]

@@ -13,17 +13,21 @@ TOOLS = ['nbdev', 'execnb', 'jupyterlab', 'jupyter_server', 'notebook', 'nbclien
 SHELL = ['IPython', 'ipykernel', 'ipywidgets']
 
 
-def build(tmp, name):
-    "A wheel from a copy of the sources, so that nothing old in build/ gets in"
+def build(tmp, name, umask=-1, **env):
+    "A wheel from a copy of the sources, with `umask` and these environment variables"
     src = tmp/name
     src.mkdir()
     for d in ('alf_nb', 'nbs', 'tests'): shutil.copytree(root/d, src/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     for f in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md'):
         if (root/f).exists(): shutil.copy(root/f, src)
     if not (src/'README.md').exists(): (src/'README.md').write_text('# alf_nb\n', encoding='utf-8')
-    env = {**os.environ, 'SOURCE_DATE_EPOCH': '1700000000'}
+    if env:                                       # all that may differ between two machines with the same sources
+        for i, p in enumerate(src.rglob('*')): os.utime(p, (1_000_000_000+i, 1_000_000_000+i)); p.chmod(0o777 if p.is_dir() else 0o600)
+        (src/'build'/'lib'/'alf_nb').mkdir(parents=True)
+        (src/'build'/'lib'/'alf_nb'/'ghost.py').write_text('"of an earlier version"', encoding='utf-8')
+    env = {**{k: v for k, v in os.environ.items() if k != 'SOURCE_DATE_EPOCH'}, **env}
     res = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--no-index', '--disable-pip-version-check', '-w', tmp/f'{name}-dist', '.'],
-                         cwd=src, env=env, capture_output=True, text=True)
+                         cwd=src, env=env, umask=umask, capture_output=True, text=True)
     assert not res.returncode, res.stdout + res.stderr
     wheel, = (tmp/f'{name}-dist').glob('*.whl')
     return wheel
@@ -62,7 +66,11 @@ def test_metadata(wheel):
     assert 'Tag: py3-none-any' in inside['WHEEL']
 
 
-def test_building_again_gives_the_same(wheel, tmp_path): assert content(build(tmp_path, 'again')) == content(wheel)
+def test_building_again_gives_the_same_bytes(wheel, tmp_path):
+    again = build(tmp_path, 'elsewhere', 0o077, LC_ALL='C', LANG='C', TZ='Asia/Tokyo', PYTHONHASHSEED='7')
+    assert content(again) == content(wheel)
+    with zipfile.ZipFile(again) as a, zipfile.ZipFile(wheel) as b: assert [(z.filename, z.date_time, z.external_attr) for z in a.infolist()] == [(z.filename, z.date_time, z.external_attr) for z in b.infolist()]
+    assert again.name == wheel.name and hashlib.sha256(again.read_bytes()).digest() == hashlib.sha256(wheel.read_bytes()).digest()
 
 
 @pytest.fixture(scope='module')

@@ -94,8 +94,8 @@ def sidebar(made):
     entry = lambda rel, text=None: dict(text=text or made[rel][1], href=made[rel][0].with_suffix('.ipynb').as_posix())
     top = [r for r in made if len(r.parts) == 1]
     sections = {'Tutorials': [entry(r, f'{number(r)} · {made[r][1]}') for r in sorted((r for r in made if r.parts[0] == 'tutorials'), key=number)],
-                'Evidence': [entry(r) for r in top if not r.name[0].isdigit() and r.name != 'index.ipynb'],
-                'Rooms': [entry(r) for r in top if r.name[0].isdigit()]}
+                'Evidence': [entry(r) for r in top if not r.name[0].isdigit() and r.name not in ('index.ipynb', 'api.ipynb')],
+                'Rooms': [entry(r) for r in top if r.name == 'api.ipynb'] + [entry(r) for r in top if r.name[0].isdigit()]}
     return [dict(text='Start', href='index.ipynb'), *(dict(section=k, contents=v) for k,v in sections.items() if v)]
 
 

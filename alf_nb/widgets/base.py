@@ -7,6 +7,10 @@ Docs: https://example.github.io/alf_nb/widgets.base.html.md"""
 # %% auto #0
 __all__ = ['ticker', 'RunState', 'Follower', 'follow', 'as_source', 'Ticker', 'put', 'View']
 
+# %% ../../nbs/11a_widgets.base.ipynb #90e37ad8
+from .. import _require
+_require('ipywidgets')
+
 # %% ../../nbs/11a_widgets.base.ipynb #9e2f3047
 import math, os, threading, time, traceback, weakref
 from dataclasses import fields

@@ -215,8 +215,8 @@ def test_a_missing_package_is_no_error(missing):
 def test_importing_asks_for_no_gpu():
     assert run_python("""
         import alf_nb.kernels as K
-        if K.triton: print(K.triton.runtime.driver._active)
-        else: print(None)""", TRITON_INTERPRET='0').strip() == 'None'
+        driver = K.triton and K.triton.runtime.driver
+        print(driver and (driver._active if hasattr(driver, '_active') else driver.active._obj))     # the second in triton 3.2""", TRITON_INTERPRET='0').strip() == 'None'
 
 @pytest.mark.parametrize('how', ["numba.core.caching.CacheImpl._locator_classes = []",              # no folder to write to
                                  "numba.core.caching.FunctionCache.save_overload = fail"])          # the disk is full
