@@ -11,10 +11,8 @@ root = Path(__file__).resolve().parents[1]
 RESULTS = root/'benchmarks'/'results'/'versions.jsonl'
 SHOWN = ('torch', 'transformers', 'accelerate', 'datasets', 'safetensors', 'numpy', 'numba', 'triton', 'fastcore', 'ipywidgets', 'tqdm')
 TOOLS = ['pytest', 'pytest-timeout', 'hypothesis', 'psutil', 'nbclient', 'ipykernel', 'peft']      # what the tests need beside alf_nb itself
-# what looks at this repository rather than at the package or needs development tools that would pull newer versions of what is tested; what is computed for the models
-# of the locked versions; and what kills and restarts processes for minutes, which CI does with the locked versions
-LEFT_OUT = ['browser', 'test_docs.py', 'test_evidence.py', 'test_ipywidgets7.py', 'test_meta.py', 'test_package.py', 'test_peers.py', 'test_tutorials.py', 'test_versions.py',
-            'test_efficiency.py', 'kernels/test_triton.py', 'test_compare.py', 'test_processes.py', 'test_resume.py']
+# where a version can matter: the rooms that meet torch, transformers, PEFT and ipywidgets. CI runs everything with the locked versions
+TESTS = [f'tests/test_{n}.py' for n in ('imports', 'layers_families', 'training', 'tools', 'attention', 'runlog', 'reports', 'sources', 'widgets_base', 'widgets_map')]
 
 config = configparser.ConfigParser(delimiters=['='])
 config.read(root/'settings.ini', encoding='utf-8')
@@ -40,8 +38,7 @@ def tests(python, folder, more):
     "Run the quick tests; returns the counts and the names of what failed"
     report = folder/'report.xml'
     env = {**os.environ, 'PYTHONPATH': str(root), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false', 'TRITON_CACHE_DIR': str(folder/'triton')}
-    left = [f'--ignore=tests/{n}' for n in LEFT_OUT]
-    run = subprocess.run([python, '-m', 'pytest', '-o', 'addopts=', '-q', '-m', 'not slow', '-p', 'no:cacheprovider', f'--junitxml={report}', *left, *more], cwd=root, env=env, capture_output=True, text=True)
+    run = subprocess.run([python, '-m', 'pytest', '-o', 'addopts=', '-q', '-m', 'not slow', '-p', 'no:cacheprovider', f'--junitxml={report}', *(more or TESTS)], cwd=root, env=env, capture_output=True, text=True)
     if not report.exists(): sys.exit(run.stdout + run.stderr)
     cases = list(ElementTree.parse(report).iter('testcase'))
     ended = lambda *kinds: [c for c in cases if any(c.find(k) is not None for k in kinds)]
