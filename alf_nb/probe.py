@@ -62,7 +62,7 @@ def _only_trainable(all_params, wanted):
     finally:
         for p,r,g in before: p.requires_grad_(r); p.grad = g
 
-# %% ../nbs/05a_probe.ipynb #f64074cf
+# %% ../nbs/05a_probe.ipynb #34d1c427
 def _model_loss(model, batch):
     "The model's own loss on a batch that holds labels"
     out = model(**batch)
@@ -91,7 +91,7 @@ def probe_gradients(
             for i,batch in enumerate(batches):
                 red.sq = {}
                 out = loss(model, batch)
-                if not bool(out.detach().isfinite()): odd += 1; continue     # a batch without a label to learn from: its gradients are NaN
+                if not bool(out.detach().isfinite()): odd += 1; continue     # a batch without a label, for instance: there is nothing to learn from it
                 out.backward(); losses.append(out.detach())
                 for n in names:
                     sq = [s for p in layers.params(n) if (s := red.sq.get(p)) is not None]
