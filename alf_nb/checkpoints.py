@@ -33,18 +33,20 @@ def seal_checkpoint(
     os.replace(part, folder/SEAL)
     return folder/SEAL
 
-# %% ../nbs/08a_checkpoints.ipynb #7ab17411
+# %% ../nbs/08a_checkpoints.ipynb #4b7b80bc
 def check_checkpoint(
     folder, # of the checkpoint
     full:bool=True # compare checksums, not only sizes
 )->str:     # what is wrong with it; empty: it is whole
     "Is everything there that was written?"
     folder = Path(folder)
-    try: data = json.loads((folder/SEAL).read_text(encoding='utf-8'))
+    try:
+        if (folder/SEAL).stat().st_size > 64 << 20: return f'its {SEAL} cannot be read'      # a line per file: no checkpoint has that many
+        data = json.loads((folder/SEAL).read_text(encoding='utf-8'))
     except FileNotFoundError: return 'its writing was cut off' if folder.is_dir() else 'there is no such folder'
-    except (OSError, ValueError): return f'its {SEAL} cannot be read'
+    except (OSError, ValueError, RecursionError): return f'its {SEAL} cannot be read'
     files = data.get('files') if isinstance(data, dict) and data.get('version') == 1 else None
-    if not isinstance(files, dict) or not all(isinstance(v, list) and len(v) == 2 for v in files.values()): return f'its {SEAL} is not one that this alf_nb reads'
+    if not isinstance(files, dict) or not all(isinstance(v, list) and len(v) == 2 and all(type(n) is int for n in v) for v in files.values()): return f'its {SEAL} is not one that this alf_nb reads'
     here = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
     for name,(size,crc) in files.items():
         if name not in here: return f'{name} is missing'

@@ -44,7 +44,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #74adb0de
+# %% ../nbs/09_trainer.ipynb #04e4f055
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -53,7 +53,7 @@ def _make_policy(policy, options, pin, ban, seed, interval=None):
         if options or pin or ban: raise ValueError(f"{', '.join([*options, *(['pin'] if pin else []), *(['ban'] if ban else [])])} given beside a ready policy: set them in {type(policy).__name__}(…)")
         return policy
     d = dict(policy) if isinstance(policy, dict) else dict(policy=policy)
-    if d.get('policy') not in POLICIES: raise ValueError(f"unknown policy {d.get('policy')!r}; policies are {', '.join(POLICIES)}")
+    if not isinstance(d.get('policy'), str) or d['policy'] not in POLICIES: raise ValueError(f"unknown policy {d.get('policy')!r}; policies are {', '.join(POLICIES)}")
     known = {f.name for f in fields(POLICIES[d['policy']])}
     if odd := [k for k in options if k not in known]: raise ValueError(f"policy {d['policy']!r} has no {', '.join(odd)}; it has {', '.join(sorted(known))}")
     if interval and 'interval' in known: options = {'interval': interval, **options}      # a policy that counts intervals counts the same ones
@@ -91,7 +91,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         out:str|None=None,           # folder of the run log; default the Trainer's output_dir
         resume_from:str|None=None,   # checkpoint folder, where it is not output_dir/checkpoint-<step>
     ):
-        if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}; presets are {', '.join(PRESETS)}")
+        if not isinstance(preset, str) or preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}; presets are {', '.join(PRESETS)}")
         given = {k:v for k,v in locals().items() if k not in ('self', '__class__')}
         base = dict(PRESETS[preset])
         if budget is not None and threshold is not None: raise ValueError(f"budget={budget} and threshold={threshold} given: each determines the other, give one")
@@ -103,7 +103,9 @@ class ALFCallback(TrainerCallback, ExportableState):
         self.policy = _make_policy(policy, options, pick('pin', ()), ban, seed, pick('interval'))
         self.signal = self.policy.signal or pick('signal', 'gain')
         if self.signal not in SIGNALS: raise ValueError(f"unknown signal {self.signal!r}; signals are {', '.join(SIGNALS)}")
-        self.unit,self.kinds = pick('unit', 'module'),tuple(pick('kinds', ('matrix', 'block', 'adapter')))
+        kinds = pick('kinds', ('matrix', 'block', 'adapter'))
+        self.unit,self.kinds = pick('unit', 'module'),(kinds,) if isinstance(kinds, str) else tuple(kinds) if isinstance(kinds, (list, tuple)) else (kinds,)
+        if odd := [k for k in self.kinds if k not in KINDS]: raise ValueError(f"unknown kind {odd[0]!r}; kinds are {', '.join(KINDS)}")
         start = pick('start', 'auto')
         if start not in STARTS: raise ValueError(f"unknown start {start!r}; starts are {', '.join(STARTS)}")
         auto = 'probe' if self.signal in ('gain', 'grad_norm') else 'prior'
@@ -114,11 +116,13 @@ class ALFCallback(TrainerCallback, ExportableState):
         _whole('reprobe_batches', reprobe_batches, 0, 'batches of later probes'); _whole('warm_up', self.warm_up, 1, 'steps')
         if reprobe_batches == 1: raise ValueError("reprobe_batches=1, but a probe compares batches: 0 for none, or at least 2")
         if self.interval is not None: _whole('interval', self.interval, 0, 'steps between selections (0: never again)')
-        if not 0 <= self.lock <= 1: raise ValueError(f"lock={self.lock}, but it is a fraction of the run, 0–1")
+        if isinstance(self.lock, bool) or not isinstance(self.lock, (int, float)) or not 0 <= self.lock <= 1: raise ValueError(f"lock={self.lock}, but it is a fraction of the run, 0–1")
         self.state_mode = ParkedStates(pick('state', 'v')).state
         for k,v,ok in (('references', references, ('device', 'host', '8bit', 'none')), ('check', check, ('raise', 'warn', 'off', 'freeze')), ('unit', self.unit, ('module', 'block'))):
             if v not in ok: raise ValueError(f"{k}={v!r}; give one of {', '.join(map(repr, ok))}")
         if check == 'freeze' and references not in ('device', 'host'): raise ValueError(f"check='freeze' puts back the weights of the last window, which references={references!r} {'keeps only rounded' if references == '8bit' else 'does not keep'}: give 'device' or 'host'")
+        for k,v in (('out', out), ('resume_from', resume_from)):
+            if v is not None and not isinstance(v, (str, os.PathLike)): raise ValueError(f"{k}={v!r}, but it is the path of a folder")
         self.references,self.check,self.seed,self.out,self.resume_from = references,check,seed,out,resume_from
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
@@ -640,7 +644,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(p, 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #d60bb4b8
+# %% ../nbs/09_trainer.ipynb #b48e0018
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
@@ -664,6 +668,29 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
 
+_STATE = dict(step=int, config=dict, units=list, weights=str, selection=dict, tracker=dict, marks=dict, cum_lr=list, totals=dict, new_state=bool, parked=dict, run_id=str)
+
+def _read_state(folder):
+    "`state.json` and tensors of a checkpoint, if they are what `on_save` writes; else a RuntimeError that names the file"
+    file = folder/'alf'/'state.json'
+    try:
+        if file.stat().st_size > 256 << 20: raise ValueError(f"{file.stat().st_size:,} bytes are too many")
+        data = json.loads(file.read_text(encoding='utf-8'))
+        if not isinstance(data, dict): raise ValueError("it is no dict")
+        if data.get('version') != 1: raise ValueError(f"ALF state of version {data.get('version')!r}, this alf_nb reads 1")
+        if odd := [k for k,t in _STATE.items() if not isinstance(data.get(k), t)]: raise ValueError(f"{odd[0]!r} is missing or no {_STATE[odd[0]].__name__}")
+        number = lambda v: v is None or type(v) in (int, float)
+        Selection.from_dict(data['selection'])
+        if 'policy' in data: Policy.from_dict(data['policy'])
+        good = (all(isinstance(u, list) and len(u) == 2 and isinstance(u[0], str) for u in data['units']) and all(map(number, (*data['cum_lr'], *data['totals'].values())))
+                and all(isinstance(v, list) and len(v) == 2 and all(map(number, v)) for v in data['marks'].values()) and all(isinstance(v, dict) for v in data['parked'].values())
+                and all(isinstance(data['tracker'].get(k), dict) and all(isinstance(v, dict) and all(map(number, v.values())) for v in data['tracker'][k].values()) for k in ('values', 'steps'))
+                and isinstance(data.get('banned', []), list) and all(isinstance(n, str) for n in [*data.get('banned', []), *data['selection'].get('names', ())]) and isinstance(data.get('again', False), bool))
+        if not good: raise ValueError("its numbers and names are not where they belong")
+    except (OSError, ValueError, TypeError, RecursionError) as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/state.json cannot be read: {e or type(e).__name__}") from None
+    try: return data, load_file(folder/'alf'/'tensors.safetensors')
+    except Exception as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/tensors.safetensors cannot be read: {e}") from None      # safetensors has an exception of its own
+
 @patch
 def _restore(self:ALFCallback, args, state):
     "Continue from the checkpoint that Trainer has just loaded"
@@ -672,8 +699,7 @@ def _restore(self:ALFCallback, args, state):
     if why := 'it was saved without ALFCallback, or it lies elsewhere (resume_from=…)' if not (folder/'alf').is_dir() else check_checkpoint(folder):
         with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir)
         raise RuntimeError(f"cannot resume from {folder.name}: {why}. {f'The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}' if other else 'There is no whole checkpoint with ALF here'}")
-    data = json.loads((folder/'alf'/'state.json').read_text(encoding='utf-8'))
-    if data.get('version') != 1: raise RuntimeError(f"ALF state of version {data.get('version')!r}, this alf_nb reads 1")
+    data,tensors = _read_state(folder)
     if data['step'] != state.global_step: raise RuntimeError(f"ALF state of step {data['step']} beside a Trainer state of step {state.global_step}: {folder.name} mixes two runs")
     if data['units'] != [[u.name, u.n_params] for u in self.units]:
         was,now = ({n for n,_ in data['units']},set(self.names))
@@ -682,7 +708,6 @@ def _restore(self:ALFCallback, args, state):
     if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != data['config'].get(k)]: warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}")
     if self.log is not None and self.log.path.exists() and (last := self.log.begin.get('run_id')) not in (None, data['run_id']):
         warnings.warn(f"{folder.name} belongs to run {data['run_id']}, and a newer run, {last}, was begun in this folder since: was it meant?")
-    tensors = load_file(folder/'alf'/'tensors.safetensors')
     self.run_id = data['run_id']
     self.selection = Selection.from_dict(data['selection'])
     apply_selection(self.layers, self.selection.names, self._optimizer, None)      # the optimizer came back with the state of these units only
