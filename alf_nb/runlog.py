@@ -117,7 +117,7 @@ class RunLog:
             os.close(self._fd)
             self._fd = None
 
-# %% ../nbs/08_runlog.ipynb #843bb520
+# %% ../nbs/08_runlog.ipynb #c611cc57
 _LONG = 64 << 20        # bytes; a longer line is no event
 
 def _is_number(v): return v is None or type(v) in (int, float) and abs(v) < 1e30       # a NaN or an infinity is not less
@@ -125,17 +125,17 @@ def _is_count(v): return v is None or type(v) is int and 0 <= v < 1 << 53
 def _is_time(v): return v is None or _is_number(v) and 0 <= v < 2e11
 def _is_text(v): return v is None or isinstance(v, str)
 def _is_flag(v): return v is None or isinstance(v, bool)
-def _is_dict(v): return v is None or isinstance(v, dict)
-def _is_texts(v): return v is None or isinstance(v, list) and all(isinstance(x, str) for x in v)
-def _is_numbers(v): return v is None or isinstance(v, dict) and all(map(_is_number, v.values()))
-def _is_signals(v): return v is None or isinstance(v, dict) and all(isinstance(x, dict) and _is_numbers(x) for x in v.values())
+def _is_dict(v): return isinstance(v, dict)
+def _is_texts(v): return isinstance(v, list) and all(isinstance(x, str) for x in v)
+def _is_numbers(v): return isinstance(v, dict) and all(map(_is_number, v.values()))
+def _is_signals(v): return isinstance(v, dict) and all(_is_numbers(x) for x in v.values())
 
 def _is_unit(u):
     "Can it be made a `UnitInfo`?"
     try: return all(isinstance(u[k], str) for k in ('name', 'layer', 'role')) and u['kind'] in KINDS and all(type(u[k]) is int and 0 <= u[k] < 1 << 53 for k in ('n_params', 'depth')) and all(type(n) is int for s in u.get('shapes', ()) for n in s) and isinstance(u.get('eligible', True), bool)
     except (KeyError, TypeError): return False
 
-def _is_units(v): return v is None or isinstance(v, list) and all(map(_is_unit, v)) and len({u['name'] for u in v}) == len(v)
+def _is_units(v): return isinstance(v, list) and all(map(_is_unit, v)) and len({u['name'] for u in v}) == len(v)
 
 _EVERY = dict(t=_is_time, step=_is_count)
 _KNOWN = dict(

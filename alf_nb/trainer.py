@@ -644,7 +644,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(p, 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #b48e0018
+# %% ../nbs/09_trainer.ipynb #35099f93
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
@@ -715,6 +715,7 @@ def _restore(self:ALFCallback, args, state):
     self.parked.held = {k: dict(v) for k,v in data['parked'].items()}
     for k,t in tensors.items():
         if k.startswith('parked/'): name,entry = k[7:].rsplit('/', 1); self.parked.held.setdefault(name, {})[entry] = t
+    if odd := [k for k in self.parked.held if k not in self._place]: raise RuntimeError(f"cannot resume from {folder.name}: it holds optimizer state of {odd[0]!r}, which this model lacks")
     self.tracker.load_state_dict(data['tracker'])
     self._marks = {k: tuple(v) for k,v in data['marks'].items()}
     self._cum_lr,self.totals,self._new_state = data['cum_lr'],data['totals'],data['new_state']
