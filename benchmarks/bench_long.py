@@ -77,7 +77,7 @@ def long_run(folder, steps, views=True, seed=0):
         from alf_nb.widgets.picker import ThresholdPicker
         log = RunLog(folder)
         shown = [TrainingDashboard(log), SelectionMap(log), ThresholdPicker(log)]
-    watch = Watch(alf, path, shown, max(steps//20, 1), max(steps//10, 20), max(steps//50, 10))
+    watch = Watch(alf, path, shown, max(steps//20, 1), max(steps//10, 15), max(steps//50, 10))
     trainer.add_callback(watch)
     t = time.perf_counter()
     with warnings.catch_warnings():

@@ -275,38 +275,32 @@ def test_deltas(delta, tmp_path_factory, seed, data):
 
 CHILD = """
 import resource, sys
-from alf_nb import delta as D; from alf_nb.runlog import RunLog; from alf_nb.reports import read_results, summarize; from alf_nb.checkpoints import check_checkpoint
+from alf_nb import delta as D; from alf_nb.runlog import RunLog
 import torch
 used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),)*2)
-file = sys.argv[1]
-if sys.argv[2] == 'delta':
+resource.setrlimit(resource.RLIMIT_AS, (used + (240 << 20),)*2)
+*deltas, log = sys.argv[1:]
+for file in deltas:
     for f in (D.read_delta, lambda p: D.apply_delta(torch.nn.Linear(2, 2), p)):
         try: f(file)
-        except ValueError as e: assert file in str(e) or 'wrong base' in str(e), e
+        except ValueError as e: assert file in str(e), e
         else: raise SystemExit('accepted')
-elif sys.argv[2] == 'log':
-    assert len(RunLog(file).events()) == 2 and len(RunLog(file).poll()) == 2
+assert len(RunLog(log).events()) == 2 and len(RunLog(log).poll()) == 2
 print('fine')
 """
 
 
-def limited(file, what):
-    "Run a reader with 400 MiB to spare"
-    r = subprocess.run([sys.executable, "-c", CHILD, str(file), what], capture_output=True, text=True, timeout=120)
-    assert r.stdout == "fine\n", r.stderr[-2000:]
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_absurd_sizes_cost_no_memory(tmp_path):
-    file = tmp_path/"delta.safetensors"
+    "Readers with 240 MiB to spare: headers that claim gigabytes, in files that really are as long, and a line of 256 MiB"
+    files = []
     for n in (1 << 62, 8 << 30):
-        with open(file, "wb") as f: f.write(n.to_bytes(8, "little")); f.truncate(9 << 30)      # sparse: it may really be as long as it claims
-        limited(file, "delta")
+        files.append(tmp_path/f"{n}.safetensors")
+        with open(files[-1], "wb") as f: f.write(n.to_bytes(8, "little")); f.truncate(9 << 30)      # sparse
     log = tmp_path/"events.jsonl"
-    with open(log, "wb") as f:
-        f.write(b'{"event":"log","step":1}\n{"event":"log","x":"'); f.truncate(1 << 30); f.seek(1 << 30); f.write(b'"}\n{"event":"log","step":2}\n')
-    limited(log, "log")                                                                         # one line of 1 GiB
+    with open(log, "wb") as f: f.write(b'{"event":"log","step":1}\n{"event":"log","x":"'); f.seek(256 << 20); f.write(b'"}\n{"event":"log","step":2}\n')
+    r = subprocess.run([sys.executable, "-c", CHILD, *map(str, files), str(log)], capture_output=True, text=True, timeout=300)
+    assert r.stdout == "fine\n", r.stderr[-2000:]
 
 
 def test_big_shapes_with_no_data(delta, tmp_path):
