@@ -11,7 +11,7 @@ from bench_long import long_run  # noqa: E402
 
 def check(rows, row, steps):
     assert row["selections"] == steps and len(rows) > 12
-    assert row["begin"]["threads"] == row["end"]["threads"] and abs(row["tensors_per_selection"]) < .05
+    assert row["begin"]["threads"] == row["end"]["threads"] and row["tensors_per_selection"] < .3       # it swings by those that train; a leak would be 1 at least
     if row["files_per_selection"] is not None: assert row["begin"]["files"] == row["end"]["files"]
     per_unit = 150                                                                  # bytes: three signals, scores and ages of a unit, with its name, once per selection and once per measurement
     assert row["log_per_selection"] < 1000 + per_unit*row["units"]
