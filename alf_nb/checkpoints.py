@@ -33,7 +33,7 @@ def seal_checkpoint(
     os.replace(part, folder/SEAL)
     return folder/SEAL
 
-# %% ../nbs/08a_checkpoints.ipynb #cf87d704
+# %% ../nbs/08a_checkpoints.ipynb #f2486b89
 _whole = {}     # the one folder found whole last → marks of its files
 
 def _marks(paths):
@@ -48,11 +48,13 @@ def check_checkpoint(
 )->str:     # what is wrong with it; empty: it is whole
     "Is everything there that was written?"
     folder = Path(folder)
-    try: data = json.loads((folder/SEAL).read_text(encoding='utf-8'))
+    try:
+        if (folder/SEAL).stat().st_size > 64 << 20: return f'its {SEAL} cannot be read'      # a line per file: no checkpoint has that many
+        data = json.loads((folder/SEAL).read_text(encoding='utf-8'))
     except FileNotFoundError: return 'its writing was cut off' if folder.is_dir() else 'there is no such folder'
-    except (OSError, ValueError): return f'its {SEAL} cannot be read'
+    except (OSError, ValueError, RecursionError): return f'its {SEAL} cannot be read'
     files = data.get('files') if isinstance(data, dict) and data.get('version') == 1 else None
-    if not isinstance(files, dict) or not all(isinstance(v, list) and len(v) == 2 for v in files.values()): return f'its {SEAL} is not one that this alf_nb reads'
+    if not isinstance(files, dict) or not all(isinstance(v, list) and len(v) == 2 and all(type(n) is int for n in v) for v in files.values()): return f'its {SEAL} is not one that this alf_nb reads'
     here = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
     marks = _marks([*here.values(), folder/SEAL])
     if full and marks and _whole.get(folder.resolve()) == marks: return ''

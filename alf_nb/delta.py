@@ -81,7 +81,7 @@ def fingerprint(
     name = name or str(getattr(model, 'name_or_path', '') or type(model).__name__)
     return BaseFingerprint(name, _describe_all(tensors), _config_hash(model))
 
-# %% ../nbs/09a_delta.ipynb #4da201ce
+# %% ../nbs/09a_delta.ipynb #d3d8b107
 _FORMAT,_MAX_HEADER = 1,64 << 20
 _FILE = 'delta.safetensors'
 
@@ -122,6 +122,7 @@ def _read_info(f, path):
         if info['format'] != _FORMAT: raise NotImplementedError
         info['base'] = {k:_entry(*v) for k,v in info['base'].items()}
         tensors = {k:info['base'][k] for k in info['changed']}
+        if not all(isinstance(info[k], t) for k,t in dict(base_name=str, config_hash=str, alf_nb=str, metadata=dict, changed=dict).items()): raise ValueError('a field of another type')
         good = raw == _header(info, _layout(tensors))
     except NotImplementedError: raise ValueError(f"{path} has format {info['format']!r}; this alf_nb ({__version__}) reads format {_FORMAT}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise _damaged(path, f"its header cannot be read ({type(e).__name__})") from None

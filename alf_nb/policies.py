@@ -18,10 +18,10 @@ from numbers import Integral, Real
 
 from .records import *
 
-# %% ../nbs/06_policies.ipynb #01f7d01f
+# %% ../nbs/06_policies.ipynb #d0ea3390
 def _number(what, v, lo, hi, why, above=False):
     "`v` as a float in [lo, hi], or in (lo, hi] if `above`"
-    ok = isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) and (v > lo if above else v >= lo) and v <= hi
+    ok = isinstance(v, Real) and not isinstance(v, bool) and (v > lo if above else v >= lo) and v <= hi      # a NaN is neither, and infinity beyond
     if ok: return float(v)
     hint = f"; did you mean {v/100:g}?" if isinstance(v, Real) and not isinstance(v, bool) and hi == 1 and 1 < v <= 100 else ''
     raise ValueError(f"{what}={v!r}, but {why}{hint}")
@@ -126,7 +126,7 @@ def _round_up(x, digits=3):
     q = 10**(digits - 1 - math.floor(math.log10(x)))
     return min(math.ceil(x*q)/q, 1.)
 
-# %% ../nbs/06_policies.ipynb #3126b1e8
+# %% ../nbs/06_policies.ipynb #0ceb3680
 @dataclass(frozen=True, kw_only=True)
 class Policy(Record):
     "Base of all policies: `select` settles pins, bans and shares, `choose` is the policy."
@@ -165,7 +165,7 @@ class Policy(Record):
         if not isinstance(d, dict): raise ValueError(f"a policy is made from a dict such as {{'policy': 'budget', 'budget': 0.25}}, got {type(d).__name__}")
         d = dict(d)
         name = d.pop('policy', cls.name)
-        if name not in POLICIES: raise ValueError(f"unknown policy {name!r}; policies are {', '.join(POLICIES)}")
+        if not isinstance(name, str) or name not in POLICIES: raise ValueError(f"unknown policy {name!r}; policies are {', '.join(POLICIES)}")
         if not issubclass(POLICIES[name], cls): raise ValueError(f"{cls.__name__} cannot be made from settings of policy {name!r}")
         return super(Policy, POLICIES[name]).from_dict(d)
 

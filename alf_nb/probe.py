@@ -7,8 +7,8 @@ Docs: https://example.github.io/alf_nb/probe.html.md"""
 # %% auto #0
 __all__ = ['Probe', 'probe_gradients']
 
-# %% ../nbs/05a_probe.ipynb #c735174f
-import math, torch
+# %% ../nbs/05a_probe.ipynb #14b798db
+import math, warnings, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import Tensor
@@ -62,7 +62,7 @@ def _only_trainable(all_params, wanted):
     finally:
         for p,r,g in before: p.requires_grad_(r); p.grad = g
 
-# %% ../nbs/05a_probe.ipynb #a8735d0a
+# %% ../nbs/05a_probe.ipynb #34d1c427
 def _model_loss(model, batch):
     "The model's own loss on a batch that holds labels"
     out = model(**batch)
@@ -83,7 +83,7 @@ def probe_gradients(
     names = [u.name for u in layers.units if u.eligible] if names is None else list(names)
     if not names: raise ValueError("no unit to probe: none is eligible")
     owner = {p: n for n in names for p in layers.params(n)}
-    red = _Reducer(); sums = dict(norm={}, pair={}); losses = []
+    red = _Reducer(); sums = dict(norm={}, pair={}); losses,odd = [],0
     devices = sorted({p.device.index for p in owner if p.device.type == 'cuda'})
     with torch.random.fork_rng(devices=devices), _only_trainable(list(model.parameters()), owner):
         hooks = [p.register_post_accumulate_grad_hook(red) for p in owner]
@@ -91,6 +91,7 @@ def probe_gradients(
             for i,batch in enumerate(batches):
                 red.sq = {}
                 out = loss(model, batch)
+                if not bool(out.detach().isfinite()): odd += 1; continue     # a batch without a label, for instance: there is nothing to learn from it
                 out.backward(); losses.append(out.detach())
                 for n in names:
                     sq = [s for p in layers.params(n) if (s := red.sq.get(p)) is not None]
@@ -99,7 +100,9 @@ def probe_gradients(
         finally:
             for h in hooks: h.remove()
     n_batches = len(losses)
-    if n_batches < 2: raise ValueError(f"a probe compares batches: it needs at least 2, got {n_batches}")
+    said = f"{odd} batch{'es'*(odd > 1)} of the probe left out, with a loss that is NaN or infinite: are all labels masked (-100)?"
+    if n_batches < 2: raise ValueError(f"a probe compares batches: it needs at least 2, got {n_batches}" + (f"; {said}" if odd else ''))
+    if odd: warnings.warn(said)
     for p,n in owner.items():
         if p in red.pairs: sums['pair'][n] = sums['pair'].get(n, 0.) + red.pairs[p]
     asked = [n for n in names if n in sums['norm']]     # a unit that got no gradient (an unused module) stays unknown

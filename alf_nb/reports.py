@@ -447,7 +447,18 @@ def t_interval(
     half = math.sqrt(n-1)*math.tan(lo)*statistics.stdev(values)/math.sqrt(n)
     return mean, mean-half, mean+half
 
-# %% ../nbs/12_reports.ipynb #7c91dfde
+# %% ../nbs/12_reports.ipynb #038405f6
+_numbers = ('lr', 'task_loss', 'task_loss_before', 'other_loss', 'other_loss_before', 'steps', 'wall_s', 'importance_s', 'seconds_per_step', 'state_bytes_peak', 'trainable_share_peak', 'amount')
+
+def _is_row(r):
+    "Can it be read as a row of results?"
+    number = lambda v: v is None or type(v) in (int, float) and abs(v) < 1e30
+    curve, where = (r.get('curve') or [], r.get('map') or {}) if isinstance(r, dict) else (None, None)
+    return (isinstance(r, dict) and all(isinstance(r.get(k), str) for k in ('key', 'task', 'method')) and r.get('lr') is not None and type(r.get('seed')) is int and all(number(r.get(k)) for k in _numbers) and (r.get('rule') not in _rules or r.get('amount') is not None)
+            and all(isinstance(r.get(k), (str, type(None))) for k in ('settings', 'about', 'model', 'data', 'rule', 'device', 'data_order', 'error', 'date', 'commit')) and isinstance(r.get('versions') or {}, dict)
+            and isinstance(curve, list) and all(isinstance(p, list) and len(p) == 4 and all(map(number, p)) for p in curve)
+            and isinstance(where, dict) and all(isinstance(v, str) and v and v.isascii() and v.isdigit() for v in where.values()))
+
 def read_results(
     path # `.jsonl` file of rows
 )->list: # dicts in the order of their first writing
@@ -456,8 +467,8 @@ def read_results(
     if not path.is_file(): raise FileNotFoundError(f"no results here: {path} does not exist")
     for line in path.read_bytes().split(b'\n'):
         try: r = json.loads(line.decode('utf-8', 'replace'), parse_constant=lambda c: None)
-        except ValueError: continue
-        if isinstance(r, dict) and {'key', 'task', 'method', 'lr', 'seed'} <= set(r): rows[r['key']] = r
+        except (ValueError, RecursionError): continue
+        if _is_row(r): rows[r['key']] = r
     return list(rows.values())
 
 def _good(r): return not r.get('error') and isinstance(r.get('task_loss'), (int, float))

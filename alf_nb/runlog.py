@@ -7,12 +7,12 @@ Docs: https://example.github.io/alf_nb/runlog.html.md"""
 # %% auto #0
 __all__ = ['survivors', 'RunLog']
 
-# %% ../nbs/08_runlog.ipynb #23eda315
+# %% ../nbs/08_runlog.ipynb #90c604ea
 import errno, json, math, os, threading, time
 from dataclasses import fields
 from pathlib import Path
 from fastcore.basics import patch
-from .records import UnitInfo, Selection
+from .records import KINDS, UnitInfo, Selection
 
 # %% ../nbs/08_runlog.ipynb #8ec750ca
 def _plain(v, where, odd):
@@ -117,17 +117,64 @@ class RunLog:
             os.close(self._fd)
             self._fd = None
 
-# %% ../nbs/08_runlog.ipynb #82366722
+# %% ../nbs/08_runlog.ipynb #c611cc57
+_LONG = 64 << 20        # bytes; a longer line is no event
+
+def _is_number(v): return v is None or type(v) in (int, float) and abs(v) < 1e30       # a NaN or an infinity is not less
+def _is_count(v): return v is None or type(v) is int and 0 <= v < 1 << 53
+def _is_time(v): return v is None or _is_number(v) and 0 <= v < 2e11
+def _is_text(v): return v is None or isinstance(v, str)
+def _is_flag(v): return v is None or isinstance(v, bool)
+def _is_dict(v): return isinstance(v, dict)
+def _is_texts(v): return isinstance(v, list) and all(isinstance(x, str) for x in v)
+def _is_numbers(v): return isinstance(v, dict) and all(map(_is_number, v.values()))
+def _is_signals(v): return isinstance(v, dict) and all(_is_numbers(x) for x in v.values())
+
+def _is_unit(u):
+    "Can it be made a `UnitInfo`?"
+    try: return all(isinstance(u[k], str) for k in ('name', 'layer', 'role')) and u['kind'] in KINDS and all(type(u[k]) is int and 0 <= u[k] < 1 << 53 for k in ('n_params', 'depth')) and all(type(n) is int for s in u.get('shapes', ()) for n in s) and isinstance(u.get('eligible', True), bool)
+    except (KeyError, TypeError): return False
+
+def _is_units(v): return isinstance(v, list) and all(map(_is_unit, v)) and len({u['name'] for u in v}) == len(v)
+
+_EVERY = dict(t=_is_time, step=_is_count)
+_KNOWN = dict(
+    run_begin=dict(run_id=_is_text, versions=_is_dict, config=_is_dict, units=_is_units, n_total=_is_count, max_steps=_is_count, interval=_is_count, model=_is_text, device=_is_text),
+    probe=dict(signals=_is_signals, wall_s=_is_number, batches=_is_count, loss=_is_number),
+    measure=dict(signals=_is_signals, wall_s=_is_number, sum_lr=_is_number, steps=_is_number, ages=_is_numbers),
+    select=dict(names=_is_texts, entered=_is_texts, left=_is_texts, reason=_is_text, policy=_is_text, share=_is_number, signal=_is_text, scores=_is_numbers, ages=_is_numbers),
+    choose=dict(policy=_is_dict, now=_is_flag), jump=dict(unit=_is_text), freeze=dict(units=_is_texts),
+    log={k: _is_number for k in ('loss', 'learning_rate', 'grad_norm', 'epoch', 'seconds_per_step', 'tokens_per_second')},
+    memory={f'{k}_bytes': _is_number for k in ('grad', 'optimizer', 'reference', 'parked', 'rss')},
+    eval=dict(name=_is_text, when=_is_text, loss=_is_number, tokens=_is_number, metrics=_is_numbers), sample=dict(when=_is_text, prompt=_is_text, text=_is_text),
+    save=dict(path=_is_text), resume=dict(path=_is_text), error=dict(type=_is_text, message=_is_text, traceback=_is_text), unpause=dict(paused_s=_is_number),
+    run_end=dict(stopped=_is_flag, **{k: _is_number for k in ('wall_s', 'importance_s', 'trainable_share_mean', 'trainable_share_peak', 'state_bytes_peak', 'rss_bytes_peak')}))
+_NEEDED = dict(select=('names',), memory=('grad_bytes', 'optimizer_bytes'), choose=('policy',))
+
+def _is_event(e):
+    "Are the fields that this version knows of the types that it writes?"
+    if not isinstance(e, dict) or not isinstance(kind := e.get('event'), str): return False
+    known = _KNOWN.get(kind, {})
+    return all(ok(e[k]) for k,ok in (*_EVERY.items(), *known.items()) if k in e) and e.get('step', 0) is not None and all(e.get(k) is not None for k in _NEEDED.get(kind, ()))
+
 def _parse(line):
     "Event in a line, or None"
     try: e = json.loads(line.decode('utf-8', 'replace'), parse_constant=lambda c: None)
-    except ValueError: return None
-    return e if isinstance(e, dict) and isinstance(e.get('event'), str) and isinstance(e.get('step', 0), int) else None
+    except (ValueError, RecursionError): return None
+    return {'step': 0, **e} if _is_event(e) else None
+
+def _complete(f):
+    "(line, bytes) of each complete line from here on; of a line that is absurdly long b'' and its bytes"
+    while line := f.readline(_LONG):
+        n = len(line)
+        while not line.endswith(b'\n') and len(line) == _LONG: line = f.readline(_LONG); n += len(line)
+        if not line.endswith(b'\n'): return
+        yield (line if n == len(line) else b''), n
 
 @patch
 def _lines(self:RunLog):
     "Complete lines of the file, as bytes"
-    with open(self.path, 'rb') as f: yield from (l for l in f if l.endswith(b'\n'))
+    with open(self.path, 'rb') as f: yield from (l for l,_ in _complete(f))
 
 @patch
 def _found(self:RunLog, kinds):
@@ -161,7 +208,7 @@ def _neighbours(self:RunLog):
     near = sorted(str(p.parent) for p in up.glob('*/events.jsonl'))
     return f"; there are runs in {', '.join(near[:5])}" if near else ''
 
-# %% ../nbs/08_runlog.ipynb #e065820e
+# %% ../nbs/08_runlog.ipynb #e3b37ef5
 @patch
 def poll(self:RunLog)->list: # event dicts, oldest first
     "Events written since the last call; none before the file exists"
@@ -169,12 +216,13 @@ def poll(self:RunLog)->list: # event dicts, oldest first
     except (FileNotFoundError, NotADirectoryError): return []
     if size < self._offset: self._offset = 0    # the file was replaced
     if size == self._offset: return []
+    found = []
     with open(self.path, 'rb') as f:
         f.seek(self._offset)
-        data = f.read()
-    data = data[:data.rfind(b'\n')+1]           # a torn last line waits for the next call
-    self._offset += len(data)
-    return [e for l in data.split(b'\n') if l and (e := _parse(l))]
+        for l,n in _complete(f):                # a torn last line waits for the next call
+            self._offset += n
+            if l != b'\n' and (e := _parse(l)): found.append(e)
+    return found
 
 # %% ../nbs/08_runlog.ipynb #04dd42c6
 @patch(as_prop=True)

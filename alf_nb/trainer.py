@@ -50,7 +50,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #44cb363d
+# %% ../nbs/09_trainer.ipynb #549403a6
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -59,7 +59,7 @@ def _make_policy(policy, options, pin, ban, seed, interval=None):
         if options or pin or ban: raise ValueError(f"{', '.join([*options, *(['pin'] if pin else []), *(['ban'] if ban else [])])} given beside a ready policy: set them in {type(policy).__name__}(…)")
         return policy
     d = dict(policy) if isinstance(policy, dict) else dict(policy=policy)
-    if d.get('policy') not in POLICIES: raise ValueError(f"unknown policy {d.get('policy')!r}; policies are {', '.join(POLICIES)}")
+    if not isinstance(d.get('policy'), str) or d['policy'] not in POLICIES: raise ValueError(f"unknown policy {d.get('policy')!r}; policies are {', '.join(POLICIES)}")
     known = {f.name for f in fields(POLICIES[d['policy']])}
     if odd := [k for k in options if k not in known]: raise ValueError(f"policy {d['policy']!r} has no {', '.join(odd)}; it has {', '.join(sorted(known))}")
     if interval and 'interval' in known: options = {'interval': interval, **options}      # a policy that counts intervals counts the same ones
@@ -93,12 +93,12 @@ class ALFCallback(TrainerCallback, ExportableState):
         ban=(),                      # units that never train
         state:str|None=None,         # optimizer state of leavers: 'v', 'full' or 'drop'; default 'v'
         references:str|None=None,    # where reference weights live: 'device' (default), 'host'; '8bit': rounded, a quarter of the memory; 'none': rates from the optimizer's last update
-        check:str='raise',           # self-check: 'raise', 'warn' or 'off'
+        check:str='raise',           # self-check: 'raise', 'warn' or 'off'; 'freeze': raises, but a unit that gets NaN or infinity is put back, and frozen
         seed:int=0,                  # seeds the draws of policy and probe
         out:str|None=None,           # folder of the run log; default the Trainer's output_dir
         resume_from:str|None=None,   # checkpoint folder, where it is not output_dir/checkpoint-<step>
     ):
-        if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}; presets are {', '.join(PRESETS)}")
+        if not isinstance(preset, str) or preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}; presets are {', '.join(PRESETS)}")
         given = {k:v for k,v in locals().items() if k not in ('self', '__class__')}
         base = dict(PRESETS[preset])
         if budget is not None and threshold is not None: raise ValueError(f"budget={budget} and threshold={threshold} given: each determines the other, give one")
@@ -112,7 +112,9 @@ class ALFCallback(TrainerCallback, ExportableState):
         self.signal = self.policy.signal or pick('signal', 'gain')
         if self.signal not in SIGNALS: raise ValueError(f"unknown signal {self.signal!r}; signals are {', '.join(SIGNALS)}")
         if explore and reprobe_batches and self.signal in ('gain', 'grad_norm'): warnings.warn(f"explore={explore:g} changes nothing: {self.signal!r} measures every unit at once, so none waits to be looked at (rate and coherence measure only what trains)")
-        self.unit,self.kinds = pick('unit', 'module'),tuple(pick('kinds', ('matrix', 'block', 'adapter')))
+        kinds = pick('kinds', ('matrix', 'block', 'adapter'))
+        self.unit,self.kinds = pick('unit', 'module'),(kinds,) if isinstance(kinds, str) else tuple(kinds) if isinstance(kinds, (list, tuple)) else (kinds,)
+        if odd := [k for k in self.kinds if k not in KINDS]: raise ValueError(f"unknown kind {odd[0]!r}; kinds are {', '.join(KINDS)}")
         start = pick('start', 'auto')
         if start not in STARTS: raise ValueError(f"unknown start {start!r}; starts are {', '.join(STARTS)}")
         auto = 'probe' if self.signal in ('gain', 'grad_norm') else 'prior'
@@ -125,10 +127,13 @@ class ALFCallback(TrainerCallback, ExportableState):
         if self.interval is not None: _whole('interval', self.interval, 0, 'steps between selections (0: never again)')
         self.reach,self.references = pick('reach', 1.),pick('references', 'device')
         if isinstance(self.reach, bool) or not isinstance(self.reach, (int, float)) or not 0 < self.reach <= 1: raise ValueError(f"reach={self.reach!r}, but it is a fraction of the depth, above 0 and at most 1")
-        if not 0 <= self.lock <= 1: raise ValueError(f"lock={self.lock}, but it is a fraction of the run, 0–1")
+        if isinstance(self.lock, bool) or not isinstance(self.lock, (int, float)) or not 0 <= self.lock <= 1: raise ValueError(f"lock={self.lock}, but it is a fraction of the run, 0–1")
         self.state_mode = ParkedStates(pick('state', 'v')).state
-        for k,v,ok in (('references', self.references, ('device', 'host', '8bit', 'none')), ('check', check, ('raise', 'warn', 'off')), ('unit', self.unit, ('module', 'block'))):
+        for k,v,ok in (('references', self.references, ('device', 'host', '8bit', 'none')), ('check', check, ('raise', 'warn', 'off', 'freeze')), ('unit', self.unit, ('module', 'block'))):
             if v not in ok: raise ValueError(f"{k}={v!r}; give one of {', '.join(map(repr, ok))}")
+        if check == 'freeze' and self.references not in ('device', 'host'): raise ValueError(f"check='freeze' puts back the weights of the last window, which references={self.references!r} {'keeps only rounded' if self.references == '8bit' else 'does not keep'}: give 'device' or 'host'")
+        for k,v in (('out', out), ('resume_from', resume_from)):
+            if v is not None and not isinstance(v, (str, os.PathLike)): raise ValueError(f"{k}={v!r}, but it is the path of a folder")
         self.check,self.seed,self.out,self.resume_from = check,seed,out,resume_from
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
@@ -147,7 +152,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #189889a6
+# %% ../nbs/09_trainer.ipynb #19ca7ef5
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -226,6 +231,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self.tracker = ImportanceTracker(self.names)
     self.tracker.update('prior', self._ours(prior_scores(self.layers)), 0)
     self.policy,self._pending,self._again,self._selected_at = self._asked_policy,None,False,0
+    self._place,self._banned,self._jumped = {k: (p, p.device, p.dtype) for n in self.names for k,p in self.layers.named_params(n).items()},set(),set()
     self.selection,self._marks,self._cum_lr = None,{},[0.]*len(unwrap_optimizer(optimizer).param_groups)
     self.totals = dict(steps=0, share_sum=0., share_peak=0., state_bytes_peak=0, measure_s=0., probe_s=0., select_s=0., wall_s=0.)
     self._measuring,self._new_state,self._step_s,self._tokens_seen = False,True,[],getattr(state, 'num_input_tokens_seen', 0)
@@ -261,7 +267,7 @@ def peak_rss_bytes()->int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/09_trainer.ipynb #7bbf75a8
+# %% ../nbs/09_trainer.ipynb #11e63560
 @patch
 def _probe(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
@@ -302,7 +308,7 @@ def _rotation(self:ALFCallback):
     room = getattr(self.policy, 'budget', None) or .25
     groups,used = [[]],0.
     for u in self.units:
-        if not u.eligible: continue
+        if not u.eligible or u.name in self._banned: continue
         if groups[-1] and used + u.n_params/self.n_total > room: groups.append([]); used = 0.
         groups[-1].append(u.name); used += u.n_params/self.n_total
     return groups
@@ -311,7 +317,7 @@ def _rotation(self:ALFCallback):
 def _starting(self:ALFCallback, step):
     "Names that train at `step` while a start that needs steps is under way, else None"
     if self.start not in ('rotate', 'warm-up') or step >= self.warm_up: return None
-    if self.start == 'warm-up': return [u.name for u in self.units if u.eligible]
+    if self.start == 'warm-up': return [u.name for u in self.units if u.eligible and u.name not in self._banned]
     groups = self._rotation(); each = max(2, self.warm_up//len(groups))
     return groups[min(step//each, len(groups)-1)]
 
@@ -322,7 +328,7 @@ def _due(self:ALFCallback, step, max_steps):
     if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
-# %% ../nbs/09_trainer.ipynb #8f5bfedb
+# %% ../nbs/09_trainer.ipynb #316b39ec
 @patch
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
@@ -332,6 +338,7 @@ def _scores(self:ALFCallback, step):
 @patch
 def _select(self:ALFCallback, step, probe=True):
     "Ask the policy, switch, and write it down"
+    self._check_place()
     seen = {}
     if (names := self._starting(step)) is not None:
         names = set(names); names = tuple(n for n in self.names if n in names)
@@ -368,14 +375,16 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #4c472803
+# %% ../nbs/09_trainer.ipynb #b5c28c5f
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
     step = state.global_step + 1                                    # the step that is about to be made
+    self._check_place(replaced=False)                               # before the optimizer mixes dtypes
     self._measuring = step % self.measure_every == 0 or step == state.max_steps or self._due(step, state.max_steps)
     if self._new_state or self._measuring: self._grad_bytes = gradient_bytes(model)
     if not self._measuring: return
+    self._check_place()
     t0 = time.perf_counter()
     if self.references == 'none': self._before = {n: [_sample_bits(p, 4096) for p in self.layers.params(n)] for n in self._moving()}
     else: self._end_window(step-1)
@@ -395,7 +404,9 @@ def _end_window(self:ALFCallback, step):
     sum_lr = {n: self._cum_lr[self._group[n]] - self._marks[n][1] for n in norms.names if done[n]}
     self._mark(norms.names, step)
     self._check_moved(norms, done, sum_lr, step)
+    known = dict(self.tracker.values.get('rate', {}))
     self._measured = self.tracker.update_from_norms(norms, sum_lr, self._sizes, step)
+    self._check_jumps(known, sum_lr, step)
     self._window = dict(steps=max(done.values(), default=0), sum_lr=max(sum_lr.values(), default=0.))
 
 @patch
@@ -405,7 +416,12 @@ def on_optimizer_step(self:ALFCallback, args, state, control, model=None, optimi
     if not getattr(self._optimizer, 'step_was_skipped', False):
         self._cum_lr = [c + float(g['lr']) for c,g in zip(self._cum_lr, groups)]
     if self._new_state or self._measuring: self._count_bytes(state.global_step+1)
-    if not self._measuring: return
+    if self._measuring: self._close_window(groups, state)
+    if self.check == 'freeze': self._freeze_bad(state.global_step+1)
+
+@patch
+def _close_window(self:ALFCallback, groups, state):
+    "What the step just made tells, and the self-check"
     t0 = time.perf_counter()
     if self.references == 'none': self._read_update(groups, state.global_step+1)
     else: self._measured['descent'] = self._descent(groups)
@@ -438,7 +454,9 @@ def _read_update(self:ALFCallback, groups, step):
     delta,ref,top,dot = zip(*rows) if rows else ((),)*4
     norms,one = DeltaNorms(names, delta, ref, top),dict.fromkeys(names, 1.)
     self._check_moved(norms, dict.fromkeys(names, 1), {n: groups[self._group[n]]['lr'] for n in names}, step)
+    known = dict(self.tracker.values.get('rate', {}))
     self._measured = self.tracker.update_from_norms(norms, one, self._sizes, step)      # the update is in units of lr
+    self._check_jumps(known, {n: groups[self._group[n]]['lr'] for n in names}, step)
     self._measured['descent'] = {n: d/self._sizes[n] for n,d in zip(names, dot)}
     self._window = dict(steps=1, sum_lr=max((groups[self._group[n]]['lr'] for n in names), default=0.))
 
@@ -494,7 +512,7 @@ def summary(self:ALFCallback)->dict:
     return dict(wall_s=t['wall_s'], importance_s=t['measure_s']+t['probe_s']+t['select_s'], measure_s=t['measure_s'], probe_s=t['probe_s'], select_s=t['select_s'],
                 trainable_share_mean=t['share_sum']/n, trainable_share_peak=t['share_peak'], state_bytes_peak=t['state_bytes_peak'], rss_bytes_peak=peak_rss_bytes())
 
-# %% ../nbs/09_trainer.ipynb #5b53ef7e
+# %% ../nbs/09_trainer.ipynb #0bbc1790
 @patch
 def next_selection(self:ALFCallback,
     step:int,     # optimizer step
@@ -520,6 +538,7 @@ def choose(self:ALFCallback,
         wish = _make_policy(policy, {}, (), (), self.seed) if policy is not None else adjusted(before, self._asked_policy, **given)
         if wish.signal not in (None, self.signal): raise ValueError(f"policy {wish.name!r} chooses by {wish.signal!r}, but this run measures {self.signal!r}")
         step = self.totals['steps']
+        wish = self._without_banned(wish)
         wish.select(self._seen if wish.needs_scores else None, self.units, step, self.selection)     # what cannot be chosen is refused here, not in the training loop
         if not now and self.next_selection(step, self._max_steps) is None: raise RuntimeError(f"no re-selection is left after step {step} (interval={self._every}, lock={self.lock:g} of {self._max_steps} steps): give now=True")
         self._pending = wish, now or bool(self._pending and self._pending[1])
@@ -543,14 +562,14 @@ def _forget_pause(self:ALFCallback):
     "Time spent waiting belongs to no step"
     self._t_begin = self._t_step = time.perf_counter()
 
-# %% ../nbs/09_trainer.ipynb #eb7aaf3d
+# %% ../nbs/09_trainer.ipynb #1de215f6
 @patch
 def _watch(self:ALFCallback, f):
     if self.check == 'off': return
     try: f()
     except RuntimeError as e:
         self._event('error', self.totals['steps'], type=type(e).__name__, message=str(e))
-        if self.check == 'raise': raise
+        if self.check in ('raise', 'freeze'): raise
         warnings.warn(str(e))
 
 @patch
@@ -571,6 +590,70 @@ def _why_still(self:ALFCallback, name, lr):
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in params): return f"its weights are {params[0].dtype} and steps of lr {lr:.2g} are rounded away; load the model in float32 and train with bf16=True"
     return "the optimizer does not update it; was it built before the model was changed?"
 
+@patch
+def _refuse(self:ALFCallback, message):
+    "An error whatever `check` says, also in the log"
+    self._event('error', self.totals['steps'], type='RuntimeError', message=message)
+    raise RuntimeError(message)
+
+@patch
+def _check_place(self:ALFCallback, replaced=True):
+    "Are the parameters those that training began with, where they were and of the same dtype?"
+    for k,(p,device,dtype) in self._place.items():
+        if p.device == device and p.dtype == dtype: continue
+        self._refuse(f"the model was moved while it trains: {k} was {dtype} on {device}, and is {p.dtype} on {p.device}. The optimizer's state and the references were made for the former: "
+                     "move or cast the model before training, or go on from a checkpoint")
+    if not replaced: return
+    here = {id(p) for p in self.layers.model.parameters()}
+    if gone := [k for k,(p,*_) in self._place.items() if id(p) not in here]:
+        self._refuse(f"{len(gone)} parameters of the model were replaced while it trains, the first is {gone[0]}: the optimizer still trains the old ones, which the model no longer uses. "
+                     "Change parameters in place (param.data.copy_), or change the model before training begins")
+
+_JUMP = 10.,.1      # times the unit's average rate so far, and part of its norm that it moved in the window
+
+@patch
+def _check_jumps(self:ALFCallback, known, sum_lr, step):
+    "Warn once of each unit whose rate jumps"
+    if self.check == 'off': return
+    for n,r in self._measured['rate'].items():
+        if n in self._jumped or not known.get(n) or not _JUMP[0]*known[n] <= r < float('inf') or r*sum_lr[n] < _JUMP[1]: continue
+        self._jumped.add(n)
+        self._event('jump', step, unit=n, rate=r, before=known[n], moved=r*sum_lr[n])
+        warnings.warn(f"the change rate of {n} jumped from {known[n]:.3g} to {r:.3g} at step {step}: in its last window it moved by {r*sum_lr[n]:.0%} of its norm. Lower the learning rate, or ban the unit if this goes on")
+
+# %% ../nbs/09_trainer.ipynb #a3e61799
+@patch
+def _without_banned(self:ALFCallback, policy):
+    "`policy` with what was frozen for good banned, and not pinned"
+    if not self._banned: return policy
+    pin = tuple(dict.fromkeys(n for p in policy.pin for n in match_units(p, self.units) if n not in self._banned))
+    return replace(policy, pin=pin, ban=tuple(dict.fromkeys((*policy.ban, *(n for n in self.names if n in self._banned)))))
+
+@patch
+@torch.no_grad()
+def _freeze_bad(self:ALFCallback, step):
+    "Put units that hold NaN or infinity back, and never train them again"
+    owner = [(n, p) for n in self.selection.names for p in self.layers.params(n) if p.numel()]
+    sums = torch.stack([p.sum(dtype=torch.float64 if p.device.type == 'cpu' else torch.float32).to(owner[0][1].device, torch.float32) for _,p in owner])      # NaN and infinity survive a sum
+    odd = [np for np,ok in zip(owner, sums.isfinite().tolist()) if not ok] if not bool(sums.isfinite().all()) else []
+    found = {n for n,p in odd if not bool(p.isfinite().all())}           # the sum of finite numbers may overflow
+    bad = [n for n in self.selection.names if n in found]
+    if not bad: return
+    state,since = unwrap_optimizer(self._optimizer).state,{n: self._marks[n][0] for n in bad}
+    for n in bad:
+        for p,ref in self.snapshot.params_and_refs(n): p.copy_(ref); state.pop(p, None); p.grad = None
+    if len(bad) == len(self.selection): self._refuse(f"every unit that trains got NaN or infinity at step {step}: the loss or the learning rate is at fault, not a unit. The weights are those of step {min(since.values())} again, where their windows began")
+    self._banned |= set(bad)
+    message = f"{', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''} got NaN or infinity at step {step}: put back to the weights of step {min(since.values())}, and frozen for the rest of the run"
+    self._event('freeze', step, units=bad, since=since, message=message)
+    warnings.warn(message)
+    self.policy = self._without_banned(self.policy)
+    with self._lock:
+        if self._pending: self._pending = self._without_banned(self._pending[0]), self._pending[1]
+    self._event('choose', step, policy=self.policy.to_dict(), now=False)
+    names = tuple(n for n in self.selection.names if n not in self._banned)
+    self._switch(Selection(names, f"{len(bad)} frozen for NaN or infinity", self.selection.policy, step, sum(self._sizes[n] for n in names)/self.n_total), step, {})
+
 # %% ../nbs/09_trainer.ipynb #5912fd88
 def _fingerprint(layers):
     "Hash of a sample of every parameter's bits"
@@ -579,7 +662,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(p, 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #7f809d17
+# %% ../nbs/09_trainer.ipynb #35099f93
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
@@ -596,12 +679,35 @@ def on_save(self:ALFCallback, args, state, control, **kw):
             else: plain.setdefault(k, {})[e] = v
     save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
     data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=_fingerprint(self.layers),
-                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, policy=self.policy.to_dict(), again=self._again)
+                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
     with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(data, f); f.flush(); os.fsync(f.fileno())
     shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
     seal_checkpoint(folder)      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
+
+_STATE = dict(step=int, config=dict, units=list, weights=str, selection=dict, tracker=dict, marks=dict, cum_lr=list, totals=dict, new_state=bool, parked=dict, run_id=str)
+
+def _read_state(folder):
+    "`state.json` and tensors of a checkpoint, if they are what `on_save` writes; else a RuntimeError that names the file"
+    file = folder/'alf'/'state.json'
+    try:
+        if file.stat().st_size > 256 << 20: raise ValueError(f"{file.stat().st_size:,} bytes are too many")
+        data = json.loads(file.read_text(encoding='utf-8'))
+        if not isinstance(data, dict): raise ValueError("it is no dict")
+        if data.get('version') != 1: raise ValueError(f"ALF state of version {data.get('version')!r}, this alf_nb reads 1")
+        if odd := [k for k,t in _STATE.items() if not isinstance(data.get(k), t)]: raise ValueError(f"{odd[0]!r} is missing or no {_STATE[odd[0]].__name__}")
+        number = lambda v: v is None or type(v) in (int, float)
+        Selection.from_dict(data['selection'])
+        if 'policy' in data: Policy.from_dict(data['policy'])
+        good = (all(isinstance(u, list) and len(u) == 2 and isinstance(u[0], str) for u in data['units']) and all(map(number, (*data['cum_lr'], *data['totals'].values())))
+                and all(isinstance(v, list) and len(v) == 2 and all(map(number, v)) for v in data['marks'].values()) and all(isinstance(v, dict) for v in data['parked'].values())
+                and all(isinstance(data['tracker'].get(k), dict) and all(isinstance(v, dict) and all(map(number, v.values())) for v in data['tracker'][k].values()) for k in ('values', 'steps'))
+                and isinstance(data.get('banned', []), list) and all(isinstance(n, str) for n in [*data.get('banned', []), *data['selection'].get('names', ())]) and isinstance(data.get('again', False), bool))
+        if not good: raise ValueError("its numbers and names are not where they belong")
+    except (OSError, ValueError, TypeError, RecursionError) as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/state.json cannot be read: {e or type(e).__name__}") from None
+    try: return data, load_file(folder/'alf'/'tensors.safetensors')
+    except Exception as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/tensors.safetensors cannot be read: {e}") from None      # safetensors has an exception of its own
 
 @patch
 def _restore(self:ALFCallback, args, state):
@@ -611,8 +717,7 @@ def _restore(self:ALFCallback, args, state):
     if why := 'it was saved without ALFCallback, or it lies elsewhere (resume_from=…)' if not (folder/'alf').is_dir() else check_checkpoint(folder):
         with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir)
         raise RuntimeError(f"cannot resume from {folder.name}: {why}. {f'The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}' if other else 'There is no whole checkpoint with ALF here'}")
-    data = json.loads((folder/'alf'/'state.json').read_text(encoding='utf-8'))
-    if data.get('version') != 1: raise RuntimeError(f"ALF state of version {data.get('version')!r}, this alf_nb reads 1")
+    data,tensors = _read_state(folder)
     if data['step'] != state.global_step: raise RuntimeError(f"ALF state of step {data['step']} beside a Trainer state of step {state.global_step}: {folder.name} mixes two runs")
     if data['units'] != [[u.name, u.n_params] for u in self.units]:
         was,now = ({n for n,_ in data['units']},set(self.names))
@@ -621,7 +726,6 @@ def _restore(self:ALFCallback, args, state):
     if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != data['config'].get(k)]: warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}")
     if self.log is not None and self.log.path.exists() and (last := self.log.begin.get('run_id')) not in (None, data['run_id']):
         warnings.warn(f"{folder.name} belongs to run {data['run_id']}, and a newer run, {last}, was begun in this folder since: was it meant?")
-    tensors = load_file(folder/'alf'/'tensors.safetensors')
     self.run_id = data['run_id']
     self.selection = Selection.from_dict(data['selection'])
     apply_selection(self.layers, self.selection.names, self._optimizer, None)      # the optimizer came back with the state of these units only
@@ -629,11 +733,13 @@ def _restore(self:ALFCallback, args, state):
     self.parked.held = {k: dict(v) for k,v in data['parked'].items()}
     for k,t in tensors.items():
         if k.startswith('parked/'): name,entry = k[7:].rsplit('/', 1); self.parked.held.setdefault(name, {})[entry] = t
+    if odd := [k for k in self.parked.held if k not in self._place]: raise RuntimeError(f"cannot resume from {folder.name}: it holds optimizer state of {odd[0]!r}, which this model lacks")
     self.tracker.load_state_dict(data['tracker'])
     self._marks = {k: tuple(v) for k,v in data['marks'].items()}
     self._cum_lr,self.totals,self._new_state = data['cum_lr'],data['totals'],data['new_state']
     if 'policy' not in changed and 'policy' in data:       # a policy chosen while training goes on; one given anew wins
         self.policy,self._again = Policy.from_dict(data['policy']),data['again']
+    self._banned = set(data.get('banned', ())); self.policy = self._without_banned(self.policy)
     self._seen = self._scores(state.global_step)
     self.guard.watch()
     self._event('resume', state.global_step, path=folder.name)

@@ -111,14 +111,14 @@ def test_a_second_run_in_the_same_folder(tmp_path):
 def test_what_was_measured_before_belongs_to_the_run_that_follows(tmp_path):
     with RunLog(tmp_path) as l:
         for r in 'ab':
-            l.write('eval', step=0, when='before', loss=r); l.write('sample', step=0, when='before', text=r)
+            l.write('eval', step=0, when='before', loss=ord(r)); l.write('sample', step=0, when='before', text=r)
             l.write('run_begin', step=0, run_id=r)
             for s in range(1, 4): l.write('log', step=s, run=r)
-            l.write('run_end', step=3); l.write('eval', step=3, when='after', loss=r)
+            l.write('run_end', step=3); l.write('eval', step=3, when='after', loss=ord(r))
         l.write('run_begin', step=0, run_id='c'); l.write('log', step=1); l.write('resume', step=1)
     for r, name in ((0, 'a'), (1, 'b')):
         for k in ('eval', 'sample', 'log', 'run_end'): assert l.events(k, run=r) == [e for e in l.events(run=r) if e['event'] == k] != []
-        assert [e['loss'] for e in l.events('eval', run=r)] == [name, name]
+        assert [e['loss'] for e in l.events('eval', run=r)] == [ord(name)]*2
     assert l.events('eval') == [] and len(l.events('log')) == 1 and l.status == 'unfinished'
 
 def test_resume_joins_even_with_a_new_run_id():
