@@ -7,8 +7,9 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #eb8b31e2
+# %% ../nbs/09_trainer.ipynb #19037d08
 import hashlib, json, os, shutil, sys, threading, time, uuid, warnings
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 import torch
@@ -23,7 +24,7 @@ from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, gradient_bytes, last_update, optimizer_bytes, unwrap_optimizer
 from .policies import POLICIES, Policy, adjusted, match_units
-from .probe import probe_gradients
+from .probe import _model_loss, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
@@ -44,7 +45,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #69da0e89
+# %% ../nbs/09_trainer.ipynb #fdbe9c81
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -122,7 +123,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
         self._asked_policy,self._lock,self._pending,self._again = self.policy,threading.Lock(),None,False
-        self._training,self.log = False,None
+        self._training,self.log,self._batch_loss = False,None,_model_loss
 
     @property
     def config(self)->dict:
@@ -243,7 +244,13 @@ def peak_rss_bytes()->int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/09_trainer.ipynb #7bbf75a8
+# %% ../nbs/09_trainer.ipynb #51e7f504
+def _to_device(batch, device):
+    "`batch`, whatever it is made of, with its tensors on `device`"
+    if hasattr(batch, 'to'): return batch.to(device)
+    if isinstance(batch, Mapping): return {k: _to_device(v, device) for k,v in batch.items()}
+    return type(batch)(_to_device(v, device) for v in batch) if type(batch) in (list, tuple) else batch
+
 @patch
 def _probe(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
@@ -258,10 +265,9 @@ def _probe(self:ALFCallback, step, n_batches):
         loader = DataLoader(data, batch_size=size, sampler=order[:n_batches*size], collate_fn=self._loader.collate_fn)
     else: loader = (b for b,_ in zip(DataLoader(data, batch_size=size, collate_fn=self._loader.collate_fn), range(n_batches)))
     device = next(self.layers.model.parameters()).device
-    to = lambda b: {k: v.to(device) if isinstance(v, torch.Tensor) else v for k,v in b.items()}
     self.layers.model.train()
     eligible = [u.name for u in self.units if u.eligible]
-    found = probe_gradients(self.layers, (to(b) for b in loader), eligible, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
+    found = probe_gradients(self.layers, (_to_device(b, device) for b in loader), eligible, loss=self._batch_loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
     first = not self.tracker.values.get('gain')
     signals = {s.signal: self._ours(s) for s in (found.gain, found.grad_norm)}
     for k,v in signals.items(): self.tracker.update(k, v, step, beta=0. if first else .7)   # a re-probe is short: it corrects, it does not overrule
