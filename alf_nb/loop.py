@@ -101,7 +101,7 @@ class ALFLoop:
         "The run log, for dashboards and reports; None without `out`"
         return self.callback.log
 
-# %% ../nbs/09c_loop.ipynb #19cacc40
+# %% ../nbs/09c_loop.ipynb #0baa6cbf
 @patch
 def log_loss(self:ALFLoop,
     loss,       # of the last step, or a mean since the last call
@@ -110,6 +110,11 @@ def log_loss(self:ALFLoop,
     "Write a loss into the run log, with learning rate and speed"
     groups = self._optimizer.optimizer.param_groups
     self.callback.on_log(self._args, self._state, None, logs=dict(loss=float(loss), learning_rate=float(groups[0]['lr']), **{k: float(v) for k,v in metrics.items()}))
+
+@patch
+def metrics(self:ALFLoop)->dict: # name → number
+    "What trains now, and how important every layer is, for a tracker of yours"
+    return self.callback.metrics()
 
 @patch
 def choose(self:ALFLoop, **wish):
@@ -158,7 +163,7 @@ def _resume(self:ALFLoop, saved):
         self._state.global_step,self.callback.resume_from = int(saved['step']),str(folder)
         self._begin()
 
-# %% ../nbs/09c_loop.ipynb #d5dc96eb
+# %% ../nbs/09c_loop.ipynb #318e141b
 @contextmanager
 def _silent(module):
     "Within this context `module.log` writes nothing"
@@ -185,7 +190,7 @@ def lightning_callback(
 
     class LightningALF(Callback):
         "Adaptive layer-wise fine-tuning for Lightning's Trainer."
-        loop = _saved = _hook = None
+        loop = _saved = _hook = None; _logged = 0
         def on_train_start(self, trainer, pl_module):
             if not pl_module.automatic_optimization or len(trainer.optimizers) != 1: raise ValueError("ALF needs automatic optimization with one optimizer: use ALFLoop in a manual training_step")
             if trainer.world_size > 1: raise ValueError(f"ALF under Lightning runs in one process, and here are {trainer.world_size}: give devices=1, or use ALFCallback in a transformers Trainer")
@@ -194,8 +199,10 @@ def lightning_callback(
             self._hook = optimizer.register_step_post_hook(lambda *a: self.loop.after_step())      # before the scheduler moves on
         def on_before_optimizer_step(self, trainer, pl_module, optimizer): self.loop.before_step()
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            loss = outputs.get('loss') if isinstance(outputs, dict) else outputs
-            if loss is not None and self.loop.steps and self.loop.steps % trainer.log_every_n_steps == 0: self.loop.log_loss(loss)
+            step,loss = self.loop.steps,outputs.get('loss') if isinstance(outputs, dict) else outputs
+            if loss is None or step == self._logged or step % trainer.log_every_n_steps: return
+            self.loop.log_loss(loss); self._logged = step
+            for logger in trainer.loggers: logger.log_metrics(self.loop.metrics(), step=step)
         def on_train_end(self, trainer, pl_module): self._end()
         def on_exception(self, trainer, pl_module, exception): self._end(exception)
         def _end(self, error=None):

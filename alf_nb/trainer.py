@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #19037d08
+# %% ../nbs/09_trainer.ipynb #e4056674
 import hashlib, json, os, shutil, sys, threading, time, uuid, warnings
 from collections.abc import Mapping
 from dataclasses import fields
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
 from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
 from .kernels import warm_up
@@ -45,7 +45,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #fdbe9c81
+# %% ../nbs/09_trainer.ipynb #e247b085
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -123,7 +123,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
         self._asked_policy,self._lock,self._pending,self._again = self.policy,threading.Lock(),None,False
-        self._training,self.log,self._batch_loss = False,None,_model_loss
+        self._training,self._news,self.log,self._batch_loss = False,False,None,_model_loss
 
     @property
     def config(self)->dict:
@@ -136,7 +136,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #08f4c158
+# %% ../nbs/09_trainer.ipynb #400fb50c
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -181,18 +181,19 @@ def preview(self:ALFCallback,
 def _warn_of_new_head(model, units, pinned):
     "A classifier's head is usually new, and new weights that stay frozen stay random"
     heads = [u.name for u in units if u.kind == 'head' and not u.eligible and u.name not in pinned]
-    if heads and getattr(model, 'get_output_embeddings', lambda: None)() is None:
+    if heads and all(getattr(m, 'get_output_embeddings', lambda: None)() is None for m in model.modules()):
         warnings.warn(f"{', '.join(heads)} stays frozen, and if it was not in the pretrained weights it stays random: pin='head' trains it, ban='head' says that this is meant")
 
 @patch
 def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
     if model is not None: _thaw_leftovers(model)
+    self._join_trackers()
 
 @patch
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
-    self._t_begin = time.perf_counter()
+    self._t_begin = time.perf_counter(); self._join_trackers()
     _check_alone(model, state); _check_engine(args, model); _thaw_leftovers(model)      # of an attempt that died: Trainer may begin again in the same process
     self.layers,self.units = self._partition(model)
     self.names = tuple(u.name for u in self.units)
@@ -224,11 +225,12 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
                     max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
         self._select(0)
     warm_up(sorted({p.dtype for p in model.parameters()}, key=str), next(model.parameters()).device, dot=True, bits=8 if self.references == '8bit' else 32)      # compile here, not in the first window
-    self._training = True
+    self._training = self._news = True
     self._t_step = time.perf_counter()
 
 @patch
 def _event(self:ALFCallback, event, step, **kw):
+    self._news |= event in ('select', 'measure')
     if self.log is not None: self.log.write(event, step=step, **kw)
 
 # %% ../nbs/09_trainer.ipynb #e4358b54
@@ -356,7 +358,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #4c472803
+# %% ../nbs/09_trainer.ipynb #0d2e07ba
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -453,7 +455,8 @@ _SPEED = ('_runtime', '_per_second', '_preparation_time')    # of an evaluation:
 @patch
 def on_log(self:ALFCallback, args, state, control, logs=None, **kw):
     "Losses and metrics of the Trainer, with speed, into the run log"
-    logs = logs or {}
+    logs = {} if logs is None else logs
+    for k in [k for k in logs if k.startswith('alf/')]: del logs[k]      # the trackers before us have them; who prints need not
     if not self._training: return      # an evaluation before or after training
     if 'loss' in logs:
         s = sum(self._step_s)/max(len(self._step_s), 1)
@@ -559,6 +562,35 @@ def _why_still(self:ALFCallback, name, lr):
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in params): return f"its weights are {params[0].dtype} and steps of lr {lr:.2g} are rounded away; load the model in float32 and train with bf16=True"
     return "the optimizer does not update it; was it built before the model was changed?"
 
+# %% ../nbs/09_trainer.ipynb #e8e4dabf
+@patch
+def metrics(self:ALFCallback)->dict: # name → number
+    "What trains now, and how important every layer is, for a tracker"
+    imp,on,layers = self._scores(self.totals['steps']).importance,set(self.selection.names),{}
+    for u in self.units: layers.setdefault(u.layer, []).append(u)
+    size = lambda us: sum(u.n_params for u in us)
+    mean = {l: sum(imp[u.name]*u.n_params for u in ks)/max(size(ks), 1) for l,us in layers.items() if (ks := [u for u in us if imp.get(u.name) is not None])}
+    top = max(mean.values(), default=0.) or 1.
+    return {'alf/share': self.selection.share, 'alf/n_units': len(on), **{f'alf/importance/{l}': v/top for l,v in mean.items()},
+            **{f'alf/trains/{l}': size([u for u in us if u.name in on])/max(size(us), 1) for l,us in layers.items()}}
+
+class _Metrics(TrainerCallback):
+    "Stands before the trackers and adds what `alf` knows to what is logged"
+    alf = None
+    def on_log(self, args, state, control, logs=None, **kw):
+        if logs is None or 'loss' not in logs or not self.alf._training or not self.alf._news: return
+        logs.update(self.alf.metrics()); self.alf._news = False
+
+@patch
+def _join_trackers(self:ALFCallback):
+    "Put a `_Metrics` of ours first; Trainer shows nobody its list of callbacks, so it is found on the stack"
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(handler := frame.f_locals.get('self'), CallbackHandler): frame = frame.f_back
+    if frame is None or not any(c is self for c in handler.callbacks): return      # another loop: metrics() is for it to call
+    first = next((c for c in handler.callbacks if isinstance(c, _Metrics)), None)
+    if first is None: handler.callbacks.insert(0, first := _Metrics())
+    first.alf = self
+
 # %% ../nbs/09_trainer.ipynb #5912fd88
 def _fingerprint(layers):
     "Hash of a sample of every parameter's bits"
@@ -567,11 +599,11 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(p, 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #7f809d17
+# %% ../nbs/09_trainer.ipynb #d01053fb
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
-    if not state.is_world_process_zero or args.save_only_model: return
+    if not state.is_world_process_zero or args.save_only_model or getattr(state, 'is_hyper_param_search', False): return      # a trial's checkpoints lie elsewhere, and are never resumed
     folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
     if not folder.is_dir(): return
     part = folder/f'alf.part-{os.getpid()}'
