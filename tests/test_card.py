@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from alf_nb.card import card_text, push_delta
 from alf_nb.delta import apply_delta, fingerprint, save_delta
@@ -85,6 +85,7 @@ def test_without_a_network_it_says_so(delta, monkeypatch):
 
 @settings(max_examples=25, deadline=None)
 @given(st.text(min_size=1, max_size=40))
+@example("a```\n---\nlicense: mine")
 def test_any_name_makes_a_valid_card(tmp_path_factory, name):
     folder = tmp_path_factory.mktemp("card")
     model = torch.nn.Linear(2, 2)

@@ -100,6 +100,7 @@ def test_lightning_is_the_loop_bit_for_bit_and_resumes(tmp_path):
 
     class Module(L.LightningModule):
         def __init__(self): super().__init__(); torch.manual_seed(0); self.model = demo_model(); self.calls = 0
+        def log(self, *a, **kw): self.calls += 1; super().log(*a, **kw)
         def training_step(self, batch, i):
             loss = self.model(**batch).loss
             self.log("train_loss", loss)
@@ -116,6 +117,7 @@ def test_lightning_is_the_loop_bit_for_bit_and_resumes(tmp_path):
         t.fit(module, loader(28), ckpt_path=ckpt)            # 7 batches: Lightning goes on exactly from the end of an epoch
         return module, alf, t
     module, alf, t = fit(tmp_path/"lightning")
+    assert module.calls == STEPS, "a probe logs nothing"
     assert alf.loop.done and all(p.requires_grad for p in module.parameters()) and RunLog(tmp_path/"lightning").status == "complete"
 
     torch.manual_seed(0)
