@@ -11,7 +11,7 @@ __all__ = ['finetune', 'tuned_kind', 'load_tuned']
 from . import _require
 _require('torch', 'transformers', 'accelerate')
 
-# %% ../nbs/14_finetune.ipynb #95236765
+# %% ../nbs/14_finetune.ipynb #d48fbd3a
 import json, os, time, warnings
 from pathlib import Path
 import torch
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .attention import AttentionSnapshot, passages
 from .checkpoints import find_checkpoint
+from .card import write_card
 from .delta import apply_delta, fingerprint, save_delta
 from .reports import summarize, write_report
 from .runlog import RunLog
@@ -64,7 +65,7 @@ def _whole(**kw):
 def _write_json(path, data):
     part = path.with_name(f'.{path.name}.part'); part.write_text(json.dumps(data, indent=2, allow_nan=False)+'\n', encoding='utf-8'); os.replace(part, path)
 
-# %% ../nbs/14_finetune.ipynb #7204615e
+# %% ../nbs/14_finetune.ipynb #da004e76
 _looked_at = 256    # tokens of a passage at most: all maps of one passage are in memory at once, and grow with the square
 
 def finetune(
@@ -136,6 +137,7 @@ def finetune(
         for e in look('after'): log.write(**e, step=trainer.state.global_step)
         if seen: log.write('attention', step=trainer.state.global_step, shift=seen.shift(net, 'after training'), words=seen.words[:16])
         save_delta(net, base, out/'delta', metadata=dict(run_id=callback.run_id, steps=steps, seed=seed))
+        write_card(out/'delta', log)
         log.write('save', step=trainer.state.global_step, path='delta')
         summary = {**summarize(log), **{k: v for k,v in callback.summary().items() if k in ('measure_s', 'probe_s', 'select_s')}, 'total_s': time.perf_counter()-t0, 'rss_bytes_peak': peak_rss_bytes(), 'bf16': bf16, 'batch_size': batch_size, 'length': length, 'lr': float(lr),
                    'threads': torch.get_num_threads(), 'delta_bytes': sum(f.stat().st_size for f in (out/'delta').rglob('*') if f.is_file())}

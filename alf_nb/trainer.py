@@ -11,8 +11,9 @@ __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
-# %% ../nbs/09_trainer.ipynb #3c53e398
+# %% ../nbs/09_trainer.ipynb #28aab631
 import hashlib, json, math, os, shutil, sys, threading, time, uuid, warnings
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 import torch
@@ -20,14 +21,14 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
 from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, gradient_bytes, last_update, optimizer_bytes, unwrap_optimizer
 from .policies import POLICIES, Policy, adjusted, match_units
-from .probe import probe_gradients
+from .probe import _model_loss, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
@@ -50,7 +51,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #549403a6
+# %% ../nbs/09_trainer.ipynb #b1eae4bd
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -139,7 +140,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
         self._wished = self._asked_policy = self.policy          # as given, and with what lies below its reach banned
         self._lock,self._pending,self._again = threading.Lock(),None,False
-        self._training,self.log = False,None
+        self._training,self._news,self.log,self._batch_loss = False,False,None,_model_loss
 
     @property
     def config(self)->dict:
@@ -152,7 +153,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #19ca7ef5
+# %% ../nbs/09_trainer.ipynb #f0553ead
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -203,18 +204,19 @@ def preview(self:ALFCallback,
 def _warn_of_new_head(model, units, pinned):
     "A classifier's head is usually new, and new weights that stay frozen stay random"
     heads = [u.name for u in units if u.kind == 'head' and not u.eligible and u.name not in pinned]
-    if heads and getattr(model, 'get_output_embeddings', lambda: None)() is None:
+    if heads and all(getattr(m, 'get_output_embeddings', lambda: None)() is None for m in model.modules()):
         warnings.warn(f"{', '.join(heads)} stays frozen, and if it was not in the pretrained weights it stays random: pin='head' trains it, ban='head' says that this is meant")
 
 @patch
 def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
     if model is not None: _thaw_leftovers(model)
+    self._join_trackers()
 
 @patch
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
-    self._t_begin = time.perf_counter()
+    self._t_begin = time.perf_counter(); self._join_trackers()
     _check_alone(model, state); _check_engine(args, model); _thaw_leftovers(model)      # of an attempt that died: Trainer may begin again in the same process
     self.layers,self.units = self._partition(model)
     self.names = tuple(u.name for u in self.units)
@@ -247,11 +249,12 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
                     max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
         self._select(0)
     warm_up(sorted({p.dtype for p in model.parameters()}, key=str), next(model.parameters()).device, dot=True, bits=8 if self.references == '8bit' else 32)      # compile here, not in the first window
-    self._training = True
+    self._training = self._news = True
     self._t_step = time.perf_counter()
 
 @patch
 def _event(self:ALFCallback, event, step, **kw):
+    self._news |= event in ('select', 'measure')
     if self.log is not None: self.log.write(event, step=step, **kw)
 
 # %% ../nbs/09_trainer.ipynb #e4358b54
@@ -267,7 +270,13 @@ def peak_rss_bytes()->int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/09_trainer.ipynb #11e63560
+# %% ../nbs/09_trainer.ipynb #140bd934
+def _to_device(batch, device):
+    "`batch`, whatever it is made of, with its tensors on `device`"
+    if hasattr(batch, 'to'): return batch.to(device)
+    if isinstance(batch, Mapping): return {k: _to_device(v, device) for k,v in batch.items()}
+    return type(batch)(_to_device(v, device) for v in batch) if type(batch) in (list, tuple) else batch
+
 @patch
 def _probe(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
@@ -282,10 +291,9 @@ def _probe(self:ALFCallback, step, n_batches):
         loader = DataLoader(data, batch_size=size, sampler=order[:n_batches*size], collate_fn=self._loader.collate_fn)
     else: loader = (b for b,_ in zip(DataLoader(data, batch_size=size, collate_fn=self._loader.collate_fn), range(n_batches)))
     device = next(self.layers.model.parameters()).device
-    to = lambda b: {k: v.to(device) if isinstance(v, torch.Tensor) else v for k,v in b.items()}
     self.layers.model.train()
     eligible = [u.name for u in self.units if u.eligible]
-    found = probe_gradients(self.layers, (to(b) for b in loader), eligible, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
+    found = probe_gradients(self.layers, (_to_device(b, device) for b in loader), eligible, loss=self._batch_loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
     first = not self.tracker.values.get('gain')
     signals = {s.signal: self._ours(s) for s in (found.gain, found.grad_norm)}
     for k,v in signals.items(): self.tracker.update(k, v, step, beta=0. if first else .7)   # a re-probe is short: it corrects, it does not overrule
@@ -375,7 +383,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #b5c28c5f
+# %% ../nbs/09_trainer.ipynb #20a42505
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -483,7 +491,8 @@ _SPEED = ('_runtime', '_per_second', '_preparation_time')    # of an evaluation:
 @patch
 def on_log(self:ALFCallback, args, state, control, logs=None, **kw):
     "Losses and metrics of the Trainer, with speed, into the run log"
-    logs = logs or {}
+    logs = {} if logs is None else logs
+    for k in [k for k in logs if k.startswith('alf/')]: del logs[k]      # the trackers before us have them; who prints need not
     if not self._training: return      # an evaluation before or after training
     if 'loss' in logs:
         s = sum(self._step_s)/max(len(self._step_s), 1)
@@ -654,6 +663,35 @@ def _freeze_bad(self:ALFCallback, step):
     names = tuple(n for n in self.selection.names if n not in self._banned)
     self._switch(Selection(names, f"{len(bad)} frozen for NaN or infinity", self.selection.policy, step, sum(self._sizes[n] for n in names)/self.n_total), step, {})
 
+# %% ../nbs/09_trainer.ipynb #e8e4dabf
+@patch
+def metrics(self:ALFCallback)->dict: # name → number
+    "What trains now, and how important every layer is, for a tracker"
+    imp,on,layers = self._scores(self.totals['steps']).importance,set(self.selection.names),{}
+    for u in self.units: layers.setdefault(u.layer, []).append(u)
+    size = lambda us: sum(u.n_params for u in us)
+    mean = {l: sum(imp[u.name]*u.n_params for u in ks)/max(size(ks), 1) for l,us in layers.items() if (ks := [u for u in us if imp.get(u.name) is not None])}
+    top = max(mean.values(), default=0.) or 1.
+    return {'alf/share': self.selection.share, 'alf/n_units': len(on), **{f'alf/importance/{l}': v/top for l,v in mean.items()},
+            **{f'alf/trains/{l}': size([u for u in us if u.name in on])/max(size(us), 1) for l,us in layers.items()}}
+
+class _Metrics(TrainerCallback):
+    "Stands before the trackers and adds what `alf` knows to what is logged"
+    alf = None
+    def on_log(self, args, state, control, logs=None, **kw):
+        if logs is None or 'loss' not in logs or not self.alf._training or not self.alf._news: return
+        logs.update(self.alf.metrics()); self.alf._news = False
+
+@patch
+def _join_trackers(self:ALFCallback):
+    "Put a `_Metrics` of ours first; Trainer shows nobody its list of callbacks, so it is found on the stack"
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(handler := frame.f_locals.get('self'), CallbackHandler): frame = frame.f_back
+    if frame is None or not any(c is self for c in handler.callbacks): return      # another loop: metrics() is for it to call
+    first = next((c for c in handler.callbacks if isinstance(c, _Metrics)), None)
+    if first is None: handler.callbacks.insert(0, first := _Metrics())
+    first.alf = self
+
 # %% ../nbs/09_trainer.ipynb #5912fd88
 def _fingerprint(layers):
     "Hash of a sample of every parameter's bits"
@@ -662,11 +700,11 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(p, 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #35099f93
+# %% ../nbs/09_trainer.ipynb #a36764dc
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
-    if not state.is_world_process_zero or args.save_only_model: return
+    if not state.is_world_process_zero or args.save_only_model or getattr(state, 'is_hyper_param_search', False): return      # a trial's checkpoints lie elsewhere, and are never resumed
     folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
     if not folder.is_dir(): return
     part = folder/f'alf.part-{os.getpid()}'

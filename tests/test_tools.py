@@ -1,14 +1,15 @@
-"With the tools people use, the real packages: TRL's SFTTrainer, early stopping with the best model at the end, a compiled model."
+"With the tools people use, the real packages: TRL's SFTTrainer, early stopping with the best model at the end, a compiled model, 8-bit optimizers, a search for hyperparameters."
 import sys
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from alf_nb.checkpoints import find_checkpoint
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
+from alf_nb.optim import unwrap_optimizer
 from alf_nb.runlog import RunLog
 from alf_nb.trainer import ALFCallback
 
@@ -65,3 +66,52 @@ def test_a_compiled_model(tmp_path):
         return [h["loss"] for h in t.state.log_history if "loss" in h], [s.names for s in RunLog(folder).selections()], t
     (plain, names, _), (compiled, same, t) = train(tmp_path/"a"), train(tmp_path/"b", torch_compile=True, torch_compile_backend="aot_eager")
     assert same == names and compiled == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "lion_8bit", "rmsprop_bnb"])
+def test_optimizers_of_bitsandbytes(tmp_path, optim):
+    pytest.importorskip("bitsandbytes")
+    model = lambda: demo_model(hidden_size=64, intermediate_size=128)                                # matrices of 4,096 weights: the least that are held in 8 bits
+
+    def train(folder, *callbacks, resume=None, **kw):
+        torch.manual_seed(0)
+        alf = ALFCallback(budget=.25, signal="rate", interval=4, measure_every=2, explore=.6, state="full", lock=1.)
+        t = Trainer(model(), arguments(folder, max_steps=12, optim=optim, learning_rate=1e-3, weight_decay=.1, **kw), train_dataset=demo_dataset(), callbacks=[alf, *callbacks])
+        t.remove_callback(PrinterCallback)
+        t.train(resume_from_checkpoint=resume)
+        return t, alf
+    sizes = []
+
+    class Frozen(TrainerCallback):
+        "No frozen bit moves, and none of them has optimizer state"
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kw): self.before = {k: p.detach().clone() for k, p in model.named_parameters() if not p.requires_grad}
+        def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
+            assert all(torch.equal(p, self.before[k]) for k, p in model.named_parameters() if k in self.before) and self.before
+            held = unwrap_optimizer(optimizer).state
+            assert not any(isinstance(v, torch.Tensor) and v.numel() for p in model.parameters() if not p.requires_grad for v in held.get(p, {}).values())
+            sizes.append({v.dtype for s in held.values() for k, v in s.items() if k.startswith("state")})
+    whole, _ = train(tmp_path/"a", Frozen())
+    assert len({s.names for s in RunLog(tmp_path/"a").selections()}) > 1, "the selection changes"
+    assert (torch.uint8 in sizes[-1]) == ("8bit" in optim), "8-bit states are really 8-bit"
+    train(tmp_path/"b", save_strategy="steps", save_steps=6)
+    again, _ = train(tmp_path/"b", resume=str(tmp_path/"b"/"checkpoint-6"))
+    after = bits(whole.model)
+    assert all(torch.equal(after[k], v) for k, v in bits(again.model).items())
+
+
+def test_a_search_for_hyperparameters(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    alf = ALFCallback(budget=.3, interval=4, measure_every=2)
+    t = Trainer(model_init=lambda trial: demo_model(), args=arguments(tmp_path/"search", max_steps=6, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3, save_total_limit=2), train_dataset=demo_dataset(), eval_dataset=demo_dataset(8), callbacks=[alf])
+    t.remove_callback(PrinterCallback)
+    best = t.hyperparameter_search(lambda trial: dict(learning_rate=trial.suggest_categorical("learning_rate", [1e-2, 1e-3])), direction="minimize", backend="optuna", n_trials=2, compute_objective=lambda m: m["eval_loss"], sampler=optuna.samplers.GridSampler(dict(learning_rate=[1e-2, 1e-3]), seed=0))
+    log = RunLog(tmp_path/"search")
+    for run in range(2):                                                          # each trial is a run of its own, in one log
+        begin, = log.events("run_begin", run=run)
+        assert all(e["share"] <= .3 for e in log.events("select", run=run)) and log.events("run_end", run=run)[0]["step"] == 6
+    assert best.hyperparameters["learning_rate"] == 1e-2
+    lone = Trainer(demo_model(), arguments(tmp_path/"lone", max_steps=6, learning_rate=1e-2), train_dataset=demo_dataset(), eval_dataset=demo_dataset(8), callbacks=[ALFCallback(budget=.3, interval=4, measure_every=2)])
+    lone.remove_callback(PrinterCallback)
+    lone.train()
+    assert lone.evaluate()["eval_loss"] == best.objective, "nothing of one trial is in the next"
