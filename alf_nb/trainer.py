@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #eb8b31e2
+# %% ../nbs/09_trainer.ipynb #846a37b9
 import hashlib, json, os, shutil, sys, threading, time, uuid, warnings
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +26,7 @@ from .policies import POLICIES, Policy, adjusted, match_units
 from .probe import probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
+from .shards import gathered, is_sharded, local_tensor, over_shards, settle_shards, shard_of, whole_tensor
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
@@ -135,7 +136,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #08f4c158
+# %% ../nbs/09_trainer.ipynb #dcad58ae
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -149,8 +150,10 @@ def _thaw_leftovers(model):
 def _check_engine(args, model):
     "Refuse what cannot work, before the first step"
     if getattr(args, 'deepspeed', None): raise ValueError("DeepSpeed partitions the optimizer before ALF can choose: train with DDP or on one device")
-    if getattr(args, 'fsdp', None): raise ValueError("FSDP shards each weight over processes, which ALF does not measure yet: train with DDP or on one device")
-    if args.world_size > 1 and args.ddp_find_unused_parameters is not True and (args.ddp_find_unused_parameters is False or getattr(args, 'activation_checkpointing', None) or getattr(args, 'gradient_checkpointing', None)):
+    if any(type(m).__name__ == 'FullyShardedDataParallel' for m in model.modules()): raise ValueError("FSDP1 flattens the weights of a block into one, of which ALF cannot freeze a part: use FSDP2 (fsdp_config={'version': 2}, or fsdp_version: 2 in the accelerate config)")
+    sharded = any(map(is_sharded, model.parameters()))
+    if getattr(args, 'fsdp', None) and not sharded: warnings.warn("fsdp is set, but every process holds the whole weights: accelerate shards on accelerators only, not on a CPU")
+    if args.world_size > 1 and not sharded and args.ddp_find_unused_parameters is not True and (args.ddp_find_unused_parameters is False or getattr(args, 'activation_checkpointing', None) or getattr(args, 'gradient_checkpointing', None)):
         raise ValueError("under DDP frozen units get no gradient: set ddp_find_unused_parameters=True")
     for m in model.modules():
         f = getattr(m, '_gradient_checkpointing_func', None)
@@ -192,7 +195,7 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
     self._t_begin = time.perf_counter()
-    _check_alone(model, state); _check_engine(args, model); _thaw_leftovers(model)      # of an attempt that died: Trainer may begin again in the same process
+    _check_alone(model, state); _check_engine(args, model); settle_shards(model); _thaw_leftovers(model)      # of an attempt that died: Trainer may begin again in the same process
     self.layers,self.units = self._partition(model)
     self.names = tuple(u.name for u in self.units)
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
@@ -243,19 +246,20 @@ def peak_rss_bytes()->int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/09_trainer.ipynb #7bbf75a8
+# %% ../nbs/09_trainer.ipynb #feefd489
 @patch
 def _probe(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
     t0 = time.perf_counter()
-    rank = self._args.process_index
-    gen = torch.Generator().manual_seed((self.seed*1_000_003 + step)*1009 + rank)
+    rank,world = self._args.process_index,self._args.world_size
+    gen = torch.Generator().manual_seed((self.seed*1_000_003 + step)*1009)      # one draw for all processes: each takes its part of every batch
     data,size = self._loader.dataset,self._args.per_device_train_batch_size
     if hasattr(data, '__len__') and hasattr(data, '__getitem__'):
         if len(data) == 0: raise ValueError("the training dataset is empty")
         order = torch.randperm(len(data), generator=gen).tolist()
-        while len(order) < n_batches*size: order += order        # a tiny dataset: batches repeat
-        loader = DataLoader(data, batch_size=size, sampler=order[:n_batches*size], collate_fn=self._loader.collate_fn)
+        while len(order) < n_batches*size*world: order += order        # a tiny dataset: batches repeat
+        mine = [i for k in range(n_batches) for i in order[(k*world+rank)*size:(k*world+rank+1)*size]]
+        loader = DataLoader(data, batch_size=size, sampler=mine, collate_fn=self._loader.collate_fn)
     else: loader = (b for b,_ in zip(DataLoader(data, batch_size=size, collate_fn=self._loader.collate_fn), range(n_batches)))
     device = next(self.layers.model.parameters()).device
     to = lambda b: {k: v.to(device) if isinstance(v, torch.Tensor) else v for k,v in b.items()}
@@ -304,7 +308,7 @@ def _due(self:ALFCallback, step, max_steps):
     if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
-# %% ../nbs/09_trainer.ipynb #8f5bfedb
+# %% ../nbs/09_trainer.ipynb #4b59409e
 @patch
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
@@ -314,7 +318,7 @@ def _scores(self:ALFCallback, step):
 @patch
 def _select(self:ALFCallback, step, probe=True):
     "Ask the policy, switch, and write it down"
-    seen = {}
+    seen = {}; settle_shards(self.layers.model)
     if (names := self._starting(step)) is not None:
         names = set(names); names = tuple(n for n in self.names if n in names)
         chosen = Selection(names, reason=f"{self.start} start", policy=self.start, step=step, share=sum(self._sizes[n] for n in names)/self.n_total)
@@ -350,7 +354,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #4c472803
+# %% ../nbs/09_trainer.ipynb #79f45401
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -413,12 +417,13 @@ def _read_update(self:ALFCallback, groups, step):
     for n in names:
         row = [torch.zeros(4, dtype=torch.float32)]
         for p,bits in zip(self.layers.params(n), self._before[n]):
-            if p.grad is None or not p.numel(): continue
+            if p.grad is None or not (w := local_tensor(p)).numel(): continue
             u = last_update(self._optimizer, p)*bool((_sample_bits(p, 4096) != bits).any())     # what was rounded away did not happen
-            row.append(torch.stack([u.square().sum(), (p.float() + groups[self._group[n]]['lr']*u).square().sum(), u.abs().amax(), (p.grad.float()*u).sum()]).cpu())
-        row = torch.stack(row); rows.append([*row[:,:2].sum(0).sqrt().tolist(), float(row[:,2].max()), float(row[:,3].sum())])
-    delta,ref,top,dot = zip(*rows) if rows else ((),)*4
-    norms,one = DeltaNorms(names, delta, ref, top),dict.fromkeys(names, 1.)
+            row.append(torch.stack([u.square().sum(), (w.float() + groups[self._group[n]]['lr']*u).square().sum(), (local_tensor(p.grad).float()*u).sum(), u.abs().amax()]).cpu())
+        row = torch.stack(row); rows.append([*row[:,:3].sum(0).tolist(), float(row[:,3].max())])
+    *sums,top = zip(*rows) if rows else ((),)*4
+    (delta,ref,dot),(top,) = over_shards(self.layers, names, sums, [top])
+    norms,one = DeltaNorms(names, [x**.5 for x in delta], [x**.5 for x in ref], top),dict.fromkeys(names, 1.)
     self._check_moved(norms, dict.fromkeys(names, 1), {n: groups[self._group[n]]['lr'] for n in names}, step)
     self._measured = self.tracker.update_from_norms(norms, one, self._sizes, step)      # the update is in units of lr
     self._measured['descent'] = {n: d/self._sizes[n] for n,d in zip(names, dot)}
@@ -464,7 +469,7 @@ def on_log(self:ALFCallback, args, state, control, logs=None, **kw):
 @patch
 def on_train_end(self:ALFCallback, args, state, control, model=None, **kw):
     "Close the log and leave the model trainable as it was found"
-    self._training = False; setattr(model, _TRAINS, None)
+    self._training = False; setattr(model, _TRAINS, None); settle_shards(model)
     self._event('run_end', state.global_step, **self.summary(), stopped=state.global_step < state.max_steps)
     _thaw_leftovers(model)
     if self.log is not None: self.log.close()
@@ -525,7 +530,7 @@ def _forget_pause(self:ALFCallback):
     "Time spent waiting belongs to no step"
     self._t_begin = self._t_step = time.perf_counter()
 
-# %% ../nbs/09_trainer.ipynb #eb7aaf3d
+# %% ../nbs/09_trainer.ipynb #94d63673
 @patch
 def _watch(self:ALFCallback, f):
     if self.check == 'off': return
@@ -549,35 +554,36 @@ def _check_moved(self:ALFCallback, norms, done, sum_lr, step):
 def _why_still(self:ALFCallback, name, lr):
     params = self.layers.params(name)
     if any(p.grad is None for p in params): return "it gets no gradient, so the loss does not depend on it; ban it (ban=…)"
-    if all(not p.grad.any() for p in params): return "its gradient is exactly 0; ban it (ban=…), or look for a detached input"
+    if all(not local_tensor(p.grad).any() for p in params): return "its gradient is exactly 0; ban it (ban=…), or look for a detached input"
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in params): return f"its weights are {params[0].dtype} and steps of lr {lr:.2g} are rounded away; load the model in float32 and train with bf16=True"
     return "the optimizer does not update it; was it built before the model was changed?"
 
-# %% ../nbs/09_trainer.ipynb #5912fd88
+# %% ../nbs/09_trainer.ipynb #3b8f78db
 def _fingerprint(layers):
     "Hash of a sample of every parameter's bits"
     h = hashlib.sha256()
     for n in layers:
-        for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(p, 64).cpu().numpy().tobytes())
+        for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #7f809d17
+# %% ../nbs/09_trainer.ipynb #b164b63d
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
-    if not state.is_world_process_zero or args.save_only_model: return
-    folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
-    if not folder.is_dir(): return
-    part = folder/f'alf.part-{os.getpid()}'
-    shutil.rmtree(part, ignore_errors=True); part.mkdir()
+    if args.save_only_model or not (state.is_world_process_zero or self.snapshot.sharded): return
     tensors = {f'ref/{k}': t for k,t in snapshot_tensors(self.snapshot).items()}
-    plain = {}
+    plain,params = {},{k: p for n in self.layers for k,p in self.layers.named_params(n).items()}
     for k,s in self.parked.held.items():
         for e,v in s.items():
-            if isinstance(v, torch.Tensor): tensors[f'parked/{k}/{e}'] = v
+            if isinstance(v, torch.Tensor): tensors[f'parked/{k}/{e}'] = gathered(v, params[k]) if v.dim() else v
             else: plain.setdefault(k, {})[e] = v
+    weights = _fingerprint(self.layers)
+    folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
+    if not (state.is_world_process_zero and folder.is_dir()): return      # of weights in pieces, the others have sent what they hold
+    part = folder/f'alf.part-{os.getpid()}'
+    shutil.rmtree(part, ignore_errors=True); part.mkdir()
     save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
-    data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=_fingerprint(self.layers),
+    data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=weights,
                 selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, policy=self.policy.to_dict(), again=self._again)
     with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(data, f); f.flush(); os.fsync(f.fileno())
     shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
@@ -609,8 +615,9 @@ def _restore(self:ALFCallback, args, state):
     apply_selection(self.layers, self.selection.names, self._optimizer, None)      # the optimizer came back with the state of these units only
     restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
     self.parked.held = {k: dict(v) for k,v in data['parked'].items()}
+    params = {k: p for n in self.layers for k,p in self.layers.named_params(n).items()}
     for k,t in tensors.items():
-        if k.startswith('parked/'): name,entry = k[7:].rsplit('/', 1); self.parked.held.setdefault(name, {})[entry] = t
+        if k.startswith('parked/'): name,entry = k[7:].rsplit('/', 1); self.parked.held.setdefault(name, {})[entry] = shard_of(t, params[name]).clone() if t.dim() else t
     self.tracker.load_state_dict(data['tracker'])
     self._marks = {k: tuple(v) for k,v in data['marks'].items()}
     self._cum_lr,self.totals,self._new_state = data['cum_lr'],data['totals'],data['new_state']

@@ -1,81 +1,144 @@
-"Two real processes (gloo, CPU) under torchrun: all ranks choose the same, and what they learn is what one process learns from the same batches."
+"""Two real processes (gloo, CPU) under torchrun: all ranks choose the same, and what they learn is what one process learns from the same batches.
+
+Starting a process takes seconds, so each of the few launches runs several jobs, one after the other; every test then looks at its own."""
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 SCRIPT = '''
-import hashlib, json, os, sys, torch
+import hashlib, json, os, sys, torch, warnings
 from pathlib import Path
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from alf_nb.checkpoints import find_checkpoint
+from alf_nb.delta import fingerprint
 from alf_nb.demo import demo_dataset, demo_model
+from alf_nb.shards import local_tensor, whole_tensor
 from alf_nb.trainer import ALFCallback
 torch.set_num_threads(1)
-out, settings, more = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
 world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
-resume, die = more.pop('resume', False), more.pop('die', None)
-torch.manual_seed(0)
-alf = ALFCallback(**settings)
-args = TrainingArguments(**{**dict(output_dir=str(out), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=3), **more})
-class Die(ALFCallback.__mro__[1]):
+
+def allow_fsdp_on_cpu():
+    "accelerate shards on accelerators only; that is one condition in its state, and everything behind it runs on a CPU as well"
+    init = AcceleratorState.__init__
+    def patched(self, *a, fsdp_plugin=None, **kw):
+        init(self, *a, fsdp_plugin=fsdp_plugin, **kw)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU: self.distributed_type, self.fsdp_plugin = PartialState._shared_state['distributed_type'], _ = DistributedType.FSDP, fsdp_plugin
+    AcceleratorState.__init__ = patched
+allow_fsdp_on_cpu()
+
+class Watch(TrainerCallback):
+    "What this process holds while the gradients are there"
+    def __init__(self, alf, die): self.alf, self.die, self.rows = alf, die, []
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
+        held = lambda p: local_tensor(p).numel()
+        ps = [p for n in self.alf.layers for p in self.alf.layers.params(n)]
+        self.rows.append(dict(trains=sum(held(p) for n in self.alf.selection.names for p in self.alf.layers.params(n)), all=sum(map(held, ps)), grad=sum(local_tensor(p.grad).numel() for p in ps if p.grad is not None),
+                              adam=sum(local_tensor(v).numel() for s in optimizer.state.values() for v in s.values() if v.dim())))
     def on_step_end(self, args, state, control, **kw):
-        if die == [rank, state.global_step]: os._exit(9)
-trainer = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[alf, Die()])
-trainer.remove_callback(PrinterCallback)
-trainer.train(resume_from_checkpoint=find_checkpoint(out) if resume else None)
-model = trainer.accelerator.unwrap_model(trainer.model)
-digest = hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in model.state_dict().values())).hexdigest()
-(out/f'rank{rank}.json').write_text(json.dumps(dict(losses=[h['loss'] for h in trainer.state.log_history if 'loss' in h], weights=digest, names=list(alf.selection.names), share=alf.summary()['trainable_share_peak'],
-    rates=alf.tracker.scores('rate', 10).values, norm=[float(p.detach().norm()) for p in model.parameters()])))
+        if self.die == [rank, state.global_step]: os._exit(9)
+
+def job(out, settings, die=None, resume=None, before=(), **more):
+    out = Path(out); torch.manual_seed(0); AcceleratorState._reset_state(reset_partial_state=True)
+    alf = ALFCallback(**settings); watch = Watch(alf, die)
+    args = TrainingArguments(**{**dict(output_dir=str(out), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=3), **more})
+    trainer = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[alf, watch])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=find_checkpoint(out) if resume is True else resume)
+    weights = {k: whole_tensor(p.detach()) for k, p in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
+    trainer.save_model(out/'model')
+    ddp = trainer.model_wrapped
+    (out/f'rank{rank}.json').write_text(json.dumps(dict(losses=[h['loss'] for h in trainer.state.log_history if 'loss' in h], weights=hashlib.sha256(b''.join(p.numpy().tobytes() for p in weights.values())).hexdigest(),
+        names=list(alf.selection.names), share=alf.summary()['trainable_share_peak'], norm=[float(p.norm()) for p in weights.values()], held=watch.rows, n_total=alf.n_total, engine=type(ddp).__name__,
+        signals={s: alf.tracker.scores(s, 10).values for s in ('prior', 'rate', 'gain', 'grad_norm', 'descent')})))
+
+for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)
 '''
+SAVE = dict(save_strategy='steps', save_steps=3)
+PRIOR = dict(signal='prior', budget=.3, interval=4)
+GAIN = dict(budget=.25, interval=4, measure_every=3)
+BADAM = dict(preset='badam', interval=3)
+NOREF = dict(budget=.25, interval=4, references='none', measure_every=3)
+FSDP = dict(fsdp=True, fsdp_config=dict(version=2))
 
 
-def launch(folder, processes, settings, timeout=180, **more):
+def launch(folder, processes, *jobs, timeout=240):
     (folder/'job.py').write_text(SCRIPT)
-    argv = [str(folder/'job.py'), str(folder), json.dumps(settings), json.dumps(more)]
+    (folder/'jobs.json').write_text(json.dumps([{**j, 'out': str(folder/j['out'])} for j in jobs]))
+    for j in jobs: (folder/j['out']).mkdir(exist_ok=True)
     head = [sys.executable] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
     env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')} | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    return subprocess.run([*head, *argv], capture_output=True, text=True, timeout=timeout, env=env)
+    return subprocess.run([*head, str(folder/'job.py'), str(folder/'jobs.json')], capture_output=True, text=True, timeout=timeout, env=env)
 
 
-def ranks(folder, processes): return [json.loads((folder/f'rank{i}.json').read_text()) for i in range(processes)]
+def ranks(folder, processes=2): return [json.loads((folder/f'rank{i}.json').read_text()) for i in range(processes)]
+
+
+def events(folder): return [json.loads(s) for s in (folder/'events.jsonl').read_text().splitlines()]
+
+
+def choices(folder): return [(e['step'], e['names']) for e in events(folder) if e['event'] == 'select']
 
 
 def close(a, b, rel=1e-4): return len(a) == len(b) and all(abs(x-y) <= rel*max(abs(x), abs(y), 1e-6) for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize('settings', [dict(signal='prior', budget=.3, interval=4), dict(preset='badam', interval=3)], ids=['prior', 'badam'])
-def test_two_processes_learn_what_one_does(tmp_path, settings):
-    for n in (1, 2):
-        (tmp_path/str(n)).mkdir()
-        done = launch(tmp_path/str(n), n, settings)
-        assert done.returncode == 0, done.stderr[-2000:]
-    (one,), two = ranks(tmp_path/'1', 1), ranks(tmp_path/'2', 2)
+def same_signals(a, b, rel):
+    for s, values in a['signals'].items():
+        known = [n for n, v in values.items() if v is not None]
+        assert known == [n for n, v in b['signals'][s].items() if v is not None], s
+        assert close([values[n] for n in known], [b['signals'][s][n] for n in known], rel), s
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "The jobs that go through, in one launch of one process and one of two"
+    d = tmp_path_factory.mktemp('processes')
+    for n, more in ((1, []), (2, [dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE), dict(out='fsdp-noref2', settings=NOREF, **FSDP)])):
+        done = launch(d, n, dict(out=f'prior{n}', settings=PRIOR, **SAVE), dict(out=f'badam{n}', settings=BADAM), dict(out=f'gain{n}', settings=GAIN), dict(out=f'noref{n}', settings=NOREF), *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return d
+
+
+@pytest.mark.parametrize('name', ['prior', 'badam'])
+def test_two_processes_learn_what_one_does(runs, name):
+    (one,), two = ranks(runs/f'{name}1', 1), ranks(runs/f'{name}2')
+    assert two[0]['engine'] == 'DistributedDataParallel'
     assert two[0]['weights'] == two[1]['weights'] and two[0]['names'] == two[1]['names'] == one['names']
     assert close(two[0]['losses'], one['losses']) and close(two[0]['norm'], one['norm'])
-    known = [n for n, v in one['rates'].items() if v is not None]
-    assert known and close([two[0]['rates'][n] for n in known], [one['rates'][n] for n in known], 1e-3)
+    same_signals(one, two[0], 1e-3)
 
 
-def test_a_choice_by_gradient_is_the_same_on_every_rank(tmp_path):
-    done = launch(tmp_path, 2, dict(budget=.25, interval=4))
-    assert done.returncode == 0, done.stderr[-2000:]
-    a, b = ranks(tmp_path, 2)
-    assert a['names'] == b['names'] and a['weights'] == b['weights'] and 0 < a['share'] <= .25
+def test_a_choice_by_gradient_is_the_same_on_every_rank(runs):
+    a, b = ranks(runs/'gain2')
+    assert a['names'] == b['names'] and a['weights'] == b['weights'] and a['signals'] == b['signals'] and 0 < a['share'] <= .25
 
 
-def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(tmp_path):
-    settings, saving = dict(signal='prior', budget=.3, interval=4), dict(save_strategy='steps', save_steps=3)
-    for d in ('whole', 'cut'): (tmp_path/d).mkdir()
-    done = launch(tmp_path/'whole', 2, settings, **saving)
-    assert done.returncode == 0, done.stderr[-2000:]
-    dead = launch(tmp_path/'cut', 2, settings, die=[1, 7], **saving)
-    assert dead.returncode != 0 and 'exitcode  : 9' in dead.stderr.replace('exitcode: 9', 'exitcode  : 9'), dead.stderr[-2000:]
-    again = launch(tmp_path/'cut', 2, settings, resume=True, **saving)
-    assert again.returncode == 0, again.stderr[-2000:]
-    whole, cut = ranks(tmp_path/'whole', 2), ranks(tmp_path/'cut', 2)
-    assert cut[0]['weights'] == whole[0]['weights'] and cut[0]['losses'] == whole[0]['losses']
+@pytest.mark.parametrize('name', ['gain', 'noref'])
+def test_weights_in_pieces_learn_what_one_process_does(runs, name):
+    (one,), two = ranks(runs/f'{name}1', 1), ranks(runs/f'fsdp-{name}2')
+    assert two[0]['engine'].startswith('FSDP') and two[0]['n_total'] == one['n_total']
+    assert two[0]['signals'] == two[1]['signals'] and two[0]['weights'] == two[1]['weights']       # to the last bit
+    assert choices(runs/f'fsdp-{name}2') == choices(runs/f'{name}1')
+    assert close(two[0]['losses'], one['losses']) and close(two[0]['norm'], one['norm'])
+    same_signals(one, two[0], 2e-3)
+
+
+def test_a_frozen_piece_costs_neither_gradient_nor_optimizer_state(runs):
+    for r in ranks(runs/'fsdp-gain2'):
+        assert len({h['trains'] for h in r['held']}) > 1 or len(choices(runs/'fsdp-gain2')) > 1
+        for h in r['held']: assert h['grad'] == h['trains'] and h['adam'] == 2*h['trains'] and h['trains'] <= .3*h['all']
+    memory = [e for e in events(runs/'fsdp-gain2') if e['event'] == 'memory']
+    assert memory and all(e['grad_bytes'] <= 4*.3*r['held'][0]['all'] for e in memory)       # the log speaks of one process
+
+
+def test_what_is_saved_from_pieces_loads_in_one_process(runs):
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(runs/'fsdp-gain2'/'model')
+    assert [float(p.norm()) for p in model.state_dict().values()] == pytest.approx(ranks(runs/'fsdp-gain2')[0]['norm'], rel=1e-6)
