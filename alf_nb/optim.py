@@ -6,10 +6,11 @@ Docs: https://example.github.io/alf_nb/optim.html.md"""
 
 # %% auto #0
 __all__ = ['FIRST_MOMENTS', 'STATE_MODES', 'unwrap_optimizer', 'optimizer_bytes', 'gradient_bytes', 'check_optimizer',
-           'ParkedStates', 'apply_selection', 'FrozenGuard', 'last_update', 'check_last_update', 'check_state']
+           'ParkedStates', 'apply_selection', 'find_ddp', 'renew_buckets', 'FrozenGuard', 'last_update',
+           'check_last_update', 'check_state']
 
-# %% ../nbs/07_optim.ipynb #3af11b37
-import torch
+# %% ../nbs/07_optim.ipynb #cc802769
+import gc, torch
 from torch import Tensor
 from .layers import Layers
 from .shards import as_shard, local_tensor
@@ -113,6 +114,23 @@ def apply_selection(
             p.requires_grad_(True)
             if (old := parked.fetch(k, p)) is not None: state[p] = old
     return entered, left
+
+# %% ../nbs/07_optim.ipynb #79c72d49
+def find_ddp(
+    model:torch.nn.Module # any model
+):
+    "The `DistributedDataParallel` around `model`, which Trainer does not hand to its callbacks; None: there is none"
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return None
+    return next((o for o in gc.get_objects() if type(o) is torch.nn.parallel.DistributedDataParallel and o.module is model), None)
+
+def renew_buckets(
+    ddp # of `find_ddp`; None: nothing to do
+)->None:
+    "Let DDP hold and send gradients of exactly the parameters that require grad now"
+    if ddp is None or not any(p.requires_grad for p in ddp.module.parameters()): return
+    hooks,ddp._comm_hooks = ddp._comm_hooks,[]
+    ddp.__setstate__(ddp.__getstate__())
+    for hook,state in hooks: ddp.register_comm_hook(state, hook)
 
 # %% ../nbs/07_optim.ipynb #5a6bcc84
 _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/trainer.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 
-# %% ../nbs/09_trainer.ipynb #846a37b9
+# %% ../nbs/09_trainer.ipynb #668422ed
 import hashlib, json, os, shutil, sys, threading, time, uuid, warnings
 from dataclasses import fields
 from pathlib import Path
@@ -21,12 +21,12 @@ from . import __version__
 from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
 from .kernels import warm_up
 from .layers import partition_layers
-from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, gradient_bytes, last_update, optimizer_bytes, unwrap_optimizer
+from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
 from .policies import POLICIES, Policy, adjusted, match_units
 from .probe import probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
-from .shards import gathered, is_sharded, local_tensor, over_shards, settle_shards, shard_of, whole_tensor
+from .shards import gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
@@ -45,7 +45,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #69da0e89
+# %% ../nbs/09_trainer.ipynb #b74aec0e
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -121,6 +121,7 @@ class ALFCallback(TrainerCallback, ExportableState):
             if v not in ok: raise ValueError(f"{k}={v!r}; give one of {', '.join(map(repr, ok))}")
         self.references,self.check,self.seed,self.out,self.resume_from = references,check,seed,out,resume_from
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
+        self._on_load = self._loaded_for = None
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
         self._asked_policy,self._lock,self._pending,self._again = self.policy,threading.Lock(),None,False
         self._training,self.log = False,None
@@ -136,24 +137,25 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #dcad58ae
+# %% ../nbs/09_trainer.ipynb #bdbe41f6
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
 
 def _thaw_leftovers(model):
+    reshard(model)
     frozen = set(getattr(model, _LEFTOVER, ()))
     for n,p in model.named_parameters():
         if n in frozen: p.requires_grad_(True)
     if frozen: setattr(model, _LEFTOVER, ())
 
-def _check_engine(args, model):
+def _check_engine(args, model, ddp=None):
     "Refuse what cannot work, before the first step"
     if getattr(args, 'deepspeed', None): raise ValueError("DeepSpeed partitions the optimizer before ALF can choose: train with DDP or on one device")
     if any(type(m).__name__ == 'FullyShardedDataParallel' for m in model.modules()): raise ValueError("FSDP1 flattens the weights of a block into one, of which ALF cannot freeze a part: use FSDP2 (fsdp_config={'version': 2}, or fsdp_version: 2 in the accelerate config)")
     sharded = any(map(is_sharded, model.parameters()))
     if getattr(args, 'fsdp', None) and not sharded: warnings.warn("fsdp is set, but every process holds the whole weights: accelerate shards on accelerators only, not on a CPU")
-    if args.world_size > 1 and not sharded and args.ddp_find_unused_parameters is not True and (args.ddp_find_unused_parameters is False or getattr(args, 'activation_checkpointing', None) or getattr(args, 'gradient_checkpointing', None)):
+    if args.world_size > 1 and not sharded and ddp is None and args.ddp_find_unused_parameters is not True and (args.ddp_find_unused_parameters is False or getattr(args, 'activation_checkpointing', None) or getattr(args, 'gradient_checkpointing', None)):
         raise ValueError("under DDP frozen units get no gradient: set ddp_find_unused_parameters=True")
     for m in model.modules():
         f = getattr(m, '_gradient_checkpointing_func', None)
@@ -189,13 +191,33 @@ def _warn_of_new_head(model, units, pinned):
 @patch
 def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
-    if model is not None: _thaw_leftovers(model)
+    if model is None: return
+    _thaw_leftovers(model)
+    self._loaded_for,self._on_load = None,model.register_load_state_dict_post_hook(lambda model, _: self._freeze_for_load(args, model))
+
+@patch
+def _freeze_for_load(self:ALFCallback, args, model):
+    "FSDP2 loads optimizer state for all that requires grad, no more and no less: let that be what the checkpoint holds. Trainer does not yet say which it loads"
+    if not any(map(is_sharded, model.parameters())): return
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); folder = self._given_folder(args) or find_checkpoint(args.output_dir)
+    file = Path(folder or '')/'alf'/'state.json'
+    held = set(json.loads(file.read_text(encoding='utf-8')).get('optimizer') or ()) if file.is_file() else ()
+    if not held: return
+    _thaw_leftovers(model); self._loaded_for = file.parent.parent.resolve()      # accelerate loads twice
+    frozen = [(k, p) for k,p in model.named_parameters() if p.requires_grad and k not in held]
+    for _,p in frozen: p.requires_grad_(False)
+    setattr(model, _LEFTOVER, [k for k,_ in frozen])
+
+@patch
+def _given_folder(self:ALFCallback, args): return self.resume_from or (args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
 
 @patch
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
     self._t_begin = time.perf_counter()
-    _check_alone(model, state); _check_engine(args, model); settle_shards(model); _thaw_leftovers(model)      # of an attempt that died: Trainer may begin again in the same process
+    if self._on_load is not None: self._on_load.remove(); self._on_load = None
+    self._ddp = find_ddp(model)
+    _check_alone(model, state); _check_engine(args, model, self._ddp); _thaw_leftovers(model); set_up_shards(model)      # of an attempt that died: Trainer may begin again in the same process
     self.layers,self.units = self._partition(model)
     self.names = tuple(u.name for u in self.units)
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
@@ -308,7 +330,7 @@ def _due(self:ALFCallback, step, max_steps):
     if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
-# %% ../nbs/09_trainer.ipynb #4b59409e
+# %% ../nbs/09_trainer.ipynb #dbda88a4
 @patch
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
@@ -318,7 +340,7 @@ def _scores(self:ALFCallback, step):
 @patch
 def _select(self:ALFCallback, step, probe=True):
     "Ask the policy, switch, and write it down"
-    seen = {}; settle_shards(self.layers.model)
+    seen = {}; reshard(self.layers.model)
     if (names := self._starting(step)) is not None:
         names = set(names); names = tuple(n for n in self.names if n in names)
         chosen = Selection(names, reason=f"{self.start} start", policy=self.start, step=step, share=sum(self._sizes[n] for n in names)/self.n_total)
@@ -343,7 +365,7 @@ def _switch(self:ALFCallback, chosen, step, seen):
         self.snapshot.drop([n for n in left if n in held])
         fresh = [n for n in chosen.names if n not in held]
         self.snapshot.take(fresh); self._mark(fresh, step)
-    self.guard.watch()
+    renew_buckets(self._ddp); self.guard.watch()
     self.selection,self._new_state = chosen,True
     self.totals['select_s'] += time.perf_counter() - t0
     before = [n for n in left if n in self._sizes] if step else []
@@ -354,7 +376,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #79f45401
+# %% ../nbs/09_trainer.ipynb #efbe82a8
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -469,9 +491,9 @@ def on_log(self:ALFCallback, args, state, control, logs=None, **kw):
 @patch
 def on_train_end(self:ALFCallback, args, state, control, model=None, **kw):
     "Close the log and leave the model trainable as it was found"
-    self._training = False; setattr(model, _TRAINS, None); settle_shards(model)
+    self._training = False; setattr(model, _TRAINS, None)
     self._event('run_end', state.global_step, **self.summary(), stopped=state.global_step < state.max_steps)
-    _thaw_leftovers(model)
+    _thaw_leftovers(model); renew_buckets(self._ddp); self._ddp = None
     if self.log is not None: self.log.close()
 
 @patch
@@ -566,7 +588,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #b164b63d
+# %% ../nbs/09_trainer.ipynb #aaca8b63
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
@@ -577,14 +599,14 @@ def on_save(self:ALFCallback, args, state, control, **kw):
         for e,v in s.items():
             if isinstance(v, torch.Tensor): tensors[f'parked/{k}/{e}'] = gathered(v, params[k]) if v.dim() else v
             else: plain.setdefault(k, {})[e] = v
-    weights = _fingerprint(self.layers)
+    weights,state_of = _fingerprint(self.layers),unwrap_optimizer(self._optimizer).state
     folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
     if not (state.is_world_process_zero and folder.is_dir()): return      # of weights in pieces, the others have sent what they hold
     part = folder/f'alf.part-{os.getpid()}'
     shutil.rmtree(part, ignore_errors=True); part.mkdir()
     save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
     data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=weights,
-                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, policy=self.policy.to_dict(), again=self._again)
+                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, optimizer=[k for k,p in params.items() if state_of.get(p)], policy=self.policy.to_dict(), again=self._again)
     with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(data, f); f.flush(); os.fsync(f.fileno())
     shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
     seal_checkpoint(folder)      # last of all: from now on it is whole
@@ -594,8 +616,8 @@ def on_save(self:ALFCallback, args, state, control, **kw):
 @patch
 def _restore(self:ALFCallback, args, state):
     "Continue from the checkpoint that Trainer has just loaded"
-    given = self.resume_from or (args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
-    folder = Path(given or Path(args.output_dir)/f'checkpoint-{state.global_step}')
+    folder = Path(self._given_folder(args) or Path(args.output_dir)/f'checkpoint-{state.global_step}')
+    if self._loaded_for not in (None, folder.resolve()): raise RuntimeError(f"FSDP2 has loaded optimizer state for {self._loaded_for.name}, the newest whole checkpoint here, and the run is at {folder.name}: name the folder, ALFCallback(resume_from={str(folder)!r})")
     if why := 'it was saved without ALFCallback, or it lies elsewhere (resume_from=…)' if not (folder/'alf').is_dir() else check_checkpoint(folder):
         with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir)
         raise RuntimeError(f"cannot resume from {folder.name}: {why}. {f'The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}' if other else 'There is no whole checkpoint with ALF here'}")
@@ -624,5 +646,5 @@ def _restore(self:ALFCallback, args, state):
     if 'policy' not in changed and 'policy' in data:       # a policy chosen while training goes on; one given anew wins
         self.policy,self._again = Policy.from_dict(data['policy']),data['again']
     self._seen = self._scores(state.global_step)
-    self.guard.watch()
+    renew_buckets(self._ddp); self.guard.watch()
     self._event('resume', state.global_step, path=folder.name)

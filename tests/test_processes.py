@@ -5,9 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import torch
 
 SCRIPT = '''
 import hashlib, json, os, sys, torch, warnings
@@ -40,22 +40,23 @@ class Watch(TrainerCallback):
         held = lambda p: local_tensor(p).numel()
         ps = [p for n in self.alf.layers for p in self.alf.layers.params(n)]
         self.rows.append(dict(trains=sum(held(p) for n in self.alf.selection.names for p in self.alf.layers.params(n)), all=sum(map(held, ps)), grad=sum(local_tensor(p.grad).numel() for p in ps if p.grad is not None),
+                              ddp=sum(map(int, self.wrapped()._get_ddp_logging_data()['bucket_sizes'].split(','))) if hasattr(self.wrapped(), 'reducer') else 0,
                               adam=sum(local_tensor(v).numel() for s in optimizer.state.values() for v in s.values() if v.dim())))
     def on_step_end(self, args, state, control, **kw):
         if self.die == [rank, state.global_step]: os._exit(9)
 
-def job(out, settings, die=None, resume=None, before=(), **more):
+def job(out, settings, die=None, resume=False, **more):
+    if 'fsdp' in more and not more['fsdp']: os.environ.pop('ACCELERATE_USE_FSDP', None); more.pop('fsdp')       # beside jobs that a launch config shards
     out = Path(out); torch.manual_seed(0); AcceleratorState._reset_state(reset_partial_state=True)
     alf = ALFCallback(**settings); watch = Watch(alf, die)
     args = TrainingArguments(**{**dict(output_dir=str(out), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=3), **more})
     trainer = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[alf, watch])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=find_checkpoint(out) if resume is True else resume)
+    trainer.remove_callback(PrinterCallback); watch.wrapped = lambda: trainer.model_wrapped
+    trainer.train(resume_from_checkpoint=find_checkpoint(out) if resume else settings.get('resume_from'))
     weights = {k: whole_tensor(p.detach()) for k, p in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
     trainer.save_model(out/'model')
-    ddp = trainer.model_wrapped
     (out/f'rank{rank}.json').write_text(json.dumps(dict(losses=[h['loss'] for h in trainer.state.log_history if 'loss' in h], weights=hashlib.sha256(b''.join(p.numpy().tobytes() for p in weights.values())).hexdigest(),
-        names=list(alf.selection.names), share=alf.summary()['trainable_share_peak'], norm=[float(p.norm()) for p in weights.values()], held=watch.rows, n_total=alf.n_total, engine=type(ddp).__name__,
+        names=list(alf.selection.names), share=alf.summary()['trainable_share_peak'], norm=[float(p.norm()) for p in weights.values()], held=watch.rows, n_total=alf.n_total, engine=type(trainer.model_wrapped).__name__,
         signals={s: alf.tracker.scores(s, 10).values for s in ('prior', 'rate', 'gain', 'grad_norm', 'descent')})))
 
 for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)
@@ -68,11 +69,12 @@ NOREF = dict(budget=.25, interval=4, references='none', measure_every=3)
 FSDP = dict(fsdp=True, fsdp_config=dict(version=2))
 
 
-def launch(folder, processes, *jobs, timeout=240):
+def launch(folder, processes, *jobs, timeout=240, config=None):
     (folder/'job.py').write_text(SCRIPT)
     (folder/'jobs.json').write_text(json.dumps([{**j, 'out': str(folder/j['out'])} for j in jobs]))
     for j in jobs: (folder/j['out']).mkdir(exist_ok=True)
     head = [sys.executable] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    if config: head = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(Path(__file__).parents[1]/'configs'/config), '--num_processes', str(processes), '--mixed_precision', 'no', '--main_process_port', '0']
     env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')} | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
     return subprocess.run([*head, str(folder/'job.py'), str(folder/'jobs.json')], capture_output=True, text=True, timeout=timeout, env=env)
 
@@ -98,11 +100,17 @@ def same_signals(a, b, rel):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    "The jobs that go through, in one launch of one process and one of two"
+    "All jobs: two processes, the last job of which is killed; one process; two again, started with the launch config for users"
     d = tmp_path_factory.mktemp('processes')
-    for n, more in ((1, []), (2, [dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE), dict(out='fsdp-noref2', settings=NOREF, **FSDP)])):
-        done = launch(d, n, dict(out=f'prior{n}', settings=PRIOR, **SAVE), dict(out=f'badam{n}', settings=BADAM), dict(out=f'gain{n}', settings=GAIN), dict(out=f'noref{n}', settings=NOREF), *more)
-        assert done.returncode == 0, done.stderr[-3000:]
+    dead = launch(d, 2, dict(out='prior2', settings=PRIOR, **SAVE), dict(out='badam2', settings=BADAM), dict(out='gain2', settings=GAIN, ddp_find_unused_parameters=False),
+                  dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE), dict(out='fsdp-noref2', settings=NOREF, **FSDP), dict(out='fsdp-gain-cut', settings=GAIN, die=[1, 7], **FSDP, **SAVE))
+    assert (d/'fsdp-noref2'/'rank1.json').exists(), dead.stderr[-3000:]
+    (d/'dead.txt').write_text(f'{dead.returncode}\n{dead.stderr}')
+    alone = launch(d, 1, dict(out='prior1', settings=PRIOR, **SAVE), dict(out='badam1', settings=BADAM), dict(out='gain1', settings=GAIN), dict(out='noref1', settings=NOREF), dict(out='prior2to1', settings=dict(resume_from=str(d/'prior2'/'checkpoint-6'), **PRIOR)))
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    again = launch(d, 2, dict(out='fsdp-gain-cut', settings=GAIN, resume=True, **SAVE), dict(out='prior2to2', settings=dict(resume_from=str(d/'prior2'/'checkpoint-6'), **PRIOR), fsdp=None),
+                   dict(out='prior1to2', settings=dict(resume_from=str(d/'prior1'/'checkpoint-6'), **PRIOR), fsdp=None), config='accelerate_fsdp2.yaml')
+    assert again.returncode == 0, again.stderr[-3000:]
     return d
 
 
@@ -142,3 +150,26 @@ def test_what_is_saved_from_pieces_loads_in_one_process(runs):
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(runs/'fsdp-gain2'/'model')
     assert [float(p.norm()) for p in model.state_dict().values()] == pytest.approx(ranks(runs/'fsdp-gain2')[0]['norm'], rel=1e-6)
+
+
+def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(runs):
+    code, *said = (runs/'dead.txt').read_text().splitlines()
+    assert code != '0' and any('exitcode' in x and ': 9' in x for x in said) and not (runs/'fsdp-gain-cut'/'checkpoint-7').exists()
+    for new, old in (('fsdp-gain-cut', 'fsdp-gain2'), ('prior2to2', 'prior2')):
+        a, b = ranks(runs/new), ranks(runs/old)
+        assert a[0]['engine'] == b[0]['engine']
+        for k in ('weights', 'losses', 'signals', 'names'): assert a[0][k] == a[1][k] == b[0][k], k
+
+
+@pytest.mark.parametrize('new, old, n', [('prior1to2', 'prior1', 2), ('prior2to1', 'prior2', 1)])
+def test_a_run_goes_on_with_another_number_of_processes(runs, new, old, n):
+    a, b = ranks(runs/new, n)[0], ranks(runs/old, 3-n)[0]
+    assert a['names'] == b['names'] and close(a['losses'], b['losses']) and close(a['norm'], b['norm'])
+    same_signals(b, a, 1e-3)
+    assert choices(runs/new) == [c for c in choices(runs/old) if c[0] > 6]
+
+
+def test_ddp_buffers_only_what_trains(runs):
+    for name in ('prior2', 'badam2', 'gain2', 'prior2to2'):
+        held = ranks(runs/name)[0]['held']
+        for h in held: assert h['ddp'] == 4*h['trains'] < 4*.5*h['all']
