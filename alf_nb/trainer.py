@@ -137,7 +137,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #bdbe41f6
+# %% ../nbs/09_trainer.ipynb #4d273e96
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -151,7 +151,8 @@ def _thaw_leftovers(model):
 
 def _check_engine(args, model, ddp=None):
     "Refuse what cannot work, before the first step"
-    if getattr(args, 'deepspeed', None): raise ValueError("DeepSpeed partitions the optimizer before ALF can choose: train with DDP or on one device")
+    if getattr(args, 'deepspeed', None) or os.environ.get('ACCELERATE_USE_DEEPSPEED', '').lower() in ('1', 'true'):
+        raise ValueError("DeepSpeed partitions the optimizer before ALF can choose: train with FSDP2, with DDP or on one device")
     if any(type(m).__name__ == 'FullyShardedDataParallel' for m in model.modules()): raise ValueError("FSDP1 flattens the weights of a block into one, of which ALF cannot freeze a part: use FSDP2 (fsdp_config={'version': 2}, or fsdp_version: 2 in the accelerate config)")
     sharded = any(map(is_sharded, model.parameters()))
     if getattr(args, 'fsdp', None) and not sharded: warnings.warn("fsdp is set, but every process holds the whole weights: accelerate shards on accelerators only, not on a CPU")

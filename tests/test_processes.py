@@ -140,8 +140,8 @@ def test_weights_in_pieces_learn_what_one_process_does(runs, name):
 
 def test_a_frozen_piece_costs_neither_gradient_nor_optimizer_state(runs):
     for r in ranks(runs/'fsdp-gain2'):
-        assert len({h['trains'] for h in r['held']}) > 1 or len(choices(runs/'fsdp-gain2')) > 1
         for h in r['held']: assert h['grad'] == h['trains'] and h['adam'] == 2*h['trains'] and h['trains'] <= .3*h['all']
+    assert len(choices(runs/'fsdp-gain2')) > 1
     memory = [e for e in events(runs/'fsdp-gain2') if e['event'] == 'memory']
     assert memory and all(e['grad_bytes'] <= 4*.3*r['held'][0]['all'] for e in memory)       # the log speaks of one process
 
@@ -173,3 +173,16 @@ def test_ddp_buffers_only_what_trains(runs):
     for name in ('prior2', 'badam2', 'gain2', 'prior2to2'):
         held = ranks(runs/name)[0]['held']
         for h in held: assert h['ddp'] == 4*h['trains'] < 4*.5*h['all']
+
+
+def test_what_cannot_work_is_refused_before_the_first_step(monkeypatch):
+    from types import SimpleNamespace
+    from torch import nn
+    from alf_nb.trainer import _check_engine
+    args, model = SimpleNamespace(deepspeed=None, fsdp=None, world_size=1), nn.Linear(2, 2)
+    _check_engine(args, model)
+    with pytest.raises(ValueError, match='FSDP1 flattens.*version'): _check_engine(args, nn.Sequential(type('FullyShardedDataParallel', (nn.Linear,), {})(2, 2)))
+    with pytest.warns(UserWarning, match='every process holds the whole weights'): _check_engine(SimpleNamespace(**{**vars(args), 'fsdp': True}), model)
+    with pytest.raises(ValueError, match='DeepSpeed'): _check_engine(SimpleNamespace(**{**vars(args), 'deepspeed': 'ds.json'}), model)
+    monkeypatch.setenv('ACCELERATE_USE_DEEPSPEED', 'true')
+    with pytest.raises(ValueError, match='DeepSpeed'): _check_engine(args, model)
