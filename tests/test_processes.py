@@ -146,10 +146,16 @@ def test_a_frozen_piece_costs_neither_gradient_nor_optimizer_state(runs):
     assert memory and all(e['grad_bytes'] <= 4*.3*r['held'][0]['all'] for e in memory)       # the log speaks of one process
 
 
-def test_what_is_saved_from_pieces_loads_in_one_process(runs):
+def test_what_is_saved_from_pieces_loads_in_one_process(runs, tmp_path):
+    import torch
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(runs/'fsdp-gain2'/'model')
+    from alf_nb.delta import apply_delta, save_delta
+    from alf_nb.demo import demo_model
+    model, base = AutoModelForCausalLM.from_pretrained(runs/'fsdp-gain2'/'model'), demo_model()
     assert [float(p.norm()) for p in model.state_dict().values()] == pytest.approx(ranks(runs/'fsdp-gain2')[0]['norm'], rel=1e-6)
+    delta = save_delta(model, base, tmp_path)
+    assert 0 < len(delta) < delta.n_tensors and apply_delta(base, tmp_path).changed == delta.changed
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), base.state_dict().values()))
 
 
 def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(runs):
