@@ -10,8 +10,8 @@ __all__ = []
 # %% ../nbs/99_all.ipynb #6ec601a0
 import importlib
 
-# %% ../nbs/99_all.ipynb #6df535d1
-_ROOMS = ('records', 'layers', 'kernels', 'snapshots', 'tracker', 'probe', 'policies', 'optim', 'runlog', 'checkpoints', 'trainer', 'background', 'loop', 'delta', 'attention', 'plots', 'shift', 'reports', 'card', 'sources', 'finetune', 'compare', 'audit', 'efficiency')
+# %% ../nbs/99_all.ipynb #9c166c98
+_ROOMS = ('records', 'layers', 'shards', 'kernels', 'snapshots', 'tracker', 'probe', 'policies', 'optim', 'runlog', 'checkpoints', 'trainer', 'background', 'loop', 'delta', 'attention', 'plots', 'shift', 'reports', 'card', 'sources', 'finetune', 'compare', 'audit', 'efficiency')
 
 _VIEWS = {'widgets.picker': 'ThresholdPicker', 'widgets.map': 'SelectionMap', 'widgets.dashboard': 'TrainingDashboard', 'widgets.attention': 'AttentionViewer', 'widgets.compare': 'CompareView'}
 

@@ -6,14 +6,16 @@ Docs: https://example.github.io/alf_nb/optim.html.md"""
 
 # %% auto #0
 __all__ = ['FIRST_MOMENTS', 'STATE_MODES', 'unwrap_optimizer', 'optimizer_bytes', 'gradient_bytes', 'check_optimizer',
-           'ParkedStates', 'apply_selection', 'FrozenGuard', 'last_update', 'check_last_update', 'check_state']
+           'ParkedStates', 'apply_selection', 'find_ddp', 'renew_buckets', 'FrozenGuard', 'last_update',
+           'check_last_update', 'check_state']
 
-# %% ../nbs/07_optim.ipynb #ae38ca3e
-import torch
+# %% ../nbs/07_optim.ipynb #cc802769
+import gc, torch
 from torch import Tensor
 from .layers import Layers
+from .shards import as_shard, local_tensor
 
-# %% ../nbs/07_optim.ipynb #ee5917d9
+# %% ../nbs/07_optim.ipynb #02bbb4f9
 def unwrap_optimizer(
     optimizer # a torch optimizer, or a wrapper with an `.optimizer`
 )->torch.optim.Optimizer:
@@ -23,7 +25,7 @@ def unwrap_optimizer(
         raise ValueError(f"expected a torch optimizer, got {type(optimizer).__name__}")
     return optimizer
 
-def _nbytes(x): return x.numel()*x.element_size() if isinstance(x, Tensor) else 0
+def _nbytes(x): return (x := local_tensor(x)).numel()*x.element_size() if isinstance(x, Tensor) else 0     # of weights in pieces, what this process holds
 
 def optimizer_bytes(
     optimizer # any torch optimizer
@@ -50,7 +52,7 @@ def check_optimizer(
         raise RuntimeError(f"{len(missing)} units are not in the optimizer and could never move, the first is {missing[0]!r}: "
                            "build the optimizer while all parameters require grad, then let ALF freeze them")
 
-# %% ../nbs/07_optim.ipynb #b9dd106f
+# %% ../nbs/07_optim.ipynb #ef40740a
 FIRST_MOMENTS = ('exp_avg', 'momentum_buffer')
 STATE_MODES = ('v', 'full', 'drop')
 
@@ -74,7 +76,7 @@ class ParkedStates:
         "Copy what is to be kept of `state` to the host"
         if self.state == 'drop' or not state: return
         kept = {k:v for k,v in state.items() if not (self.state == 'v' and k in FIRST_MOMENTS)}
-        self.held[name] = {k: v.detach().to('cpu', copy=True) if isinstance(v, Tensor) else v for k,v in kept.items()}
+        self.held[name] = {k: local_tensor(v).detach().to('cpu', copy=True) if isinstance(v, Tensor) else v for k,v in kept.items()}
 
     def fetch(self,
         name:str,    # full parameter name
@@ -83,7 +85,7 @@ class ParkedStates:
         "State of a parameter that returns, on its device; None if none was kept"
         if (kept := self.held.pop(name, None)) is None: return None
         # a step count lives on the host in plain Adam, beside the weights in fused and capturable ones: torch moves it when needed
-        out = {k: v.to(p.device) if isinstance(v, Tensor) and v.dim() else v for k,v in kept.items()}
+        out = {k: as_shard(v.to(p.device), p) if isinstance(v, Tensor) and v.dim() else v for k,v in kept.items()}
         if self.state == 'v' and 'exp_avg_sq' in out: out = {**{k: out[k] for k in ('step',) if k in out}, 'exp_avg': torch.zeros_like(p), **out}      # in Adam's own order
         return out
 
@@ -113,12 +115,29 @@ def apply_selection(
             if (old := parked.fetch(k, p)) is not None: state[p] = old
     return entered, left
 
-# %% ../nbs/07_optim.ipynb #a3371d4c
+# %% ../nbs/07_optim.ipynb #79c72d49
+def find_ddp(
+    model:torch.nn.Module # any model
+):
+    "The `DistributedDataParallel` around `model`, which Trainer does not hand to its callbacks; None: there is none"
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return None
+    return next((o for o in gc.get_objects() if type(o) is torch.nn.parallel.DistributedDataParallel and o.module is model), None)
+
+def renew_buckets(
+    ddp # of `find_ddp`; None: nothing to do
+)->None:
+    "Let DDP hold and send gradients of exactly the parameters that require grad now"
+    if ddp is None or not any(p.requires_grad for p in ddp.module.parameters()): return
+    hooks,ddp._comm_hooks = ddp._comm_hooks,[]
+    ddp.__setstate__(ddp.__getstate__())
+    for hook,state in hooks: ddp.register_comm_hook(state, hook)
+
+# %% ../nbs/07_optim.ipynb #5a6bcc84
 _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _sample_bits(p:Tensor, k:int)->Tensor:
     "Bits of at most `k` elements spread evenly over `p`, as int64"
-    flat = p.detach().reshape(-1)
+    flat = local_tensor(p).detach().reshape(-1)
     if flat.numel() > k: flat = flat[torch.linspace(0, flat.numel()-1, k, dtype=torch.float64).long().to(flat.device)]
     return flat.contiguous().view(_INT[flat.element_size()]).long()
 
@@ -144,18 +163,18 @@ class FrozenGuard:
             raise RuntimeError(f"frozen weights changed: {', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''}. "
                                "Something outside ALF writes to them: an optimizer with its own copy, a merge, a callback that loads weights?")
 
-# %% ../nbs/07_optim.ipynb #feb56099
+# %% ../nbs/07_optim.ipynb #62b5d81c
 def last_update(
     optimizer, # Adam, AdamW or SGD of torch, after its step and before gradients go
     p:Tensor   # a parameter that it trains
-)->Tensor:     # fp32, of the parameter's shape
+)->Tensor:     # fp32, of the parameter's shape; of a weight in pieces, of the local one
     "The step just made, −ΔW/lr, from the optimizer's own state"
     opt = unwrap_optimizer(optimizer); check_last_update(opt)
     g = next(g for g in opt.param_groups if any(p is q for q in g['params']))
-    state,w,wd = opt.state[p],p.detach().float(),g['weight_decay']
+    state,w,grad,wd = {k: local_tensor(v) for k,v in opt.state[p].items()},local_tensor(p).detach().float(),local_tensor(p.grad),g['weight_decay']
     if isinstance(opt, torch.optim.SGD):
         m = state.get('momentum_buffer')
-        return m.float() if m is not None else p.grad.float() + wd*(w + g['lr']*p.grad.float())/(1 - g['lr']*wd)
+        return m.float() if m is not None else grad.float() + wd*(w + g['lr']*grad.float())/(1 - g['lr']*wd)
     (b1,b2),t = g['betas'],float(state['step'])
     v = state['max_exp_avg_sq' if g['amsgrad'] else 'exp_avg_sq'].float()/(1-b2**t)
     u = state['exp_avg'].float()/(1-b1**t)/(v.sqrt() + g['eps'])

@@ -7,13 +7,14 @@ Docs: https://example.github.io/alf_nb/probe.html.md"""
 # %% auto #0
 __all__ = ['Probe', 'probe_gradients']
 
-# %% ../nbs/05a_probe.ipynb #14b798db
+# %% ../nbs/05a_probe.ipynb #0ee26547
 import math, warnings, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import Tensor
 from .layers import Layers
 from .records import Scores
+from .shards import is_sharded, local_tensor, over_shards
 
 # %% ../nbs/05a_probe.ipynb #04bb106a
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -29,7 +30,7 @@ def _signs(bits:Tensor, n:int)->Tensor:
     neg = (bits[:, None] & torch.tensor(_BITS, dtype=torch.uint8, device=bits.device)).ne(0).reshape(-1)[:n]
     return 1 - 2*neg.to(torch.int8)
 
-# %% ../nbs/05a_probe.ipynb #965a1154
+# %% ../nbs/05a_probe.ipynb #2ad44a73
 @dataclass
 class Probe:
     "What a probe found, and what it cost."
@@ -45,7 +46,7 @@ class _Reducer:
         self.signs,self.pairs,self.sq = {},{},{}
         self.held = self.peak = 0
     def __call__(self, p):
-        g,p.grad = p.grad.detach(),None
+        g,p.grad = local_tensor(p.grad).detach(),None      # of a weight in pieces, the mean over the processes is in already
         self.peak = max(self.peak, self.held + g.numel()*g.element_size())
         if (bits := self.signs.get(p)) is not None:
             self.pairs[p] = self.pairs.get(p, 0.) + (g.reshape(-1).float()*_signs(bits, g.numel())).sum(dtype=torch.float64)
@@ -62,7 +63,7 @@ def _only_trainable(all_params, wanted):
     finally:
         for p,r,g in before: p.requires_grad_(r); p.grad = g
 
-# %% ../nbs/05a_probe.ipynb #34d1c427
+# %% ../nbs/05a_probe.ipynb #59f4b5fe
 def _model_loss(model, batch):
     "The model's own loss on a batch that holds labels"
     out = model(**batch)
@@ -70,6 +71,12 @@ def _model_loss(model, batch):
     if loss is None:
         raise ValueError(f"the model returned no loss for a batch with {', '.join(batch)}: give it labels, pass the loss as `loss=`, or start from the prior (start='prior')")
     return loss
+
+def _finite_everywhere(loss):
+    "Is the loss finite, on every process? What one leaves out all leave out, or their sums would not fit together"
+    ok = loss.detach().isfinite().float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(ok, op=torch.distributed.ReduceOp.MIN)
+    return bool(ok)
 
 def probe_gradients(
     layers:Layers,        # a model as units
@@ -83,19 +90,17 @@ def probe_gradients(
     names = [u.name for u in layers.units if u.eligible] if names is None else list(names)
     if not names: raise ValueError("no unit to probe: none is eligible")
     owner = {p: n for n in names for p in layers.params(n)}
-    red = _Reducer(); sums = dict(norm={}, pair={}); losses,odd = [],0
+    red = _Reducer(); squares,losses,odd = [],[],0
     devices = sorted({p.device.index for p in owner if p.device.type == 'cuda'})
-    with torch.random.fork_rng(devices=devices), _only_trainable(list(model.parameters()), owner):
+    with torch.random.fork_rng(devices=devices), _only_trainable([p for n in layers for p in layers.params(n)], owner):
         hooks = [p.register_post_accumulate_grad_hook(red) for p in owner]
         try:
             for i,batch in enumerate(batches):
                 red.sq = {}
                 out = loss(model, batch)
-                if not bool(out.detach().isfinite()): odd += 1; continue     # a batch without a label, for instance: there is nothing to learn from it
+                if not _finite_everywhere(out): odd += 1; continue     # a batch without a label, for instance: there is nothing to learn from it
                 out.backward(); losses.append(out.detach())
-                for n in names:
-                    sq = [s for p in layers.params(n) if (s := red.sq.get(p)) is not None]
-                    if sq: sums['norm'][n] = sums['norm'].get(n, 0.) + torch.stack(sq).sum().sqrt()
+                squares.append({n: torch.stack(sq).sum() for n in names if (sq := [s for p in layers.params(n) if (s := red.sq.get(p)) is not None])})
                 if progress: progress(i+1)
         finally:
             for h in hooks: h.remove()
@@ -103,17 +108,19 @@ def probe_gradients(
     said = f"{odd} batch{'es'*(odd > 1)} of the probe left out, with a loss that is NaN or infinite: are all labels masked (-100)?"
     if n_batches < 2: raise ValueError(f"a probe compares batches: it needs at least 2, got {n_batches}" + (f"; {said}" if odd else ''))
     if odd: warnings.warn(said)
+    pair = {}
     for p,n in owner.items():
-        if p in red.pairs: sums['pair'][n] = sums['pair'].get(n, 0.) + red.pairs[p]
-    asked = [n for n in names if n in sums['norm']]     # a unit that got no gradient (an unused module) stays unknown
-    dev = losses[0].device
-    table = torch.stack([torch.stack([sums['pair'].get(n, torch.zeros((), dtype=torch.float64)).to(dev) for n in asked]),
-                         torch.stack([sums['norm'][n].to(dev) for n in asked])]) if asked else torch.zeros(2, 0, dtype=torch.float64, device=dev)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(table); table /= torch.distributed.get_world_size()
-    pair,norm = table.tolist()
-    size = {n: sum(p.numel() for p in layers.params(n)) for n in asked}
-    gain = {n: v/(n_batches-1)/size[n] for n,v in zip(asked, pair)}
-    grad_norm = {n: v/n_batches/math.sqrt(size[n]) for n,v in zip(asked, norm)}
+        if p in red.pairs: pair[n] = pair.get(n, 0.) + red.pairs[p]
+    dev,zero = losses[0].device,torch.zeros((), dtype=torch.float64)
+    row = lambda found: torch.stack([found.get(n, zero).to(dev) for n in names])
+    table = torch.stack([row({n: zero+1 for q in squares for n in q}), row(pair), *map(row, squares)])      # was it reached at all?, Σ g·sign g', and Σ g² of each batch
+    if any(map(is_sharded, owner)): table = torch.tensor(over_shards(layers, names, table.tolist())[0], dtype=torch.float64)
+    table = torch.cat([table[:2], table[2:].sqrt().sum(0, keepdim=True)])
+    if not any(map(is_sharded, owner)) and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(table); table[1:] /= torch.distributed.get_world_size()
+    reached,pair,norm = table.tolist()
+    size = {n: layers[n].n_params for n in names}
+    gain = {n: v/(n_batches-1)/size[n] for n,v,r in zip(names, pair, reached) if r}      # a unit that got no gradient (an unused module) stays unknown
+    grad_norm = {n: v/n_batches/math.sqrt(size[n]) for n,v,r in zip(names, norm, reached) if r}
     blank = dict.fromkeys(layers)
     return Probe(Scores('gain', blank | gain), Scores('grad_norm', blank | grad_norm), float(torch.stack(losses).float().mean()), n_batches, red.peak)

@@ -7,13 +7,14 @@ Docs: https://example.github.io/alf_nb/snapshots.html.md"""
 # %% auto #0
 __all__ = ['Snapshot', 'snapshot_tensors', 'restore_snapshot']
 
-# %% ../nbs/04_snapshots.ipynb #0b544abd
+# %% ../nbs/04_snapshots.ipynb #ac72c79a
 import torch
 from .kernels import DeltaPlan, Reference8, empty_reference
 from .layers import Layers
 from .records import DeltaNorms
+from .shards import gathered, is_sharded, local_tensor, over_shards, shard_of
 
-# %% ../nbs/04_snapshots.ipynb #10f982ac
+# %% ../nbs/04_snapshots.ipynb #37f0f86a
 class Snapshot:
     "Reference weights of some units of a model."
     def __init__(self,
@@ -23,6 +24,8 @@ class Snapshot:
         bits:int=32              # 8: one byte and a bit per parameter; 32: references in the dtype of the weights
     ):
         if bits not in (8, 32): raise ValueError(f"references in {bits} bits; there are 8, and 32 for the dtype of the weights")
+        self.sharded = any(is_sharded(p) for n in layers for p in layers.params(n))
+        if bits == 8 and self.sharded: raise ValueError("references in 8 bits share scales over 256 neighbours, which weights in pieces (FSDP2) do not keep together: take references in the dtype of the weights, 'device' or 'host'")
         self.layers,self.device,self.backend,self.bits = layers,device,backend,bits
         self._refs,self._plan = {},None
 
@@ -43,11 +46,13 @@ class Snapshot:
         "Remember the weights of `names` as they are now"
         names = list(names)
         for n in names:
-            self._refs[n] = {k: empty_reference(self._here(p)) if self.bits == 8 else p.detach().to(self.device or p.device, copy=True).contiguous() for k,p in self.layers.named_params(n).items()}
+            self._refs[n] = {k: empty_reference(self._here(p)) if self.bits == 8 else local_tensor(p).detach().to(self.device or p.device, copy=True).contiguous() for k,p in self.layers.named_params(n).items()}
         if self.bits == 8 and names: self._new_plan(names).run(refresh=True)     # the kernel fills them
         self._plan = None
 
-    def _here(self, t): return t if t is None or self.device is None else t.detach().to(self.device)
+    def _here(self, t):
+        t = local_tensor(t)
+        return t if t is None or self.device is None else t.detach().to(self.device)
 
     def _new_plan(self, names, dot=None):
         # the parameters themselves where they can be: the plan notices when one gets new memory
@@ -66,8 +71,8 @@ class Snapshot:
     def params_and_refs(self,
         name:str # a unit with a reference
     )->list:
-        "Pairs of parameter and reference of one unit; 8-bit references as the fp32 they stand for"
-        return [(p, r.dequantize() if isinstance(r := self._refs[name][k], Reference8) else r) for k,p in self.layers.named_params(name).items()]
+        "Pairs of parameter and reference of one unit; 8-bit references as the fp32 they stand for; of weights in pieces, the local ones"
+        return [(local_tensor(p), r.dequantize() if isinstance(r := self._refs[name][k], Reference8) else r) for k,p in self.layers.named_params(name).items()]
 
     @torch.no_grad()
     def measure(self,
@@ -79,16 +84,24 @@ class Snapshot:
         if not names: return DeltaNorms((), (), (), ())
         if dot is None and self._plan: return self._plan.run(refresh)
         plan = self._new_plan(names, dot)
+        if self.sharded: return self._total(plan.run(refresh))         # FSDP may give a piece new memory: a new plan each time
         if dot is None and self.device is None: self._plan = plan      # a plan of host copies or of gradients is good for one measurement
         return plan.run(refresh)
 
-# %% ../nbs/04_snapshots.ipynb #4f818c4d
+    def _total(self, norms):
+        "Norms of whole weights from those of the pieces"
+        (d2,r2,*dot),(top,) = over_shards(self.layers, norms.names, [[x*x for x in norms.delta], [x*x for x in norms.ref], *([norms.dot] if norms.dot else [])], [norms.max_abs])
+        return DeltaNorms(norms.names, [x**.5 for x in d2], [x**.5 for x in r2], top, *dot)
+
+# %% ../nbs/04_snapshots.ipynb #66fce5aa
 def snapshot_tensors(
     snap:Snapshot # references to be saved
 )->dict:
-    "References as one flat dict `full parameter name` → tensor, for safetensors"
+    "References as one flat dict `full parameter name` → tensor, for safetensors; of weights in pieces the wholes on the first process, and all processes have to call this"
     out = {}
-    for k,r in (kr for ts in snap._refs.values() for kr in ts.items()):
+    for n in snap.names if snap.sharded else ():
+        out |= {k: gathered(snap._refs[n][k], p) for k,p in snap.layers.named_params(n).items()}
+    for k,r in (kr for ts in snap._refs.values() for kr in ts.items()) if not snap.sharded else ():
         out |= {f'{k}/q': r.q, f'{k}/scale': r.scale, f'{k}/error': torch.tensor(r.error, dtype=torch.float64)} if isinstance(r, Reference8) else {k: r}
     return out
 
@@ -100,7 +113,7 @@ def restore_snapshot(
     def put(k, p):
         ref, device = tensors[key(k)], snap.device or p.device
         if ref.shape != p.shape: raise ValueError(f"reference of {k} has shape {tuple(ref.shape)}, the parameter has {tuple(p.shape)}")
-        if snap.bits == 32: return ref.to(device, copy=True)
+        if snap.bits == 32: return shard_of(ref, p).to(device, copy=True).contiguous()
         return Reference8(ref.to(device, copy=True), tensors[f'{k}/scale'].to(device, copy=True), tensors[f'{k}/error'].item())
     key = lambda k: f'{k}/q' if snap.bits == 8 else k
     for n in snap.layers:

@@ -7,12 +7,13 @@ Docs: https://example.github.io/alf_nb/tracker.html.md"""
 # %% auto #0
 __all__ = ['SIGNALS', 'prior_scores', 'ImportanceTracker']
 
-# %% ../nbs/05_tracker.ipynb #7be22b27
+# %% ../nbs/05_tracker.ipynb #4557cb0e
 import math, torch
 from .layers import Layers
 from .records import DeltaNorms, Scores
+from .shards import local_tensor, over_shards
 
-# %% ../nbs/05_tracker.ipynb #fe571e9a
+# %% ../nbs/05_tracker.ipynb #f9c31745
 SIGNALS = ('rate', 'coherence', 'gain', 'grad_norm', 'prior')   # those that may be chosen as importance
 
 @torch.no_grad()
@@ -20,11 +21,12 @@ def prior_scores(
     layers:Layers # a model as units
 )->Scores:
     "1/RMS(W) of every unit, before any training"
-    values = {}
-    for n in layers:
-        ps = [p for p in layers.params(n) if p.numel()]
-        ms = [float(p.detach().float().square().mean())*p.numel() for p in ps]   # per tensor in fp32, summed in Python floats
-        rms = math.sqrt(sum(ms)/sum(p.numel() for p in ps)) if ps else 0.
+    def squares(n):
+        ps = [p for p in map(local_tensor, layers.params(n)) if p.numel()]
+        return sum(float(p.detach().float().square().mean())*p.numel() for p in ps)   # per tensor in fp32, summed in Python floats
+    values,(sq,) = {},over_shards(layers, layers, [[squares(n) for n in layers]])[0]
+    for n,s in zip(layers, sq):
+        rms = math.sqrt(s/size) if (size := layers[n].n_params) else 0.
         values[n] = 1/rms if rms > 0 and math.isfinite(rms) else None
     return Scores('prior', values)
 

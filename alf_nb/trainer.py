@@ -11,7 +11,7 @@ __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
-# %% ../nbs/09_trainer.ipynb #28aab631
+# %% ../nbs/09_trainer.ipynb #52e2db40
 import hashlib, json, math, os, shutil, sys, threading, time, uuid, warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -26,11 +26,12 @@ from . import __version__
 from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
 from .kernels import warm_up
 from .layers import partition_layers
-from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, gradient_bytes, last_update, optimizer_bytes, unwrap_optimizer
+from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
 from .policies import POLICIES, Policy, adjusted, match_units
 from .probe import _model_loss, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
+from .shards import gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
@@ -51,7 +52,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #b1eae4bd
+# %% ../nbs/09_trainer.ipynb #da3ab55f
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -137,6 +138,7 @@ class ALFCallback(TrainerCallback, ExportableState):
             if v is not None and not isinstance(v, (str, os.PathLike)): raise ValueError(f"{k}={v!r}, but it is the path of a folder")
         self.check,self.seed,self.out,self.resume_from = check,seed,out,resume_from
         self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
+        self._on_load = self._loaded_for = None
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
         self._wished = self._asked_policy = self.policy          # as given, and with what lies below its reach banned
         self._lock,self._pending,self._again = threading.Lock(),None,False
@@ -153,22 +155,26 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #f0553ead
+# %% ../nbs/09_trainer.ipynb #8f4e4d66
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
 
 def _thaw_leftovers(model):
+    reshard(model)
     frozen = set(getattr(model, _LEFTOVER, ()))
     for n,p in model.named_parameters():
         if n in frozen: p.requires_grad_(True)
     if frozen: setattr(model, _LEFTOVER, ())
 
-def _check_engine(args, model):
+def _check_engine(args, model, ddp=None):
     "Refuse what cannot work, before the first step"
-    if getattr(args, 'deepspeed', None): raise ValueError("DeepSpeed partitions the optimizer before ALF can choose: train with DDP or on one device")
-    if getattr(args, 'fsdp', None): raise ValueError("FSDP shards each weight over processes, which ALF does not measure yet: train with DDP or on one device")
-    if args.world_size > 1 and args.ddp_find_unused_parameters is not True and (args.ddp_find_unused_parameters is False or getattr(args, 'activation_checkpointing', None) or getattr(args, 'gradient_checkpointing', None)):
+    if getattr(args, 'deepspeed', None) or os.environ.get('ACCELERATE_USE_DEEPSPEED', '').lower() in ('1', 'true'):
+        raise ValueError("DeepSpeed partitions the optimizer before ALF can choose: train with FSDP2, with DDP or on one device")
+    if any(type(m).__name__ == 'FullyShardedDataParallel' for m in model.modules()): raise ValueError("FSDP1 flattens the weights of a block into one, of which ALF cannot freeze a part: use FSDP2 (fsdp_config={'version': 2}, or fsdp_version: 2 in the accelerate config)")
+    sharded = any(map(is_sharded, model.parameters()))
+    if getattr(args, 'fsdp', None) and not sharded: warnings.warn("fsdp is set, but every process holds the whole weights: accelerate shards on accelerators only, not on a CPU")
+    if args.world_size > 1 and not sharded and ddp is None and args.ddp_find_unused_parameters is not True and (args.ddp_find_unused_parameters is False or getattr(args, 'activation_checkpointing', None) or getattr(args, 'gradient_checkpointing', None)):
         raise ValueError("under DDP frozen units get no gradient: set ddp_find_unused_parameters=True")
     for m in model.modules():
         f = getattr(m, '_gradient_checkpointing_func', None)
@@ -210,19 +216,40 @@ def _warn_of_new_head(model, units, pinned):
 @patch
 def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
-    if model is not None: _thaw_leftovers(model)
     self._join_trackers()
+    if model is None: return
+    _thaw_leftovers(model)
+    self._loaded_for,self._on_load = None,model.register_load_state_dict_post_hook(lambda model, _: self._freeze_for_load(args, model))
+
+@patch
+def _freeze_for_load(self:ALFCallback, args, model):
+    "FSDP2 loads optimizer state for all that requires grad, no more and no less: let that be what the checkpoint holds. Trainer does not yet say which it loads"
+    if not any(map(is_sharded, model.parameters())): return
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); folder = self._given_folder(args) or find_checkpoint(args.output_dir)
+    file = Path(folder or '')/'alf'/'state.json'
+    held = set(json.loads(file.read_text(encoding='utf-8')).get('optimizer') or ()) if file.is_file() else ()
+    if not held: return
+    _thaw_leftovers(model); self._loaded_for = file.parent.parent.resolve()      # accelerate loads twice
+    frozen = [(k, p) for k,p in model.named_parameters() if p.requires_grad and k not in held]
+    for _,p in frozen: p.requires_grad_(False)
+    setattr(model, _LEFTOVER, [k for k,_ in frozen])
+
+@patch
+def _given_folder(self:ALFCallback, args): return self.resume_from or (args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
 
 @patch
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
     self._t_begin = time.perf_counter(); self._join_trackers()
-    _check_alone(model, state); _check_engine(args, model); _thaw_leftovers(model)      # of an attempt that died: Trainer may begin again in the same process
+    if self._on_load is not None: self._on_load.remove(); self._on_load = None
+    self._ddp = find_ddp(model)
+    _check_alone(model, state); _check_engine(args, model, self._ddp); _thaw_leftovers(model); set_up_shards(model)      # of an attempt that died: Trainer may begin again in the same process
     self.layers,self.units = self._partition(model)
     self.names = tuple(u.name for u in self.units)
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
     self._optimizer = optimizer; check_optimizer(self.layers, optimizer, self.names)
     if self.references == 'none': check_last_update(optimizer)
+    if self.check == 'freeze' and any(map(is_sharded, model.parameters())): raise ValueError("check='freeze' puts whole weights back, and FSDP2 holds them in pieces: use check='raise', and go on from a checkpoint")
     self._loader,self._args,self._max_steps = train_dataloader,args,state.max_steps
     group = {id(p): i for i,g in enumerate(unwrap_optimizer(optimizer).param_groups) for p in g['params']}
     self._group = {n: group[id(self.layers.params(n)[0])] for n in self.names}
@@ -270,7 +297,7 @@ def peak_rss_bytes()->int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/09_trainer.ipynb #140bd934
+# %% ../nbs/09_trainer.ipynb #d182d2cc
 def _to_device(batch, device):
     "`batch`, whatever it is made of, with its tensors on `device`"
     if hasattr(batch, 'to'): return batch.to(device)
@@ -281,14 +308,15 @@ def _to_device(batch, device):
 def _probe(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
     t0 = time.perf_counter()
-    rank = self._args.process_index
-    gen = torch.Generator().manual_seed((self.seed*1_000_003 + step)*1009 + rank)
+    rank,world = self._args.process_index,self._args.world_size
+    gen = torch.Generator().manual_seed((self.seed*1_000_003 + step)*1009)      # one draw for all processes: each takes its part of every batch
     data,size = self._loader.dataset,self._args.per_device_train_batch_size
     if hasattr(data, '__len__') and hasattr(data, '__getitem__'):
         if len(data) == 0: raise ValueError("the training dataset is empty")
         order = torch.randperm(len(data), generator=gen).tolist()
-        while len(order) < n_batches*size: order += order        # a tiny dataset: batches repeat
-        loader = DataLoader(data, batch_size=size, sampler=order[:n_batches*size], collate_fn=self._loader.collate_fn)
+        while len(order) < n_batches*size*world: order += order        # a tiny dataset: batches repeat
+        mine = [i for k in range(n_batches) for i in order[(k*world+rank)*size:(k*world+rank+1)*size]]
+        loader = DataLoader(data, batch_size=size, sampler=mine, collate_fn=self._loader.collate_fn)
     else: loader = (b for b,_ in zip(DataLoader(data, batch_size=size, collate_fn=self._loader.collate_fn), range(n_batches)))
     device = next(self.layers.model.parameters()).device
     self.layers.model.train()
@@ -336,7 +364,7 @@ def _due(self:ALFCallback, step, max_steps):
     if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
-# %% ../nbs/09_trainer.ipynb #316b39ec
+# %% ../nbs/09_trainer.ipynb #60696614
 @patch
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
@@ -346,8 +374,8 @@ def _scores(self:ALFCallback, step):
 @patch
 def _select(self:ALFCallback, step, probe=True):
     "Ask the policy, switch, and write it down"
+    seen = {}; reshard(self.layers.model)
     self._check_place()
-    seen = {}
     if (names := self._starting(step)) is not None:
         names = set(names); names = tuple(n for n in self.names if n in names)
         chosen = Selection(names, reason=f"{self.start} start", policy=self.start, step=step, share=sum(self._sizes[n] for n in names)/self.n_total)
@@ -372,7 +400,7 @@ def _switch(self:ALFCallback, chosen, step, seen):
         self.snapshot.drop([n for n in left if n in held])
         fresh = [n for n in chosen.names if n not in held]
         self.snapshot.take(fresh); self._mark(fresh, step)
-    self.guard.watch()
+    renew_buckets(self._ddp); self.guard.watch()
     self.selection,self._new_state = chosen,True
     self.totals['select_s'] += time.perf_counter() - t0
     before = [n for n in left if n in self._sizes] if step else []
@@ -383,7 +411,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #20a42505
+# %% ../nbs/09_trainer.ipynb #43a2867f
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -455,12 +483,13 @@ def _read_update(self:ALFCallback, groups, step):
     for n in names:
         row = [torch.zeros(4, dtype=torch.float32)]
         for p,bits in zip(self.layers.params(n), self._before[n]):
-            if p.grad is None or not p.numel(): continue
+            if p.grad is None or not (w := local_tensor(p)).numel(): continue
             u = last_update(self._optimizer, p)*bool((_sample_bits(p, 4096) != bits).any())     # what was rounded away did not happen
-            row.append(torch.stack([u.square().sum(), (p.float() + groups[self._group[n]]['lr']*u).square().sum(), u.abs().amax(), (p.grad.float()*u).sum()]).cpu())
-        row = torch.stack(row); rows.append([*row[:,:2].sum(0).sqrt().tolist(), float(row[:,2].max()), float(row[:,3].sum())])
-    delta,ref,top,dot = zip(*rows) if rows else ((),)*4
-    norms,one = DeltaNorms(names, delta, ref, top),dict.fromkeys(names, 1.)
+            row.append(torch.stack([u.square().sum(), (w.float() + groups[self._group[n]]['lr']*u).square().sum(), (local_tensor(p.grad).float()*u).sum(), u.abs().amax()]).cpu())
+        row = torch.stack(row); rows.append([*row[:,:3].sum(0).tolist(), float(row[:,3].max())])
+    *sums,top = zip(*rows) if rows else ((),)*4
+    (delta,ref,dot),(top,) = over_shards(self.layers, names, sums, [top])
+    norms,one = DeltaNorms(names, [x**.5 for x in delta], [x**.5 for x in ref], top),dict.fromkeys(names, 1.)
     self._check_moved(norms, dict.fromkeys(names, 1), {n: groups[self._group[n]]['lr'] for n in names}, step)
     known = dict(self.tracker.values.get('rate', {}))
     self._measured = self.tracker.update_from_norms(norms, one, self._sizes, step)      # the update is in units of lr
@@ -511,7 +540,7 @@ def on_train_end(self:ALFCallback, args, state, control, model=None, **kw):
     "Close the log and leave the model trainable as it was found"
     self._training = False; setattr(model, _TRAINS, None)
     self._event('run_end', state.global_step, **self.summary(), stopped=state.global_step < state.max_steps)
-    _thaw_leftovers(model)
+    _thaw_leftovers(model); renew_buckets(self._ddp); self._ddp = None
     if self.log is not None: self.log.close()
 
 @patch
@@ -571,7 +600,7 @@ def _forget_pause(self:ALFCallback):
     "Time spent waiting belongs to no step"
     self._t_begin = self._t_step = time.perf_counter()
 
-# %% ../nbs/09_trainer.ipynb #1de215f6
+# %% ../nbs/09_trainer.ipynb #636bcdae
 @patch
 def _watch(self:ALFCallback, f):
     if self.check == 'off': return
@@ -595,7 +624,7 @@ def _check_moved(self:ALFCallback, norms, done, sum_lr, step):
 def _why_still(self:ALFCallback, name, lr):
     params = self.layers.params(name)
     if any(p.grad is None for p in params): return "it gets no gradient, so the loss does not depend on it; ban it (ban=…)"
-    if all(not p.grad.any() for p in params): return "its gradient is exactly 0; ban it (ban=…), or look for a detached input"
+    if all(not local_tensor(p.grad).any() for p in params): return "its gradient is exactly 0; ban it (ban=…), or look for a detached input"
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in params): return f"its weights are {params[0].dtype} and steps of lr {lr:.2g} are rounded away; load the model in float32 and train with bf16=True"
     return "the optimizer does not update it; was it built before the model was changed?"
 
@@ -692,32 +721,33 @@ def _join_trackers(self:ALFCallback):
     if first is None: handler.callbacks.insert(0, first := _Metrics())
     first.alf = self
 
-# %% ../nbs/09_trainer.ipynb #5912fd88
+# %% ../nbs/09_trainer.ipynb #3b8f78db
 def _fingerprint(layers):
     "Hash of a sample of every parameter's bits"
     h = hashlib.sha256()
     for n in layers:
-        for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(p, 64).cpu().numpy().tobytes())
+        for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #a36764dc
+# %% ../nbs/09_trainer.ipynb #30d14833
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
-    if not state.is_world_process_zero or args.save_only_model or getattr(state, 'is_hyper_param_search', False): return      # a trial's checkpoints lie elsewhere, and are never resumed
-    folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
-    if not folder.is_dir(): return
-    part = folder/f'alf.part-{os.getpid()}'
-    shutil.rmtree(part, ignore_errors=True); part.mkdir()
+    if args.save_only_model or getattr(state, 'is_hyper_param_search', False) or not (state.is_world_process_zero or self.snapshot.sharded): return      # a trial's checkpoints lie elsewhere, and are never resumed
     tensors = {f'ref/{k}': t for k,t in snapshot_tensors(self.snapshot).items()}
-    plain = {}
+    plain,params = {},{k: p for n in self.layers for k,p in self.layers.named_params(n).items()}
     for k,s in self.parked.held.items():
         for e,v in s.items():
-            if isinstance(v, torch.Tensor): tensors[f'parked/{k}/{e}'] = v
+            if isinstance(v, torch.Tensor): tensors[f'parked/{k}/{e}'] = gathered(v, params[k]) if v.dim() else v
             else: plain.setdefault(k, {})[e] = v
+    weights,state_of = _fingerprint(self.layers),unwrap_optimizer(self._optimizer).state
+    folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
+    if not (state.is_world_process_zero and folder.is_dir()): return      # of weights in pieces, the others have sent what they hold
+    part = folder/f'alf.part-{os.getpid()}'
+    shutil.rmtree(part, ignore_errors=True); part.mkdir()
     save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
-    data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=_fingerprint(self.layers),
-                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
+    data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=weights,
+                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, optimizer=[k for k,p in params.items() if state_of.get(p)], policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
     with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(data, f); f.flush(); os.fsync(f.fileno())
     shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
     seal_checkpoint(folder)      # last of all: from now on it is whole
@@ -750,8 +780,8 @@ def _read_state(folder):
 @patch
 def _restore(self:ALFCallback, args, state):
     "Continue from the checkpoint that Trainer has just loaded"
-    given = self.resume_from or (args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
-    folder = Path(given or Path(args.output_dir)/f'checkpoint-{state.global_step}')
+    folder = Path(self._given_folder(args) or Path(args.output_dir)/f'checkpoint-{state.global_step}')
+    if self._loaded_for not in (None, folder.resolve()): raise RuntimeError(f"FSDP2 has loaded optimizer state for {self._loaded_for.name}, the newest whole checkpoint here, and the run is at {folder.name}: name the folder, ALFCallback(resume_from={str(folder)!r})")
     if why := 'it was saved without ALFCallback, or it lies elsewhere (resume_from=…)' if not (folder/'alf').is_dir() else check_checkpoint(folder):
         with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir)
         raise RuntimeError(f"cannot resume from {folder.name}: {why}. {f'The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}' if other else 'There is no whole checkpoint with ALF here'}")
@@ -769,8 +799,12 @@ def _restore(self:ALFCallback, args, state):
     apply_selection(self.layers, self.selection.names, self._optimizer, None)      # the optimizer came back with the state of these units only
     restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
     self.parked.held = {k: dict(v) for k,v in data['parked'].items()}
+    params = {k: p for n in self.layers for k,p in self.layers.named_params(n).items()}
     for k,t in tensors.items():
-        if k.startswith('parked/'): name,entry = k[7:].rsplit('/', 1); self.parked.held.setdefault(name, {})[entry] = t
+        if not k.startswith('parked/'): continue
+        name,entry = k[7:].rsplit('/', 1)
+        if name in params: t = shard_of(t, params[name]).clone() if t.dim() else t
+        self.parked.held.setdefault(name, {})[entry] = t
     if odd := [k for k in self.parked.held if k not in self._place]: raise RuntimeError(f"cannot resume from {folder.name}: it holds optimizer state of {odd[0]!r}, which this model lacks")
     self.tracker.load_state_dict(data['tracker'])
     self._marks = {k: tuple(v) for k,v in data['marks'].items()}
@@ -779,5 +813,5 @@ def _restore(self:ALFCallback, args, state):
         self.policy,self._again = Policy.from_dict(data['policy']),data['again']
     self._banned = set(data.get('banned', ())); self.policy = self._without_banned(self.policy)
     self._seen = self._scores(state.global_step)
-    self.guard.watch()
+    renew_buckets(self._ddp); self.guard.watch()
     self._event('resume', state.global_step, path=folder.name)

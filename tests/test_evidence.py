@@ -11,7 +11,7 @@ root = Path(__file__).resolve().parents[1]
 def said(cells): return [''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
 
 
-@pytest.mark.parametrize('page', ['index', 'evidence', 'costs', 'speed', 'faults'])
+@pytest.mark.parametrize('page', ['index', 'evidence', 'costs', 'speed', 'faults', 'several_gpus'])
 def test_a_page_says_what_its_files_say(page, monkeypatch):
     monkeypatch.chdir(root/'nbs')
     kept, now = (read_nb(root/'nbs'/f'{page}.ipynb') for _ in range(2))

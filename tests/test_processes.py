@@ -1,81 +1,194 @@
-"Two real processes (gloo, CPU) under torchrun: all ranks choose the same, and what they learn is what one process learns from the same batches."
+"""Two real processes (gloo, CPU) under torchrun: all ranks choose the same, and what they learn is what one process learns from the same batches.
+
+Starting a process takes seconds, so each of the few launches runs several jobs, one after the other; every test then looks at its own."""
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 SCRIPT = '''
-import hashlib, json, os, sys, torch
+import hashlib, json, os, sys, torch, warnings
 from pathlib import Path
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from alf_nb.checkpoints import find_checkpoint
+from alf_nb.delta import fingerprint
 from alf_nb.demo import demo_dataset, demo_model
+from alf_nb.shards import local_tensor, whole_tensor
 from alf_nb.trainer import ALFCallback
 torch.set_num_threads(1)
-out, settings, more = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
 world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
-resume, die = more.pop('resume', False), more.pop('die', None)
-torch.manual_seed(0)
-alf = ALFCallback(**settings)
-args = TrainingArguments(**{**dict(output_dir=str(out), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=3), **more})
-class Die(ALFCallback.__mro__[1]):
+
+def allow_fsdp_on_cpu():
+    "accelerate shards on accelerators only; that is one condition in its state, and everything behind it runs on a CPU as well"
+    init = AcceleratorState.__init__
+    def patched(self, *a, fsdp_plugin=None, **kw):
+        init(self, *a, fsdp_plugin=fsdp_plugin, **kw)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU: self.distributed_type, self.fsdp_plugin = PartialState._shared_state['distributed_type'], _ = DistributedType.FSDP, fsdp_plugin
+    AcceleratorState.__init__ = patched
+allow_fsdp_on_cpu()
+
+class Watch(TrainerCallback):
+    "What this process holds while the gradients are there"
+    def __init__(self, alf, die): self.alf, self.die, self.rows = alf, die, []
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
+        held = lambda p: local_tensor(p).numel()
+        ps = [p for n in self.alf.layers for p in self.alf.layers.params(n)]
+        self.rows.append(dict(trains=sum(held(p) for n in self.alf.selection.names for p in self.alf.layers.params(n)), all=sum(map(held, ps)), grad=sum(local_tensor(p.grad).numel() for p in ps if p.grad is not None),
+                              ddp=sum(map(int, self.wrapped()._get_ddp_logging_data()['bucket_sizes'].split(','))) if hasattr(self.wrapped(), 'reducer') else 0,
+                              adam=sum(local_tensor(v).numel() for s in optimizer.state.values() for v in s.values() if v.dim())))
     def on_step_end(self, args, state, control, **kw):
-        if die == [rank, state.global_step]: os._exit(9)
-trainer = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[alf, Die()])
-trainer.remove_callback(PrinterCallback)
-trainer.train(resume_from_checkpoint=find_checkpoint(out) if resume else None)
-model = trainer.accelerator.unwrap_model(trainer.model)
-digest = hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in model.state_dict().values())).hexdigest()
-(out/f'rank{rank}.json').write_text(json.dumps(dict(losses=[h['loss'] for h in trainer.state.log_history if 'loss' in h], weights=digest, names=list(alf.selection.names), share=alf.summary()['trainable_share_peak'],
-    rates=alf.tracker.scores('rate', 10).values, norm=[float(p.detach().norm()) for p in model.parameters()])))
+        if self.die == [rank, state.global_step]: os._exit(9)
+
+def job(out, settings, die=None, resume=False, **more):
+    if 'fsdp' in more and not more['fsdp']: os.environ.pop('ACCELERATE_USE_FSDP', None); more.pop('fsdp')       # beside jobs that a launch config shards
+    out = Path(out); torch.manual_seed(0); AcceleratorState._reset_state(reset_partial_state=True)
+    alf = ALFCallback(**settings); watch = Watch(alf, die)
+    args = TrainingArguments(**{**dict(output_dir=str(out), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=3), **more})
+    trainer = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[alf, watch])
+    trainer.remove_callback(PrinterCallback); watch.wrapped = lambda: trainer.model_wrapped
+    trainer.train(resume_from_checkpoint=find_checkpoint(out) if resume else settings.get('resume_from'))
+    weights = {k: whole_tensor(p.detach()) for k, p in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
+    trainer.save_model(out/'model')
+    (out/f'rank{rank}.json').write_text(json.dumps(dict(losses=[h['loss'] for h in trainer.state.log_history if 'loss' in h], weights=hashlib.sha256(b''.join(p.numpy().tobytes() for p in weights.values())).hexdigest(),
+        names=list(alf.selection.names), share=alf.summary()['trainable_share_peak'], norm=[float(p.norm()) for p in weights.values()], held=watch.rows, n_total=alf.n_total, engine=type(trainer.model_wrapped).__name__,
+        signals={s: alf.tracker.scores(s, 10).values for s in ('prior', 'rate', 'gain', 'grad_norm', 'descent')})))
+
+for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)
 '''
+SAVE = dict(save_strategy='steps', save_steps=3)
+PRIOR = dict(signal='prior', budget=.3, interval=4)
+GAIN = dict(budget=.25, interval=4, measure_every=3)
+BADAM = dict(preset='badam', interval=3)
+NOREF = dict(budget=.25, interval=4, references='none', measure_every=3)
+FSDP = dict(fsdp=True, fsdp_config=dict(version=2))
 
 
-def launch(folder, processes, settings, timeout=180, **more):
+def launch(folder, processes, *jobs, timeout=240, config=None):
     (folder/'job.py').write_text(SCRIPT)
-    argv = [str(folder/'job.py'), str(folder), json.dumps(settings), json.dumps(more)]
+    (folder/'jobs.json').write_text(json.dumps([{**j, 'out': str(folder/j['out'])} for j in jobs]))
+    for j in jobs: (folder/j['out']).mkdir(exist_ok=True)
     head = [sys.executable] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    if config: head = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(Path(__file__).parents[1]/'configs'/config), '--num_processes', str(processes), '--mixed_precision', 'no', '--main_process_port', '0']
     env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')} | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    return subprocess.run([*head, *argv], capture_output=True, text=True, timeout=timeout, env=env)
+    return subprocess.run([*head, str(folder/'job.py'), str(folder/'jobs.json')], capture_output=True, text=True, timeout=timeout, env=env)
 
 
-def ranks(folder, processes): return [json.loads((folder/f'rank{i}.json').read_text()) for i in range(processes)]
+def ranks(folder, processes=2): return [json.loads((folder/f'rank{i}.json').read_text()) for i in range(processes)]
+
+
+def events(folder): return [json.loads(s) for s in (folder/'events.jsonl').read_text().splitlines()]
+
+
+def choices(folder): return [(e['step'], e['names']) for e in events(folder) if e['event'] == 'select']
 
 
 def close(a, b, rel=1e-4): return len(a) == len(b) and all(abs(x-y) <= rel*max(abs(x), abs(y), 1e-6) for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize('settings', [dict(signal='prior', budget=.3, interval=4), dict(preset='badam', interval=3)], ids=['prior', 'badam'])
-def test_two_processes_learn_what_one_does(tmp_path, settings):
-    for n in (1, 2):
-        (tmp_path/str(n)).mkdir()
-        done = launch(tmp_path/str(n), n, settings)
-        assert done.returncode == 0, done.stderr[-2000:]
-    (one,), two = ranks(tmp_path/'1', 1), ranks(tmp_path/'2', 2)
+def same_signals(a, b, rel):
+    for s, values in a['signals'].items():
+        known = [n for n, v in values.items() if v is not None]
+        assert known == [n for n, v in b['signals'][s].items() if v is not None], s
+        assert close([values[n] for n in known], [b['signals'][s][n] for n in known], rel), s
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "All jobs: two processes, the last job of which is killed; one process; two again, started with the launch config for users"
+    d = tmp_path_factory.mktemp('processes')
+    dead = launch(d, 2, dict(out='prior2', settings=PRIOR, **SAVE), dict(out='badam2', settings=BADAM), dict(out='gain2', settings=GAIN, ddp_find_unused_parameters=False),
+                  dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE), dict(out='fsdp-noref2', settings=NOREF, **FSDP), dict(out='fsdp-gain-cut', settings=GAIN, die=[1, 7], **FSDP, **SAVE))
+    assert (d/'fsdp-noref2'/'rank1.json').exists(), dead.stderr[-3000:]
+    (d/'dead.txt').write_text(f'{dead.returncode}\n{dead.stderr}')
+    alone = launch(d, 1, dict(out='prior1', settings=PRIOR, **SAVE), dict(out='badam1', settings=BADAM), dict(out='gain1', settings=GAIN), dict(out='noref1', settings=NOREF), dict(out='prior2to1', settings=dict(resume_from=str(d/'prior2'/'checkpoint-6'), **PRIOR)))
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    again = launch(d, 2, dict(out='fsdp-gain-cut', settings=GAIN, resume=True, **SAVE), dict(out='prior2to2', settings=dict(resume_from=str(d/'prior2'/'checkpoint-6'), **PRIOR), fsdp=None),
+                   dict(out='prior1to2', settings=dict(resume_from=str(d/'prior1'/'checkpoint-6'), **PRIOR), fsdp=None), config='accelerate_fsdp2.yaml')
+    assert again.returncode == 0, again.stderr[-3000:]
+    return d
+
+
+@pytest.mark.parametrize('name', ['prior', 'badam'])
+def test_two_processes_learn_what_one_does(runs, name):
+    (one,), two = ranks(runs/f'{name}1', 1), ranks(runs/f'{name}2')
+    assert two[0]['engine'] == 'DistributedDataParallel'
     assert two[0]['weights'] == two[1]['weights'] and two[0]['names'] == two[1]['names'] == one['names']
     assert close(two[0]['losses'], one['losses']) and close(two[0]['norm'], one['norm'])
-    known = [n for n, v in one['rates'].items() if v is not None]
-    assert known and close([two[0]['rates'][n] for n in known], [one['rates'][n] for n in known], 1e-3)
+    same_signals(one, two[0], 1e-3)
 
 
-def test_a_choice_by_gradient_is_the_same_on_every_rank(tmp_path):
-    done = launch(tmp_path, 2, dict(budget=.25, interval=4))
-    assert done.returncode == 0, done.stderr[-2000:]
-    a, b = ranks(tmp_path, 2)
-    assert a['names'] == b['names'] and a['weights'] == b['weights'] and 0 < a['share'] <= .25
+def test_a_choice_by_gradient_is_the_same_on_every_rank(runs):
+    a, b = ranks(runs/'gain2')
+    assert a['names'] == b['names'] and a['weights'] == b['weights'] and a['signals'] == b['signals'] and 0 < a['share'] <= .25
 
 
-def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(tmp_path):
-    settings, saving = dict(signal='prior', budget=.3, interval=4), dict(save_strategy='steps', save_steps=3)
-    for d in ('whole', 'cut'): (tmp_path/d).mkdir()
-    done = launch(tmp_path/'whole', 2, settings, **saving)
-    assert done.returncode == 0, done.stderr[-2000:]
-    dead = launch(tmp_path/'cut', 2, settings, die=[1, 7], **saving)
-    assert dead.returncode != 0 and 'exitcode  : 9' in dead.stderr.replace('exitcode: 9', 'exitcode  : 9'), dead.stderr[-2000:]
-    again = launch(tmp_path/'cut', 2, settings, resume=True, **saving)
-    assert again.returncode == 0, again.stderr[-2000:]
-    whole, cut = ranks(tmp_path/'whole', 2), ranks(tmp_path/'cut', 2)
-    assert cut[0]['weights'] == whole[0]['weights'] and cut[0]['losses'] == whole[0]['losses']
+@pytest.mark.parametrize('name', ['gain', 'noref'])
+def test_weights_in_pieces_learn_what_one_process_does(runs, name):
+    (one,), two = ranks(runs/f'{name}1', 1), ranks(runs/f'fsdp-{name}2')
+    assert two[0]['engine'].startswith('FSDP') and two[0]['n_total'] == one['n_total']
+    assert two[0]['signals'] == two[1]['signals'] and two[0]['weights'] == two[1]['weights']       # to the last bit
+    assert choices(runs/f'fsdp-{name}2') == choices(runs/f'{name}1')
+    assert close(two[0]['losses'], one['losses']) and close(two[0]['norm'], one['norm'])
+    same_signals(one, two[0], 2e-3)
+
+
+def test_a_frozen_piece_costs_neither_gradient_nor_optimizer_state(runs):
+    for r in ranks(runs/'fsdp-gain2'):
+        for h in r['held']: assert h['grad'] == h['trains'] and h['adam'] == 2*h['trains'] and h['trains'] <= .3*h['all']
+    assert len(choices(runs/'fsdp-gain2')) > 1
+    memory = [e for e in events(runs/'fsdp-gain2') if e['event'] == 'memory']
+    assert memory and all(e['grad_bytes'] <= 4*.3*r['held'][0]['all'] for e in memory)       # the log speaks of one process
+
+
+def test_what_is_saved_from_pieces_loads_in_one_process(runs, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+    from alf_nb.delta import apply_delta, save_delta
+    from alf_nb.demo import demo_model
+    model, base = AutoModelForCausalLM.from_pretrained(runs/'fsdp-gain2'/'model'), demo_model()
+    assert [float(p.norm()) for p in model.state_dict().values()] == pytest.approx(ranks(runs/'fsdp-gain2')[0]['norm'], rel=1e-6)
+    delta = save_delta(model, base, tmp_path)
+    assert 0 < len(delta) < delta.n_tensors and apply_delta(base, tmp_path).changed == delta.changed
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), base.state_dict().values()))
+
+
+def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(runs):
+    code, *said = (runs/'dead.txt').read_text().splitlines()
+    assert code != '0' and any('exitcode' in x and ': 9' in x for x in said) and not (runs/'fsdp-gain-cut'/'checkpoint-7').exists()
+    for new, old in (('fsdp-gain-cut', 'fsdp-gain2'), ('prior2to2', 'prior2')):
+        a, b = ranks(runs/new), ranks(runs/old)
+        assert a[0]['engine'] == b[0]['engine']
+        for k in ('weights', 'losses', 'signals', 'names'): assert a[0][k] == a[1][k] == b[0][k], k
+
+
+@pytest.mark.parametrize('new, old, n', [('prior1to2', 'prior1', 2), ('prior2to1', 'prior2', 1)])
+def test_a_run_goes_on_with_another_number_of_processes(runs, new, old, n):
+    a, b = ranks(runs/new, n)[0], ranks(runs/old, 3-n)[0]
+    assert a['names'] == b['names'] and close(a['losses'], b['losses']) and close(a['norm'], b['norm'])
+    same_signals(b, a, 1e-3)
+    assert choices(runs/new) == [c for c in choices(runs/old) if c[0] > 6]
+
+
+def test_ddp_buffers_only_what_trains(runs):
+    for name in ('prior2', 'badam2', 'gain2', 'prior2to2'):
+        held = ranks(runs/name)[0]['held']
+        for h in held: assert h['ddp'] == 4*h['trains'] < 4*.5*h['all']
+
+
+def test_what_cannot_work_is_refused_before_the_first_step(monkeypatch):
+    from types import SimpleNamespace
+    from torch import nn
+    from alf_nb.trainer import _check_engine
+    args, model = SimpleNamespace(deepspeed=None, fsdp=None, world_size=1), nn.Linear(2, 2)
+    _check_engine(args, model)
+    with pytest.raises(ValueError, match='FSDP1 flattens.*version'): _check_engine(args, nn.Sequential(type('FullyShardedDataParallel', (nn.Linear,), {})(2, 2)))
+    with pytest.warns(UserWarning, match='every process holds the whole weights'): _check_engine(SimpleNamespace(**{**vars(args), 'fsdp': True}), model)
+    with pytest.raises(ValueError, match='DeepSpeed'): _check_engine(SimpleNamespace(**{**vars(args), 'deepspeed': 'ds.json'}), model)
+    monkeypatch.setenv('ACCELERATE_USE_DEEPSPEED', 'true')
+    with pytest.raises(ValueError, match='DeepSpeed'): _check_engine(args, model)
