@@ -235,7 +235,7 @@ def memory_chart(
     said = f"Training state at most {human_bytes(s['state_bytes_peak'])}" + (f", {_share_of(s['state_bytes_peak'], full)}, which needs {human_bytes(full)}" if full else '')
     return line_chart([{**r, 'y': [v/1024**i for v in r['y']]} for r in series], said, lambda v: f'{v:g} {unit}', 220, [], (0, x1), (0, hi/1024**i), 'step')
 
-# %% ../nbs/12_reports.ipynb #1b1b1843
+# %% ../nbs/12_reports.ipynb #723d5ddb
 def _headline(s, train):
     model = escape(str(s['model'] or 'The model').rpartition('/')[2])
     done = f"{'learnt' if s['status'] == 'complete' else 'has learnt so far'} with <b>{percent(s['trainable_share_peak'])}</b> of its parameters at a time" if s['trainable_share_peak'] is not None else 'was not trained yet'
@@ -350,7 +350,7 @@ def report_html(
 def _replace(path, text):
     "Write a file, whole or not at all"
     part = path.with_name(f'.{path.name}.{os.getpid()}')
-    try: part.write_text(text, encoding='utf-8'); os.replace(part, path)
+    try: part.write_text(text, encoding='utf-8', errors='backslashreplace'); os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
 def write_report(
@@ -447,15 +447,15 @@ def t_interval(
     half = math.sqrt(n-1)*math.tan(lo)*statistics.stdev(values)/math.sqrt(n)
     return mean, mean-half, mean+half
 
-# %% ../nbs/12_reports.ipynb #038405f6
+# %% ../nbs/12_reports.ipynb #3e6b1025
 _numbers = ('lr', 'task_loss', 'task_loss_before', 'other_loss', 'other_loss_before', 'steps', 'wall_s', 'importance_s', 'seconds_per_step', 'state_bytes_peak', 'trainable_share_peak', 'amount')
 
 def _is_row(r):
     "Can it be read as a row of results?"
     number = lambda v: v is None or type(v) in (int, float) and abs(v) < 1e30
     curve, where = (r.get('curve') or [], r.get('map') or {}) if isinstance(r, dict) else (None, None)
-    return (isinstance(r, dict) and all(isinstance(r.get(k), str) for k in ('key', 'task', 'method')) and r.get('lr') is not None and type(r.get('seed')) is int and all(number(r.get(k)) for k in _numbers) and (r.get('rule') not in _rules or r.get('amount') is not None)
-            and all(isinstance(r.get(k), (str, type(None))) for k in ('settings', 'about', 'model', 'data', 'rule', 'device', 'data_order', 'error', 'date', 'commit')) and isinstance(r.get('versions') or {}, dict)
+    return (isinstance(r, dict) and all(isinstance(r.get(k), str) for k in ('key', 'task', 'method')) and r.get('lr') is not None and type(r.get('seed')) is int and all(number(r.get(k)) for k in _numbers)
+            and all(isinstance(r.get(k), (str, type(None))) for k in ('settings', 'about', 'model', 'data', 'rule', 'device', 'data_order', 'error', 'date', 'commit')) and isinstance(r.get('versions') or {}, dict) and (r.get('rule') not in _rules or r.get('amount') is not None)
             and isinstance(curve, list) and all(isinstance(p, list) and len(p) == 4 and all(map(number, p)) for p in curve)
             and isinstance(where, dict) and all(isinstance(v, str) and v and v.isascii() and v.isdigit() for v in where.values()))
 

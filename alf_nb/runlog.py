@@ -117,12 +117,14 @@ class RunLog:
             os.close(self._fd)
             self._fd = None
 
-# %% ../nbs/08_runlog.ipynb #c611cc57
+# %% ../nbs/08_runlog.ipynb #6a4e5c56
 _LONG = 64 << 20        # bytes; a longer line is no event
 
 def _is_number(v): return v is None or type(v) in (int, float) and abs(v) < 1e30       # a NaN or an infinity is not less
+def _is_share(v): return type(v) in (int, float) and 0 <= v <= 1 + 1e-9
 def _is_count(v): return v is None or type(v) is int and 0 <= v < 1 << 53
 def _is_time(v): return v is None or _is_number(v) and 0 <= v < 2e11
+def _is_name(v): return isinstance(v, str)
 def _is_text(v): return v is None or isinstance(v, str)
 def _is_flag(v): return v is None or isinstance(v, bool)
 def _is_dict(v): return isinstance(v, dict)
@@ -142,11 +144,11 @@ _KNOWN = dict(
     run_begin=dict(run_id=_is_text, versions=_is_dict, config=_is_dict, units=_is_units, n_total=_is_count, max_steps=_is_count, interval=_is_count, model=_is_text, device=_is_text),
     probe=dict(signals=_is_signals, wall_s=_is_number, batches=_is_count, loss=_is_number),
     measure=dict(signals=_is_signals, wall_s=_is_number, sum_lr=_is_number, steps=_is_number, ages=_is_numbers),
-    select=dict(names=_is_texts, entered=_is_texts, left=_is_texts, reason=_is_text, policy=_is_text, share=_is_number, signal=_is_text, scores=_is_numbers, ages=_is_numbers),
+    select=dict(names=_is_texts, entered=_is_texts, left=_is_texts, reason=_is_name, policy=_is_name, share=_is_share, signal=_is_text, scores=_is_numbers, ages=_is_numbers),
     choose=dict(policy=_is_dict, now=_is_flag), jump=dict(unit=_is_text), freeze=dict(units=_is_texts),
     log={k: _is_number for k in ('loss', 'learning_rate', 'grad_norm', 'epoch', 'seconds_per_step', 'tokens_per_second')},
     memory={f'{k}_bytes': _is_number for k in ('grad', 'optimizer', 'reference', 'parked', 'rss')},
-    eval=dict(name=_is_text, when=_is_text, loss=_is_number, tokens=_is_number, metrics=_is_numbers), sample=dict(when=_is_text, prompt=_is_text, text=_is_text),
+    eval=dict(name=_is_name, when=_is_name, loss=_is_number, tokens=_is_number, metrics=_is_numbers), sample=dict(when=_is_text, prompt=_is_text, text=_is_text),
     save=dict(path=_is_text), resume=dict(path=_is_text), error=dict(type=_is_text, message=_is_text, traceback=_is_text), unpause=dict(paused_s=_is_number),
     run_end=dict(stopped=_is_flag, **{k: _is_number for k in ('wall_s', 'importance_s', 'trainable_share_mean', 'trainable_share_peak', 'state_bytes_peak', 'rss_bytes_peak')}))
 _NEEDED = dict(select=('names',), memory=('grad_bytes', 'optimizer_bytes'), choose=('policy',))

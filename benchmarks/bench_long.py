@@ -62,8 +62,8 @@ class Watch(TrainerCallback):
         del objects
 
 
-def long_run(folder, steps, views=True, seed=0):
-    "(what was measured at twenty places, the row of figures)"
+def long_run(folder, steps, views=True, seed=0, places=20):
+    "(what was measured at `places`, the row of figures)"
     folder = Path(folder)
     torch.manual_seed(seed)
     args = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=10, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", seed=seed)
@@ -77,7 +77,7 @@ def long_run(folder, steps, views=True, seed=0):
         from alf_nb.widgets.picker import ThresholdPicker
         log = RunLog(folder)
         shown = [TrainingDashboard(log), SelectionMap(log), ThresholdPicker(log)]
-    watch = Watch(alf, path, shown, max(steps//20, 1), max(steps//10, 15), max(steps//50, 10))
+    watch = Watch(alf, path, shown, max(steps//places, 1), max(steps//10, 15), max(steps//50, 10))
     trainer.add_callback(watch)
     t = time.perf_counter()
     with warnings.catch_warnings():

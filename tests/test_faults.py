@@ -180,7 +180,7 @@ def test_a_rate_that_jumps_is_told_once(tmp_path, references):
     def kick(kw):
         u = next(n for n in one.selection.names if n not in unit) if not unit else unit[0]
         unit.append(u)
-        for p in one.layers.params(u): p.data.mul_(3)
+        for p in one.layers.params(u): p.data.mul_(3 if len(unit) == 1 else 100)
     one = alf(measure_every=2, interval=0, references=references)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -10,7 +10,7 @@ from bench_long import long_run  # noqa: E402
 
 
 def check(rows, row, steps):
-    assert row["selections"] == steps and len(rows) > 12
+    assert row["selections"] == steps and len(rows) > 5
     assert row["begin"]["threads"] == row["end"]["threads"] and row["tensors_per_selection"] < .3       # it swings by those that train; a leak would be 1 at least
     if row["files_per_selection"] is not None: assert row["begin"]["files"] == row["end"]["files"]
     per_unit = 150                                                                  # bytes: three signals, scores and ages of a unit, with its name, once per selection and once per measurement
@@ -21,13 +21,13 @@ def check(rows, row, steps):
 
 
 def test_nothing_grows_without_views(tmp_path):
-    rows, row = long_run(tmp_path, 60, views=False)
+    rows, row = long_run(tmp_path, 60, views=False, places=8)
     check(rows, row, 60)
     assert row["objects_per_selection"] < .5                                        # none per selection: one would give 1.0
 
 
 def test_only_events_grow_with_views(tmp_path):
-    rows, row = long_run(tmp_path, 60)
+    rows, row = long_run(tmp_path, 60, places=8)
     check(rows, row, 60)
     assert row["objects_per_selection"] < 40                                        # the events themselves, which views keep
 
