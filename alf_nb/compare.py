@@ -195,7 +195,7 @@ def _as_methods(methods):
     if len({m.name for m in out}) < len(out) or not out: raise ValueError(f"methods need different names, and at least one: got {[m.name for m in out]}")
     return out
 
-# %% ../nbs/14a_compare.ipynb #1f78c952
+# %% ../nbs/14a_compare.ipynb #500e1145
 class _Counting(Trainer):
     "A Trainer that counts tokens and remembers which batches came first, in which order"
     tokens = batches = 0
@@ -288,7 +288,7 @@ def _train(task, method, lr, seed, steps, points=(), limit=None):
         figures = dict(importance_s=0., trainable_share_mean=share, trainable_share_peak=share, state_bytes_peak=meter.bytes, map=None if added else _layer_map(layers.units, [(0, trained)], done), n_total=layers.total)
     losses = [h['loss'] for h in trainer.state.log_history if 'loss' in h]
     return dict(figures, steps=done, steps_planned=steps, tokens=trainer.tokens, wall_s=wall, prepare_s=prepare_s, seconds_per_step=wall/done, step_s_median=statistics.median(meter.step_s), task_loss=_finite(held['loss']), task_accuracy=held.get('accuracy'),
-                other_loss=_finite(other), curve=[*meter.curve, [done, wall, trainer.tokens, _finite(held['loss'])]], data_order=trainer.data_order, rss_bytes_peak=peak, stopped_early=done < steps, diverged=not all(map(math.isfinite, [held['loss'], *losses])))
+                other_loss=_finite(other), curve=[*meter.curve, [done, wall, trainer.tokens, _finite(held['loss'])]], data_order=trainer.data_order, rss_bytes_peak=peak, stopped_early=done < steps and not limit, diverged=not all(map(math.isfinite, [held['loss'], *losses])))
 
 # %% ../nbs/14a_compare.ipynb #5dbdc159
 def _next(found, grid, seeds, extend):

@@ -92,7 +92,7 @@ def test_equal_time_means_equal_time(task, tmp_path):
     rows = {r['method']: r for r in read_results(tmp_path/'p.jsonl')}
     assert all(r['wall_s'] < 3.5 for r in rows.values()), {k: r['wall_s'] for k,r in rows.items()}
     assert rows['slow']['steps'] < .6*rows['full']['steps']
-    assert all(r['stopped_early'] == (r['steps'] < r['steps_planned']) for r in rows.values())
+    assert not any(r['stopped_early'] for r in rows.values())      # the learning rate follows the clock, so every schedule is through
     short = compare_policies(task, methods=slow, rule='wall', amount=.1, seeds=0, out=tmp_path/'q.jsonl', progress=False)
     assert any('fewer than 4 steps in 0.1 s' in w for w in short.warnings)
 

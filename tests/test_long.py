@@ -1,9 +1,7 @@
-"A run that re-selects after every step, with views attached, leaves nothing behind but its log: 60 steps here, 5,000 by `pytest tests/test_long.py --override-ini addopts= -m slow` or benchmarks/bench_long.py."
+"A run that re-selects after every step, with views attached, leaves nothing behind but its log: 60 steps here, 5,000 by benchmarks/bench_long.py, whose rows are committed."
 import json
 import sys
 from pathlib import Path
-
-import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/"benchmarks"))
 from bench_long import long_run  # noqa: E402
@@ -30,13 +28,6 @@ def test_only_events_grow_with_views(tmp_path):
     rows, row = long_run(tmp_path, 60, places=8)
     check(rows, row, 60)
     assert row["objects_per_selection"] < 40                                        # the events themselves, which views keep
-
-
-@pytest.mark.slow
-def test_five_thousand(tmp_path):
-    rows, row = long_run(tmp_path, 5000)
-    check(rows, row, 5000)
-    if row["rss_per_selection"] is not None: assert row["rss_per_selection"] < 60_000
 
 
 def test_the_committed_rows():
