@@ -2,6 +2,7 @@
 import json
 import sqlite3
 import struct
+import sys
 
 import pytest
 import torch
@@ -54,7 +55,8 @@ def test_tensorboard(tmp_path, monkeypatch):
 
 
 def test_trackio(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path/"trackio"))       # read at import
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path/"trackio"))       # read at import, and another test may have imported it
+    for m in [m for m in sys.modules if m.split(".")[0] == "trackio"]: monkeypatch.delitem(sys.modules, m)
     pytest.importorskip("trackio")
     train(tmp_path, report_to=["trackio"], project="alf")
     db, = (tmp_path/"trackio").rglob("alf.db")
