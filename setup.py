@@ -27,7 +27,6 @@ class PlainRights(bdist_wheel):
         for p in Path(wheelfile_base).parent.rglob("*"): p.chmod(0o755 if p.is_dir() else 0o644)
 
 
-
 def words(key): return settings.get(key, "").split()
 
 

@@ -9,11 +9,11 @@ __all__ = ['FIRST_MOMENTS', 'STATE_MODES', 'unwrap_optimizer', 'optimizer_bytes'
            'ParkedStates', 'apply_selection', 'find_ddp', 'renew_buckets', 'FrozenGuard', 'last_update',
            'check_last_update', 'check_state']
 
-# %% ../nbs/07_optim.ipynb #cc802769
+# %% ../nbs/07_optim.ipynb #5fe52091
 import gc, torch
 from torch import Tensor
 from .layers import Layers
-from .shards import as_shard, local_tensor
+from .shards import _in_group, as_shard, local_tensor
 
 # %% ../nbs/07_optim.ipynb #02bbb4f9
 def unwrap_optimizer(
@@ -115,12 +115,12 @@ def apply_selection(
             if (old := parked.fetch(k, p)) is not None: state[p] = old
     return entered, left
 
-# %% ../nbs/07_optim.ipynb #79c72d49
+# %% ../nbs/07_optim.ipynb #14fb0e9e
 def find_ddp(
     model:torch.nn.Module # any model
 ):
     "The `DistributedDataParallel` around `model`, which Trainer does not hand to its callbacks; None: there is none"
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return None
+    if not _in_group(): return None
     return next((o for o in gc.get_objects() if type(o) is torch.nn.parallel.DistributedDataParallel and o.module is model), None)
 
 def renew_buckets(

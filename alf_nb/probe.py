@@ -7,14 +7,14 @@ Docs: https://example.github.io/alf_nb/probe.html.md"""
 # %% auto #0
 __all__ = ['Probe', 'probe_gradients']
 
-# %% ../nbs/05a_probe.ipynb #0ee26547
+# %% ../nbs/05a_probe.ipynb #5b1b6384
 import math, warnings, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import Tensor
 from .layers import Layers
 from .records import Scores
-from .shards import is_sharded, local_tensor, over_shards
+from .shards import _in_group, is_sharded, local_tensor, over_shards
 
 # %% ../nbs/05a_probe.ipynb #04bb106a
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -63,7 +63,7 @@ def _only_trainable(all_params, wanted):
     finally:
         for p,r,g in before: p.requires_grad_(r); p.grad = g
 
-# %% ../nbs/05a_probe.ipynb #59f4b5fe
+# %% ../nbs/05a_probe.ipynb #fc55f9af
 def _model_loss(model, batch):
     "The model's own loss on a batch that holds labels"
     out = model(**batch)
@@ -75,7 +75,7 @@ def _model_loss(model, batch):
 def _finite_everywhere(loss):
     "Is the loss finite, on every process? What one leaves out all leave out, or their sums would not fit together"
     ok = loss.detach().isfinite().float()
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(ok, op=torch.distributed.ReduceOp.MIN)
+    if _in_group(): torch.distributed.all_reduce(ok, op=torch.distributed.ReduceOp.MIN)
     return bool(ok)
 
 def probe_gradients(
@@ -114,9 +114,9 @@ def probe_gradients(
     dev,zero = losses[0].device,torch.zeros((), dtype=torch.float64)
     row = lambda found: torch.stack([found.get(n, zero).to(dev) for n in names])
     table = torch.stack([row({n: zero+1 for q in squares for n in q}), row(pair), *map(row, squares)])      # was it reached at all?, Σ g·sign g', and Σ g² of each batch
-    if any(map(is_sharded, owner)): table = torch.tensor(over_shards(layers, names, table.tolist())[0], dtype=torch.float64)
+    if sharded := any(map(is_sharded, owner)): table = torch.tensor(over_shards(layers, names, table.tolist())[0], dtype=torch.float64)
     table = torch.cat([table[:2], table[2:].sqrt().sum(0, keepdim=True)])
-    if not any(map(is_sharded, owner)) and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not sharded and _in_group():
         torch.distributed.all_reduce(table); table[1:] /= torch.distributed.get_world_size()
     reached,pair,norm = table.tolist()
     size = {n: layers[n].n_params for n in names}

@@ -9,14 +9,14 @@ __all__ = ['summarize', 'summary_table', 'latest_scores', 'loss_chart', 'layer_m
            'write_report', 'write_attention', 'Comparison', 'compare_runs', 't_interval', 'read_results',
            'PolicyComparison', 'compare_results', 'write_comparison']
 
-# %% ../nbs/12_reports.ipynb #6a824cfa
+# %% ../nbs/12_reports.ipynb #0e804d4c
 import json, math, os, re, statistics, textwrap
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 from fastcore.basics import patch
 from .records import AttentionComparison, AttentionShift, Scores
-from .runlog import RunLog
+from .runlog import RunLog, _is_number, _is_text
 from .plots import *
 from .shift import shift_section, shift_verdict
 
@@ -447,16 +447,16 @@ def t_interval(
     half = math.sqrt(n-1)*math.tan(lo)*statistics.stdev(values)/math.sqrt(n)
     return mean, mean-half, mean+half
 
-# %% ../nbs/12_reports.ipynb #3e6b1025
+# %% ../nbs/12_reports.ipynb #b6e93df9
 _numbers = ('lr', 'task_loss', 'task_loss_before', 'other_loss', 'other_loss_before', 'steps', 'wall_s', 'importance_s', 'seconds_per_step', 'state_bytes_peak', 'trainable_share_peak', 'amount')
 
 def _is_row(r):
     "Can it be read as a row of results?"
-    number = lambda v: v is None or type(v) in (int, float) and abs(v) < 1e30
-    curve, where = (r.get('curve') or [], r.get('map') or {}) if isinstance(r, dict) else (None, None)
-    return (isinstance(r, dict) and all(isinstance(r.get(k), str) for k in ('key', 'task', 'method')) and r.get('lr') is not None and type(r.get('seed')) is int and all(number(r.get(k)) for k in _numbers)
-            and all(isinstance(r.get(k), (str, type(None))) for k in ('settings', 'about', 'model', 'data', 'rule', 'device', 'data_order', 'error', 'date', 'commit')) and isinstance(r.get('versions') or {}, dict) and (r.get('rule') not in _rules or r.get('amount') is not None)
-            and isinstance(curve, list) and all(isinstance(p, list) and len(p) == 4 and all(map(number, p)) for p in curve)
+    if not isinstance(r, dict): return False
+    curve, where = r.get('curve') or [], r.get('map') or {}
+    return (all(isinstance(r.get(k), str) for k in ('key', 'task', 'method')) and r.get('lr') is not None and type(r.get('seed')) is int and all(_is_number(r.get(k)) for k in _numbers)
+            and all(_is_text(r.get(k)) for k in ('settings', 'about', 'model', 'data', 'rule', 'device', 'data_order', 'error', 'date', 'commit')) and isinstance(r.get('versions') or {}, dict) and (r.get('rule') not in _rules or r.get('amount') is not None)
+            and isinstance(curve, list) and all(isinstance(p, list) and len(p) == 4 and all(map(_is_number, p)) for p in curve)
             and isinstance(where, dict) and all(isinstance(v, str) and v and v.isascii() and v.isdigit() for v in where.values()))
 
 def read_results(

@@ -12,7 +12,11 @@ __all__ = ['is_sharded', 'local_tensor', 'as_shard', 'whole_tensor', 'gathered',
 import torch
 from .layers import Layers
 
-# %% ../nbs/02a_shards.ipynb #0c34b249
+# %% ../nbs/02a_shards.ipynb #bd8afc5a
+def _in_group():
+    "Does this process belong to a group of processes?"
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
 def is_sharded(
     t # a tensor, or None
 )->bool:

@@ -52,7 +52,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #da3ab55f
+# %% ../nbs/09_trainer.ipynb #7322fc19
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -69,6 +69,9 @@ def _make_policy(policy, options, pin, ban, seed, interval=None):
 
 def _whole(name, v, least, what):
     if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f"{name}={v!r}, but it is {what}, a whole number of at least {least}")
+
+def _fraction(name, v, what, above=False):
+    if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= 1 or above and v == 0: raise ValueError(f"{name}={v!r}, but it is a fraction {what}")
 
 class ALFCallback(TrainerCallback, ExportableState):
     "Adaptive layer-wise fine-tuning for any `transformers` Trainer."
@@ -128,8 +131,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         if reprobe_batches == 1: raise ValueError("reprobe_batches=1, but a probe compares batches: 0 for none, or at least 2")
         if self.interval is not None: _whole('interval', self.interval, 0, 'steps between selections (0: never again)')
         self.reach,self.references = pick('reach', 1.),pick('references', 'device')
-        if isinstance(self.reach, bool) or not isinstance(self.reach, (int, float)) or not 0 < self.reach <= 1: raise ValueError(f"reach={self.reach!r}, but it is a fraction of the depth, above 0 and at most 1")
-        if isinstance(self.lock, bool) or not isinstance(self.lock, (int, float)) or not 0 <= self.lock <= 1: raise ValueError(f"lock={self.lock}, but it is a fraction of the run, 0–1")
+        _fraction('reach', self.reach, 'of the depth, above 0 and at most 1', above=True); _fraction('lock', self.lock, 'of the run, 0–1')
         self.state_mode = ParkedStates(pick('state', 'v')).state
         for k,v,ok in (('references', self.references, ('device', 'host', '8bit', 'none')), ('check', check, ('raise', 'warn', 'off', 'freeze')), ('unit', self.unit, ('module', 'block'))):
             if v not in ok: raise ValueError(f"{k}={v!r}; give one of {', '.join(map(repr, ok))}")
@@ -155,7 +157,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #8f4e4d66
+# %% ../nbs/09_trainer.ipynb #f8bb3484
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -249,13 +251,13 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
     self._optimizer = optimizer; check_optimizer(self.layers, optimizer, self.names)
     if self.references == 'none': check_last_update(optimizer)
-    if self.check == 'freeze' and any(map(is_sharded, model.parameters())): raise ValueError("check='freeze' puts whole weights back, and FSDP2 holds them in pieces: use check='raise', and go on from a checkpoint")
     self._loader,self._args,self._max_steps = train_dataloader,args,state.max_steps
     group = {id(p): i for i,g in enumerate(unwrap_optimizer(optimizer).param_groups) for p in g['params']}
     self._group = {n: group[id(self.layers.params(n)[0])] for n in self.names}
     self._every = self.interval if self.interval is not None else min(max(state.max_steps//3, 32), 256)
     self.parked = ParkedStates(self.state_mode)
     self.snapshot = Snapshot(self.layers, device='cpu' if self.references == 'host' else None, bits=8 if self.references == '8bit' else 32)
+    if self.check == 'freeze' and self.snapshot.sharded: raise ValueError("check='freeze' puts whole weights back, and FSDP2 holds them in pieces: use check='raise', and go on from a checkpoint")
     self.guard = FrozenGuard(self.layers)
     self.tracker = ImportanceTracker(self.names)
     self.tracker.update('prior', self._ours(prior_scores(self.layers)), 0)
@@ -411,16 +413,15 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #43a2867f
+# %% ../nbs/09_trainer.ipynb #60b94c23
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
     step = state.global_step + 1                                    # the step that is about to be made
-    self._check_place(replaced=False)                               # before the optimizer mixes dtypes
     self._measuring = step % self.measure_every == 0 or step == state.max_steps or self._due(step, state.max_steps)
+    self._check_place(replaced=self._measuring)                     # before the optimizer mixes dtypes
     if self._new_state or self._measuring: self._grad_bytes = gradient_bytes(model)
     if not self._measuring: return
-    self._check_place()
     t0 = time.perf_counter()
     if self.references == 'none': self._before = {n: [_sample_bits(p, 4096) for p in self.layers.params(n)] for n in self._moving()}
     else: self._end_window(step-1)
@@ -480,22 +481,23 @@ def _descent(self:ALFCallback, groups):
 def _read_update(self:ALFCallback, groups, step):
     "Change rate and descent of the step just made, from the optimizer's state: a window of one step, without references"
     names,rows = self._moving(),[]
+    lr = {n: groups[self._group[n]]['lr'] for n in names}
     for n in names:
         row = [torch.zeros(4, dtype=torch.float32)]
         for p,bits in zip(self.layers.params(n), self._before[n]):
             if p.grad is None or not (w := local_tensor(p)).numel(): continue
             u = last_update(self._optimizer, p)*bool((_sample_bits(p, 4096) != bits).any())     # what was rounded away did not happen
-            row.append(torch.stack([u.square().sum(), (w.float() + groups[self._group[n]]['lr']*u).square().sum(), (local_tensor(p.grad).float()*u).sum(), u.abs().amax()]).cpu())
+            row.append(torch.stack([u.square().sum(), (w.float() + lr[n]*u).square().sum(), (local_tensor(p.grad).float()*u).sum(), u.abs().amax()]).cpu())
         row = torch.stack(row); rows.append([*row[:,:3].sum(0).tolist(), float(row[:,3].max())])
     *sums,top = zip(*rows) if rows else ((),)*4
     (delta,ref,dot),(top,) = over_shards(self.layers, names, sums, [top])
     norms,one = DeltaNorms(names, [x**.5 for x in delta], [x**.5 for x in ref], top),dict.fromkeys(names, 1.)
-    self._check_moved(norms, dict.fromkeys(names, 1), {n: groups[self._group[n]]['lr'] for n in names}, step)
+    self._check_moved(norms, dict.fromkeys(names, 1), lr, step)
     known = dict(self.tracker.values.get('rate', {}))
     self._measured = self.tracker.update_from_norms(norms, one, self._sizes, step)      # the update is in units of lr
-    self._check_jumps(known, {n: groups[self._group[n]]['lr'] for n in names}, step)
+    self._check_jumps(known, lr, step)
     self._measured['descent'] = {n: d/self._sizes[n] for n,d in zip(names, dot)}
-    self._window = dict(steps=1, sum_lr=max((groups[self._group[n]]['lr'] for n in names), default=0.))
+    self._window = dict(steps=1, sum_lr=max(lr.values(), default=0.))
 
 @patch
 def _count_bytes(self:ALFCallback, step):
@@ -729,13 +731,18 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #30d14833
+# %% ../nbs/09_trainer.ipynb #6d1b5baa
+@patch
+def _all_params(self:ALFCallback):
+    "Full parameter name → parameter"
+    return {k: p for n in self.layers for k,p in self.layers.named_params(n).items()}
+
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
     if args.save_only_model or getattr(state, 'is_hyper_param_search', False) or not (state.is_world_process_zero or self.snapshot.sharded): return      # a trial's checkpoints lie elsewhere, and are never resumed
     tensors = {f'ref/{k}': t for k,t in snapshot_tensors(self.snapshot).items()}
-    plain,params = {},{k: p for n in self.layers for k,p in self.layers.named_params(n).items()}
+    plain,params = {},self._all_params()
     for k,s in self.parked.held.items():
         for e,v in s.items():
             if isinstance(v, torch.Tensor): tensors[f'parked/{k}/{e}'] = gathered(v, params[k]) if v.dim() else v
@@ -799,11 +806,11 @@ def _restore(self:ALFCallback, args, state):
     apply_selection(self.layers, self.selection.names, self._optimizer, None)      # the optimizer came back with the state of these units only
     restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
     self.parked.held = {k: dict(v) for k,v in data['parked'].items()}
-    params = {k: p for n in self.layers for k,p in self.layers.named_params(n).items()}
+    params = self._all_params()
     for k,t in tensors.items():
         if not k.startswith('parked/'): continue
         name,entry = k[7:].rsplit('/', 1)
-        if name in params: t = shard_of(t, params[name]).clone() if t.dim() else t
+        if name in params and t.dim(): t = shard_of(t, params[name]).clone()
         self.parked.held.setdefault(name, {})[entry] = t
     if odd := [k for k in self.parked.held if k not in self._place]: raise RuntimeError(f"cannot resume from {folder.name}: it holds optimizer state of {odd[0]!r}, which this model lacks")
     self.tracker.load_state_dict(data['tracker'])

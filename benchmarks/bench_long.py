@@ -9,7 +9,6 @@ import datetime
 import gc
 import json
 import os
-import platform
 import statistics
 import tempfile
 import threading
@@ -21,6 +20,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from alf_nb.compare import device_name
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.runlog import RunLog
 from alf_nb.trainer import ALFCallback, versions
@@ -102,7 +102,7 @@ def main():
     p.add_argument("--out", default=Path(__file__).parent/"results"/"long.jsonl")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder: _, row = long_run(folder, a.steps, not a.no_views, a.seed)
-    row = dict(date=datetime.date.today().isoformat(), device=f"CPU, {os.cpu_count()} cores, {platform.machine()}", versions=versions(), seed=a.seed, **row)
+    row = dict(date=datetime.date.today().isoformat(), device=device_name(), versions=versions(), seed=a.seed, **row)
     with open(a.out, "a", encoding="utf-8") as f: f.write(json.dumps(row) + "\n")
     print(json.dumps(row, indent=1))
 
