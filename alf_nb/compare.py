@@ -102,7 +102,7 @@ def text_task(
     said = getattr(net.config, '_name_or_path', '') or type(net).__name__
     return Task(net, train, pick(held), pick(unrelated), name or Path(said).name, data_name or ('python-reference' if data is None else Path(data).stem if isinstance(data, (str, os.PathLike)) else 'texts'), batch_size=batch_size, bf16=bf16)
 
-# %% ../nbs/14a_compare.ipynb #c1d310c2
+# %% ../nbs/14a_compare.ipynb #686390f8
 @dataclass(frozen=True)
 class Method:
     "One way to fine-tune."
@@ -176,6 +176,8 @@ def _methods():
         Method('freeze-25', 'embeddings and the lowest 25 % of the blocks frozen', low, prepare=_freeze_low(.25)),
         Method('freeze-50', 'embeddings and the lowest 50 % of the blocks frozen', low, prepare=_freeze_low(.5)),
         Method('lora', 'LoRA, rank 16 on all linear layers, PEFT', (5e-4, 1e-3, 2e-3), prepare=_adapter()),
+        Method('lora-reach', 'the same LoRA, but the lowest fifth of the blocks stays as it is and backward ends above: ALF over PEFT, nothing chosen by a measurement', (5e-4, 1e-3, 2e-3), dict(policy='full', reach=.8, interval=0, references='none'), _adapter()),
+        Method('alf-lora', 'the same, and of the adapters above the lowest fifth only the half with the highest gain', (5e-4, 1e-3, 2e-3), dict(preset='quick', budget=.4), _adapter(), True),
         Method('pissa', 'LoRA that starts from the largest singular values (PiSSA, https://arxiv.org/abs/2404.02948), rank 16, PEFT', (2e-4, 4e-4, 8e-4), prepare=_adapter(init_lora_weights='pissa_niter_4')),
         alf_method('lisa', 'two random blocks anew every 20 steps, embeddings and head always (https://arxiv.org/abs/2403.17919)', mid, False, preset='lisa', **_peer),
         alf_method('badam', 'one block at a time for 50 steps, state dropped (https://arxiv.org/abs/2404.02827)', mid, False, preset='badam', **_peer),
@@ -195,7 +197,7 @@ def _as_methods(methods):
     if len({m.name for m in out}) < len(out) or not out: raise ValueError(f"methods need different names, and at least one: got {[m.name for m in out]}")
     return out
 
-# %% ../nbs/14a_compare.ipynb #500e1145
+# %% ../nbs/14a_compare.ipynb #f987b76e
 class _Counting(Trainer):
     "A Trainer that counts tokens and remembers which batches came first, in which order"
     tokens = batches = 0
@@ -281,7 +283,8 @@ def _train(task, method, lr, seed, steps, points=(), limit=None):
     other = task.evaluate(model, task.other)['loss'] if task.other is not None else None
     if alf:
         s = alf.summary()
-        figures = {k: s[k] for k in ('importance_s', 'trainable_share_mean', 'trainable_share_peak', 'state_bytes_peak')} | dict(map=_layer_map(alf.units, picked, done), n_total=alf.n_total)
+        part = alf.n_total/layers.total      # ALF over adapters knows shares of the adapters
+        figures = dict(importance_s=s['importance_s'], **{k: s[k]*part for k in ('trainable_share_mean', 'trainable_share_peak')}, state_bytes_peak=s['state_bytes_peak']+added, map=_layer_map(alf.units, picked, done), n_total=layers.total)
     else:
         share = sum(own.values())/layers.total
         trained = [n for n in layers if any(id(p) in own for p in layers.params(n))]

@@ -69,7 +69,7 @@ def best_rates(task, results):
     "Method → learning rate that did best on this task at equal steps"
     rows = [r for r in read_results(results) if r['task'].startswith(f'{task.key}|steps')] if Path(results).is_file() else []
     best = {m.name: m.lr for m in compare_results(rows) if m.runs} if rows else {}
-    return best | {new: best[of] for new,of in (('alf-quick', 'alf'), ('random-reach', 'random')) if of in best and new not in best}      # variants of those
+    return best | {new: best[of] for new,of in (('alf-quick', 'alf'), ('random-reach', 'random'), ('lora-reach', 'lora'), ('alf-lora', 'lora')) if of in best and new not in best}      # variants of those
 
 
 def again(out, names):
