@@ -499,7 +499,7 @@ class _Method:
     @property
     def forgetting(self): return _mean([dict(d=r['other_loss']-r['other_loss_before']) for r in self.runs if r.get('other_loss') is not None and r.get('other_loss_before') is not None], 'd')
 
-# %% ../nbs/12_reports.ipynb #2cc034e8
+# %% ../nbs/12_reports.ipynb #46987144
 _rules = dict(steps=lambda a: f'equal steps ({a:g})', tokens=lambda a: f'equal tokens ({human_count(a)})', wall=lambda a: f'equal wall-clock time ({human_time(a)} per run)')
 
 def _interval(m, digits=3): return num(m[0], digits) if m[1] is None else f'{num(m[0], digits)} ({num(m[1], digits)} … {num(m[2], digits)})'
@@ -514,7 +514,7 @@ class PolicyComparison:
     "Methods on one task, the best first."
     def __init__(self,
         rows,              # of one task, as from `read_results`
-        control='random',  # the method that every choice has to beat
+        control='random',  # the method that every choice has to beat; where it was run in several forms (`random`, `random-reach`), the best of them
         baseline='full'    # the method that is to be replaced
     ):
         self.rows = list(rows)
@@ -525,9 +525,10 @@ class PolicyComparison:
         self.methods = sorted(map(_Method, groups.values()), key=lambda m: (m.loss is None, m.loss, m.name))
         for i,m in enumerate(self.methods):       # one name, two settings
             if n := sum(o.name == m.name for o in self.methods[:i]): m.name = f'{m.name} ({n+1})'
-        self.control, self.baseline = self._get(control), self._get(baseline)
+        forms = [m for m in self.methods if m.runs and (m.name == control or m.name.startswith(f'{control}-'))]
+        self.control = max(forms, key=lambda m: len(m.runs), default=None)      # of those with as many seeds the first, which is the best
+        self.baseline = next((m for m in self.methods if m.name == baseline and m.runs), None)
 
-    def _get(self, name): return next((m for m in self.methods if m.name == name and m.runs), None)
     def __len__(self): return len(self.methods)
     def __iter__(self): return iter(self.methods)
     @property
