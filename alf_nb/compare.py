@@ -102,7 +102,7 @@ def text_task(
     said = getattr(net.config, '_name_or_path', '') or type(net).__name__
     return Task(net, train, pick(held), pick(unrelated), name or Path(said).name, data_name or ('python-reference' if data is None else Path(data).stem if isinstance(data, (str, os.PathLike)) else 'texts'), batch_size=batch_size, bf16=bf16)
 
-# %% ../nbs/14a_compare.ipynb #686390f8
+# %% ../nbs/14a_compare.ipynb #4b4e86a5
 @dataclass(frozen=True)
 class Method:
     "One way to fine-tune."
@@ -162,7 +162,8 @@ def _methods():
     return (Method('full', 'every parameter trains', low),
         alf_method('alf', "ALF's default: gain, matrices, re-selected", high),
         alf_method('alf-static', 'matrices by gain before the first step, kept to the end', high, interval=0),
-        alf_method('alf-quick', "ALF's preset for short runs: matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left out", high, preset='quick'),
+        alf_method('alf-quick', "matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left out", high, preset='quick', strata=0),
+        alf_method('alf-strata', "ALF's preset for short runs, `quick`: as alf-quick, and every role in every third of the depth gets its share", high, preset='quick'),
         alf_method('alf-grad_norm', 'matrices by gradient norm', high, signal='grad_norm'),
         alf_method('alf-prior', 'matrices by the prior 1/RMS(W)', high, signal='prior', interval=0),
         alf_method('alf-rate', 'matrices by change rate, after a rotating start within the budget', high, signal='rate', start='rotate'),

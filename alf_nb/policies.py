@@ -248,12 +248,22 @@ class ThresholdPolicy(Policy):
         if names or ballot.pinned: return names, f"{ballot.scores.signal} importance ≥ {self.threshold:g}"
         raise ValueError(f"threshold={self.threshold:g} is reached by no unit: the highest, {best}, has importance {imp[best]:.3g}")
 
-# %% ../nbs/06_policies.ipynb #a33a0967
+# %% ../nbs/06_policies.ipynb #b4d3b027
 def _sticky(values, current, hysteresis):
     "Scores in which current members count `1 + hysteresis` times; a negative score is moved up as far"
     return {n: v + hysteresis*abs(v) if n in current else v for n,v in values.items()}
 
 def _best_first(units, values): return sorted((u for u in units if u.name in values), key=lambda u: -values[u.name])
+
+def _standing(units, values, bands):
+    "How far up a unit stands among those of its role and its band of the depth, counted in parameters: near 1 the best, near 0 the worst"
+    low = min(u.depth for u in units); deep = max(u.depth for u in units) - low + 1
+    strata, out = {}, {}
+    for u in _best_first(units, values): strata.setdefault((u.role, (u.depth - low)*bands//deep), []).append(u)
+    for us in strata.values():
+        size = sum(u.n_params for u in us); above = 0
+        for u in us: out[u.name] = 1 - (above + u.n_params/2)/size; above += u.n_params
+    return out
 
 @dataclass(frozen=True)
 class BudgetPolicy(Policy):
@@ -262,11 +272,13 @@ class BudgetPolicy(Policy):
     explore:float=0.        # part of the budget for the units not measured for longest, 0–1
     hysteresis:float=.15    # a current member's score counts `1 + hysteresis` times
     cost_aware:bool=False   # weigh importance against the cost of the backward pass down to a unit
+    strata:int=0            # bands of the depth in each of which every role gets the same share of the budget, the best first; 0: the best of all
     name = 'budget'
     def __post_init__(self):
         super().__post_init__()
         self._keep(budget=_budget(self.budget), explore=_number('explore', self.explore, 0, 1, "explore is a part of the budget, from 0 to 1"),
-                   hysteresis=_number('hysteresis', self.hysteresis, 0, 100, "hysteresis is at least 0, such as 0.15"), cost_aware=_flag('cost_aware', self.cost_aware))
+                   hysteresis=_number('hysteresis', self.hysteresis, 0, 100, "hysteresis is at least 0, such as 0.15"), cost_aware=_flag('cost_aware', self.cost_aware), strata=_integer('strata', self.strata, 0, "strata is a number of bands of the depth, such as 3; 0 for none"))
+        if self.strata and self.cost_aware: raise ValueError(f"strata={self.strata} spreads what trains over the depth and cost_aware=True gathers it at the top: give one of them")
 
     def _queues(self, b, values):
         "Candidates by value, by age (unknown first, those just measured not at all), and the unknown ones; ties and unknown ones in random order"
@@ -285,8 +297,9 @@ class BudgetPolicy(Policy):
 
     def choose(self, ballot):
         values = _sticky(_known(ballot), ballot.current, self.hysteresis)
+        if self.strata: values = _standing(ballot.units, values, self.strata)
         queues = self._queues(ballot, values)
-        why = f"highest {ballot.scores.signal} within {self.budget:g} of the parameters"
+        why = f"highest {ballot.scores.signal} {f'of every role in {self.strata} bands of the depth, ' if self.strata else ''}within {self.budget:g} of the parameters"
         if not self.cost_aware: names, n_old = self._fill(ballot, *queues)
         else:
             size, pinned, best = {u.name: u.n_params for u in ballot.units}, [u.name for u in ballot.pinned], None

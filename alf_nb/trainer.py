@@ -35,11 +35,11 @@ from .shards import gathered, is_sharded, local_tensor, over_shards, reshard, se
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
-# %% ../nbs/09_trainer.ipynb #c2937257
+# %% ../nbs/09_trainer.ipynb #111bed79
 PRESETS = {
     'default': {},
-    # for runs of minutes: one short probe, no references, and a backward pass that ends above the lowest fifth of the blocks (benchmarks/LOG.md)
-    'quick': dict(reach=.8, interval=0, probe_batches=2, references='none'),
+    # for runs of minutes: one short probe, no references, every role and depth with its share, and a backward pass that ends above the lowest fifth of the blocks (benchmarks/LOG.md)
+    'quick': dict(reach=.8, strata=3, interval=0, probe_batches=2, references='none'),
     # J. Y. Lee, Adaptive Layer-wise Fine-tuning: importance is the change rate, measured by a probe that keeps to the budget
     'paper': dict(budget=.25, signal='rate', unit='block', start='rotate', warm_up=16, explore=.1),
     # LISA, https://arxiv.org/abs/2403.17919: two random blocks every 20 steps, embeddings and head always, state not carried over
@@ -52,7 +52,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #7322fc19
+# %% ../nbs/09_trainer.ipynb #0fd47f66
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -93,6 +93,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         explore:float|None=None,     # part of the budget for the units not measured for longest, 0–1
         hysteresis:float|None=None,  # how much better a newcomer has to be
         cost_aware:bool|None=None,   # weigh importance against the cost of reaching a unit
+        strata:int|None=None,        # bands of the depth in each of which every role gets the same share of the budget; 0: the best of all, wherever they are; default 0
         reach:float|None=None,       # how much of the depth trains, from the top: at 0.8 the lowest fifth of the blocks stays frozen, with all below, and is left out of the backward pass; default 1
         pin=(),                      # units that always train: exact names, layer names or globs
         ban=(),                      # units that never train
@@ -107,11 +108,12 @@ class ALFCallback(TrainerCallback, ExportableState):
         given = {k:v for k,v in locals().items() if k not in ('self', '__class__')}
         base = dict(PRESETS[preset])
         if budget is not None and threshold is not None: raise ValueError(f"budget={budget} and threshold={threshold} given: each determines the other, give one")
-        if policy is not None: base.pop('budget', None)
+        other = policy is not None or threshold is not None              # not the preset's way to choose
+        for k,beside in (('budget', other), ('explore', threshold is not None), ('strata', other or cost_aware)):
+            if beside: base.pop(k, None)
         if reach is not None and isinstance(policy, Policy): raise ValueError("reach given beside a ready policy: ban what it shall not reach in the policy")
-        if threshold is not None: base.pop('budget', None); base.pop('explore', None)
         pick = lambda k, default=None: given[k] if given[k] not in (None, ()) else base.get(k, default)
-        options = {k: v for k in ('budget', 'threshold', 'explore', 'hysteresis', 'cost_aware') if (v := pick(k)) is not None}
+        options = {k: v for k in ('budget', 'threshold', 'explore', 'hysteresis', 'cost_aware', 'strata') if (v := pick(k)) is not None}
         policy = pick('policy', 'threshold' if threshold is not None else 'budget')
         self.policy = _make_policy(policy, options, pick('pin', ()), ban, seed, pick('interval'))
         self.signal = self.policy.signal or pick('signal', 'gain')

@@ -48,7 +48,7 @@ def settings_of(name, data):
     hard = dict(hysteresis=data.draw(st.floats(0, 2)))
     return dict(
         threshold=lambda: dict(threshold=data.draw(st.floats(0, 1))), topk=lambda: dict(k=data.draw(st.integers(1, 6))), full=dict,
-        budget=lambda: {**b, **hard, 'explore': data.draw(st.floats(0, 1)), 'cost_aware': data.draw(st.booleans())},
+        budget=lambda: {**b, **hard, 'explore': data.draw(st.floats(0, 1)), **data.draw(st.sampled_from([{}, dict(cost_aware=True), dict(strata=1), dict(strata=4)]))},
         inverted=lambda: {**b, **hard}, static=lambda: {**b, 'where': data.draw(st.sampled_from(['first', 'last', 'spread', 'random']))},
         rotate=lambda: b, lisa=lambda: dict(k=data.draw(st.integers(1, 3))),
         badam=lambda: dict(order=data.draw(st.sampled_from(['random', 'ascending', 'descending'])), interval=data.draw(st.integers(1, 60))),
