@@ -1,0 +1,103 @@
+"What a first user tried and found broken: other optimizers, the Trainer's own loss, a start that keeps to pins, bans and budget, a batch size that Trainer finds."
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+from transformers.optimization import Adafactor
+from transformers.trainer_callback import PrinterCallback
+
+from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
+from alf_nb.loop import ALFLoop
+from alf_nb.runlog import RunLog
+from alf_nb.trainer import ALFCallback
+
+
+def train(folder, alf, model=None, kind=Trainer, data=None, settings=TrainingArguments, **kw):
+    own = {k: kw.pop(k) for k in ("compute_loss_func", "processing_class", "train_dataset") if k in kw}
+    args = settings(**{**dict(output_dir=str(folder), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"), **kw})
+    t = kind(model or demo_model(blocks=3), args=args, **{"train_dataset": data or demo_dataset(16), **own}, callbacks=[alf])
+    t.remove_callback(PrinterCallback)
+    t.train()
+    return t
+
+
+@pytest.mark.parametrize("make", [
+    lambda ps: torch.optim.Adamax(ps), lambda ps: torch.optim.RMSprop(ps, momentum=.9, centered=True), lambda ps: torch.optim.NAdam(ps), lambda ps: torch.optim.SGD(ps, lr=.1, momentum=.9),
+    lambda ps: Adafactor(ps, lr=1e-3, beta1=.9, relative_step=False, scale_parameter=False)], ids=["adamax", "rmsprop", "nadam", "sgd", "adafactor"])
+def test_state_of_other_optimizers_returns(make):
+    "A unit that left and comes back has every entry its optimizer asks for, with the first moment at 0"
+    torch.manual_seed(0)
+    batch = [dict({k: torch.tensor([v]) for k, v in r.items()}) for r in demo_dataset(4)]
+    model = demo_model(blocks=2)
+    opt = make(model.parameters())
+    with ALFLoop(model, opt, batch, 12, policy="rotate", budget=.3, interval=1) as alf:
+        seen, back = set(), 0
+        while not alf.done:
+            names = set(alf.selection.names)
+            back += any(opt.state.get(p) for n in names & seen for p in alf.callback.layers.params(n)); seen |= names
+            model(**batch[alf.steps % 4]).loss.backward()
+            alf.step()
+    assert back > 3 or type(opt).__name__ == "SGD"
+
+
+@pytest.mark.parametrize("start", ["rotate", "warm-up"])
+def test_a_start_keeps_to_pins_and_bans(tmp_path, start):
+    alf = ALFCallback(budget=.4, start=start, warm_up=4, reprobe_batches=0, signal="rate", pin=("embeddings",), ban=("block.1",), reach=.6)
+    train(tmp_path, alf)
+    first, *more = RunLog(tmp_path).selections()
+    assert first.step == 0 and more[-1].step == 4
+    for s in (first, *more):
+        assert not any(n.startswith(("block.0", "block.1")) for n in s.names) and "embeddings.embed_tokens" in s.names       # banned, and below the reach
+        assert start == "warm-up" and s.step < 4 or s.share <= .4
+
+
+def test_a_start_that_cannot_end_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match="too small for any unit"): train(tmp_path, ALFCallback(preset="paper", warm_up=4, budget=.1))
+    assert not RunLog(tmp_path).events("select")
+
+
+def test_the_probe_asks_for_the_trainers_own_loss(tmp_path):
+    "Without labels in the data, scaled, or smoothed: what the probe measures is what training lowers"
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            out = model(input_ids=inputs["input_ids"])
+            loss = 7*cross_entropy(out.logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
+            return (loss, out) if return_outputs else loss
+    probe = lambda name, **kw: (train(tmp_path/name, ALFCallback(probe_batches=2), max_steps=1, **kw), RunLog(tmp_path/name).events("probe")[0])[1]
+    plain = probe("plain")
+    own = probe("own", kind=Own, data=[{k: v for k, v in r.items() if k != "labels"} for r in demo_dataset(16)])
+    assert own["loss"] == pytest.approx(7*plain["loss"], rel=1e-4)
+    n = max(plain["signals"]["gain"], key=lambda n: plain["signals"]["gain"][n] or 0)
+    assert own["signals"]["gain"][n] == pytest.approx(7*plain["signals"]["gain"][n], rel=1e-3)
+    func = probe("func", compute_loss_func=lambda out, labels, num_items_in_batch=None: 3*cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+    assert func["loss"] == pytest.approx(3*plain["loss"], rel=1e-4)
+    assert probe("smooth", label_smoothing_factor=.5)["loss"] != plain["loss"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
+def test_dpo_trainer(tmp_path):
+    from trl import DPOConfig, DPOTrainer
+    demo_model(blocks=2).save_pretrained(tmp_path/"base"); demo_tokenizer().save_pretrained(tmp_path/"base")
+    from transformers import AutoModelForCausalLM
+    pairs = Dataset.from_list([dict(prompt=f"say {i}: ", chosen=f"yes {i}", rejected=f"no {i}") for i in range(12)])
+    alf = ALFCallback(budget=.4, interval=3, probe_batches=2)
+    t = train(tmp_path/"run", alf, AutoModelForCausalLM.from_pretrained(tmp_path/"base"), DPOTrainer, settings=DPOConfig, train_dataset=pairs, processing_class=demo_tokenizer(), bf16=False, max_length=64)
+    probes, logs = RunLog(tmp_path/"run").events("probe"), [h for h in t.state.log_history if "num_tokens" in h]
+    assert [p["step"] for p in probes] == [0, 3] and probes[0]["loss"] == pytest.approx(.6931, abs=1e-3)      # -log σ(0): nobody has moved yet
+    each = logs[0]["num_tokens"]
+    assert logs[-1]["num_tokens"] < 8*each, "batches of the probe are not training"
+
+
+def test_a_batch_size_that_trainer_finds_is_the_probes_too(tmp_path):
+    class Small(torch.nn.Module):
+        def __init__(self): super().__init__(); self.net = demo_model(blocks=2); self.seen = []
+        def forward(self, input_ids, labels=None, attention_mask=None):
+            self.seen.append(len(input_ids))
+            if len(input_ids) > 14: raise RuntimeError("CUDA out of memory.")
+            return self.net(input_ids=input_ids, labels=labels)
+    model = Small()
+    train(tmp_path, ALFCallback(budget=.4, probe_batches=2), model, data=demo_dataset(28), per_device_train_batch_size=16, auto_find_batch_size=True, max_steps=2)
+    assert model.seen[0] == 16 and set(model.seen[1:]) == {14} and RunLog(tmp_path).events("memory")
