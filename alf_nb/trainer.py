@@ -52,7 +52,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #6ced9853
+# %% ../nbs/09_trainer.ipynb #23ac3f5c
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -114,6 +114,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         options = {k: v for k in ('budget', 'threshold', 'explore', 'hysteresis', 'cost_aware') if (v := pick(k)) is not None}
         policy = pick('policy', 'threshold' if threshold is not None else 'budget')
         self.policy = _make_policy(policy, options, pick('pin', ()), ban, seed, pick('interval'))
+        if signal is not None and self.policy.signal not in (None, signal): raise ValueError(f"signal={signal!r} given, but policy {self.policy.name!r} chooses by {self.policy.signal!r}: leave it out, or take another policy")
         self.signal = self.policy.signal or pick('signal', 'gain')
         if self.signal not in SIGNALS: raise ValueError(f"unknown signal {self.signal!r}; signals are {', '.join(SIGNALS)}")
         if explore and reprobe_batches and self.signal in ('gain', 'grad_norm'): warnings.warn(f"explore={explore:g} changes nothing: {self.signal!r} measures every unit at once, so none waits to be looked at (rate and coherence measure only what trains)")
@@ -122,6 +123,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         if odd := [k for k in self.kinds if k not in KINDS]: raise ValueError(f"unknown kind {odd[0]!r}; kinds are {', '.join(KINDS)}")
         start = pick('start', 'auto')
         if start not in STARTS: raise ValueError(f"unknown start {start!r}; starts are {', '.join(STARTS)}")
+        if warm_up is not None and start not in ('rotate', 'warm-up'): warnings.warn(f"warm_up={warm_up} changes nothing: it is the steps of start='rotate' and start='warm-up'")
         auto = 'probe' if self.signal in ('gain', 'grad_norm') else 'prior'
         self.start = 'none' if not self.policy.needs_scores else auto if start == 'auto' else start
         self.warm_up,self.interval,self.lock = pick('warm_up', 16),pick('interval', getattr(self.policy, 'interval', None)),pick('lock', .85)
@@ -757,7 +759,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #fcfd9854
+# %% ../nbs/09_trainer.ipynb #2ae75f3e
 @patch
 def _all_params(self:ALFCallback):
     "Full parameter name → parameter"
@@ -824,13 +826,14 @@ def _restore(self:ALFCallback, args, state):
         was,now = ({n for n,_ in data['units']},set(self.names))
         raise ValueError(f"the model has changed since the checkpoint: {len(data['units'])} units then, {len(self.units)} now" + (f", the first difference is {sorted(was ^ now)[0]!r}" if was ^ now else ', with other sizes'))
     if data['weights'] != _fingerprint(self.layers): raise ValueError(f"the weights of this model are not those of {folder.name}: resume with trainer.train(resume_from_checkpoint=…) and the same model")
-    if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != data['config'].get(k)]: warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}")
+    if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != data['config'].get(k)]: warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}{'; what trains is chosen anew' if {'policy', 'kinds'} & set(changed) else ''}")
     if self.log is not None and self.log.path.exists() and (last := self.log.begin.get('run_id')) not in (None, data['run_id']):
         warnings.warn(f"{folder.name} belongs to run {data['run_id']}, and a newer run, {last}, was begun in this folder since: was it meant?")
     self.run_id = data['run_id']
     self.selection = Selection.from_dict(data['selection'])
     apply_selection(self.layers, self.selection.names, self._optimizer, None)      # the optimizer came back with the state of these units only
-    restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
+    was = data['config'].get('references', self.references)
+    if self.references != 'none' and (was == '8bit') == (self.references == '8bit'): restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
     self.parked.held = {k: dict(v) for k,v in data['parked'].items()}
     params = self._all_params()
     for k,t in tensors.items():
@@ -846,5 +849,9 @@ def _restore(self:ALFCallback, args, state):
         self.policy,self._again = Policy.from_dict(data['policy']),data['again']
     self._banned = set(data.get('banned', ())); self.policy = self._without_banned(self.policy)
     self._seen = self._scores(state.global_step)
+    if self.references != 'none':      # saved in another form, or not at all: such windows begin anew
+        fresh = [n for n in self.selection.names if n not in self.snapshot.names]
+        self.snapshot.take(fresh); self._mark(fresh, state.global_step)
     renew_buckets(self._ddp); self.guard.watch()
     self._event('resume', state.global_step, path=folder.name)
+    if {'policy', 'kinds'} & set(changed) and state.global_step < state.max_steps: self._selected_at = state.global_step; self._select(state.global_step, probe='kinds' in changed)      # a budget or a ban given anew holds from here on

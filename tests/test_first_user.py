@@ -101,3 +101,55 @@ def test_a_batch_size_that_trainer_finds_is_the_probes_too(tmp_path):
     model = Small()
     train(tmp_path, ALFCallback(budget=.4, probe_batches=2), model, data=demo_dataset(28), per_device_train_batch_size=16, auto_find_batch_size=True, max_steps=2)
     assert model.seen[0] == 16 and set(model.seen[1:]) == {14} and RunLog(tmp_path).events("memory")
+
+
+SETTINGS = dict(budget=.3, interval=0, probe_batches=2, measure_every=2)
+
+
+def half(folder, resume=False, **settings):
+    "A run of 8 steps that saves at 4, or its second half with other settings"
+    alf = ALFCallback(**{**SETTINGS, **settings})
+    args = TrainingArguments(str(folder), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, save_strategy="steps", save_steps=4, report_to=[], use_cpu=True, disable_tqdm=True)
+    t = Trainer(demo_model(blocks=3), args=args, train_dataset=demo_dataset(16), callbacks=[alf])
+    t.remove_callback(PrinterCallback)
+    t.train(resume_from_checkpoint=str(folder/"checkpoint-4") if resume else None)
+    return alf, [e for e in RunLog(folder).events() if e["step"] >= 4]
+
+
+@pytest.mark.filterwarnings("ignore:resuming with other settings")
+@pytest.mark.parametrize("settings", [dict(budget=.1), dict(ban=("block.2",)), dict(kinds=("norm",), budget=.3)], ids=["budget", "ban", "kinds"])
+def test_a_resume_with_another_wish_takes_it_at_once(tmp_path, settings):
+    half(tmp_path)
+    alf, events = half(tmp_path, True, **settings)
+    assert [e["step"] for e in events if e["event"] == "select"] == [4], "what was asked for at the resume is in force from there on, although no re-selection was left"
+    assert alf.selection.share <= settings.get("budget", .3) and not any(n.startswith("block.2") for n in alf.selection.names if "ban" in settings)
+    if "kinds" in settings: assert {u.kind for u in alf.units if u.name in alf.selection.names} == {"norm"}
+
+
+@pytest.mark.filterwarnings("ignore:resuming with other settings")
+@pytest.mark.parametrize("first, then", [("device", "8bit"), ("8bit", "host"), ("none", "device"), ("device", "none")])
+def test_a_resume_with_other_references(tmp_path, first, then):
+    half(tmp_path, references=first)
+    alf, events = half(tmp_path, True, references=then)
+    assert alf.snapshot.names == (() if then == "none" else tuple(n for n in alf.names if n in alf.selection.names))
+    last = [e for e in events if e["event"] == "measure"][-1]
+    assert last["step"] == 8 and set(last["signals"]["rate"]) == set(alf.selection.names)
+    assert (alf.snapshot.nbytes > 0) == (then != "none")
+
+
+def test_settings_that_would_do_nothing_are_told():
+    with pytest.raises(ValueError, match="signal='rate' given, but policy 'grass' chooses by 'grad_norm'"): ALFCallback(preset="grass", signal="rate")
+    with pytest.warns(UserWarning, match="warm_up=9 changes nothing"): ALFCallback(warm_up=9)
+
+
+def test_comparisons_that_cannot_be_made(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+    from alf_nb.compare import Task, compare_policies
+    rows = [dict(input_ids=[2+i, 5, 7], attention_mask=[1]*3, labels=float(i)) for i in range(6)]
+    model = BertForSequenceClassification(BertConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1))
+    task = Task(model, rows, rows, bf16=False)
+    assert set(task.evaluate(model, rows)) == {"loss"}, "a regression has no accuracy"
+    with pytest.raises(ValueError, match="rows hold pixel_values, but no input_ids"): Task(model, [dict(pixel_values=1)], rows)
+    run = lambda task: compare_policies(task, methods="full", amount=1, seeds=0, lrs=(1e-3,), out=tmp_path/"p.jsonl", progress=False)
+    run(task)
+    with pytest.raises(ValueError, match="bf16=False, and this would be bf16=True"): run(Task(model, rows, rows, bf16=True))
