@@ -759,7 +759,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #2ae75f3e
+# %% ../nbs/09_trainer.ipynb #dbd21d47
 @patch
 def _all_params(self:ALFCallback):
     "Full parameter name → parameter"
@@ -854,4 +854,5 @@ def _restore(self:ALFCallback, args, state):
         self.snapshot.take(fresh); self._mark(fresh, state.global_step)
     renew_buckets(self._ddp); self.guard.watch()
     self._event('resume', state.global_step, path=folder.name)
+    if state.global_step >= state.max_steps: warnings.warn(f"all {state.max_steps} steps are made, nothing is left to resume, and Trainer makes one step more: give a larger max_steps, or take the model as it is")
     if {'policy', 'kinds'} & set(changed) and state.global_step < state.max_steps: self._selected_at = state.global_step; self._select(state.global_step, probe='kinds' in changed)      # a budget or a ban given anew holds from here on

@@ -137,6 +137,25 @@ def test_a_resume_with_other_references(tmp_path, first, then):
     assert (alf.snapshot.nbytes > 0) == (then != "none")
 
 
+def test_a_resume_with_nothing_left_to_make(tmp_path):
+    "Trainer makes a step too many from a checkpoint of the last step: a run that died there goes back to the one before"
+    from alf_nb.finetune import finetune
+    import shutil
+    notes = tmp_path/"notes.txt"; notes.write_text("\n\n".join(f"note {i}: the quick brown fox jumps over the lazy dog. "*6 for i in range(20)))
+    job = lambda steps=4, **kw: finetune((demo_model(blocks=2), demo_tokenizer()), str(notes), tmp_path/"run", steps=steps, length=32, eval_blocks=2, save_steps=2, probe_batches=2, budget=.4, progress=False, **kw)
+    first = job()
+    with pytest.raises(ValueError, match="has made 4 steps, and its delta is written"): job(resume=True)
+    log = tmp_path/"run"/"events.jsonl"
+    lines = log.read_text().splitlines(True)
+    log.write_text("".join(l for l in lines if '"run_end"' not in l and '"path":"delta"' not in l.replace(" ", "")))         # as if killed behind the last checkpoint
+    again = job(resume=True)
+    assert again["steps"] == first["steps"] == 4 and RunLog(tmp_path/"run").events("resume")[-1]["step"] == 2
+    assert {k: again[k] for k in first if "loss" in k} == {k: first[k] for k in first if "loss" in k}
+    with pytest.warns(UserWarning, match="all 8 steps are made"):
+        half(tmp_path/"b"); shutil.rmtree(tmp_path/"b"/"checkpoint-4"); (tmp_path/"b"/"checkpoint-8").rename(tmp_path/"b"/"checkpoint-4")
+        half(tmp_path/"b", True, resume_from=str(tmp_path/"b"/"checkpoint-4"))
+
+
 def test_settings_that_would_do_nothing_are_told():
     with pytest.raises(ValueError, match="signal='rate' given, but policy 'grass' chooses by 'grad_norm'"): ALFCallback(preset="grass", signal="rate")
     with pytest.warns(UserWarning, match="warm_up=9 changes nothing"): ALFCallback(warm_up=9)
