@@ -102,7 +102,7 @@ class ALFLoop:
         "The run log, for dashboards and reports; None without `out`"
         return self.callback.log
 
-# %% ../nbs/09c_loop.ipynb #0baa6cbf
+# %% ../nbs/09c_loop.ipynb #3b589a8a
 @patch
 def log_loss(self:ALFLoop,
     loss,       # of the last step, or a mean since the last call
@@ -110,7 +110,7 @@ def log_loss(self:ALFLoop,
 )->None:
     "Write a loss into the run log, with learning rate and speed"
     groups = self._optimizer.optimizer.param_groups
-    self.callback.on_log(self._args, self._state, None, logs=dict(loss=float(loss), learning_rate=float(groups[0]['lr']), **{k: float(v) for k,v in metrics.items()}))
+    self.callback.on_log(self._args, self._state, None, logs={k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k,v in dict(loss=loss, learning_rate=groups[0]['lr'], **metrics).items()})
 
 @patch
 def metrics(self:ALFLoop)->dict: # name → number

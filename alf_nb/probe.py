@@ -63,9 +63,10 @@ def _only_trainable(all_params, wanted):
     finally:
         for p,r,g in before: p.requires_grad_(r); p.grad = g
 
-# %% ../nbs/05a_probe.ipynb #c2ee546e
+# %% ../nbs/05a_probe.ipynb #89e7d5a1
 def _model_loss(model, batch):
     "The model's own loss on a batch that holds labels"
+    if not hasattr(batch, 'keys'): raise ValueError(f"a batch is a {type(batch).__name__}, not keyword arguments of the model: say how its loss is computed, loss=lambda model, batch: …")
     out = model(**batch)
     loss = out.get('loss') if hasattr(out, 'get') else getattr(out, 'loss', None)
     if loss is None:

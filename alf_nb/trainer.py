@@ -759,7 +759,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #dbd21d47
+# %% ../nbs/09_trainer.ipynb #7ceb6a1e
 @patch
 def _all_params(self:ALFCallback):
     "Full parameter name → parameter"
@@ -855,4 +855,6 @@ def _restore(self:ALFCallback, args, state):
     renew_buckets(self._ddp); self.guard.watch()
     self._event('resume', state.global_step, path=folder.name)
     if state.global_step >= state.max_steps: warnings.warn(f"all {state.max_steps} steps are made, nothing is left to resume, and Trainer makes one step more: give a larger max_steps, or take the model as it is")
-    if {'policy', 'kinds'} & set(changed) and state.global_step < state.max_steps: self._selected_at = state.global_step; self._select(state.global_step, probe='kinds' in changed)      # a budget or a ban given anew holds from here on
+    if {'policy', 'kinds'} & set(changed) and state.global_step < state.max_steps:      # a budget or a ban given anew holds from here on
+        if 'policy' in changed: self._event('choose', state.global_step, policy=self.policy.to_dict(), now=True)
+        self._selected_at = state.global_step; self._select(state.global_step, probe='kinds' in changed)

@@ -11,6 +11,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.loop import ALFLoop
+from alf_nb.policies import Policy
+from alf_nb.reports import summarize
 from alf_nb.runlog import RunLog
 from alf_nb.trainer import ALFCallback
 
@@ -122,6 +124,7 @@ def test_a_resume_with_another_wish_takes_it_at_once(tmp_path, settings):
     half(tmp_path)
     alf, events = half(tmp_path, True, **settings)
     assert [e["step"] for e in events if e["event"] == "select"] == [4], "what was asked for at the resume is in force from there on, although no re-selection was left"
+    assert "kinds" in settings or [Policy.from_dict(e["policy"]) for e in events if e["event"] == "choose"] == [alf.policy]        # who replays the log knows, too
     assert alf.selection.share <= settings.get("budget", .3) and not any(n.startswith("block.2") for n in alf.selection.names if "ban" in settings)
     if "kinds" in settings: assert {u.kind for u in alf.units if u.name in alf.selection.names} == {"norm"}
 
@@ -159,6 +162,18 @@ def test_a_resume_with_nothing_left_to_make(tmp_path):
 def test_settings_that_would_do_nothing_are_told():
     with pytest.raises(ValueError, match="signal='rate' given, but policy 'grass' chooses by 'grad_norm'"): ALFCallback(preset="grass", signal="rate")
     with pytest.warns(UserWarning, match="warm_up=9 changes nothing"): ALFCallback(warm_up=9)
+
+
+def test_a_loop_and_its_report(tmp_path, recwarn):
+    rows = [{k: torch.tensor([v]) for k, v in r.items()} for r in demo_dataset(4)]
+    model = demo_model(blocks=2)
+    opt = torch.optim.AdamW(model.parameters())
+    with ALFLoop(model, opt, rows, 2, out=tmp_path, preset="lisa", policy=dict(policy="lisa", k=1)) as alf:
+        loss = model(**rows[0]).loss
+        loss.backward(); alf.step(); alf.log_loss(loss, entropy=loss/2)
+    assert not [w for w in recwarn if "requires_grad" in str(w.message)]
+    assert summarize(tmp_path)["signal"] is None, "LISA draws by chance, and does not choose by gain"
+    with pytest.raises(ValueError, match="a batch is a tuple, not keyword arguments"): ALFLoop(model, opt, [(rows[0]["input_ids"],)]*2, 2, probe_batches=2)
 
 
 def test_comparisons_that_cannot_be_made(tmp_path):
