@@ -187,3 +187,9 @@ def test_comparisons_that_cannot_be_made(tmp_path):
     run = lambda task: compare_policies(task, methods="full", amount=1, seeds=0, lrs=(1e-3,), out=tmp_path/"p.jsonl", progress=False)
     run(task)
     with pytest.raises(ValueError, match="bf16=False, and this would be bf16=True"): run(Task(model, rows, rows, bf16=True))
+
+
+def test_the_command_names_a_missing_run_in_words(tmp_path, capsys):
+    from alf_nb.cli import main
+    assert main(["report", str(tmp_path/"nope")]) == 2
+    assert capsys.readouterr().err.startswith("alf: error: no run here: ")
