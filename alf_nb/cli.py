@@ -91,7 +91,7 @@ def _parser():
     for s in (f, d, t, m, r): s.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return p
 
-# %% ../nbs/15_cli.ipynb #bffd48a3
+# %% ../nbs/15_cli.ipynb #5cee8793
 def _finetune(a):
     from transformers.utils import logging as hf_logging
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
@@ -180,5 +180,6 @@ def main(
         print(f"\nalf: interrupted; what was logged is kept in {a.get('out', a.get('run'))}", file=sys.stderr); return 130
     except (ValueError, OSError, RuntimeError, ImportError) as e:
         if debug: raise
-        print(f"alf: error: {e}", file=sys.stderr); return 2
+        said = f"{e.strerror}{f': {e.filename!r}' if e.filename is not None else ''}" if isinstance(e, OSError) and e.strerror else e      # no [Errno 2] before it
+        print(f"alf: error: {said}", file=sys.stderr); return 2
     return 0

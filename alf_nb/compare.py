@@ -28,7 +28,7 @@ from .runlog import RunLog
 from .sources import domain_split, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
 from .trainer import ALFCallback, versions
 
-# %% ../nbs/14a_compare.ipynb #6e96eb19
+# %% ../nbs/14a_compare.ipynb #e01394cb
 @dataclass
 class Task:
     "A model and data that methods are compared on."
@@ -44,7 +44,8 @@ class Task:
     pin:tuple=()          # units that train in every method, such as a new head: names or globs
     def __post_init__(self):
         for k in ('train', 'held'):
-            if not len(getattr(self, k)): raise ValueError(f"the task has no rows to {dict(train='train on', held='evaluate on')[k]}")
+            if not len(rows := getattr(self, k)): raise ValueError(f"the task has no rows to {dict(train='train on', held='evaluate on')[k]}")
+            if 'input_ids' not in rows[0]: raise ValueError(f"rows hold {', '.join(rows[0])}, but no input_ids: methods are compared on tokens, which are counted")
         if self.bf16 is None: self.bf16 = supports_bf16(self.device)
         self.pin = (self.pin,) if isinstance(self.pin, str) else tuple(self.pin)
 
@@ -76,7 +77,7 @@ class Task:
                 b = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k,v in b.items()}
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16): out = model(**b)
                 k = len(b['labels']); n += k; total += float(out.loss)*k
-                if b['labels'].dim() == 1: right += int((out.logits.argmax(-1) == b['labels']).sum()); labelled += k
+                if b['labels'].dim() == 1 and not b['labels'].is_floating_point(): right += int((out.logits.argmax(-1) == b['labels']).sum()); labelled += k
         finally: model.train(was)
         return dict(loss=total/n, **(dict(accuracy=right/labelled) if labelled else {}))
 
@@ -305,7 +306,7 @@ def _next(found, grid, seeds, extend):
     if len(grid) > 1 and len(tried) < len(grid)+extend and best in (tried[0], tried[-1]): return float(f'{best*2 if best == tried[-1] else best/2:.6g}'), seeds[0]
     return next(((best, s) for s in seeds[1:] if (best, s) not in found), None)
 
-# %% ../nbs/14a_compare.ipynb #1fd5e384
+# %% ../nbs/14a_compare.ipynb #745e37e8
 _rules = ('steps', 'tokens', 'wall')
 
 def _steps_for(task, method, rule, amount):
@@ -352,7 +353,7 @@ def compare_policies(
     if not amount > 0 or rule == 'steps' and amount != int(amount): raise ValueError(f"amount={amount!r}, but it is above 0{', in whole steps' if rule == 'steps' else ''}")
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds={seeds!r}: at least one, each once")
-    if not isinstance(lrs, dict): lrs = {} if lrs is None else {m.name: (lrs,) if isinstance(lrs, float) else tuple(lrs) for m in methods}
+    if not isinstance(lrs, dict): lrs = {} if lrs is None else {m.name: (lrs,) if isinstance(lrs, (int, float)) else tuple(lrs) for m in methods}
     if odd := set(lrs) - {m.name for m in methods}: raise ValueError(f"learning rates for {', '.join(sorted(odd))}, which is not among the methods")
     grids = {m.name: Method(m.name, '', lrs.get(m.name, m.lrs)).lrs for m in methods}
     if not isinstance(task, Task): task = text_task(task, data, progress=progress, **kw)
@@ -361,6 +362,7 @@ def compare_policies(
     for p in task.pin: match_units(p, layers.units)
     described = {m.name: _described(m, int(amount) if rule == 'steps' else 1000, layers.n_blocks, task.pin) for m in methods}
     rows = [r for r in (read_results(out) if out.is_file() else ()) if r['task'] == name]
+    if any(r.get('bf16', task.bf16) != task.bf16 for r in rows): raise ValueError(f"{out} holds runs of this task with bf16={not task.bf16}, and this would be bf16={task.bf16}: the two cannot be compared, give another out")
     keep = ('task_loss_before', 'other_loss_before')
     if rows: base = {k: rows[0][k] for k in keep}
     else:

@@ -11,7 +11,7 @@ __all__ = ['finetune', 'tuned_kind', 'load_tuned']
 from . import _require
 _require('torch', 'transformers', 'accelerate')
 
-# %% ../nbs/14_finetune.ipynb #d48fbd3a
+# %% ../nbs/14_finetune.ipynb #b4b3312e
 import json, os, time, warnings
 from pathlib import Path
 import torch
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .attention import AttentionSnapshot, passages
-from .checkpoints import find_checkpoint
+from .checkpoints import check_checkpoint, find_checkpoint
 from .card import write_card
 from .delta import apply_delta, fingerprint, save_delta
 from .reports import summarize, write_report
@@ -48,7 +48,7 @@ class _Opening(TrainerCallback):
         if state.global_step == 0:
             for e in self.events: self.alf._event(step=0, **e)
 
-# %% ../nbs/14_finetune.ipynb #685a25e6
+# %% ../nbs/14_finetune.ipynb #5d1c6cdd
 def _check_output(out):
     "The run folder, made and seen to be writable"
     out = Path(out)
@@ -58,6 +58,15 @@ def _check_output(out):
     except OSError as e: raise OSError(f"cannot write to the output folder {out}: {e.strerror or e}; give another one with out=") from None
     return out
 
+def _last_before(out, steps):
+    "The newest whole checkpoint from which steps are left to make; None: begin anew"
+    of = lambda path: int(str(path).rsplit('-', 1)[-1])
+    if (last := find_checkpoint(out)) is None: raise ValueError(f"nothing to resume: no whole checkpoint in {out}; start with save_steps= (--save-steps) first")
+    if of(last) < steps: return last
+    if any(e.get('path') == 'delta' for e in RunLog(out).events('save')): raise ValueError(f"nothing to resume: the run in {out} has made {of(last)} steps, and its delta is written; a larger steps= goes on from there")
+    before = [p for p in out.glob('checkpoint-*') if p.name[11:].isdigit() and of(p) < steps and not check_checkpoint(p)]      # killed behind its last step: from there Trainer would make one more
+    return str(max(before, key=of)) if before else None
+
 def _whole(**kw):
     for k,v in kw.items():
         if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{k}={v!r}, but it is a whole number of at least 1")
@@ -65,7 +74,7 @@ def _whole(**kw):
 def _write_json(path, data):
     part = path.with_name(f'.{path.name}.part'); part.write_text(json.dumps(data, indent=2, allow_nan=False)+'\n', encoding='utf-8'); os.replace(part, path)
 
-# %% ../nbs/14_finetune.ipynb #da004e76
+# %% ../nbs/14_finetune.ipynb #f3992da0
 _looked_at = 256    # tokens of a passage at most: all maps of one passage are in memory at once, and grow with the square
 
 def finetune(
@@ -98,8 +107,7 @@ def finetune(
     if not (isinstance(lr, (int, float)) and 0 < lr < 1): raise ValueError(f"lr={lr!r}, but a learning rate is above 0 and below 1, such as 4e-4")
     out = _check_output(out)
     callback = ALFCallback(budget=budget, threshold=threshold, preset=preset, seed=seed, out=str(out), **alf)
-    checkpoint = find_checkpoint(out) if resume else None
-    if resume and checkpoint is None: raise ValueError(f"nothing to resume: no whole checkpoint in {out}; start with save_steps= first")
+    checkpoint = _last_before(out, steps) if resume else None
     texts = load_texts(data, column)
     others = load_texts(other, column) if other is not None else unrelated_texts()
     net,tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)

@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/loop.html.md"""
 # %% auto #0
 __all__ = ['ALFLoop', 'lightning_callback']
 
-# %% ../nbs/09c_loop.ipynb #ea6fa7c5
+# %% ../nbs/09c_loop.ipynb #cb8322f0
 import itertools, tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, IterableDataset
 from .checkpoints import seal_checkpoint
+from .probe import _model_loss
 from .trainer import ALFCallback, _thaw_leftovers
 
 # %% ../nbs/09c_loop.ipynb #dede0e0c
@@ -33,7 +34,7 @@ def _loader(batches):
     data = batches if hasattr(batches, '__len__') and hasattr(batches, '__getitem__') else _Stream(batches)
     return SimpleNamespace(dataset=data, collate_fn=lambda rows: rows[0]), 1
 
-# %% ../nbs/09c_loop.ipynb #f6fb7308
+# %% ../nbs/09c_loop.ipynb #d1bc3759
 class ALFLoop:
     "Adaptive layer-wise fine-tuning in a training loop of your own."
     def __init__(self,
@@ -52,7 +53,7 @@ class ALFLoop:
             raise ValueError("ALFLoop runs in one process, and here are several: use ALFCallback in a Trainer, whose processes agree on what trains")
         self._loader,size = _loader(batches)
         self.model,self.callback = model,ALFCallback(seed=seed, **alf)
-        self.callback._batch_loss = loss or self.callback._batch_loss
+        self.callback._batch_loss = loss or _model_loss
         self._optimizer = SimpleNamespace(optimizer=optimizer, step_was_skipped=False)
         where = str(out) if out is not None else ''
         self._args = SimpleNamespace(output_dir=where, deepspeed=None, fsdp=None, world_size=1, process_index=0, ddp_find_unused_parameters=None, save_total_limit=None, save_strategy='no', save_only_model=False,
@@ -101,7 +102,7 @@ class ALFLoop:
         "The run log, for dashboards and reports; None without `out`"
         return self.callback.log
 
-# %% ../nbs/09c_loop.ipynb #0baa6cbf
+# %% ../nbs/09c_loop.ipynb #3b589a8a
 @patch
 def log_loss(self:ALFLoop,
     loss,       # of the last step, or a mean since the last call
@@ -109,7 +110,7 @@ def log_loss(self:ALFLoop,
 )->None:
     "Write a loss into the run log, with learning rate and speed"
     groups = self._optimizer.optimizer.param_groups
-    self.callback.on_log(self._args, self._state, None, logs=dict(loss=float(loss), learning_rate=float(groups[0]['lr']), **{k: float(v) for k,v in metrics.items()}))
+    self.callback.on_log(self._args, self._state, None, logs={k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k,v in dict(loss=loss, learning_rate=groups[0]['lr'], **metrics).items()})
 
 @patch
 def metrics(self:ALFLoop)->dict: # name → number

@@ -52,7 +52,7 @@ def check_optimizer(
         raise RuntimeError(f"{len(missing)} units are not in the optimizer and could never move, the first is {missing[0]!r}: "
                            "build the optimizer while all parameters require grad, then let ALF freeze them")
 
-# %% ../nbs/07_optim.ipynb #ef40740a
+# %% ../nbs/07_optim.ipynb #727bc6af
 FIRST_MOMENTS = ('exp_avg', 'momentum_buffer')
 STATE_MODES = ('v', 'full', 'drop')
 
@@ -75,8 +75,8 @@ class ParkedStates:
     )->None:
         "Copy what is to be kept of `state` to the host"
         if self.state == 'drop' or not state: return
-        kept = {k:v for k,v in state.items() if not (self.state == 'v' and k in FIRST_MOMENTS)}
-        self.held[name] = {k: local_tensor(v).detach().to('cpu', copy=True) if isinstance(v, Tensor) else v for k,v in kept.items()}
+        empty = {k: torch.zeros((), dtype=v.dtype) for k,v in state.items() if self.state == 'v' and k in FIRST_MOMENTS and isinstance(v, Tensor)}     # one number that says: zeros
+        if len(empty) < len(state): self.held[name] = {k: empty[k] if k in empty else local_tensor(v).detach().to('cpu', copy=True) if isinstance(v, Tensor) else v for k,v in state.items()}
 
     def fetch(self,
         name:str,    # full parameter name
@@ -85,9 +85,8 @@ class ParkedStates:
         "State of a parameter that returns, on its device; None if none was kept"
         if (kept := self.held.pop(name, None)) is None: return None
         # a step count lives on the host in plain Adam, beside the weights in fused and capturable ones: torch moves it when needed
-        out = {k: as_shard(v.to(p.device), p) if isinstance(v, Tensor) and v.dim() else v for k,v in kept.items()}
-        if self.state == 'v' and 'exp_avg_sq' in out: out = {**{k: out[k] for k in ('step',) if k in out}, 'exp_avg': torch.zeros_like(p), **out}      # in Adam's own order
-        return out
+        back = lambda k, v: v if not isinstance(v, Tensor) else as_shard(v.to(p.device), p) if v.dim() else torch.zeros_like(p, dtype=v.dtype, requires_grad=False) if k in FIRST_MOMENTS and p.dim() else v
+        return {k: back(k, v) for k,v in kept.items()}
 
 # %% ../nbs/07_optim.ipynb #1a463b70
 @torch.no_grad()

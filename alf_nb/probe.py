@@ -63,13 +63,14 @@ def _only_trainable(all_params, wanted):
     finally:
         for p,r,g in before: p.requires_grad_(r); p.grad = g
 
-# %% ../nbs/05a_probe.ipynb #fc55f9af
+# %% ../nbs/05a_probe.ipynb #89e7d5a1
 def _model_loss(model, batch):
     "The model's own loss on a batch that holds labels"
+    if not hasattr(batch, 'keys'): raise ValueError(f"a batch is a {type(batch).__name__}, not keyword arguments of the model: say how its loss is computed, loss=lambda model, batch: …")
     out = model(**batch)
     loss = out.get('loss') if hasattr(out, 'get') else getattr(out, 'loss', None)
     if loss is None:
-        raise ValueError(f"the model returned no loss for a batch with {', '.join(batch)}: give it labels, pass the loss as `loss=`, or start from the prior (start='prior')")
+        raise ValueError(f"the model returned no loss for a batch with {', '.join(batch)}: give it labels, pass the loss as `loss=`, or choose by a signal that needs no probe (signal='rate')")
     return loss
 
 def _finite_everywhere(loss):

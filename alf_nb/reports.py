@@ -9,7 +9,7 @@ __all__ = ['summarize', 'summary_table', 'latest_scores', 'loss_chart', 'layer_m
            'write_report', 'write_attention', 'Comparison', 'compare_runs', 't_interval', 'read_results',
            'PolicyComparison', 'compare_results', 'write_comparison']
 
-# %% ../nbs/12_reports.ipynb #0e804d4c
+# %% ../nbs/12_reports.ipynb #08077c73
 import json, math, os, re, statistics, textwrap
 from datetime import datetime, timezone
 from html import escape
@@ -18,9 +18,10 @@ from fastcore.basics import patch
 from .records import AttentionComparison, AttentionShift, Scores
 from .runlog import RunLog, _is_number, _is_text
 from .plots import *
+from .policies import POLICIES
 from .shift import shift_section, shift_verdict
 
-# %% ../nbs/12_reports.ipynb #da311042
+# %% ../nbs/12_reports.ipynb #d8f1bd2d
 def _log(run): return run if isinstance(run, RunLog) else RunLog(run)
 
 def _ppl(loss): return None if loss is None or loss > 700 else math.exp(loss)
@@ -42,6 +43,11 @@ def _bytes_per_param(log, sizes, sels):
     for m in log.events('memory'):
         if (s := next((s for s in reversed(sels) if s.step < m['step']), None)) and (n := sum(sizes.get(u, 0) for u in s.names)): found.append((m['grad_bytes']+m['optimizer_bytes'])/n)
     return statistics.median(found) if found else None
+
+def _uses_scores(policy):
+    "Does this policy (a dict, or its name) choose by a signal? One that is not known here might"
+    name = policy.get('policy') if isinstance(policy, dict) else policy
+    return not isinstance(name, str) or name not in POLICIES or POLICIES[name].needs_scores
 
 def summarize(
     run # folder of a run, or its `RunLog`
@@ -68,7 +74,7 @@ def summarize(
     loss = lambda name, when: losses.get(name, {}).get(when)
     per_param, n_total = _bytes_per_param(log, sizes, sels), begin.get('n_total')
     d = dict(run=log.dir.resolve().name, status=log.status, error=f"{error.get('type')}: {error.get('message')}" if error else None, run_id=begin.get('run_id'), model=begin.get('model'),
-        policy=policy.get('policy') if isinstance(policy, dict) else policy or (sels[-1].policy if sels else None), budget=policy.get('budget') if isinstance(policy, dict) else None, signal=config.get('signal'),
+        policy=policy.get('policy') if isinstance(policy, dict) else policy or (sels[-1].policy if sels else None), budget=policy.get('budget') if isinstance(policy, dict) else None, signal=config.get('signal') if _uses_scores(policy) else None,
         device=begin.get('device'), versions=begin.get('versions') or {}, date=datetime.fromtimestamp(begin['t'], timezone.utc).strftime('%Y-%m-%d %H:%M UTC') if begin.get('t') is not None else None,
         steps=steps, max_steps=begin.get('max_steps'), seed=begin.get('seed'), wall_s=wall, n_total=n_total, n_selections=len(sels), resumed=sum(e['event'] == 'resume' for e in ev),
         nonfinite=sum(bool(e.get('nonfinite')) for e in ev))

@@ -11,8 +11,8 @@ __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
-# %% ../nbs/09_trainer.ipynb #52e2db40
-import hashlib, json, math, os, shutil, sys, threading, time, uuid, warnings
+# %% ../nbs/09_trainer.ipynb #e6d583bf
+import copy, hashlib, json, math, os, shutil, sys, threading, time, uuid, warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
 from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
@@ -52,7 +52,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #0fd47f66
+# %% ../nbs/09_trainer.ipynb #21202ecd
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -84,7 +84,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         unit:str|None=None,          # 'module': weight matrices; 'block': whole blocks; default module
         kinds=None,                  # kinds of units a policy may choose; default matrices, blocks, adapters
         start:str|None=None,         # how to choose first: 'probe', 'prior', 'rotate', 'warm-up'; 'auto': what the signal needs
-        warm_up:int|None=None,       # steps of 'rotate' (within the budget) or 'warm-up' (trains everything); default 16
+        warm_up:int|None=None,       # steps of 'rotate' (within the budget) or 'warm-up' (trains all that is not banned); default 16
         probe_batches:int|None=None, # batches of the gradient probe before the first step, at least 2; default 8
         reprobe_batches:int=2,       # batches of the probe at each re-selection, blended into what is known; 0: none
         interval:int|None=None,      # steps between selections; 0: never again; default a third of the run, 32 to 256
@@ -116,6 +116,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         options = {k: v for k in ('budget', 'threshold', 'explore', 'hysteresis', 'cost_aware', 'strata') if (v := pick(k)) is not None}
         policy = pick('policy', 'threshold' if threshold is not None else 'budget')
         self.policy = _make_policy(policy, options, pick('pin', ()), ban, seed, pick('interval'))
+        if signal is not None and self.policy.signal not in (None, signal): raise ValueError(f"signal={signal!r} given, but policy {self.policy.name!r} chooses by {self.policy.signal!r}: leave it out, or take another policy")
         self.signal = self.policy.signal or pick('signal', 'gain')
         if self.signal not in SIGNALS: raise ValueError(f"unknown signal {self.signal!r}; signals are {', '.join(SIGNALS)}")
         if explore and reprobe_batches and self.signal in ('gain', 'grad_norm'): warnings.warn(f"explore={explore:g} changes nothing: {self.signal!r} measures every unit at once, so none waits to be looked at (rate and coherence measure only what trains)")
@@ -124,6 +125,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         if odd := [k for k in self.kinds if k not in KINDS]: raise ValueError(f"unknown kind {odd[0]!r}; kinds are {', '.join(KINDS)}")
         start = pick('start', 'auto')
         if start not in STARTS: raise ValueError(f"unknown start {start!r}; starts are {', '.join(STARTS)}")
+        if warm_up is not None and start not in ('rotate', 'warm-up'): warnings.warn(f"warm_up={warm_up} changes nothing: it is the steps of start='rotate' and start='warm-up'")
         auto = 'probe' if self.signal in ('gain', 'grad_norm') else 'prior'
         self.start = 'none' if not self.policy.needs_scores else auto if start == 'auto' else start
         self.warm_up,self.interval,self.lock = pick('warm_up', 16),pick('interval', getattr(self.policy, 'interval', None)),pick('lock', .85)
@@ -146,7 +148,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
         self._wished = self._asked_policy = self.policy          # as given, and with what lies below its reach banned
         self._lock,self._pending,self._again = threading.Lock(),None,False
-        self._training,self._news,self.log,self._batch_loss = False,False,None,_model_loss
+        self._training,self._news,self.log,self._batch_loss,self._loss = False,False,None,None,_model_loss
 
     @property
     def config(self)->dict:
@@ -159,7 +161,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #f8bb3484
+# %% ../nbs/09_trainer.ipynb #97631782
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -184,6 +186,23 @@ def _check_engine(args, model, ddp=None):
         f = getattr(m, '_gradient_checkpointing_func', None)
         if getattr(m, 'gradient_checkpointing', False) and getattr(f, 'keywords', {}).get('use_reentrant'):
             raise ValueError("gradient checkpointing with use_reentrant=True gives frozen bottoms no gradients: set gradient_checkpointing_kwargs={'use_reentrant': False}")
+
+def _on_stack(kind):
+    "The nearest object of class `kind` of which a method is running, or None: Trainer shows its callbacks neither itself nor their list"
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get('self'), kind): frame = frame.f_back
+    return frame and frame.f_locals['self']
+
+def _trainer_loss(trainer):
+    "loss(model, batch) as `trainer` computes it: a subclass, label smoothing or `compute_loss_func` may want another than the model's. What TRL counts on the way is put back"
+    if trainer is None or getattr(trainer.compute_loss, '__func__', None) is Trainer.compute_loss and trainer.compute_loss_func is None and trainer.label_smoother is None: return _model_loss
+    count = getattr(trainer, '_get_num_items_in_batch', lambda *a: None)
+    def loss(model, batch):
+        kept = {k: copy.deepcopy(v) for k,v in vars(trainer).items() if k in ('_metrics', '_total_train_tokens')}
+        try:
+            with trainer.compute_loss_context_manager(): return trainer.compute_loss(model, batch, num_items_in_batch=count([batch], trainer.args.device))
+        finally: vars(trainer).update(kept)
+    return loss
 
 def _check_alone(model, state):
     "Two callbacks in one Trainer would each undo what the other selects"
@@ -253,7 +272,8 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
     self._optimizer = optimizer; check_optimizer(self.layers, optimizer, self.names)
     if self.references == 'none': check_last_update(optimizer)
-    self._loader,self._args,self._max_steps = train_dataloader,args,state.max_steps
+    self._loader,self._args,self._max_steps,self._loss = train_dataloader,args,state.max_steps,self._batch_loss or _trainer_loss(_on_stack(Trainer))
+    self._batch_size = (getattr(state, 'train_batch_size', None) or args.per_device_train_batch_size*max(getattr(args, 'n_gpu', 1), 1))//max(getattr(args, 'n_gpu', 1), 1)      # auto_find_batch_size changes it
     group = {id(p): i for i,g in enumerate(unwrap_optimizer(optimizer).param_groups) for p in g['params']}
     self._group = {n: group[id(self.layers.params(n)[0])] for n in self.names}
     self._every = self.interval if self.interval is not None else min(max(state.max_steps//3, 32), 256)
@@ -278,6 +298,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     else:
         self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
                     max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
+        if self.start in ('rotate', 'warm-up'): self.policy.select(self._seen, self.units)      # what it could never choose is refused now, not when the start is over
         self._select(0)
     warm_up(sorted({p.dtype for p in model.parameters()}, key=str), next(model.parameters()).device, dot=True, bits=8 if self.references == '8bit' else 32)      # compile here, not in the first window
     self._training = self._news = True
@@ -301,7 +322,7 @@ def peak_rss_bytes()->int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/09_trainer.ipynb #d182d2cc
+# %% ../nbs/09_trainer.ipynb #47412fd5
 def _to_device(batch, device):
     "`batch`, whatever it is made of, with its tensors on `device`"
     if hasattr(batch, 'to'): return batch.to(device)
@@ -314,7 +335,7 @@ def _probe(self:ALFCallback, step, n_batches):
     t0 = time.perf_counter()
     rank,world = self._args.process_index,self._args.world_size
     gen = torch.Generator().manual_seed((self.seed*1_000_003 + step)*1009)      # one draw for all processes: each takes its part of every batch
-    data,size = self._loader.dataset,self._args.per_device_train_batch_size
+    data,size = self._loader.dataset,self._batch_size
     if hasattr(data, '__len__') and hasattr(data, '__getitem__'):
         if len(data) == 0: raise ValueError("the training dataset is empty")
         order = torch.randperm(len(data), generator=gen).tolist()
@@ -325,7 +346,7 @@ def _probe(self:ALFCallback, step, n_batches):
     device = next(self.layers.model.parameters()).device
     self.layers.model.train()
     eligible = [u.name for u in self.units if u.eligible]
-    found = probe_gradients(self.layers, (_to_device(b, device) for b in loader), eligible, loss=self._batch_loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
+    found = probe_gradients(self.layers, (_to_device(b, device) for b in loader), eligible, loss=self._loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
     first = not self.tracker.values.get('gain')
     signals = {s.signal: self._ours(s) for s in (found.gain, found.grad_norm)}
     for k,v in signals.items(): self.tracker.update(k, v, step, beta=0. if first else .7)   # a re-probe is short: it corrects, it does not overrule
@@ -343,21 +364,29 @@ def _ours(self:ALFCallback, scores):
 def _reference_bytes(self:ALFCallback): return self.snapshot.nbytes if self.references in ('device', '8bit') else 0
 
 @patch
+def _bound(self:ALFCallback):
+    "Names of what the policy pins, and of what it may choose from"
+    pinned,banned = ({n for p in ps for n in match_units(p, self.units)} for ps in (self.policy.pin, self.policy.ban))
+    return [n for n in self.names if n in pinned], [u.name for u in self.units if u.eligible and u.n_params and u.name not in pinned | banned]
+
+@patch
 def _rotation(self:ALFCallback):
     "Groups of candidates that take turns at the start, each within the budget"
     room = getattr(self.policy, 'budget', None) or .25
+    pinned,free = self._bound()
+    room -= sum(self._sizes[n] for n in pinned)/self.n_total
     groups,used = [[]],0.
-    for u in self.units:
-        if not u.eligible or u.name in self._banned: continue
-        if groups[-1] and used + u.n_params/self.n_total > room: groups.append([]); used = 0.
-        groups[-1].append(u.name); used += u.n_params/self.n_total
-    return groups
+    for n in free:
+        if (part := self._sizes[n]/self.n_total) > room: continue      # the policy could not choose it either
+        if groups[-1] and used + part > room: groups.append([]); used = 0.
+        groups[-1].append(n); used += part
+    return [pinned + g for g in groups]
 
 @patch
 def _starting(self:ALFCallback, step):
     "Names that train at `step` while a start that needs steps is under way, else None"
     if self.start not in ('rotate', 'warm-up') or step >= self.warm_up: return None
-    if self.start == 'warm-up': return [u.name for u in self.units if u.eligible and u.name not in self._banned]
+    if self.start == 'warm-up': pinned,free = self._bound(); return pinned + free
     groups = self._rotation(); each = max(2, self.warm_up//len(groups))
     return groups[min(step//each, len(groups)-1)]
 
@@ -696,7 +725,7 @@ def _freeze_bad(self:ALFCallback, step):
     names = tuple(n for n in self.selection.names if n not in self._banned)
     self._switch(Selection(names, f"{len(bad)} frozen for NaN or infinity", self.selection.policy, step, sum(self._sizes[n] for n in names)/self.n_total), step, {})
 
-# %% ../nbs/09_trainer.ipynb #e8e4dabf
+# %% ../nbs/09_trainer.ipynb #cf48cd08
 @patch
 def metrics(self:ALFCallback)->dict: # name → number
     "What trains now, and how important every layer is, for a tracker"
@@ -717,10 +746,9 @@ class _Metrics(TrainerCallback):
 
 @patch
 def _join_trackers(self:ALFCallback):
-    "Put a `_Metrics` of ours first; Trainer shows nobody its list of callbacks, so it is found on the stack"
-    frame = sys._getframe(1)
-    while frame is not None and not isinstance(handler := frame.f_locals.get('self'), CallbackHandler): frame = frame.f_back
-    if frame is None or not any(c is self for c in handler.callbacks): return      # another loop: metrics() is for it to call
+    "Put a `_Metrics` of ours first"
+    handler = _on_stack(CallbackHandler)
+    if handler is None or not any(c is self for c in handler.callbacks): return      # another loop: metrics() is for it to call
     first = next((c for c in handler.callbacks if isinstance(c, _Metrics)), None)
     if first is None: handler.callbacks.insert(0, first := _Metrics())
     first.alf = self
@@ -733,7 +761,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #6d1b5baa
+# %% ../nbs/09_trainer.ipynb #7ceb6a1e
 @patch
 def _all_params(self:ALFCallback):
     "Full parameter name → parameter"
@@ -791,7 +819,7 @@ def _restore(self:ALFCallback, args, state):
     "Continue from the checkpoint that Trainer has just loaded"
     folder = Path(self._given_folder(args) or Path(args.output_dir)/f'checkpoint-{state.global_step}')
     if self._loaded_for not in (None, folder.resolve()): raise RuntimeError(f"FSDP2 has loaded optimizer state for {self._loaded_for.name}, the newest whole checkpoint here, and the run is at {folder.name}: name the folder, ALFCallback(resume_from={str(folder)!r})")
-    if why := 'it was saved without ALFCallback, or it lies elsewhere (resume_from=…)' if not (folder/'alf').is_dir() else check_checkpoint(folder):
+    if why := 'it was saved without ALFCallback or with save_only_model=True, or it lies elsewhere (resume_from=…)' if not (folder/'alf').is_dir() else check_checkpoint(folder):
         with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir)
         raise RuntimeError(f"cannot resume from {folder.name}: {why}. {f'The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}' if other else 'There is no whole checkpoint with ALF here'}")
     data,tensors = _read_state(folder)
@@ -800,13 +828,14 @@ def _restore(self:ALFCallback, args, state):
         was,now = ({n for n,_ in data['units']},set(self.names))
         raise ValueError(f"the model has changed since the checkpoint: {len(data['units'])} units then, {len(self.units)} now" + (f", the first difference is {sorted(was ^ now)[0]!r}" if was ^ now else ', with other sizes'))
     if data['weights'] != _fingerprint(self.layers): raise ValueError(f"the weights of this model are not those of {folder.name}: resume with trainer.train(resume_from_checkpoint=…) and the same model")
-    if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != data['config'].get(k)]: warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}")
+    if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != data['config'].get(k)]: warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}{'; what trains is chosen anew' if {'policy', 'kinds'} & set(changed) else ''}")
     if self.log is not None and self.log.path.exists() and (last := self.log.begin.get('run_id')) not in (None, data['run_id']):
         warnings.warn(f"{folder.name} belongs to run {data['run_id']}, and a newer run, {last}, was begun in this folder since: was it meant?")
     self.run_id = data['run_id']
     self.selection = Selection.from_dict(data['selection'])
     apply_selection(self.layers, self.selection.names, self._optimizer, None)      # the optimizer came back with the state of these units only
-    restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
+    was = data['config'].get('references', self.references)
+    if self.references != 'none' and (was == '8bit') == (self.references == '8bit'): restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
     self.parked.held = {k: dict(v) for k,v in data['parked'].items()}
     params = self._all_params()
     for k,t in tensors.items():
@@ -822,5 +851,12 @@ def _restore(self:ALFCallback, args, state):
         self.policy,self._again = Policy.from_dict(data['policy']),data['again']
     self._banned = set(data.get('banned', ())); self.policy = self._without_banned(self.policy)
     self._seen = self._scores(state.global_step)
+    if self.references != 'none':      # saved in another form, or not at all: such windows begin anew
+        fresh = [n for n in self.selection.names if n not in self.snapshot.names]
+        self.snapshot.take(fresh); self._mark(fresh, state.global_step)
     renew_buckets(self._ddp); self.guard.watch()
     self._event('resume', state.global_step, path=folder.name)
+    if state.global_step >= state.max_steps: warnings.warn(f"all {state.max_steps} steps are made, nothing is left to resume, and Trainer makes one step more: give a larger max_steps, or take the model as it is")
+    if {'policy', 'kinds'} & set(changed) and state.global_step < state.max_steps:      # a budget or a ban given anew holds from here on
+        if 'policy' in changed: self._event('choose', state.global_step, policy=self.policy.to_dict(), now=True)
+        self._selected_at = state.global_step; self._select(state.global_step, probe='kinds' in changed)
