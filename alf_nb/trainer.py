@@ -11,7 +11,7 @@ __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
-# %% ../nbs/09_trainer.ipynb #52e2db40
+# %% ../nbs/09_trainer.ipynb #e91f293a
 import hashlib, json, math, os, shutil, sys, threading, time, uuid, warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -27,7 +27,7 @@ from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
-from .policies import POLICIES, Policy, adjusted, match_units
+from .policies import POLICIES, Policy, _ballot, adjusted, match_units
 from .probe import _model_loss, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
@@ -157,7 +157,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #f8bb3484
+# %% ../nbs/09_trainer.ipynb #3a29f3db
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -190,15 +190,20 @@ def _check_alone(model, state):
 
 @patch
 def _partition(self:ALFCallback, model):
-    "The model as units, and those that could train; what lies below the reach is banned, unless it is pinned"
+    "The model as units, and those that could train"
     layers = partition_layers(model, unit=self.unit, kinds=self.kinds)
     units = tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
-    cut = math.floor(layers.n_blocks*(1-self.reach) + 1e-9)
-    pinned = {n for p in self._wished.pin for n in match_units(p, units)}
+    self._asked_policy = self._within_reach(self._wished, layers.n_blocks, units)
+    return layers, units
+
+@patch
+def _within_reach(self:ALFCallback, policy, n_blocks, units):
+    "`policy` with what lies below the reach banned, unless it is pinned"
+    cut = math.floor(n_blocks*(1-self.reach) + 1e-9)
+    pinned = {n for p in policy.pin for n in match_units(p, units)}
     kept = {u.layer for u in units if u.name in pinned}
     below = dict.fromkeys(u.name if u.layer in kept else u.layer for u in units if cut and u.depth <= cut and u.eligible and u.name not in pinned)
-    self._asked_policy = replace(self._wished, ban=(*self._wished.ban, *below)) if below else self._wished
-    return layers, units
+    return replace(policy, ban=tuple(dict.fromkeys((*policy.ban, *below)))) if below else policy
 
 @patch
 def preview(self:ALFCallback,
@@ -299,7 +304,7 @@ def peak_rss_bytes()->int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/09_trainer.ipynb #d182d2cc
+# %% ../nbs/09_trainer.ipynb #a0a7bf62
 def _to_device(batch, device):
     "`batch`, whatever it is made of, with its tensors on `device`"
     if hasattr(batch, 'to'): return batch.to(device)
@@ -342,20 +347,22 @@ def _reference_bytes(self:ALFCallback): return self.snapshot.nbytes if self.refe
 
 @patch
 def _rotation(self:ALFCallback):
-    "Groups of candidates that take turns at the start, each within the budget"
-    room = getattr(self.policy, 'budget', None) or .25
-    groups,used = [[]],0.
-    for u in self.units:
-        if not u.eligible or u.name in self._banned: continue
-        if groups[-1] and used + u.n_params/self.n_total > room: groups.append([]); used = 0.
-        groups[-1].append(u.name); used += u.n_params/self.n_total
-    return groups
+    "Groups of candidates that take turns at the start, each within the budget, and the pinned units in all of them"
+    b,budget = _ballot(None, self.units, self.policy.pin, self.policy.ban),getattr(self.policy, 'budget', None)
+    pinned = [u.name for u in b.pinned]; paid = sum(self._sizes[n] for n in pinned)
+    room = budget or paid/self.n_total + .25
+    groups,used = [],math.inf
+    for u in b.units:
+        if budget and (paid + u.n_params)/self.n_total > room: continue       # the policy could not choose it either
+        if (used + u.n_params)/self.n_total > room: groups.append([*pinned]); used = paid
+        groups[-1].append(u.name); used += u.n_params
+    return groups or [pinned]
 
 @patch
 def _starting(self:ALFCallback, step):
     "Names that train at `step` while a start that needs steps is under way, else None"
     if self.start not in ('rotate', 'warm-up') or step >= self.warm_up: return None
-    if self.start == 'warm-up': return [u.name for u in self.units if u.eligible and u.name not in self._banned]
+    if self.start == 'warm-up': b = _ballot(None, self.units, self.policy.pin, self.policy.ban); return [u.name for u in (*b.pinned, *b.units)]
     groups = self._rotation(); each = max(2, self.warm_up//len(groups))
     return groups[min(step//each, len(groups)-1)]
 
@@ -366,7 +373,7 @@ def _due(self:ALFCallback, step, max_steps):
     if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
-# %% ../nbs/09_trainer.ipynb #60696614
+# %% ../nbs/09_trainer.ipynb #8d16d292
 @patch
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
@@ -379,6 +386,7 @@ def _select(self:ALFCallback, step, probe=True):
     seen = {}; reshard(self.layers.model)
     self._check_place()
     if (names := self._starting(step)) is not None:
+        if step == 0: self.policy.select(self._scores(0), self.units)      # settings that do not fit the model are refused now, not when the start is over
         names = set(names); names = tuple(n for n in self.names if n in names)
         chosen = Selection(names, reason=f"{self.start} start", policy=self.start, step=step, share=sum(self._sizes[n] for n in names)/self.n_total)
     else:
@@ -552,7 +560,7 @@ def summary(self:ALFCallback)->dict:
     return dict(wall_s=t['wall_s'], importance_s=t['measure_s']+t['probe_s']+t['select_s'], measure_s=t['measure_s'], probe_s=t['probe_s'], select_s=t['select_s'],
                 trainable_share_mean=t['share_sum']/n, trainable_share_peak=t['share_peak'], state_bytes_peak=t['state_bytes_peak'], rss_bytes_peak=peak_rss_bytes())
 
-# %% ../nbs/09_trainer.ipynb #0bbc1790
+# %% ../nbs/09_trainer.ipynb #847595f8
 @patch
 def next_selection(self:ALFCallback,
     step:int,     # optimizer step
@@ -575,7 +583,7 @@ def choose(self:ALFCallback,
     if self._args.world_size > 1: raise RuntimeError("a choice made in one process would not reach the others: under several processes give it to ALFCallback")
     with self._lock:
         before = self._pending[0] if self._pending else self.policy
-        wish = _make_policy(policy, {}, (), (), self.seed) if policy is not None else adjusted(before, self._asked_policy, **given)
+        wish = self._within_reach(_make_policy(policy, {}, (), (), self.seed), self.layers.n_blocks, self.units) if policy is not None else adjusted(before, self._asked_policy, **given)
         if wish.signal not in (None, self.signal): raise ValueError(f"policy {wish.name!r} chooses by {wish.signal!r}, but this run measures {self.signal!r}")
         step = self.totals['steps']
         wish = self._without_banned(wish)

@@ -299,3 +299,37 @@ def test_ordinary_steps_cost_no_tensor_operation(tmp_path, references):
     alf.touched = {}
     run(tmp_path, alf, steps=14)
     assert {s for s, n in alf.touched.items() if n} == {4, 8, 12, 14}
+
+
+@pytest.mark.parametrize("start", ["rotate", "warm-up"])
+def test_a_start_of_some_steps_keeps_to_ban_pin_reach_and_budget(tmp_path, start):
+    "What never trains does not train at the start either, what always trains does, and only a warm-up exceeds the budget"
+    alf = ALFCallback(budget=.2, signal="rate", start=start, warm_up=8, interval=4, kinds=("matrix", "embedding"), ban=("block.2", "*.v_proj"), pin="block.3.mlp.up_proj", reach=.75)
+    run(tmp_path, alf, steps=9)
+    begin = [s for s in RunLog(tmp_path).selections() if s.step < 8]
+    assert {n for s in begin for n in s.names} == {u.name for u in alf.units if u.kind == "matrix" and u.layer in ("block.1", "block.3") and u.role != "v_proj"}
+    assert all("block.3.mlp.up_proj" in s.names for s in begin)
+    assert len(begin) == 1 if start == "warm-up" else len(begin) > 1 and all(s.share <= .2 for s in begin)
+
+
+def test_a_rotating_start_leaves_out_what_alone_exceeds_the_budget(tmp_path):
+    alf = ALFCallback(budget=.1, signal="rate", start="rotate", warm_up=30, kinds=("matrix", "embedding"))
+    run(tmp_path, alf, steps=1)
+    assert sorted(n for g in alf._rotation() for n in g) == sorted(u.name for u in alf.units if u.kind == "matrix")
+    assert all(sum(alf._sizes[n] for n in g) <= .1*alf.n_total for g in alf._rotation())
+
+
+@pytest.mark.parametrize("start", ["rotate", "warm-up"])
+def test_what_does_not_fit_is_refused_before_a_start_of_some_steps(tmp_path, start):
+    for kw, words in ((dict(ban="*"), "nothing to choose from"), (dict(budget=1e-6), "too small for any unit"), (dict(budget=.1, pin=("block.0", "block.1")), "the pinned units hold"), (dict(ban="block.99"), "matches no unit")):
+        with pytest.raises(ValueError, match=words): run(tmp_path, ALFCallback(signal="rate", start=start, **kw), steps=2)
+
+
+def test_a_policy_chosen_while_training_keeps_to_the_reach(tmp_path):
+    class Wish(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step == 2: alf.choose(policy=dict(policy="full"), now=True)
+    alf = ALFCallback(budget=.3, reach=.5, probe_batches=2)
+    run(tmp_path, alf, Wish(), steps=4)
+    last = RunLog(tmp_path).selections()[-1]
+    assert set(last.names) == {u.name for u in alf.units if u.eligible and u.depth > 2} and last.policy == "full"
