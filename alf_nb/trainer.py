@@ -11,8 +11,8 @@ __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
-# %% ../nbs/09_trainer.ipynb #e91f293a
-import hashlib, json, math, os, shutil, sys, threading, time, uuid, warnings
+# %% ../nbs/09_trainer.ipynb #f8357a40
+import hashlib, json, math, os, re, shutil, sys, threading, time, uuid, warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -291,7 +291,7 @@ def _event(self:ALFCallback, event, step, **kw):
     self._news |= event in ('select', 'measure')
     if self.log is not None: self.log.write(event, step=step, **kw)
 
-# %% ../nbs/09_trainer.ipynb #e4358b54
+# %% ../nbs/09_trainer.ipynb #854a043e
 def versions()->dict:
     "Versions of what decides the numbers of a run"
     import transformers, platform
@@ -299,6 +299,8 @@ def versions()->dict:
 
 def peak_rss_bytes()->int:
     "Peak resident memory of this process, bytes; 0 where the system does not tell"
+    try: return int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])*1024      # of this program alone: getrusage knows the peak of the one that started it, too
+    except (OSError, TypeError): pass
     try: import resource
     except ImportError: return 0     # Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
