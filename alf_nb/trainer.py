@@ -157,7 +157,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #3a29f3db
+# %% ../nbs/09_trainer.ipynb #3847a204
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -220,6 +220,14 @@ def _warn_of_new_head(model, units, pinned):
     if heads and all(getattr(m, 'get_output_embeddings', lambda: None)() is None for m in model.modules()):
         warnings.warn(f"{', '.join(heads)} stays frozen, and if it was not in the pretrained weights it stays random: pin='head' trains it, ban='head' says that this is meant")
 
+def _warn_of_recompiling(args, model, n):
+    "`torch.compile` makes a graph for every selection it has not seen, and after so many it goes on without compiling"
+    if not (getattr(args, 'torch_compile', False) or any(m._compiled_call_impl is not None or hasattr(m, '_orig_mod') for m in model.modules())): return
+    import torch._dynamo as dynamo
+    name = next(k for k in ('recompile_limit', 'cache_size_limit') if hasattr(dynamo.config, k))      # its name has changed
+    if n > (limit := getattr(dynamo.config, name)):
+        warnings.warn(f"torch.compile makes a graph for every new selection, and gives up after {limit}; this run may select {n} times: raise torch._dynamo.config.{name}, or the interval")
+
 @patch
 def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
@@ -275,6 +283,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
+    _warn_of_recompiling(args, model, 1 + (math.ceil(self.lock*state.max_steps/self._every) - 1 if self._every else 0))
     if not resuming: _warn_of_new_head(model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)})
     self.run_id,self._seen = uuid.uuid4().hex[:12],self._scores(0)
     if resuming: self._restore(args, state)
