@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from small_run import losses, same, small_trainer, weights
+from transformers import TrainerCallback
 
 from alf_nb.checkpoints import seal_checkpoint
-from alf_nb.demo import demo_dataset, demo_model
+from alf_nb.demo import demo_model
 from alf_nb.optim import optimizer_bytes
 from alf_nb.runlog import RunLog
 from alf_nb.trainer import PRESETS, ALFCallback
@@ -17,25 +17,12 @@ from alf_nb.trainer import PRESETS, ALFCallback
 
 def run(tmp_path, *callbacks, model=None, steps=12, freeze=None, resume=None, data=None, **kw):
     "Train a tiny model for a few steps; `freeze(name)` says which parameters to freeze by hand"
-    torch.manual_seed(0)
     model = model if model is not None else demo_model()
     for n, p in model.named_parameters():
         if freeze is not None and freeze(n): p.requires_grad_(False)
-    args = TrainingArguments(**{**dict(output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to=[],
-                                       use_cpu=True, disable_tqdm=True, save_strategy="no", seed=3), **kw})
-    trainer = Trainer(model, args, train_dataset=demo_dataset() if data is None else data, callbacks=list(callbacks))
-    trainer.remove_callback(PrinterCallback)
+    trainer = small_trainer(tmp_path, *callbacks, model=model, data=data, max_steps=steps, **kw)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def losses(trainer): return [h["loss"] for h in trainer.state.log_history if "loss" in h]
-
-
-def weights(trainer): return {k: v.clone() for k, v in trainer.model.state_dict().items()}
-
-
-def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 
 
 TRICKS = {
@@ -209,8 +196,7 @@ def test_an_optimizer_of_too_few_parameters_is_refused(tmp_path):
     "LMFlow #726: what the optimizer never got can be selected but cannot move"
     model = demo_model()
     optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "layers.0." in n])
-    args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
-    trainer = Trainer(model, args, train_dataset=demo_dataset(), callbacks=[ALFCallback()], optimizers=(optimizer, None))
+    trainer = small_trainer(tmp_path, ALFCallback(), model=model, max_steps=2, more=dict(optimizers=(optimizer, None)))
     with pytest.raises(RuntimeError, match="not in the optimizer"): trainer.train()
 
 
