@@ -11,8 +11,8 @@ __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
-# %% ../nbs/09_trainer.ipynb #f8357a40
-import hashlib, json, math, os, re, shutil, sys, threading, time, uuid, warnings
+# %% ../nbs/09_trainer.ipynb #b23fa8c9
+import functools, hashlib, json, math, os, re, shutil, sys, threading, time, uuid, warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -157,7 +157,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #3847a204
+# %% ../nbs/09_trainer.ipynb #8ef7c2bd
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -220,9 +220,18 @@ def _warn_of_new_head(model, units, pinned):
     if heads and all(getattr(m, 'get_output_embeddings', lambda: None)() is None for m in model.modules()):
         warnings.warn(f"{', '.join(heads)} stays frozen, and if it was not in the pretrained weights it stays random: pin='head' trains it, ban='head' says that this is meant")
 
-def _warn_of_recompiling(args, model, n):
+def _is_compiled(args, model): return bool(getattr(args, 'torch_compile', False)) or any(m._compiled_call_impl is not None or hasattr(m, '_orig_mod') for m in model.modules())
+
+@functools.cache
+def _graphs_see_freezing():
+    "Does `torch.compile` make another graph when a parameter is frozen? That of torch 2.6 does not"
+    made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)
+    f = torch.compile(one, backend=lambda graph, _: made.append(graph) or graph.forward)
+    f(x); one.requires_grad_(False); f(x)
+    return len(made) > 1
+
+def _warn_of_recompiling(n):
     "`torch.compile` makes a graph for every selection it has not seen, and after so many it goes on without compiling"
-    if not (getattr(args, 'torch_compile', False) or any(m._compiled_call_impl is not None or hasattr(m, '_orig_mod') for m in model.modules())): return
     import torch._dynamo as dynamo
     name = next(k for k in ('recompile_limit', 'cache_size_limit') if hasattr(dynamo.config, k))      # its name has changed
     if n > (limit := getattr(dynamo.config, name)):
@@ -283,7 +292,9 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
-    _warn_of_recompiling(args, model, 1 + (math.ceil(self.lock*state.max_steps/self._every) - 1 if self._every else 0))
+    compiled = _is_compiled(args, model)
+    self._stale = compiled and not _graphs_see_freezing()
+    if compiled and not self._stale: _warn_of_recompiling(1 + (math.ceil(self.lock*state.max_steps/self._every) - 1 if self._every else 0))
     if not resuming: _warn_of_new_head(model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)})
     self.run_id,self._seen = uuid.uuid4().hex[:12],self._scores(0)
     if resuming: self._restore(args, state)
@@ -384,7 +395,7 @@ def _due(self:ALFCallback, step, max_steps):
     if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
-# %% ../nbs/09_trainer.ipynb #8d16d292
+# %% ../nbs/09_trainer.ipynb #e8397804
 @patch
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
@@ -416,6 +427,7 @@ def _switch(self:ALFCallback, chosen, step, seen):
     "Make `chosen` true in model, optimizer and references"
     t0 = time.perf_counter()
     entered,left = apply_selection(self.layers, chosen.names, self._optimizer, self.parked)
+    if self._stale: torch._dynamo.reset()      # the graphs there are would go on with the selection before
     if self.references != 'none':
         held = set(self.snapshot.names)
         self.snapshot.drop([n for n in left if n in held])

@@ -12,7 +12,7 @@ from alf_nb.checkpoints import find_checkpoint
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.optim import unwrap_optimizer
 from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
+from alf_nb.trainer import ALFCallback, _graphs_see_freezing
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
@@ -65,7 +65,8 @@ def test_a_compiled_model(tmp_path):
         return losses(t), [s.names for s in RunLog(folder).selections()], count.graphs
     (plain, names, none), (compiled, same, graphs) = train(tmp_path/"a"), train(tmp_path/"b", torch_compile=True, torch_compile_backend="aot_eager")
     assert same == names and len(set(names)) > 3 and compiled == pytest.approx(plain, rel=1e-4)
-    assert not any(none) and graphs == [len(set(names[:i//every+1])) for i in range(20)], "a selection that was there before needs no new graph"
+    assert not any(none) and all(graphs[i] == graphs[i//every*every] for i in range(20)), "one selection needs no second graph"
+    if _graphs_see_freezing(): assert [n - graphs[0] for n in graphs] == [len(set(names[:i//every+1])) - 1 for i in range(20)], "nor does one that was there before"
     torch._dynamo.reset()
 
 
@@ -79,6 +80,7 @@ def test_more_selections_than_torch_compile_makes_graphs_are_pointed_out(tmp_pat
             small_trainer(tmp_path/folder, ALFCallback(policy="rotate", budget=.3, interval=interval, lock=1.), Stop(), model=model or demo_model(blocks=1), max_steps=20, **kw).train()
         return [str(w.message) for w in caught if "makes a graph" in str(w.message)]
     assert not said("a", 2), "a model that is not compiled"
+    if not _graphs_see_freezing(): return        # every selection begins anew there, so nothing piles up
     told, = said("b", 2, torch_compile=True, torch_compile_backend="eager")
     assert "gives up after 8" in told and "may select 10 times" in told
     assert not said("c", 3, torch_compile=True, torch_compile_backend="eager")
