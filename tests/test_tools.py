@@ -48,7 +48,7 @@ def test_the_best_model_at_the_end_and_early_stopping(tmp_path):
 
 
 def test_a_compiled_model(tmp_path):
-    "Losses and selections of the eager model, and a graph is compiled once per selection, not once per step"
+    "Losses and selections of the eager model, and a graph is made once per selection, not once per step. Inductor gets the same graphs; it only takes longer to make code of each"
     from torch._dynamo.utils import counters
     every = 4
 
