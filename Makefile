@@ -8,7 +8,7 @@ READY   := $(VENV)/.ready
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser gpu bench-kernel bench-live bench-efficiency evidence mutants export lab docs lock matrix wheel clean
+.PHONY: help setup demo test browser gpu bench-kernel bench-live bench-efficiency bench-long evidence mutants export lab docs lock matrix wheel clean
 
 help:     ## what there is
 	@sed -n 's/^\([a-z][a-z-]*\):.*## */make \1 · /p' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ bench-live: $(READY) ## from key press to changed read-out while a model trains;
 
 bench-efficiency: $(READY) ## time and bytes of a step over model size, length and budget, beside LoRA; appends to benchmarks/results/efficiency.jsonl
 	@$(OFFLINE) $(BIN)/python benchmarks/bench_efficiency.py
+
+bench-long: $(READY) ## 5,000 re-selections with views attached, and what grows meanwhile; appends to benchmarks/results/long.jsonl; 25 minutes
+	@$(OFFLINE) $(BIN)/python benchmarks/bench_long.py
 
 evidence: $(READY) ## some of the committed comparison once more, and how it compares; 20 minutes on two cores
 	@$(OFFLINE) $(BIN)/python benchmarks/bench_policies.py --again

@@ -7,11 +7,12 @@ Docs: https://example.github.io/alf_nb/card.html.md"""
 # %% auto #0
 __all__ = ['card_text', 'write_card', 'push_delta']
 
-# %% ../nbs/12b_card.ipynb #f6af4c48
+# %% ../nbs/12b_card.ipynb #59e8a5f2
 import json
 from pathlib import Path
 from . import __version__
 from .delta import read_delta
+from .plots import num, percent
 from .reports import summarize
 from .runlog import RunLog
 
@@ -30,9 +31,7 @@ def _base_id(name):
     except HFValidationError: return name, False
     return name, '/' in name or name.islower()
 
-# %% ../nbs/12b_card.ipynb #6736ab1c
-def _num(x, unit=''): return '–' if x is None else f"{x:,.4g}{unit}" if isinstance(x, float) else f"{x:,}{unit}"
-def _percent(x): return '–' if x is None else f"{x:.1%}"
+# %% ../nbs/12b_card.ipynb #b3d1afa1
 def _rows(rows): return [f"| {k} | {v} |" for k,v in rows if v not in (None, '–')]
 
 def _about_run(run):
@@ -41,15 +40,13 @@ def _about_run(run):
     s,units,ever = summarize(log),log.units,{n for x in log.selections() for n in x.names}
     layers = {}
     for u in units: layers.setdefault(u.layer, []).append(u.name in ever)
-    res = ["## Training", "", "| | |", "|---|---|", *_rows([("steps", _num(s['steps'])), ("policy", s['policy'] and _code(s['policy'])), ("importance by", s['signal'] and _code(s['signal'])), ("budget", _percent(s['budget'])),
-           ("trained at any moment, mean", _percent(s['trainable_share_mean'])), ("trained at any moment, most", _percent(s['trainable_share_peak'])), ("selections", _num(s['n_selections'])), ("seed", _num(s['seed'])),
+    res = ["## Training", "", "| | |", "|---|---|", *_rows([("steps", s['steps']), ("policy", s['policy'] and _code(s['policy'])), ("importance by", s['signal'] and _code(s['signal'])), ("budget", percent(s['budget'])),
+           ("trained at any moment, mean", percent(s['trainable_share_mean'])), ("trained at any moment, most", percent(s['trainable_share_peak'])), ("selections", s['n_selections']), ("seed", s['seed']),
            ("device", s['device'] and _code(s['device'])), ("versions", ', '.join(f"{_code(k)} {_code(v)}" for k,v in s['versions'].items())), ("status", _code(s['status']))])]
     if losses := [(n, s.get(f'{n}_loss_before'), s.get(f'{n}_loss_after')) for n in s['evals'] if s.get(f'{n}_loss_before') is not None or s.get(f'{n}_loss_after') is not None]:
-        res += ["", "## Losses", "", "| held-out text | before | after |", "|---|---|---|", *(f"| {_code(n)} | {_num(a)} | {_num(b)} |" for n,a,b in losses)]
+        res += ["", "## Losses", "", "| held-out text | before | after |", "|---|---|---|", *(f"| {_code(n)} | {num(a)} | {num(b)} |" for n,a,b in losses)]
     if ever: res += ["", "## What trained", "", "| layer | units that ever trained |", "|---|---|", *(f"| {_code(l)} | {sum(on)} of {len(on)} |" for l,on in layers.items() if any(on))]
     return res
-
-_DTYPE = dict(F32='float32', BF16='bfloat16', F16='float16', F64='float64')
 
 def card_text(
     folder,        # of a delta
@@ -63,14 +60,11 @@ def card_text(
     from huggingface_hub import ModelCardData
     delta = read_delta(folder)
     base,on_hub = _base_id(delta.base)
-    note = Path(delta.path)/'delta.json'
-    try: dtype = next((_DTYPE.get(c['dtype']) for c in json.loads(note.read_text(encoding='utf-8'))['changed'].values()), None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): dtype = None
     meta = ModelCardData(base_model=base if on_hub else None, library_name='alf_nb', tags=['alf_nb', 'delta', 'fine-tuned'], datasets=[data] if isinstance(data, str) else data, license=license, language=language)
     plain = lambda s: json.dumps(str(s).replace('`', "'"))
-    lines = [f"# Delta for {_code(base)}", "", f"What fine-tuning changed in {_code(base)}: {len(delta)} of {delta.n_tensors} tensors, {delta.n_bytes:,} bytes instead of {delta.model_bytes:,} ({delta.share:.1%}). "
+    lines = [f"# Delta for {_code(base)}", "", f"What fine-tuning changed in {_code(base)}: {len(delta)} of {delta.n_tensors} tensors, {delta.n_bytes:,} bytes instead of {delta.model_bytes:,} ({percent(delta.share)}). "
              "The rest of the model is the base's, and is not in here.", "", "## Use", "", "```python", *(["from huggingface_hub import snapshot_download"] if repo_id else []), "from transformers import AutoModelForCausalLM",
-             "from alf_nb.delta import apply_delta", "", f"model = AutoModelForCausalLM.from_pretrained({plain(base)}, dtype={plain(dtype or 'float32')})      # the class that it was trained as",
+             "from alf_nb.delta import apply_delta", "", f"model = AutoModelForCausalLM.from_pretrained({plain(base)}, dtype={plain(delta.dtype if 'float' in delta.dtype else 'float32')})      # the class that it was trained as",
              f"apply_delta(model, {f'snapshot_download({plain(repo_id)})' if repo_id else plain('folder of this delta')})", "```", "",
              f"`apply_delta` checks every tensor of the base and refuses another one; SHA-256 of the right one: `{delta.base_digest}`.", "", *(_about_run(run) if run is not None else []),
              "", f"Written by alf_nb {__version__}."]

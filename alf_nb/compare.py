@@ -11,7 +11,7 @@ __all__ = ['METHODS', 'Task', 'text_task', 'Method', 'alf_method', 'device_name'
 from . import _require
 _require('torch', 'transformers', 'accelerate')
 
-# %% ../nbs/14a_compare.ipynb #a31a801a
+# %% ../nbs/14a_compare.ipynb #6f4975da
 import copy, datetime, hashlib, json, math, os, platform, re, statistics, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from .policies import match_units
 from .reports import PolicyComparison, compare_results, read_results, write_comparison
 from .runlog import RunLog
 from .sources import domain_split, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
-from .trainer import ALFCallback, versions
+from .trainer import ALFCallback, peak_rss_bytes, versions
 
 # %% ../nbs/14a_compare.ipynb #e01394cb
 @dataclass
@@ -199,7 +199,7 @@ def _as_methods(methods):
     if len({m.name for m in out}) < len(out) or not out: raise ValueError(f"methods need different names, and at least one: got {[m.name for m in out]}")
     return out
 
-# %% ../nbs/14a_compare.ipynb #f987b76e
+# %% ../nbs/14a_compare.ipynb #7deb70da
 class _Counting(Trainer):
     "A Trainer that counts tokens and remembers which batches came first, in which order"
     tokens = batches = 0
@@ -280,7 +280,7 @@ def _train(task, method, lr, seed, steps, points=(), limit=None):
         trainer.train()
         wall, done = meter.spent, trainer.state.global_step
         if alf: picked = [(s.step, s.names) for s in RunLog(folder).selections()]
-    peak = int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])*1024 if alone else None
+    peak = peak_rss_bytes() if alone else None
     held = task.evaluate(model, task.held)
     other = task.evaluate(model, task.other)['loss'] if task.other is not None else None
     if alf:
@@ -306,7 +306,7 @@ def _next(found, grid, seeds, extend):
     if len(grid) > 1 and len(tried) < len(grid)+extend and best in (tried[0], tried[-1]): return float(f'{best*2 if best == tried[-1] else best/2:.6g}'), seeds[0]
     return next(((best, s) for s in seeds[1:] if (best, s) not in found), None)
 
-# %% ../nbs/14a_compare.ipynb #745e37e8
+# %% ../nbs/14a_compare.ipynb #4c4e3b14
 _rules = ('steps', 'tokens', 'wall')
 
 def _steps_for(task, method, rule, amount):
@@ -318,9 +318,15 @@ def _steps_for(task, method, rule, amount):
     if amount < once + 4*r['step_s_median']: raise ValueError(f"{method.name} makes fewer than 4 steps in {amount:g} s: it needs {once:.3g} s to begin and {r['step_s_median']:.3g} s per step; give more time")
     return int(1.2*(amount-once)/r['step_s_median'])      # an upper bound: the clock ends the run
 
-def device_name()->str:
+def device_name(
+    device=None, # 'cpu' or an accelerator; default: an accelerator if there is one
+    model=False  # with the model of the processor, where the system tells
+)->str:
     "Where the numbers of a run come from"
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()}'
+    if torch.cuda.is_available() if device is None else torch.device(device).type != 'cpu': return torch.cuda.get_device_name(device)
+    cpu,info = platform.processor() or platform.machine(),Path('/proc/cpuinfo')
+    if model and info.exists(): cpu = next((l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')), cpu)
+    return f'{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()}'
 
 def _append(path, row):
     path.parent.mkdir(parents=True, exist_ok=True)

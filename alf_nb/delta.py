@@ -7,8 +7,9 @@ Docs: https://example.github.io/alf_nb/delta.html.md"""
 # %% auto #0
 __all__ = ['BaseFingerprint', 'fingerprint', 'Delta', 'read_delta', 'save_delta', 'apply_delta']
 
-# %% ../nbs/09a_delta.ipynb #f4506832
+# %% ../nbs/09a_delta.ipynb #a14f9295
 import hashlib, json, math, os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -130,7 +131,7 @@ def _read_info(f, path):
     if (want := 8+n+sum(_nbytes(*t[:2]) for t in tensors.values())) != size: raise _damaged(path, f"it should have {want:,} bytes and has {size:,}")
     return info, 8+n
 
-# %% ../nbs/09a_delta.ipynb #58ca1d7a
+# %% ../nbs/09a_delta.ipynb #8a7fba27
 @dataclass(frozen=True)
 class Delta(Record):
     "What a delta checkpoint holds."
@@ -143,6 +144,7 @@ class Delta(Record):
     metadata:dict=field(default_factory=dict) # what the user added
     version:str=''      # alf_nb that wrote it
     base_digest:str=''  # one SHA-256 for all tensors of the base
+    dtype:str=''        # of most tensors in it, as torch names it; nothing changed: none
     def __post_init__(self): object.__setattr__(self, 'changed', tuple(self.changed))
     def __len__(self): return len(self.changed)
 
@@ -156,8 +158,9 @@ class Delta(Record):
 
 def _delta(path, info, n_bytes):
     tensors = info['base']
+    kinds = Counter(tensors[k][0] for k in info['changed']).most_common(1)
     return Delta(str(path), info['base_name'], tuple(sorted(info['changed'])), len(tensors), n_bytes, sum(_nbytes(*t[:2]) for t in tensors.values()),
-                 info['metadata'], info['alf_nb'], BaseFingerprint(info['base_name'], tensors).digest)
+                 info['metadata'], info['alf_nb'], BaseFingerprint(info['base_name'], tensors).digest, str(_TORCH[kinds[0][0]]).removeprefix('torch.') if kinds else '')
 
 def _file(path):
     "The delta file that `path`, a folder or the file itself, stands for"

@@ -21,7 +21,7 @@ from .plots import *
 from .policies import POLICIES
 from .shift import shift_section, shift_verdict
 
-# %% ../nbs/12_reports.ipynb #d8f1bd2d
+# %% ../nbs/12_reports.ipynb #ce1c75d9
 def _log(run): return run if isinstance(run, RunLog) else RunLog(run)
 
 def _ppl(loss): return None if loss is None or loss > 700 else math.exp(loss)
@@ -77,7 +77,7 @@ def summarize(
         policy=policy.get('policy') if isinstance(policy, dict) else policy or (sels[-1].policy if sels else None), budget=policy.get('budget') if isinstance(policy, dict) else None, signal=config.get('signal') if _uses_scores(policy) else None,
         device=begin.get('device'), versions=begin.get('versions') or {}, date=datetime.fromtimestamp(begin['t'], timezone.utc).strftime('%Y-%m-%d %H:%M UTC') if begin.get('t') is not None else None,
         steps=steps, max_steps=begin.get('max_steps'), seed=begin.get('seed'), wall_s=wall, n_total=n_total, n_selections=len(sels), resumed=sum(e['event'] == 'resume' for e in ev),
-        nonfinite=sum(bool(e.get('nonfinite')) for e in ev))
+        nonfinite=sum(bool(e.get('nonfinite')) for e in ev), damaged_lines=log.damaged)
     for name in dict.fromkeys(('domain', 'other', *losses)):
         for when in ('before', 'after'): d[f'{name}_loss_{when}'] = loss(name, when); d[f'{name}_perplexity_{when}'] = _ppl(loss(name, when))
     return d | dict(evals=list(losses), trainable_share_mean=pick('trainable_share_mean', mean), trainable_share_peak=pick('trainable_share_peak', max((a for a,b in spent if b), default=None)),
@@ -85,12 +85,14 @@ def summarize(
         state_bytes_peak=pick('state_bytes_peak', state), state_bytes_full=round(per_param*n_total) if per_param and n_total else None,
         rss_bytes_peak=pick('rss_bytes_peak', over('rss_bytes', ('memory',), max)), importance_overhead_share=importance/wall if importance is not None and wall else None, samples=_samples(log))
 
-# %% ../nbs/12_reports.ipynb #ec837940
+# %% ../nbs/12_reports.ipynb #faa77501
 def _share_of(a, b): return f'{a/b:.2f} of full fine-tuning' if a is not None and b else ''
 
 def _eval_name(k): return {'domain': 'this domain', 'other': 'unrelated text'}.get(k, k)
 
 def _change(a, b, rel=False): return '–' if a is None or b is None else f'{b/a-1:+.0%}' if rel else f'{b-a:+.3f}'
+
+def _passed_over(s): n = s['damaged_lines']; return f"{n:,} line{'s'*(n != 1)} of the run log {'are' if n != 1 else 'is'} damaged and {'were' if n != 1 else 'was'} passed over."
 
 def _about(s): return [str(v) for v in (s['model'], f"{s['policy']} policy" if s['policy'] else None, f"{s['signal']} signal" if s['signal'] else None, f"{s['steps']} steps") if v]
 
@@ -99,7 +101,7 @@ def summary_table(
 )->str:
     "Plain text: before and after, and what it cost"
     s = summary
-    out = [' · '.join([*_about(s), s['status'] + (f" ({s['error']})" if s['error'] else '')]), '']
+    out = [' · '.join([*_about(s), s['status'] + (f" ({s['error']})" if s['error'] else '')]), *([_passed_over(s)] if s.get('damaged_lines') else []), '']
     if s['evals']:
         out += [f"{'':32}{'before':>10}{'after':>10}{'change':>10}"]
         for k in s['evals']:
@@ -241,7 +243,7 @@ def memory_chart(
     said = f"Training state at most {human_bytes(s['state_bytes_peak'])}" + (f", {_share_of(s['state_bytes_peak'], full)}, which needs {human_bytes(full)}" if full else '')
     return line_chart([{**r, 'y': [v/1024**i for v in r['y']]} for r in series], said, lambda v: f'{v:g} {unit}', 220, [], (0, x1), (0, hi/1024**i), 'step')
 
-# %% ../nbs/12_reports.ipynb #723d5ddb
+# %% ../nbs/12_reports.ipynb #346daaac
 def _headline(s, train):
     model = escape(str(s['model'] or 'The model').rpartition('/')[2])
     done = f"{'learnt' if s['status'] == 'complete' else 'has learnt so far'} with <b>{percent(s['trainable_share_peak'])}</b> of its parameters at a time" if s['trainable_share_peak'] is not None else 'was not trained yet'
@@ -333,6 +335,7 @@ def report_html(
     chips = [('policy', s['policy']), ('budget', percent(s['budget'], 0) if s['budget'] else None), ('signal', s['signal']), ('seed', s['seed']), ('device', s['device']), ('steps', f"{s['steps']} of {s['max_steps']}" if s['max_steps'] and s['max_steps'] != s['steps'] else s['steps'])]
     warn = [f"This run failed: {s['error']}"] if s['error'] else ['This run has no end yet: it is still under way, or its process was killed. Figures are those of the steps that were made.'] if s['status'] != 'complete' else []
     if s['nonfinite']: warn.append(f"{s['nonfinite']} events hold a number that is not finite (NaN or infinity).")
+    if s['damaged_lines']: warn.append(_passed_over(s))
     if s['resumed']: warn.append(f"Resumed {s['resumed']} time{'s'*(s['resumed'] > 1)}; steps that were done again are shown once.")
     sec = lambda title, body, note='': f'<section><h2>{title}</h2>{f"""<p class="note">{note}</p>""" if note else ""}{body}</section>' if body else ''
     parts = [

@@ -117,7 +117,7 @@ class RunLog:
             os.close(self._fd)
             self._fd = None
 
-# %% ../nbs/08_runlog.ipynb #6a4e5c56
+# %% ../nbs/08_runlog.ipynb #92cac854
 _LONG = 64 << 20        # bytes; a longer line is no event
 
 def _is_number(v): return v is None or type(v) in (int, float) and abs(v) < 1e30       # a NaN or an infinity is not less
@@ -185,6 +185,12 @@ def _found(self:RunLog, kinds):
     for l in self._lines():
         if kinds and l.startswith(head) and (k := l[len(head):l.find(b'"', len(head))].decode('utf-8', 'replace')) not in kinds: yield stubs.setdefault(k, {'event': k})
         elif e := _parse(l): yield e
+
+@patch(as_prop=True)
+def damaged(self:RunLog)->int:
+    "Complete lines of the file that are no events; readers pass over them"
+    try: return sum(l != b'\n' and _parse(l) is None for l in self._lines())
+    except (FileNotFoundError, NotADirectoryError): return 0
 
 @patch
 def events(self:RunLog,

@@ -11,8 +11,8 @@ __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
-# %% ../nbs/09_trainer.ipynb #e6d583bf
-import copy, hashlib, json, math, os, shutil, sys, threading, time, uuid, warnings
+# %% ../nbs/09_trainer.ipynb #99352e54
+import copy, functools, hashlib, json, math, os, re, shutil, sys, threading, time, uuid, warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
-from .policies import POLICIES, Policy, adjusted, match_units
+from .policies import POLICIES, Policy, _ballot, adjusted, match_units
 from .probe import _model_loss, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
@@ -161,7 +161,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #97631782
+# %% ../nbs/09_trainer.ipynb #25b4b033
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -211,15 +211,20 @@ def _check_alone(model, state):
 
 @patch
 def _partition(self:ALFCallback, model):
-    "The model as units, and those that could train; what lies below the reach is banned, unless it is pinned"
+    "The model as units, and those that could train"
     layers = partition_layers(model, unit=self.unit, kinds=self.kinds)
     units = tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
-    cut = math.floor(layers.n_blocks*(1-self.reach) + 1e-9)
-    pinned = {n for p in self._wished.pin for n in match_units(p, units)}
+    self._asked_policy = self._within_reach(self._wished, layers.n_blocks, units)
+    return layers, units
+
+@patch
+def _within_reach(self:ALFCallback, policy, n_blocks, units):
+    "`policy` with what lies below the reach banned, unless it is pinned"
+    cut = math.floor(n_blocks*(1-self.reach) + 1e-9)
+    pinned = {n for p in policy.pin for n in match_units(p, units)}
     kept = {u.layer for u in units if u.name in pinned}
     below = dict.fromkeys(u.name if u.layer in kept else u.layer for u in units if cut and u.depth <= cut and u.eligible and u.name not in pinned)
-    self._asked_policy = replace(self._wished, ban=(*self._wished.ban, *below)) if below else self._wished
-    return layers, units
+    return replace(policy, ban=tuple(dict.fromkeys((*policy.ban, *below)))) if below else policy
 
 @patch
 def preview(self:ALFCallback,
@@ -235,6 +240,23 @@ def _warn_of_new_head(model, units, pinned):
     heads = [u.name for u in units if u.kind == 'head' and not u.eligible and u.name not in pinned]
     if heads and all(getattr(m, 'get_output_embeddings', lambda: None)() is None for m in model.modules()):
         warnings.warn(f"{', '.join(heads)} stays frozen, and if it was not in the pretrained weights it stays random: pin='head' trains it, ban='head' says that this is meant")
+
+def _is_compiled(args, model): return bool(getattr(args, 'torch_compile', False)) or any(m._compiled_call_impl is not None or hasattr(m, '_orig_mod') for m in model.modules())
+
+@functools.cache
+def _graphs_see_freezing():
+    "Does `torch.compile` make another graph when a parameter is frozen? That of torch 2.6 does not"
+    made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)
+    f = torch.compile(one, backend=lambda graph, _: made.append(graph) or graph.forward)
+    f(x); one.requires_grad_(False); f(x)
+    return len(made) > 1
+
+def _warn_of_recompiling(n):
+    "`torch.compile` makes a graph for every selection it has not seen, and after so many it goes on without compiling"
+    import torch._dynamo as dynamo
+    name = next(k for k in ('recompile_limit', 'cache_size_limit') if hasattr(dynamo.config, k))      # its name has changed
+    if n > (limit := getattr(dynamo.config, name)):
+        warnings.warn(f"torch.compile makes a graph for every new selection, and gives up after {limit}; this run may select {n} times: raise torch._dynamo.config.{name}, or the interval")
 
 @patch
 def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
@@ -292,13 +314,15 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
+    compiled = _is_compiled(args, model)
+    self._stale = compiled and not _graphs_see_freezing()
+    if compiled and not self._stale: _warn_of_recompiling(1 + (math.ceil(self.lock*state.max_steps/self._every) - 1 if self._every else 0))
     if not resuming: _warn_of_new_head(model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)})
     self.run_id,self._seen = uuid.uuid4().hex[:12],self._scores(0)
     if resuming: self._restore(args, state)
     else:
         self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
                     max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
-        if self.start in ('rotate', 'warm-up'): self.policy.select(self._seen, self.units)      # what it could never choose is refused now, not when the start is over
         self._select(0)
     warm_up(sorted({p.dtype for p in model.parameters()}, key=str), next(model.parameters()).device, dot=True, bits=8 if self.references == '8bit' else 32)      # compile here, not in the first window
     self._training = self._news = True
@@ -309,7 +333,7 @@ def _event(self:ALFCallback, event, step, **kw):
     self._news |= event in ('select', 'measure')
     if self.log is not None: self.log.write(event, step=step, **kw)
 
-# %% ../nbs/09_trainer.ipynb #e4358b54
+# %% ../nbs/09_trainer.ipynb #854a043e
 def versions()->dict:
     "Versions of what decides the numbers of a run"
     import transformers, platform
@@ -317,12 +341,14 @@ def versions()->dict:
 
 def peak_rss_bytes()->int:
     "Peak resident memory of this process, bytes; 0 where the system does not tell"
+    try: return int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])*1024      # of this program alone: getrusage knows the peak of the one that started it, too
+    except (OSError, TypeError): pass
     try: import resource
     except ImportError: return 0     # Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/09_trainer.ipynb #47412fd5
+# %% ../nbs/09_trainer.ipynb #45b66ca8
 def _to_device(batch, device):
     "`batch`, whatever it is made of, with its tensors on `device`"
     if hasattr(batch, 'to'): return batch.to(device)
@@ -364,29 +390,23 @@ def _ours(self:ALFCallback, scores):
 def _reference_bytes(self:ALFCallback): return self.snapshot.nbytes if self.references in ('device', '8bit') else 0
 
 @patch
-def _bound(self:ALFCallback):
-    "Names of what the policy pins, and of what it may choose from"
-    pinned,banned = ({n for p in ps for n in match_units(p, self.units)} for ps in (self.policy.pin, self.policy.ban))
-    return [n for n in self.names if n in pinned], [u.name for u in self.units if u.eligible and u.n_params and u.name not in pinned | banned]
-
-@patch
 def _rotation(self:ALFCallback):
-    "Groups of candidates that take turns at the start, each within the budget"
-    room = getattr(self.policy, 'budget', None) or .25
-    pinned,free = self._bound()
-    room -= sum(self._sizes[n] for n in pinned)/self.n_total
-    groups,used = [[]],0.
-    for n in free:
-        if (part := self._sizes[n]/self.n_total) > room: continue      # the policy could not choose it either
-        if groups[-1] and used + part > room: groups.append([]); used = 0.
-        groups[-1].append(n); used += part
-    return [pinned + g for g in groups]
+    "Groups of candidates that take turns at the start, each within the budget, and the pinned units in all of them"
+    b,budget = _ballot(None, self.units, self.policy.pin, self.policy.ban),getattr(self.policy, 'budget', None)
+    pinned = [u.name for u in b.pinned]; paid = sum(self._sizes[n] for n in pinned)
+    room = budget or paid/self.n_total + .25
+    groups,used = [],math.inf
+    for u in b.units:
+        if budget and (paid + u.n_params)/self.n_total > room: continue       # the policy could not choose it either
+        if (used + u.n_params)/self.n_total > room: groups.append([*pinned]); used = paid
+        groups[-1].append(u.name); used += u.n_params
+    return groups or [pinned]
 
 @patch
 def _starting(self:ALFCallback, step):
     "Names that train at `step` while a start that needs steps is under way, else None"
     if self.start not in ('rotate', 'warm-up') or step >= self.warm_up: return None
-    if self.start == 'warm-up': pinned,free = self._bound(); return pinned + free
+    if self.start == 'warm-up': b = _ballot(None, self.units, self.policy.pin, self.policy.ban); return [u.name for u in (*b.pinned, *b.units)]
     groups = self._rotation(); each = max(2, self.warm_up//len(groups))
     return groups[min(step//each, len(groups)-1)]
 
@@ -397,7 +417,7 @@ def _due(self:ALFCallback, step, max_steps):
     if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
-# %% ../nbs/09_trainer.ipynb #60696614
+# %% ../nbs/09_trainer.ipynb #e8397804
 @patch
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
@@ -410,6 +430,7 @@ def _select(self:ALFCallback, step, probe=True):
     seen = {}; reshard(self.layers.model)
     self._check_place()
     if (names := self._starting(step)) is not None:
+        if step == 0: self.policy.select(self._scores(0), self.units)      # settings that do not fit the model are refused now, not when the start is over
         names = set(names); names = tuple(n for n in self.names if n in names)
         chosen = Selection(names, reason=f"{self.start} start", policy=self.start, step=step, share=sum(self._sizes[n] for n in names)/self.n_total)
     else:
@@ -428,6 +449,7 @@ def _switch(self:ALFCallback, chosen, step, seen):
     "Make `chosen` true in model, optimizer and references"
     t0 = time.perf_counter()
     entered,left = apply_selection(self.layers, chosen.names, self._optimizer, self.parked)
+    if self._stale: torch._dynamo.reset()      # the graphs there are would go on with the selection before
     if self.references != 'none':
         held = set(self.snapshot.names)
         self.snapshot.drop([n for n in left if n in held])
@@ -583,7 +605,7 @@ def summary(self:ALFCallback)->dict:
     return dict(wall_s=t['wall_s'], importance_s=t['measure_s']+t['probe_s']+t['select_s'], measure_s=t['measure_s'], probe_s=t['probe_s'], select_s=t['select_s'],
                 trainable_share_mean=t['share_sum']/n, trainable_share_peak=t['share_peak'], state_bytes_peak=t['state_bytes_peak'], rss_bytes_peak=peak_rss_bytes())
 
-# %% ../nbs/09_trainer.ipynb #0bbc1790
+# %% ../nbs/09_trainer.ipynb #847595f8
 @patch
 def next_selection(self:ALFCallback,
     step:int,     # optimizer step
@@ -606,7 +628,7 @@ def choose(self:ALFCallback,
     if self._args.world_size > 1: raise RuntimeError("a choice made in one process would not reach the others: under several processes give it to ALFCallback")
     with self._lock:
         before = self._pending[0] if self._pending else self.policy
-        wish = _make_policy(policy, {}, (), (), self.seed) if policy is not None else adjusted(before, self._asked_policy, **given)
+        wish = self._within_reach(_make_policy(policy, {}, (), (), self.seed), self.layers.n_blocks, self.units) if policy is not None else adjusted(before, self._asked_policy, **given)
         if wish.signal not in (None, self.signal): raise ValueError(f"policy {wish.name!r} chooses by {wish.signal!r}, but this run measures {self.signal!r}")
         step = self.totals['steps']
         wish = self._without_banned(wish)

@@ -11,6 +11,7 @@ import argparse, datetime, functools, json, os, platform, statistics, sys, time
 from pathlib import Path
 import numpy as np, torch
 from alf_nb import kernels as K
+from alf_nb.compare import device_name
 
 RESULTS = Path(__file__).parent/'results'/'delta_norms.jsonl'
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
@@ -98,12 +99,6 @@ def providers(case, wanted):
         except Exception as e: print(f"  {name}: left out ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"); continue
         yield kernel, name, n, f, time.perf_counter() - t0
 
-def device_name(device):
-    if device != 'cpu': return torch.cuda.get_device_name()
-    info = Path('/proc/cpuinfo')
-    model = next((l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')), '') if info.exists() else ''
-    return f'{model or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()}'
-
 def versions(): return {p: m.__version__ for p,m in (('torch', torch), ('numba', K.numba), ('triton', K.triton), ('numpy', np)) if m} | dict(python=platform.python_version())
 
 def bench(label, shapes, dtype, ref_dtype, args):
@@ -118,7 +113,7 @@ def bench(label, shapes, dtype, ref_dtype, args):
     for kernel,name,n,_,first in runs:
         p20, p80 = np.percentile(times[name], [20, 80])
         row = dict(kernel=kernel, provider=name, dtype=dtype if dtype == ref_dtype else f'{dtype}/{ref_dtype}', model=label, n_tensors=len(shapes), bytes=n, median_s=med[name], p20_s=p20, p80_s=p80,
-                   gb_per_s=n/med[name]/1e9, limit_gb_per_s=limit, share_of_limit=n/med[name]/1e9/limit, first_call_s=first, repeats=args.repeats, device=device_name(args.device), versions=versions(),
+                   gb_per_s=n/med[name]/1e9, limit_gb_per_s=limit, share_of_limit=n/med[name]/1e9/limit, first_call_s=first, repeats=args.repeats, device=device_name(args.device, model=True), versions=versions(),
                    date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
         print(f"  {name:22} {med[name]*1e3:9.2f} ms  {row['gb_per_s']:7.1f} GB/s  {row['share_of_limit']:6.1%} of the limit   first call {first:5.2f} s")
         yield row

@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
+from alf_nb.compare import device_name
 from alf_nb.demo import demo_dataset
 from alf_nb.efficiency import ModelShape, StepMeter, extrapolate
 from alf_nb.layers import partition_layers
@@ -87,10 +87,8 @@ def peak_of(shape, method, budget, length, bf16, device, threads):
 
 
 def peak_now(device):
-    "Peak memory so far. Linux tells that of this program alone; what `getrusage` tells includes the peak of the program that started it"
-    if device == 'cuda': return torch.cuda.max_memory_allocated()
-    try: return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])*1024
-    except (OSError, StopIteration): return peak_rss_bytes()
+    "Peak memory so far"
+    return torch.cuda.max_memory_allocated() if device == 'cuda' else peak_rss_bytes()
 
 
 def child(a):
@@ -115,7 +113,7 @@ def main():
     shapes, lengths, budgets = (SHAPES[:2], LENGTHS[:2], BUDGETS[1:3]) if a.quick else (SHAPES, LENGTHS, BUDGETS)
     middle = shapes[min(2, len(shapes)-1)]
     same = dict(rank=RANK, bf16=bf16, weights=weights, batch_size=1, repeats=a.repeats, quick=a.quick, seed=0, date=str(date.today()), versions=versions(),
-                device=torch.cuda.get_device_name() if a.device == 'cuda' else f'cpu, {platform.machine()}, {a.threads} threads', cores=os.cpu_count())
+                device=device_name(a.device), cores=os.cpu_count())
     cases = [('size', s, LENGTH, METHODS) for s in shapes]
     cases += [('length', middle, l, METHODS) for l in lengths] + [('budget', middle, LENGTH, (('full', None), *(('alf', b) for b in budgets), ('lora', None)))]
     cases += [('peak', s, LENGTH, METHODS) for s in (shapes[:1] if a.quick else shapes)]

@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from small_run import same, small_trainer, weights
+from transformers import Trainer, TrainerCallback
 
 from alf_nb import trainer as room
 from alf_nb.checkpoints import find_checkpoint
@@ -16,13 +16,7 @@ from alf_nb.runlog import RunLog
 from alf_nb.trainer import ALFCallback
 
 
-def make(folder, *callbacks, model=None, data=None, **kw):
-    torch.manual_seed(0)
-    args = TrainingArguments(**{**dict(output_dir=str(folder), max_steps=12, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
-                                       save_strategy="steps", save_steps=4, seed=3), **kw})
-    t = Trainer(model or demo_model(), args, train_dataset=demo_dataset() if data is None else data, callbacks=list(callbacks))
-    t.remove_callback(PrinterCallback)
-    return t
+def make(folder, *callbacks, **kw): return small_trainer(folder, *callbacks, **{**dict(save_strategy="steps", save_steps=4), **kw})
 
 
 def alf(**kw): return ALFCallback(**{**dict(budget=.3, interval=4), **kw})
@@ -39,9 +33,6 @@ class At(TrainerCallback):
         if self.when == "pre_step" and state.global_step == self.step: self.f(kw)
 
 
-def weights(t): return {k: v.clone() for k, v in t.model.state_dict().items()}
-
-
 def resumed(folder):
     t = make(folder, alf())
     with warnings.catch_warnings():
@@ -55,8 +46,6 @@ def whole(tmp_path_factory):
     t = make(tmp_path_factory.mktemp("whole"), alf()); t.train()
     return weights(t)
 
-
-def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_full_disk_while_saving(tmp_path, whole, monkeypatch):

@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
+from small_run import same, small_trainer, weights
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, default_data_collator
-from transformers.trainer_callback import PrinterCallback
+from transformers import Trainer, default_data_collator
 
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.loop import ALFLoop, lightning_callback
@@ -14,12 +14,6 @@ from alf_nb.runlog import RunLog
 from alf_nb.trainer import ALFCallback
 
 STEPS = 14
-
-
-def bits(model): return {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-
-def equal(a, b): return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def loader(n=64): return DataLoader(demo_dataset(n), batch_size=4, collate_fn=default_data_collator)
@@ -39,10 +33,7 @@ class Recorder(Trainer):
 
 
 def trainer(folder, *callbacks):
-    torch.manual_seed(0)
-    args = TrainingArguments(output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-2, weight_decay=.1, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", seed=3)
-    t = Recorder(demo_model(), args, train_dataset=demo_dataset(), data_collator=default_data_collator, callbacks=list(callbacks))
-    t.remove_callback(PrinterCallback)
+    t = small_trainer(folder, *callbacks, kind=Recorder, max_steps=STEPS, weight_decay=.1, more=dict(data_collator=default_data_collator))
     t.seen = []
     return t
 
@@ -64,7 +55,7 @@ def test_a_loop_is_the_trainer_bit_for_bit(tmp_path, settings):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
             alf.before_step(); optimizer.step(); alf.after_step(); scheduler.step(); optimizer.zero_grad()
             alf.log_loss(loss.detach(), grad_norm=norm)
-    assert equal(bits(t.model), bits(model))
+    assert same(weights(t), weights(model))
     assert selections(tmp_path/"loop") == selections(tmp_path/"trainer") and len(selections(tmp_path/"loop")) > 2
     assert numbers(tmp_path/"loop") == numbers(tmp_path/"trainer")
     assert RunLog(tmp_path/"loop").series("log", "loss")[1] == [h["loss"] for h in t.state.log_history if "loss" in h]
@@ -130,13 +121,13 @@ def test_lightning_is_the_loop_bit_for_bit_and_resumes(tmp_path):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
             by_hand.step(); scheduler.step(); by_hand.log_loss(loss.detach())
-    assert equal(bits(module.model), bits(model))
+    assert same(weights(module.model), weights(model))
     plain = [(s, [n.removeprefix("model.") for n in names]) for s, names, _ in selections(tmp_path/"lightning")]
     assert plain == [(s, names) for s, names, _ in selections(tmp_path/"loop")]
     assert RunLog(tmp_path/"lightning").series("log", "loss") == RunLog(tmp_path/"loop").series("log", "loss")
 
     again, alf, t = fit(tmp_path/"lightning", ckpt=str(tmp_path/"lightning"/"step=7.ckpt"))
-    assert equal(bits(again), bits(module)) and [e["step"] for e in RunLog(tmp_path/"lightning").events("resume")] == [7]
+    assert same(weights(again), weights(module)) and [e["step"] for e in RunLog(tmp_path/"lightning").events("resume")] == [7]
 
 
 def test_a_crash_in_lightning_is_written_down(tmp_path):

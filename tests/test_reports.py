@@ -102,6 +102,16 @@ def test_nonfinite_losses_are_said(tmp_path):
         for i in range(1, 9): l.write('log', step=i, loss=float('nan') if i == 5 else 1.)
     assert summarize(tmp_path)['nonfinite'] == 1 and 'not finite' in page(tmp_path).text
 
+def test_damaged_lines_are_counted_and_said(tmp_path):
+    fake_run(tmp_path)
+    clean = summarize(tmp_path); assert clean['damaged_lines'] == 0 and 'passed over.' not in page(tmp_path).text + summary_table(clean)
+    lines = (tmp_path/'events.jsonl').read_bytes().splitlines(True)
+    odd = [b'{"event":"log","st\n', b'\xff\xfe\n', b'{"event":"log","step":"three"}\n', b'[]\n']
+    (tmp_path/'events.jsonl').write_bytes(b''.join([*lines[:9], *odd[:3], b'\n', *lines[9:], odd[3], b'{"event":"log"']))      # an empty line separates, and the end without a newline is still being written
+    s = summarize(tmp_path); said = '4 lines of the run log are damaged and were passed over.'
+    assert {k: v for k,v in s.items() if k != 'damaged_lines'} == {k: v for k,v in clean.items() if k != 'damaged_lines'} and s['damaged_lines'] == 4
+    assert said in page(tmp_path).text and said in summary_table(s)
+
 def test_a_resumed_run_counts_each_step_once(tmp_path):
     fake_run(tmp_path, stop=70)
     with RunLog(tmp_path) as l: l.write('resume', step=60, path='checkpoint-60'); l.write('log', step=61, loss=9.)

@@ -1,24 +1,18 @@
 "With the tools people use, the real packages: TRL's SFTTrainer, early stopping with the best model at the end, a compiled model, 8-bit optimizers, a search for hyperparameters."
 import sys
+import warnings
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from small_run import losses, same, small_trainer, weights
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from alf_nb.checkpoints import find_checkpoint
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.optim import unwrap_optimizer
 from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
-
-
-def bits(model): return {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-
-def arguments(folder, kind=TrainingArguments, **kw):
-    return kind(**{**dict(output_dir=str(folder), max_steps=10, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", seed=3), **kw})
+from alf_nb.trainer import ALFCallback, _graphs_see_freezing
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
@@ -28,28 +22,25 @@ def test_sft_trainer(tmp_path, packing):
     texts = Dataset.from_list([dict(text=f"number {i} is a number, and so is {i+1}.") for i in range(60)])
 
     def sft(folder, resume=None, **kw):
-        torch.manual_seed(0)
         alf = ALFCallback(budget=.3, interval=4)
-        t = SFTTrainer(demo_model(), args=arguments(folder, SFTConfig, max_length=64, packing=packing, bf16=False, **kw), train_dataset=texts, processing_class=demo_tokenizer(), callbacks=[alf])
-        t.remove_callback(PrinterCallback)
-        before = bits(t.model)
+        t = small_trainer(folder, alf, data=texts, kind=SFTTrainer, config=SFTConfig, max_steps=10, max_length=64, packing=packing, bf16=False, more=dict(processing_class=demo_tokenizer()), **kw)
+        before = weights(t)
         t.train(resume_from_checkpoint=resume)
         return t, alf, before
     t, alf, before = sft(tmp_path/"a", save_strategy="steps", save_steps=5)
-    after, chosen = bits(t.model), {n for s in RunLog(tmp_path/"a").selections() for n in s.names}
+    after, chosen = weights(t), {n for s in RunLog(tmp_path/"a").selections() for n in s.names}
     moved = {alf.layers.unit_of(k) for k in before if not torch.equal(before[k], after[k])}
     assert moved == chosen and 0 < alf.summary()["trainable_share_peak"] <= .3
     again, _, _ = sft(tmp_path/"a", resume=str(tmp_path/"a"/"checkpoint-5"))
-    assert all(torch.equal(after[k], v) for k, v in bits(again.model).items())
+    assert same(after, weights(again))
 
 
 def test_the_best_model_at_the_end_and_early_stopping(tmp_path):
     torch.manual_seed(0)
     alf = ALFCallback(budget=.3, interval=4)
     noise = [dict(r, input_ids=ids, labels=ids) for r in demo_dataset(8) for ids in [torch.randint(64, 258, (32,)).tolist()]]      # what training makes worse
-    t = Trainer(demo_model(), arguments(tmp_path, max_steps=60, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", save_total_limit=2),
-                train_dataset=demo_dataset(), eval_dataset=noise, callbacks=[alf, EarlyStoppingCallback(3)])
-    t.remove_callback(PrinterCallback)
+    t = small_trainer(tmp_path, alf, EarlyStoppingCallback(3), max_steps=60, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", save_total_limit=2,
+                      more=dict(eval_dataset=noise))
     t.train()
     assert t.state.global_step < 60 and RunLog(tmp_path).events("run_end")[-1]["stopped"]
     assert t.evaluate()["eval_loss"] == pytest.approx(t.state.best_metric, rel=1e-5)                 # and the best weights are in the model
@@ -57,15 +48,44 @@ def test_the_best_model_at_the_end_and_early_stopping(tmp_path):
 
 
 def test_a_compiled_model(tmp_path):
+    "Losses and selections of the eager model, and a graph is made once per selection, not once per step. Inductor gets the same graphs; it only takes longer to make code of each"
+    from torch._dynamo.utils import counters
+    every = 4
+
+    class Count(TrainerCallback):
+        "Graphs compiled so far, after each step"
+        def __init__(self): self.graphs = []
+        def on_step_end(self, *args, **kw): self.graphs.append(counters["stats"]["unique_graphs"])
+
     def train(folder, **kw):
-        torch.manual_seed(0)
-        alf = ALFCallback(budget=.3, interval=4)
-        t = Trainer(demo_model(), arguments(folder, **kw), train_dataset=demo_dataset(), callbacks=[alf])
-        t.remove_callback(PrinterCallback)
+        torch._dynamo.reset(); counters.clear()
+        alf, count = ALFCallback(policy="rotate", budget=.3, interval=every, lock=1.), Count()
+        t = small_trainer(folder, alf, count, model=demo_model(blocks=2), max_steps=20, **kw)
         t.train()
-        return [h["loss"] for h in t.state.log_history if "loss" in h], [s.names for s in RunLog(folder).selections()], t
-    (plain, names, _), (compiled, same, t) = train(tmp_path/"a"), train(tmp_path/"b", torch_compile=True, torch_compile_backend="aot_eager")
-    assert same == names and compiled == pytest.approx(plain, rel=1e-4)
+        return losses(t), [s.names for s in RunLog(folder).selections()], count.graphs
+    (plain, names, none), (compiled, same, graphs) = train(tmp_path/"a"), train(tmp_path/"b", torch_compile=True, torch_compile_backend="aot_eager")
+    assert same == names and len(set(names)) > 3 and compiled == pytest.approx(plain, rel=1e-4)
+    assert not any(none) and all(graphs[i] == graphs[i//every*every] for i in range(20)), "one selection needs no second graph"
+    if _graphs_see_freezing(): assert [n - graphs[0] for n in graphs] == [len(set(names[:i//every+1])) - 1 for i in range(20)], "nor does one that was there before"
+    torch._dynamo.reset()
+
+
+def test_more_selections_than_torch_compile_makes_graphs_are_pointed_out(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kw): control.should_training_stop = control.should_epoch_stop = True
+
+    def said(folder, interval, model=None, **kw):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            small_trainer(tmp_path/folder, ALFCallback(policy="rotate", budget=.3, interval=interval, lock=1.), Stop(), model=model or demo_model(blocks=1), max_steps=20, **kw).train()
+        return [str(w.message) for w in caught if "makes a graph" in str(w.message)]
+    assert not said("a", 2), "a model that is not compiled"
+    if not _graphs_see_freezing(): return        # every selection begins anew there, so nothing piles up
+    told, = said("b", 2, torch_compile=True, torch_compile_backend="eager")
+    assert "gives up after 8" in told and "may select 10 times" in told
+    assert not said("c", 3, torch_compile=True, torch_compile_backend="eager")
+    model = demo_model(blocks=1); model.compile(backend="eager")
+    assert said("d", 2, model)
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "lion_8bit", "rmsprop_bnb"])
@@ -74,10 +94,8 @@ def test_optimizers_of_bitsandbytes(tmp_path, optim):
     model = lambda: demo_model(hidden_size=64, intermediate_size=128)                                # matrices of 4,096 weights: the least that are held in 8 bits
 
     def train(folder, *callbacks, resume=None, **kw):
-        torch.manual_seed(0)
         alf = ALFCallback(budget=.25, signal="rate", interval=4, measure_every=2, explore=.6, state="full", lock=1.)
-        t = Trainer(model(), arguments(folder, max_steps=12, optim=optim, learning_rate=1e-3, weight_decay=.1, **kw), train_dataset=demo_dataset(), callbacks=[alf, *callbacks])
-        t.remove_callback(PrinterCallback)
+        t = small_trainer(folder, alf, *callbacks, model=model(), optim=optim, learning_rate=1e-3, weight_decay=.1, **kw)
         t.train(resume_from_checkpoint=resume)
         return t, alf
     sizes = []
@@ -95,23 +113,20 @@ def test_optimizers_of_bitsandbytes(tmp_path, optim):
     assert (torch.uint8 in sizes[-1]) == ("8bit" in optim), "8-bit states are really 8-bit"
     train(tmp_path/"b", save_strategy="steps", save_steps=6)
     again, _ = train(tmp_path/"b", resume=str(tmp_path/"b"/"checkpoint-6"))
-    after = bits(whole.model)
-    assert all(torch.equal(after[k], v) for k, v in bits(again.model).items())
+    assert same(weights(whole), weights(again))
 
 
 def test_a_search_for_hyperparameters(tmp_path):
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     alf = ALFCallback(budget=.3, interval=4, measure_every=2)
-    t = Trainer(model_init=lambda trial: demo_model(), args=arguments(tmp_path/"search", max_steps=6, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3, save_total_limit=2), train_dataset=demo_dataset(), eval_dataset=demo_dataset(8), callbacks=[alf])
-    t.remove_callback(PrinterCallback)
+    t = small_trainer(tmp_path/"search", alf, max_steps=6, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3, save_total_limit=2, more=dict(model_init=lambda trial: demo_model(), eval_dataset=demo_dataset(8)))
     best = t.hyperparameter_search(lambda trial: dict(learning_rate=trial.suggest_categorical("learning_rate", [1e-2, 1e-3])), direction="minimize", backend="optuna", n_trials=2, compute_objective=lambda m: m["eval_loss"], sampler=optuna.samplers.GridSampler(dict(learning_rate=[1e-2, 1e-3]), seed=0))
     log = RunLog(tmp_path/"search")
     for run in range(2):                                                          # each trial is a run of its own, in one log
         begin, = log.events("run_begin", run=run)
         assert all(e["share"] <= .3 for e in log.events("select", run=run)) and log.events("run_end", run=run)[0]["step"] == 6
     assert best.hyperparameters["learning_rate"] == 1e-2
-    lone = Trainer(demo_model(), arguments(tmp_path/"lone", max_steps=6, learning_rate=1e-2), train_dataset=demo_dataset(), eval_dataset=demo_dataset(8), callbacks=[ALFCallback(budget=.3, interval=4, measure_every=2)])
-    lone.remove_callback(PrinterCallback)
+    lone = small_trainer(tmp_path/"lone", ALFCallback(budget=.3, interval=4, measure_every=2), max_steps=6, more=dict(eval_dataset=demo_dataset(8)))
     lone.train()
     assert lone.evaluate()["eval_loss"] == best.objective, "nothing of one trial is in the next"

@@ -5,20 +5,15 @@ import struct
 import sys
 
 import pytest
-import torch
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from small_run import small_trainer
+from transformers import TrainerCallback
 
-from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.runlog import RunLog
 from alf_nb.trainer import ALFCallback
 
 
 def train(folder, *callbacks, resume=None, **kw):
-    torch.manual_seed(0)
-    args = TrainingArguments(**{**dict(output_dir=str(folder), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", seed=3), **kw})
-    t = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[ALFCallback(budget=.3, interval=4, measure_every=2), *callbacks])
-    t.remove_callback(PrinterCallback)
+    t = small_trainer(folder, ALFCallback(budget=.3, interval=4, measure_every=2), *callbacks, **{**dict(max_steps=8), **kw})
     t.train(resume_from_checkpoint=resume)
     return t
 

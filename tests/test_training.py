@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from small_run import losses, same, small_trainer, weights
+from transformers import TrainerCallback
 
 from alf_nb.checkpoints import seal_checkpoint
-from alf_nb.demo import demo_dataset, demo_model
+from alf_nb.demo import demo_model
 from alf_nb.optim import optimizer_bytes
 from alf_nb.runlog import RunLog
 from alf_nb.trainer import PRESETS, ALFCallback
@@ -17,25 +17,12 @@ from alf_nb.trainer import PRESETS, ALFCallback
 
 def run(tmp_path, *callbacks, model=None, steps=12, freeze=None, resume=None, data=None, **kw):
     "Train a tiny model for a few steps; `freeze(name)` says which parameters to freeze by hand"
-    torch.manual_seed(0)
     model = model if model is not None else demo_model()
     for n, p in model.named_parameters():
         if freeze is not None and freeze(n): p.requires_grad_(False)
-    args = TrainingArguments(**{**dict(output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to=[],
-                                       use_cpu=True, disable_tqdm=True, save_strategy="no", seed=3), **kw})
-    trainer = Trainer(model, args, train_dataset=demo_dataset() if data is None else data, callbacks=list(callbacks))
-    trainer.remove_callback(PrinterCallback)
+    trainer = small_trainer(tmp_path, *callbacks, model=model, data=data, max_steps=steps, **kw)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def losses(trainer): return [h["loss"] for h in trainer.state.log_history if "loss" in h]
-
-
-def weights(trainer): return {k: v.clone() for k, v in trainer.model.state_dict().items()}
-
-
-def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 
 
 TRICKS = {
@@ -209,8 +196,7 @@ def test_an_optimizer_of_too_few_parameters_is_refused(tmp_path):
     "LMFlow #726: what the optimizer never got can be selected but cannot move"
     model = demo_model()
     optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "layers.0." in n])
-    args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
-    trainer = Trainer(model, args, train_dataset=demo_dataset(), callbacks=[ALFCallback()], optimizers=(optimizer, None))
+    trainer = small_trainer(tmp_path, ALFCallback(), model=model, max_steps=2, more=dict(optimizers=(optimizer, None)))
     with pytest.raises(RuntimeError, match="not in the optimizer"): trainer.train()
 
 
@@ -299,3 +285,37 @@ def test_ordinary_steps_cost_no_tensor_operation(tmp_path, references):
     alf.touched = {}
     run(tmp_path, alf, steps=14)
     assert {s for s, n in alf.touched.items() if n} == {4, 8, 12, 14}
+
+
+@pytest.mark.parametrize("start", ["rotate", "warm-up"])
+def test_a_start_of_some_steps_keeps_to_ban_pin_reach_and_budget(tmp_path, start):
+    "What never trains does not train at the start either, what always trains does, and only a warm-up exceeds the budget"
+    alf = ALFCallback(budget=.2, signal="rate", start=start, warm_up=8, interval=4, kinds=("matrix", "embedding"), ban=("block.2", "*.v_proj"), pin="block.3.mlp.up_proj", reach=.75)
+    run(tmp_path, alf, steps=9)
+    begin = [s for s in RunLog(tmp_path).selections() if s.step < 8]
+    assert {n for s in begin for n in s.names} == {u.name for u in alf.units if u.kind == "matrix" and u.layer in ("block.1", "block.3") and u.role != "v_proj"}
+    assert all("block.3.mlp.up_proj" in s.names for s in begin)
+    assert len(begin) == 1 if start == "warm-up" else len(begin) > 1 and all(s.share <= .2 for s in begin)
+
+
+def test_a_rotating_start_leaves_out_what_alone_exceeds_the_budget(tmp_path):
+    alf = ALFCallback(budget=.1, signal="rate", start="rotate", warm_up=30, kinds=("matrix", "embedding"))
+    run(tmp_path, alf, steps=1)
+    assert sorted(n for g in alf._rotation() for n in g) == sorted(u.name for u in alf.units if u.kind == "matrix")
+    assert all(sum(alf._sizes[n] for n in g) <= .1*alf.n_total for g in alf._rotation())
+
+
+@pytest.mark.parametrize("start", ["rotate", "warm-up"])
+def test_what_does_not_fit_is_refused_before_a_start_of_some_steps(tmp_path, start):
+    for kw, words in ((dict(ban="*"), "nothing to choose from"), (dict(budget=1e-6), "too small for any unit"), (dict(budget=.1, pin=("block.0", "block.1")), "the pinned units hold"), (dict(ban="block.99"), "matches no unit")):
+        with pytest.raises(ValueError, match=words): run(tmp_path, ALFCallback(signal="rate", start=start, **kw), steps=2)
+
+
+def test_a_policy_chosen_while_training_keeps_to_the_reach(tmp_path):
+    class Wish(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step == 2: alf.choose(policy=dict(policy="full"), now=True)
+    alf = ALFCallback(budget=.3, reach=.5, probe_batches=2)
+    run(tmp_path, alf, Wish(), steps=4)
+    last = RunLog(tmp_path).selections()[-1]
+    assert set(last.names) == {u.name for u in alf.units if u.eligible and u.depth > 2} and last.policy == "full"

@@ -38,8 +38,8 @@ def resolve(python, requirements, pins):
     return minor, {k: v for k,v in versions.items() if not k.startswith(('nvidia-', 'cuda-'))}
 
 
-def lines(table):
-    "One line for each package and range of Pythons with the same version"
+def lines(table, linux=()):
+    "One line for each package and range of Pythons with the same version; `linux`: names of those that only Linux gets"
     pythons = sorted(table)
     for name in sorted({n for v in table.values() for n in v}):
         runs = []                                     # [first, last, version] of neighbouring Pythons
@@ -51,7 +51,7 @@ def lines(table):
             if v is None: continue
             marker = [f'python_version >= "{first[0]}.{first[1]}"'] if first != pythons[0] else []
             if last != pythons[-1]: marker.append('python_version < "{}.{}"'.format(*pythons[pythons.index(last)+1]))
-            if name == 'triton': marker.append('platform_system == "Linux"')
+            if name in linux: marker.append('platform_system == "Linux"')
             yield f"{name}=={v}" + (f" ; {' and '.join(marker)}" if marker else '')
 
 
@@ -59,7 +59,7 @@ def main():
     requirements, pins = asked()
     table = dict(resolve(p, requirements, pins) for p in sys.argv[1:] or [f'python3.{m}' for m in range(10, 14)])
     first, last = ('.'.join(map(str, f(table))) for f in (min, max))
-    body = list(lines(table))
+    body = list(lines(table, {canonical(re.split('[^A-Za-z0-9._-]', r)[0]) for r in (*requirements, *pins) if 'platform_system=="Linux"' in r}))
     (root/'requirements.lock').write_text(HEAD.format(first=first, last=last) + '\n'.join(body) + '\n', encoding='utf-8')
     print(f"requirements.lock: {len(body)} pins for Python {first} to {last}")
 

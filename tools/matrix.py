@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 root = Path(__file__).resolve().parents[1]
 RESULTS = root/'benchmarks'/'results'/'versions.jsonl'
 SHOWN = ('torch', 'transformers', 'accelerate', 'datasets', 'safetensors', 'numpy', 'numba', 'triton', 'fastcore', 'ipywidgets', 'tqdm')
-TOOLS = ['pytest', 'pytest-timeout', 'hypothesis', 'psutil', 'nbclient', 'ipykernel', 'peft']      # what the tests need beside alf_nb itself
+TOOLS = ['pytest', 'pytest-timeout', 'hypothesis', 'psutil', 'nbclient', 'ipykernel', 'peft', 'trl;python_version>"3.10"']      # what the tests need beside alf_nb itself
 # where a version can matter: the rooms that meet torch, transformers, PEFT and ipywidgets. CI runs everything with the locked versions
 TESTS = [f'tests/test_{n}.py' for n in ('imports', 'layers_families', 'training', 'tools', 'attention', 'runlog', 'reports', 'sources', 'widgets_base', 'widgets_map')]
 

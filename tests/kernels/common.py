@@ -44,3 +44,27 @@ def sparse(n):
     "n zeros of bf16 that take no memory until they are written"
     m = mmap.mmap(-1, 2*n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) # MAP_NORESERVE
     return torch.frombuffer(m, dtype=torch.bfloat16)
+
+def liger_and_plain(folder, device, **sizes):
+    "(losses, selections, trainer) of a small run with the kernels of Liger, and of the same run without"
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+    from alf_nb.demo import demo_dataset, demo_model
+    from alf_nb.runlog import RunLog
+    from alf_nb.trainer import ALFCallback
+    for liger in (False, True):      # the kernels stay in transformers' module: the plain run comes first
+        torch.manual_seed(0)
+        args = TrainingArguments(output_dir=str(folder/str(liger)), max_steps=4, per_device_train_batch_size=1, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=device == 'cpu', disable_tqdm=True, save_strategy='no', seed=3, use_liger_kernel=liger)
+        t = Trainer(demo_model(**sizes), args, train_dataset=demo_dataset(16, length=8), callbacks=[ALFCallback(budget=.15, hysteresis=0., interval=2, probe_batches=2, measure_every=1, lock=1.)])
+        t.remove_callback(PrinterCallback)
+        t.train()
+        yield [h['loss'] for h in t.state.log_history if 'loss' in h], [s.names for s in RunLog(folder/str(liger)).selections()], t
+
+def check_liger(plain, liger):
+    "Liger is really in the model, trains like the model without it, and under selections that change"
+    model = liger[2].model; inner = model.model
+    for f in (model.forward, inner.norm.forward, inner.layers[0].mlp.forward): assert f.__func__.__module__.startswith('liger_kernel.'), f       # head with its loss, norms, SwiGLU
+    from transformers.models.llama import modeling_llama
+    assert modeling_llama.apply_rotary_pos_emb.__module__.startswith('liger_kernel.')
+    np.testing.assert_allclose(liger[0], plain[0], rtol=1e-4)
+    assert liger[1] == plain[1] and len(set(plain[1])) > 1, 'the same selections, and they change'

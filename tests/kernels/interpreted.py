@@ -242,3 +242,13 @@ def test_property_a_cut_at_a_chunk_boundary_changes_no_bit(c, extra, d, seed):
 def test_property_refreshed_means_no_distance(spec, seed):
     items = [(u, w, r.to(w.dtype)) for u,w,r in make(spec, seed)]
     sweep(items, refresh=True); assert (sweep(items)[:,[0,2]] == 0).all()
+
+def test_training_with_the_kernels_of_liger(tmp_path, monkeypatch):
+    "Two things that this interpreter lacks are given to it: a Python float as a kernel's argument, and libdevice's rsqrt"
+    from triton import language as tl
+    from triton.runtime import interpreter as I
+    from liger_kernel.ops import rms_norm
+    convert = I._implicit_cvt
+    monkeypatch.setattr(I, '_implicit_cvt', lambda x: tl.tensor(I.TensorHandle(np.array([x], dtype=np.float32), tl.float32), tl.float32) if isinstance(x, float) else convert(x))
+    monkeypatch.setattr(rms_norm, 'rsqrt', lambda x: tl.rsqrt(x))       # looked up late: the interpreter has its own while a kernel runs
+    check_liger(*liger_and_plain(tmp_path, 'cpu', blocks=2))

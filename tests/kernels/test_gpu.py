@@ -64,3 +64,7 @@ def test_from_another_stream_and_thread(items):
     plan = K.DeltaPlan(*model(items)); want = plan.run()
     with ThreadPoolExecutor(3) as pool: assert list(pool.map(lambda _: plan.run(), range(6))) == [want]*6
     with torch.cuda.stream(torch.cuda.Stream()): assert plan.run() == want
+
+def test_training_with_the_kernels_of_liger(tmp_path):
+    pytest.importorskip('liger_kernel')
+    check_liger(*liger_and_plain(tmp_path, 'cuda'))
