@@ -11,7 +11,7 @@ __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
-# %% ../nbs/09_trainer.ipynb #5ddf5061
+# %% ../nbs/09_trainer.ipynb #1f285fd4
 import copy, functools, hashlib, json, math, os, re, shutil, sys, threading, time, uuid, warnings, weakref
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -31,7 +31,7 @@ from .policies import POLICIES, Policy, _ballot, adjusted, match_units
 from .probe import _model_loss, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
-from .shards import any_process, gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
+from .shards import _any_process, gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
@@ -161,7 +161,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #4667452b
+# %% ../nbs/09_trainer.ipynb #15e4de05
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
@@ -179,8 +179,11 @@ def _thaw_leftovers(model):
 def _check_engine(args, model, ddp=None):
     "Refuse what cannot work, before the first step"
     if getattr(args, 'deepspeed', None) or os.environ.get('ACCELERATE_USE_DEEPSPEED', '').lower() in ('1', 'true'):
-        raise ValueError("DeepSpeed partitions the optimizer before ALF can choose: train with FSDP2, with DDP or on one device")
+        raise ValueError("DeepSpeed lays out gradients and optimizer state once, before training: what is frozen later would keep its state and go on moving. FSDP2 takes the same memory and re-selects (configs/accelerate_fsdp2.yaml); "
+                         "with DeepSpeed choose once, freeze before the Trainer is made, and leave the callback out: apply_selection(partition_layers(model), ALFCallback(budget=.25).preview(model).names)")
     if any(type(m).__name__ == 'FullyShardedDataParallel' for m in model.modules()): raise ValueError("FSDP1 flattens the weights of a block into one, of which ALF cannot freeze a part: use FSDP2 (fsdp_config={'version': 2}, or fsdp_version: 2 in the accelerate config)")
+    if (getattr(model, '_tp_size', None) or 1) > 1 or any('tp' in (p.device_mesh.mesh_dim_names or ()) for p in model.parameters() if is_sharded(p)):
+        raise ValueError("tensor parallelism is not supported: load the model without tp_plan, and train with FSDP2, also with replicas (HSDP), or DDP")
     sharded = any(map(is_sharded, model.parameters()))
     if getattr(args, 'fsdp', None) and not sharded: warnings.warn("fsdp is set, but every process holds the whole weights: accelerate shards on accelerators only, not on a CPU")
     if args.world_size > 1 and not sharded and ddp is None and args.ddp_find_unused_parameters is not True and (args.ddp_find_unused_parameters is False or getattr(args, 'activation_checkpointing', None) or getattr(args, 'gradient_checkpointing', None)):
@@ -721,7 +724,7 @@ def _check_jumps(self:ALFCallback, known, sum_lr, step):
         self._event('jump', step, unit=n, rate=r, before=known[n], moved=r*sum_lr[n])
         warnings.warn(f"the change rate of {n} jumped from {known[n]:.3g} to {r:.3g} at step {step}: in its last window it moved by {r*sum_lr[n]:.0%} of its norm. Lower the learning rate, or ban the unit if this goes on")
 
-# %% ../nbs/09_trainer.ipynb #a87931f8
+# %% ../nbs/09_trainer.ipynb #78700ded
 @patch
 def _without_banned(self:ALFCallback, policy):
     "`policy` with what was frozen for good banned, and not pinned"
@@ -741,7 +744,7 @@ def _check_gradients(self:ALFCallback, step):
     "Units whose gradient is not finite: then this step shall change nothing, for clipping has spread it over all"
     device = next(self.layers.model.parameters()).device
     sums = torch.stack([s.to(device, torch.float32) for s in self._odd.values()]).isfinite().tolist() if self._odd else []
-    self._spoilt = any_process(self.selection.names, {n for n,ok in zip(self._odd, sums) if not ok}, device); self._odd.clear()
+    self._spoilt = _any_process(self.selection.names, {n for n,ok in zip(self._odd, sums) if not ok}, device); self._odd.clear()
     if not self._spoilt: return
     for n in self.selection.names:
         for p in self.layers.params(n): p.grad = None
@@ -757,7 +760,7 @@ def _freeze_bad(self:ALFCallback, step):
     sums = torch.stack([p.sum(dtype=torch.float64 if p.device.type == 'cpu' else torch.float32).to(owner[0][1].device, torch.float32) for _,p in owner])      # NaN and infinity survive a sum
     odd = [np for np,ok in zip(owner, sums.isfinite().tolist()) if not ok] if not bool(sums.isfinite().all()) else []
     found = {n for n,p in odd if not bool(p.isfinite().all())}           # the sum of finite numbers may overflow
-    bad = any_process(self.selection.names, found, sums.device)
+    bad = _any_process(self.selection.names, found, sums.device)
     if not bad: return
     state,since = unwrap_optimizer(self._optimizer).state,{n: self._marks[n][0] for n in bad}
     for n in bad:

@@ -89,6 +89,7 @@ GAIN = dict(budget=.25, interval=4, measure_every=3)
 BADAM = dict(preset='badam', interval=3)
 NOREF = dict(budget=.25, interval=4, references='none', measure_every=3)
 FSDP = dict(fsdp=True, fsdp_config=dict(version=2))
+SHARDED = dict(fsdp=True, fsdp_config=dict(version=2, state_dict_type='SHARDED_STATE_DICT'))
 
 
 def launch(folder, processes, *jobs, timeout=240, config=None):
@@ -127,8 +128,9 @@ def runs(tmp_path_factory):
     dead = launch(d, 2, dict(out='prior2', settings=PRIOR, **SAVE), dict(out='badam2', settings=BADAM), dict(out='gain2', settings=GAIN, ddp_find_unused_parameters=False),
                   dict(out='nan2', settings=GAIN, spoil=dict(probe=[3])), dict(out='freeze2', settings=dict(check='freeze', **PRIOR), spoil=dict(before=3, after=6)),
                   dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE), dict(out='fsdp-noref2', settings=NOREF, **FSDP),
-                  dict(out='fsdp-nan2', settings=GAIN, spoil=dict(probe=[3]), **FSDP), dict(out='fsdp-drop2', settings=BADAM, **SAVE, **FSDP), dict(out='fsdp-gain-cut', settings=GAIN, die=[1, 7], **FSDP, **SAVE))
-    assert (d/'fsdp-drop2'/'rank1.json').exists(), dead.stderr[-3000:]
+                  dict(out='fsdp-nan2', settings=GAIN, spoil=dict(probe=[3]), **FSDP), dict(out='fsdp-drop2', settings=BADAM, **SAVE, **FSDP), dict(out='fsdp-sharded2', settings=BADAM, **SAVE, **SHARDED), dict(out='fsdp-sharded2to2', settings=dict(resume_from=str(d/'fsdp-sharded2'/'checkpoint-3'), **BADAM), **SHARDED),
+                  dict(out='fsdp-gain-cut', settings=GAIN, die=[1, 7], **FSDP, **SAVE))
+    assert (d/'fsdp-sharded2to2'/'rank1.json').exists(), dead.stderr[-3000:]
     (d/'dead.txt').write_text(f'{dead.returncode}\n{dead.stderr}')
     alone = launch(d, 1, dict(out='prior1', settings=PRIOR, **SAVE), dict(out='badam1', settings=BADAM), dict(out='gain1', settings=GAIN), dict(out='noref1', settings=NOREF), dict(out='prior2to1', settings=dict(resume_from=str(d/'prior2'/'checkpoint-6'), **PRIOR)),
                    dict(out='fsdp-gain2to1', settings=dict(resume_from=str(d/'fsdp-gain2'/'checkpoint-6'), **GAIN), alone=True, **FSDP), dict(out='fsdp-gain1', settings=GAIN, alone=True, **SAVE, **FSDP))
@@ -203,11 +205,13 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, new, old, n):
     assert choices(runs/new) == [c for c in choices(runs/old) if c[0] > 6]
 
 
-def test_a_run_goes_on_right_after_a_switch_that_dropped_state(runs):
+@pytest.mark.parametrize('name', ['fsdp-drop2', 'fsdp-sharded2'])
+def test_a_run_goes_on_right_after_a_switch_that_dropped_state(runs, name):
     (one,) = ranks(runs/'badam1', 1)
-    (switch,) = [e for e in events(runs/'fsdp-drop2') if e['event'] == 'select' and e['step'] == 3]
+    (switch,) = [e for e in events(runs/name) if e['event'] == 'select' and e['step'] == 3]
     assert switch['left'] and switch['entered'] == switch['names']                    # nothing that trains has state in Adam when checkpoint-3 is written
-    a, b = ranks(runs/'fsdp-drop2to2'), ranks(runs/'fsdp-drop2')
+    a, b = ranks(runs/f'{name}to2'), ranks(runs/name)
+    assert (runs/name/'checkpoint-3'/'pytorch_model_fsdp_0').is_dir() == (name == 'fsdp-sharded2')
     for k in ('weights', 'losses', 'signals', 'names'): assert a[0][k] == a[1][k] == b[0][k], k
     assert close(b[0]['losses'], one['losses']) and close(b[0]['norm'], one['norm'])      # and saving has changed nothing
 
@@ -232,6 +236,17 @@ def test_finetune_is_refused_under_a_launcher(runs):
         for r in ranks(runs/name): assert 'finetune() works in one process, and 2 were started' in r['finetune'] and not r['tuned']
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 4, reason='four processes on fewer cores take too long')
+def test_replicas_of_pieces_learn_what_one_process_does(runs, tmp_path, monkeypatch):
+    for k, v in dict(USE_PARALLELISM_CONFIG='true', DP_REPLICATE_SIZE='2', DP_SHARD_SIZE='2').items(): monkeypatch.setenv(f"{'ACCELERATE_' if k[0] == 'U' else 'PARALLELISM_CONFIG_'}{k}", v)
+    hsdp = launch(tmp_path, 4, dict(out='hsdp4', settings=GAIN, **FSDP))
+    assert hsdp.returncode == 0, hsdp.stderr[-3000:]
+    (one,), four = ranks(runs/'gain1', 1), ranks(tmp_path/'hsdp4', 4)
+    assert all(r['signals'] == four[0]['signals'] and r['weights'] == four[0]['weights'] for r in four) and choices(tmp_path/'hsdp4') == choices(runs/'gain1')
+    assert close(four[0]['losses'], one['losses']) and close(four[0]['norm'], one['norm'])
+    for r in four: assert all(2*h['grad'] == 2*h['trains'] == o['trains'] for h, o in zip(r['held'], one['held']))       # a half each, in two copies
+
+
 def test_ddp_buffers_only_what_trains(runs):
     for name in ('prior2', 'badam2', 'gain2', 'prior2to2'):
         held = ranks(runs/name)[0]['held']
@@ -246,6 +261,8 @@ def test_what_cannot_work_is_refused_before_the_first_step(monkeypatch):
     _check_engine(args, model)
     with pytest.raises(ValueError, match='FSDP1 flattens.*version'): _check_engine(args, nn.Sequential(type('FullyShardedDataParallel', (nn.Linear,), {})(2, 2)))
     with pytest.warns(UserWarning, match='every process holds the whole weights'): _check_engine(SimpleNamespace(**{**vars(args), 'fsdp': True}), model)
-    with pytest.raises(ValueError, match='DeepSpeed'): _check_engine(SimpleNamespace(**{**vars(args), 'deepspeed': 'ds.json'}), model)
+    with pytest.raises(ValueError, match='DeepSpeed.*accelerate_fsdp2.yaml.*apply_selection'): _check_engine(SimpleNamespace(**{**vars(args), 'deepspeed': 'ds.json'}), model)
+    split = nn.Linear(2, 2); split._tp_size = 2
+    with pytest.raises(ValueError, match='tensor parallelism is not supported'): _check_engine(args, split)
     monkeypatch.setenv('ACCELERATE_USE_DEEPSPEED', 'true')
     with pytest.raises(ValueError, match='DeepSpeed'): _check_engine(args, model)
