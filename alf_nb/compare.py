@@ -11,7 +11,7 @@ __all__ = ['METHODS', 'Task', 'text_task', 'Method', 'alf_method', 'device_name'
 from . import _require
 _require('torch', 'transformers', 'accelerate')
 
-# %% ../nbs/14a_compare.ipynb #6f4975da
+# %% ../nbs/14a_compare.ipynb #51ce73f4
 import copy, datetime, hashlib, json, math, os, platform, re, statistics, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from .optim import gradient_bytes, optimizer_bytes
 from .policies import match_units
 from .reports import PolicyComparison, compare_results, read_results, write_comparison
 from .runlog import RunLog
+from .shards import one_process
 from .sources import domain_split, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
 from .trainer import ALFCallback, peak_rss_bytes, versions
 
@@ -308,7 +309,7 @@ def _next(found, grid, seeds, extend):
     if len(grid) > 1 and len(tried) < len(grid)+extend and best in (tried[0], tried[-1]): return float(f'{best*2 if best == tried[-1] else best/2:.6g}'), seeds[0]
     return next(((best, s) for s in seeds[1:] if (best, s) not in found), None)
 
-# %% ../nbs/14a_compare.ipynb #4c4e3b14
+# %% ../nbs/14a_compare.ipynb #cf6a65e8
 _rules = ('steps', 'tokens', 'wall')
 
 def _steps_for(task, method, rule, amount):
@@ -356,6 +357,7 @@ def compare_policies(
     **kw                   # further arguments of `text_task`
 )->PolicyComparison:
     "Run methods under one rule; runs that the file already holds are not run again"
+    one_process('compare_policies()')
     methods = _as_methods(methods)
     if rule not in _rules: raise ValueError(f"rule={rule!r}; rules are {', '.join(_rules)}")
     if not amount > 0 or rule == 'steps' and amount != int(amount): raise ValueError(f"amount={amount!r}, but it is above 0{', in whole steps' if rule == 'steps' else ''}")

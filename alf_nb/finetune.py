@@ -11,7 +11,7 @@ __all__ = ['finetune', 'tuned_kind', 'load_tuned']
 from . import _require
 _require('torch', 'transformers', 'accelerate')
 
-# %% ../nbs/14_finetune.ipynb #b4b3312e
+# %% ../nbs/14_finetune.ipynb #065542a5
 import json, os, time, warnings
 from pathlib import Path
 import torch
@@ -24,6 +24,7 @@ from .card import write_card
 from .delta import apply_delta, fingerprint, save_delta
 from .reports import summarize, write_report
 from .runlog import RunLog
+from .shards import one_process
 from .sources import _check_causal, _first, _hub, continuation, domain_split, evaluate_loss, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
 from .trainer import ALFCallback, peak_rss_bytes
 
@@ -74,7 +75,7 @@ def _whole(**kw):
 def _write_json(path, data):
     part = path.with_name(f'.{path.name}.part'); part.write_text(json.dumps(data, indent=2, allow_nan=False)+'\n', encoding='utf-8'); os.replace(part, path)
 
-# %% ../nbs/14_finetune.ipynb #f3992da0
+# %% ../nbs/14_finetune.ipynb #8812eb76
 _looked_at = 256    # tokens of a passage at most: all maps of one passage are in memory at once, and grow with the square
 
 def finetune(
@@ -102,6 +103,7 @@ def finetune(
 )->dict:
     "Fine-tune with ALF and write `events.jsonl`, `summary.json`, `report.html` and `delta/` to `out`; returns the summary"
     t0 = time.perf_counter()
+    one_process('finetune()')
     _whole(steps=steps, batch_size=batch_size, length=length, eval_blocks=eval_blocks)
     if isinstance(attention, bool) or not isinstance(attention, int) or attention < 0: raise ValueError(f"attention={attention!r}, but it is a number of passages, or 0")
     if not (isinstance(lr, (int, float)) and 0 < lr < 1): raise ValueError(f"lr={lr!r}, but a learning rate is above 0 and below 1, such as 4e-4")

@@ -11,8 +11,8 @@ __all__ = ['PRESETS', 'STARTS', 'ALFCallback', 'versions', 'peak_rss_bytes']
 from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
-# %% ../nbs/09_trainer.ipynb #99352e54
-import copy, functools, hashlib, json, math, os, re, shutil, sys, threading, time, uuid, warnings
+# %% ../nbs/09_trainer.ipynb #5ddf5061
+import copy, functools, hashlib, json, math, os, re, shutil, sys, threading, time, uuid, warnings, weakref
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from .policies import POLICIES, Policy, _ballot, adjusted, match_units
 from .probe import _model_loss, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
-from .shards import gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
+from .shards import any_process, gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
@@ -161,13 +161,16 @@ class ALFCallback(TrainerCallback, ExportableState):
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
-# %% ../nbs/09_trainer.ipynb #25b4b033
+# %% ../nbs/09_trainer.ipynb #4667452b
 _LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
 
+_NOTES = weakref.WeakKeyDictionary()    # model → hooks on its parameters
+
 def _thaw_leftovers(model):
     reshard(model)
+    for h in _NOTES.pop(model, ()): h.remove()
     frozen = set(getattr(model, _LEFTOVER, ()))
     for n,p in model.named_parameters():
         if n in frozen: p.requires_grad_(True)
@@ -295,7 +298,8 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self._optimizer = optimizer; check_optimizer(self.layers, optimizer, self.names)
     if self.references == 'none': check_last_update(optimizer)
     self._loader,self._args,self._max_steps,self._loss = train_dataloader,args,state.max_steps,self._batch_loss or _trainer_loss(_on_stack(Trainer))
-    self._batch_size = (getattr(state, 'train_batch_size', None) or args.per_device_train_batch_size*max(getattr(args, 'n_gpu', 1), 1))//max(getattr(args, 'n_gpu', 1), 1)      # auto_find_batch_size changes it
+    self._batch_size = args.per_device_train_batch_size
+    if getattr(args, 'auto_find_batch_size', False): self._batch_size = (state.train_batch_size or args.train_batch_size)//max(args.n_gpu, 1)      # else a resumed state has that of the checkpoint, maybe of another number of processes
     group = {id(p): i for i,g in enumerate(unwrap_optimizer(optimizer).param_groups) for p in g['params']}
     self._group = {n: group[id(self.layers.params(n)[0])] for n in self.names}
     self._every = self.interval if self.interval is not None else min(max(state.max_steps//3, 32), 256)
@@ -311,6 +315,8 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self.totals = dict(steps=0, share_sum=0., share_peak=0., state_bytes_peak=0, measure_s=0., probe_s=0., select_s=0., wall_s=0.)
     self._measuring,self._new_state,self._step_s,self._tokens_seen = False,True,[],getattr(state, 'num_input_tokens_seen', 0)
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
+    self._odd,self._spoilt,self._bare = {},[],False
+    if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)      # fp16's scaler overflows on purpose, and leaves such steps out itself
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
@@ -417,7 +423,7 @@ def _due(self:ALFCallback, step, max_steps):
     if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
-# %% ../nbs/09_trainer.ipynb #e8397804
+# %% ../nbs/09_trainer.ipynb #a5229814
 @patch
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
@@ -455,7 +461,7 @@ def _switch(self:ALFCallback, chosen, step, seen):
         self.snapshot.drop([n for n in left if n in held])
         fresh = [n for n in chosen.names if n not in held]
         self.snapshot.take(fresh); self._mark(fresh, step)
-    renew_buckets(self._ddp); self.guard.watch()
+    renew_buckets(self._ddp); self.guard.watch(); self._odd.clear()
     self.selection,self._new_state = chosen,True
     self.totals['select_s'] += time.perf_counter() - t0
     before = [n for n in left if n in self._sizes] if step else []
@@ -466,7 +472,7 @@ def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
     for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
 
-# %% ../nbs/09_trainer.ipynb #60b94c23
+# %% ../nbs/09_trainer.ipynb #b13ae7c4
 @patch
 def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **kw):
     "At the end of a window: how far did the units move?"
@@ -474,6 +480,7 @@ def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **
     self._measuring = step % self.measure_every == 0 or step == state.max_steps or self._due(step, state.max_steps)
     self._check_place(replaced=self._measuring)                     # before the optimizer mixes dtypes
     if self._new_state or self._measuring: self._grad_bytes = gradient_bytes(model)
+    if self.check == 'freeze': self._check_gradients(step)
     if not self._measuring: return
     t0 = time.perf_counter()
     if self.references == 'none': self._before = {n: [_sample_bits(p, 4096) for p in self.layers.params(n)] for n in self._moving()}
@@ -503,7 +510,7 @@ def _end_window(self:ALFCallback, step):
 def on_optimizer_step(self:ALFCallback, args, state, control, model=None, optimizer=None, **kw):
     "Count learning rates; on a measuring step also the descent, the bytes and the frozen"
     groups = unwrap_optimizer(self._optimizer).param_groups
-    if not getattr(self._optimizer, 'step_was_skipped', False):
+    if not (getattr(self._optimizer, 'step_was_skipped', False) or self._spoilt):
         self._cum_lr = [c + float(g['lr']) for c,g in zip(self._cum_lr, groups)]
     if self._new_state or self._measuring: self._count_bytes(state.global_step+1)
     if self._measuring: self._close_window(groups, state)
@@ -566,7 +573,7 @@ def on_step_end(self:ALFCallback, args, state, control, **kw):
     now = time.perf_counter(); self._step_s.append(now - self._t_step)
     t = self.totals
     t['steps'] += 1; t['share_sum'] += self.selection.share; t['share_peak'] = max(t['share_peak'], self.selection.share)
-    self._settle(state)
+    self._settle(state); self._bare = self.snapshot.sharded and not any(unwrap_optimizer(self._optimizer).state.values())
     t['wall_s'] += time.perf_counter() - self._t_begin; self._t_begin = time.perf_counter()
     self._t_step = self._t_begin
 
@@ -714,7 +721,7 @@ def _check_jumps(self:ALFCallback, known, sum_lr, step):
         self._event('jump', step, unit=n, rate=r, before=known[n], moved=r*sum_lr[n])
         warnings.warn(f"the change rate of {n} jumped from {known[n]:.3g} to {r:.3g} at step {step}: in its last window it moved by {r*sum_lr[n]:.0%} of its norm. Lower the learning rate, or ban the unit if this goes on")
 
-# %% ../nbs/09_trainer.ipynb #a3e61799
+# %% ../nbs/09_trainer.ipynb #a87931f8
 @patch
 def _without_banned(self:ALFCallback, policy):
     "`policy` with what was frozen for good banned, and not pinned"
@@ -723,21 +730,46 @@ def _without_banned(self:ALFCallback, policy):
     return replace(policy, pin=pin, ban=tuple(dict.fromkeys((*policy.ban, *(n for n in self.names if n in self._banned)))))
 
 @patch
+def _note_gradients(self:ALFCallback, model):
+    "Add up every gradient as it arrives, before clipping mixes them: NaN and infinity survive a sum"
+    odd = self._odd
+    def note(p, n): odd[n] = odd.get(n, 0.) + p.grad.sum(dtype=torch.float64 if p.device.type == 'cpu' else torch.float32)
+    _NOTES[model] = [p.register_post_accumulate_grad_hook(functools.partial(note, n=n)) for n in self.names for p in self.layers.params(n)]
+
+@patch
+def _check_gradients(self:ALFCallback, step):
+    "Units whose gradient is not finite: then this step shall change nothing, for clipping has spread it over all"
+    device = next(self.layers.model.parameters()).device
+    sums = torch.stack([s.to(device, torch.float32) for s in self._odd.values()]).isfinite().tolist() if self._odd else []
+    self._spoilt = any_process(self.selection.names, {n for n,ok in zip(self._odd, sums) if not ok}, device); self._odd.clear()
+    if not self._spoilt: return
+    for n in self.selection.names:
+        for p in self.layers.params(n): p.grad = None
+    self._measuring = False
+    if len(self._spoilt) == len(self.selection): self._refuse(f"every unit that trains got NaN or infinity at step {step}, in its gradient: the loss is at fault, not a unit. The weights are those of step {step-1}, which nothing has changed")
+
+@patch
 @torch.no_grad()
 def _freeze_bad(self:ALFCallback, step):
     "Put units that hold NaN or infinity back, and never train them again"
+    if self._spoilt: return self._freeze_units(self._spoilt, dict.fromkeys(self._spoilt, step-1), step, f'in its gradient at step {step}: this step changes nothing, and it is')
     owner = [(n, p) for n in self.selection.names for p in self.layers.params(n) if p.numel()]
     sums = torch.stack([p.sum(dtype=torch.float64 if p.device.type == 'cpu' else torch.float32).to(owner[0][1].device, torch.float32) for _,p in owner])      # NaN and infinity survive a sum
     odd = [np for np,ok in zip(owner, sums.isfinite().tolist()) if not ok] if not bool(sums.isfinite().all()) else []
     found = {n for n,p in odd if not bool(p.isfinite().all())}           # the sum of finite numbers may overflow
-    bad = [n for n in self.selection.names if n in found]
+    bad = any_process(self.selection.names, found, sums.device)
     if not bad: return
     state,since = unwrap_optimizer(self._optimizer).state,{n: self._marks[n][0] for n in bad}
     for n in bad:
         for p,ref in self.snapshot.params_and_refs(n): p.copy_(ref); state.pop(p, None); p.grad = None
     if len(bad) == len(self.selection): self._refuse(f"every unit that trains got NaN or infinity at step {step}: the loss or the learning rate is at fault, not a unit. The weights are those of step {min(since.values())} again, where their windows began")
-    self._banned |= set(bad)
-    message = f"{', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''} got NaN or infinity at step {step}: put back to the weights of step {min(since.values())}, and frozen for the rest of the run"
+    self._freeze_units(bad, since, step, f'at step {step}: put back to the weights of step {min(since.values())}, and')
+
+@patch
+def _freeze_units(self:ALFCallback, bad, since, step, how):
+    "Never train the units `bad` again"
+    self._banned |= set(bad); self._spoilt = []
+    message = f"{', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''} got NaN or infinity {how} frozen for the rest of the run"
     self._event('freeze', step, units=bad, since=since, message=message)
     warnings.warn(message)
     self.policy = self._without_banned(self.policy)
@@ -783,7 +815,7 @@ def _fingerprint(layers):
         for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/09_trainer.ipynb #7ceb6a1e
+# %% ../nbs/09_trainer.ipynb #d48dcda3
 @patch
 def _all_params(self:ALFCallback):
     "Full parameter name → parameter"
@@ -792,6 +824,7 @@ def _all_params(self:ALFCallback):
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
+    made_up = self._drop_made_up()
     if args.save_only_model or getattr(state, 'is_hyper_param_search', False) or not (state.is_world_process_zero or self.snapshot.sharded): return      # a trial's checkpoints lie elsewhere, and are never resumed
     tensors = {f'ref/{k}': t for k,t in snapshot_tensors(self.snapshot).items()}
     plain,params = {},self._all_params()
@@ -806,12 +839,20 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     shutil.rmtree(part, ignore_errors=True); part.mkdir()
     save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
     data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=weights,
-                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, optimizer=[k for k,p in params.items() if state_of.get(p)], policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
+                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, optimizer=made_up or [k for k,p in params.items() if state_of.get(p)], made_up=made_up, policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
     with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(data, f); f.flush(); os.fsync(f.fileno())
     shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
     seal_checkpoint(folder)      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
+
+@patch
+def _drop_made_up(self:ALFCallback):
+    "To save an optimizer without any state, FSDP2 gives it some by a step of lr 0, which a unit that has just come must not go on with. Returns the parameters that got it"
+    state,self._bare,bare = unwrap_optimizer(self._optimizer).state,False,self._bare
+    made_up = [k for k,p in self._all_params().items() if state.get(p)] if bare else []
+    for k in made_up: state.pop(self._place[k][0])
+    return made_up
 
 _STATE = dict(step=int, config=dict, units=list, weights=str, selection=dict, tracker=dict, marks=dict, cum_lr=list, totals=dict, new_state=bool, parked=dict, run_id=str)
 
@@ -830,7 +871,7 @@ def _read_state(folder):
         good = (all(isinstance(u, list) and len(u) == 2 and isinstance(u[0], str) for u in data['units']) and all(map(number, (*data['cum_lr'], *data['totals'].values())))
                 and all(isinstance(v, list) and len(v) == 2 and all(map(number, v)) for v in data['marks'].values()) and all(isinstance(v, dict) for v in data['parked'].values())
                 and all(isinstance(data['tracker'].get(k), dict) and all(isinstance(v, dict) and all(map(number, v.values())) for v in data['tracker'][k].values()) for k in ('values', 'steps'))
-                and isinstance(data.get('banned', []), list) and all(isinstance(n, str) for n in [*data.get('banned', []), *data['selection'].get('names', ())]) and isinstance(data.get('again', False), bool))
+                and isinstance(data.get('banned', []), list) and all(isinstance(n, str) for n in [*data.get('banned', []), *data.get('made_up', []), *data['selection'].get('names', ())]) and isinstance(data.get('again', False), bool))
         if not good: raise ValueError("its numbers and names are not where they belong")
     except (OSError, ValueError, TypeError, RecursionError) as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/state.json cannot be read: {e or type(e).__name__}") from None
     try: return data, load_file(folder/'alf'/'tensors.safetensors')
@@ -856,6 +897,7 @@ def _restore(self:ALFCallback, args, state):
     self.run_id = data['run_id']
     self.selection = Selection.from_dict(data['selection'])
     apply_selection(self.layers, self.selection.names, self._optimizer, None)      # the optimizer came back with the state of these units only
+    for k in data.get('made_up', ()): unwrap_optimizer(self._optimizer).state.pop(self._all_params().get(k), None)
     was = data['config'].get('references', self.references)
     if self.references != 'none' and (was == '8bit') == (self.references == '8bit'): restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
     self.parked.held = {k: dict(v) for k,v in data['parked'].items()}

@@ -223,6 +223,23 @@ def test_a_unit_that_blows_up_is_put_back_and_frozen(tmp_path, kw, references):
     assert all(v is not None for v in log.series("log", "loss")[1])
 
 
+@pytest.mark.parametrize("kw", [dict(), dict(max_grad_norm=0), dict(gradient_accumulation_steps=2)])
+def test_nan_in_a_gradient_freezes_its_unit_before_clipping_spreads_it(tmp_path, kw):
+    one, at6, kept = alf(check="freeze", measure_every=3), [], {}
+    class Bad(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            kept[state.global_step] = {n: [p.detach().clone() for p in one.layers.params(n)] for n in one.names}
+            if state.global_step == 5:
+                at6.append(one.selection.names[-1])
+                one.layers.params(at6[0])[0].register_hook(lambda g: g*(float("nan") if state.global_step == 5 else 1))
+    with pytest.warns(UserWarning, match="got NaN or infinity in its gradient at step 6: this step changes nothing, and it is frozen for the rest"): make(tmp_path, one, Bad(), max_steps=16, **kw).train()
+    log, u = RunLog(tmp_path), at6[0]
+    assert [(e["step"], e["units"]) for e in log.events("freeze")] == [(6, [u])] and log.status == "complete"
+    assert all(torch.equal(a, b) for n in one.names for a, b in zip(kept[5][n], kept[6][n])) and any(not torch.equal(a, b) for n in one.names for a, b in zip(kept[6][n], kept[7][n]))
+    assert all(u not in s.names for s in log.selections() if s.step >= 6) and all(torch.equal(a, p) for a, p in zip(kept[6][u], one.layers.params(u)))
+    assert all(v is not None for v in log.series("log", "loss")[1]) and not one.layers.params(u)[0]._post_accumulate_grad_hooks
+
+
 def test_what_was_frozen_stays_frozen_after_a_resume(tmp_path):
     def make_one(step):
         one = alf(check="freeze"); bad = Poison(one, step)

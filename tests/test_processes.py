@@ -19,6 +19,8 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from alf_nb.checkpoints import find_checkpoint
 from alf_nb.delta import fingerprint
 from alf_nb.demo import demo_dataset, demo_model
+from alf_nb.finetune import finetune
+from alf_nb.probe import _model_loss
 from alf_nb.shards import local_tensor, whole_tensor
 from alf_nb.trainer import ALFCallback
 torch.set_num_threads(1)
@@ -45,18 +47,38 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if self.die == [rank, state.global_step]: os._exit(9)
 
-def job(out, settings, die=None, resume=False, **more):
+class Spoil(TrainerCallback):
+    "NaN on the second process only: in the loss of a batch of the probe; in the gradient of one unit before the processes add theirs up, and after they did"
+    def __init__(self, alf, probe=None, before=None, after=None):
+        self.alf, self.probe, self.before, self.after, self.n, self.units = alf, probe, before, after, 0, {}
+        if probe is not None and rank: alf._batch_loss = self.loss
+    def loss(self, model, batch): self.n += 1; return _model_loss(model, batch)*(float('nan') if self.n in self.probe else 1)
+    def first(self, step):
+        if self.units.setdefault(step, self.alf.selection.names[0]) and rank: return self.alf.layers.params(self.units[step])[0]
+    def on_step_begin(self, args, state, control, **kw):
+        if state.global_step + 1 == self.before and (p := self.first(self.before)) is not None: p.register_hook(lambda g: g*(float('nan') if state.global_step + 1 == self.before else 1))
+    def on_pre_optimizer_step(self, args, state, control, **kw):
+        if state.global_step + 1 == self.after and (p := self.first(self.after)) is not None: p.grad.view(-1)[1] = float('nan')
+
+def refused(out):
+    "What `finetune` says here"
+    try: finetune((demo_model(), None), out, out, steps=2, progress=False); said = ''
+    except Exception as e: said = f'{type(e).__name__}: {e}'
+    return said
+
+def job(out, settings, die=None, resume=False, spoil=None, alone=False, **more):
     if 'fsdp' in more and not more['fsdp']: os.environ.pop('ACCELERATE_USE_FSDP', None); more.pop('fsdp')       # beside jobs that a launch config shards
+    if alone: os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')      # one process that shards, as `accelerate launch --num_processes 1` starts it
     out = Path(out); torch.manual_seed(0); AcceleratorState._reset_state(reset_partial_state=True)
     alf = ALFCallback(**settings); watch = Watch(alf, die)
     args = TrainingArguments(**{**dict(output_dir=str(out), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=3), **more})
-    trainer = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[alf, watch])
+    trainer = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[alf, watch, *([bad := Spoil(alf, **spoil)] if spoil else [])])
     trainer.remove_callback(PrinterCallback); watch.wrapped = lambda: trainer.model_wrapped
     trainer.train(resume_from_checkpoint=find_checkpoint(out) if resume else settings.get('resume_from'))
     weights = {k: whole_tensor(p.detach()) for k, p in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
     trainer.save_model(out/'model')
     (out/f'rank{rank}.json').write_text(json.dumps(dict(losses=[h['loss'] for h in trainer.state.log_history if 'loss' in h], weights=hashlib.sha256(b''.join(p.numpy().tobytes() for p in weights.values())).hexdigest(),
-        names=list(alf.selection.names), share=alf.summary()['trainable_share_peak'], norm=[float(p.norm()) for p in weights.values()], held=watch.rows, n_total=alf.n_total, engine=type(trainer.model_wrapped).__name__,
+        names=list(alf.selection.names), share=alf.summary()['trainable_share_peak'], norm=[float(p.norm()) for p in weights.values()], held=watch.rows, n_total=alf.n_total, engine=type(trainer.model_wrapped).__name__, spoilt=list(bad.units.values()) if spoil else [], finetune=refused(str(out/'finetune')) if world > 1 else '', tuned=(out/'finetune').exists(),
         signals={s: alf.tracker.scores(s, 10).values for s in ('prior', 'rate', 'gain', 'grad_norm', 'descent')})))
 
 for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)
@@ -100,17 +122,22 @@ def same_signals(a, b, rel):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    "All jobs: two processes, the last job of which is killed; one process; two again, started with the launch config for users"
+    "All jobs: two processes, the last job of which is killed; one process; two again, started with the launch configs for users"
     d = tmp_path_factory.mktemp('processes')
     dead = launch(d, 2, dict(out='prior2', settings=PRIOR, **SAVE), dict(out='badam2', settings=BADAM), dict(out='gain2', settings=GAIN, ddp_find_unused_parameters=False),
-                  dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE), dict(out='fsdp-noref2', settings=NOREF, **FSDP), dict(out='fsdp-gain-cut', settings=GAIN, die=[1, 7], **FSDP, **SAVE))
-    assert (d/'fsdp-noref2'/'rank1.json').exists(), dead.stderr[-3000:]
+                  dict(out='nan2', settings=GAIN, spoil=dict(probe=[3])), dict(out='freeze2', settings=dict(check='freeze', **PRIOR), spoil=dict(before=3, after=6)),
+                  dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE), dict(out='fsdp-noref2', settings=NOREF, **FSDP),
+                  dict(out='fsdp-nan2', settings=GAIN, spoil=dict(probe=[3]), **FSDP), dict(out='fsdp-drop2', settings=BADAM, **SAVE, **FSDP), dict(out='fsdp-gain-cut', settings=GAIN, die=[1, 7], **FSDP, **SAVE))
+    assert (d/'fsdp-drop2'/'rank1.json').exists(), dead.stderr[-3000:]
     (d/'dead.txt').write_text(f'{dead.returncode}\n{dead.stderr}')
-    alone = launch(d, 1, dict(out='prior1', settings=PRIOR, **SAVE), dict(out='badam1', settings=BADAM), dict(out='gain1', settings=GAIN), dict(out='noref1', settings=NOREF), dict(out='prior2to1', settings=dict(resume_from=str(d/'prior2'/'checkpoint-6'), **PRIOR)))
+    alone = launch(d, 1, dict(out='prior1', settings=PRIOR, **SAVE), dict(out='badam1', settings=BADAM), dict(out='gain1', settings=GAIN), dict(out='noref1', settings=NOREF), dict(out='prior2to1', settings=dict(resume_from=str(d/'prior2'/'checkpoint-6'), **PRIOR)),
+                   dict(out='fsdp-gain2to1', settings=dict(resume_from=str(d/'fsdp-gain2'/'checkpoint-6'), **GAIN), alone=True, **FSDP), dict(out='fsdp-gain1', settings=GAIN, alone=True, **SAVE, **FSDP))
     assert alone.returncode == 0, alone.stderr[-3000:]
-    again = launch(d, 2, dict(out='fsdp-gain-cut', settings=GAIN, resume=True, **SAVE), dict(out='prior2to2', settings=dict(resume_from=str(d/'prior2'/'checkpoint-6'), **PRIOR), fsdp=None),
-                   dict(out='prior1to2', settings=dict(resume_from=str(d/'prior1'/'checkpoint-6'), **PRIOR), fsdp=None), config='accelerate_fsdp2.yaml')
+    again = launch(d, 2, dict(out='fsdp-gain-cut', settings=GAIN, resume=True, **SAVE), dict(out='fsdp-gain1to2', settings=dict(resume_from=str(d/'fsdp-gain1'/'checkpoint-6'), **GAIN)),
+                   dict(out='fsdp-drop2to2', settings=dict(resume_from=str(d/'fsdp-drop2'/'checkpoint-3'), **BADAM)), config='accelerate_fsdp2.yaml')
     assert again.returncode == 0, again.stderr[-3000:]
+    ddp = launch(d, 2, dict(out='prior2to2', settings=dict(resume_from=str(d/'prior2'/'checkpoint-6'), **PRIOR)), dict(out='prior1to2', settings=dict(resume_from=str(d/'prior1'/'checkpoint-6'), **PRIOR)), config='accelerate_ddp.yaml')
+    assert ddp.returncode == 0, ddp.stderr[-3000:]
     return d
 
 
@@ -167,12 +194,42 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(runs):
         for k in ('weights', 'losses', 'signals', 'names'): assert a[0][k] == a[1][k] == b[0][k], k
 
 
-@pytest.mark.parametrize('new, old, n', [('prior1to2', 'prior1', 2), ('prior2to1', 'prior2', 1)])
+@pytest.mark.parametrize('new, old, n', [('prior1to2', 'prior1', 2), ('prior2to1', 'prior2', 1), ('fsdp-gain1to2', 'fsdp-gain1', 2), ('fsdp-gain2to1', 'fsdp-gain2', 1)])
 def test_a_run_goes_on_with_another_number_of_processes(runs, new, old, n):
     a, b = ranks(runs/new, n)[0], ranks(runs/old, 3-n)[0]
+    assert a['engine'].startswith('FSDP') == b['engine'].startswith('FSDP') == new.startswith('fsdp')
     assert a['names'] == b['names'] and close(a['losses'], b['losses']) and close(a['norm'], b['norm'])
     same_signals(b, a, 1e-3)
     assert choices(runs/new) == [c for c in choices(runs/old) if c[0] > 6]
+
+
+def test_a_run_goes_on_right_after_a_switch_that_dropped_state(runs):
+    (one,) = ranks(runs/'badam1', 1)
+    (switch,) = [e for e in events(runs/'fsdp-drop2') if e['event'] == 'select' and e['step'] == 3]
+    assert switch['left'] and switch['entered'] == switch['names']                    # nothing that trains has state in Adam when checkpoint-3 is written
+    a, b = ranks(runs/'fsdp-drop2to2'), ranks(runs/'fsdp-drop2')
+    for k in ('weights', 'losses', 'signals', 'names'): assert a[0][k] == a[1][k] == b[0][k], k
+    assert close(b[0]['losses'], one['losses']) and close(b[0]['norm'], one['norm'])      # and saving has changed nothing
+
+
+@pytest.mark.parametrize('name', ['nan2', 'fsdp-nan2'])
+def test_a_batch_that_is_nan_on_one_process_is_left_out_by_all(runs, name):
+    a, b = ranks(runs/name)
+    for k in ('weights', 'losses', 'signals', 'names'): assert a[k] == b[k], k
+    assert [e['batches'] for e in events(runs/name) if e['event'] == 'probe'][:2] == [7, 2]
+    assert choices(runs/name)[0][1]
+
+
+def test_nan_in_a_gradient_of_one_process_freezes_the_same_unit_on_all(runs):
+    a, b = ranks(runs/'freeze2')
+    for k in ('weights', 'losses', 'names', 'spoilt'): assert a[k] == b[k], k
+    assert [(e['step'], e['units']) for e in events(runs/'freeze2') if e['event'] == 'freeze'] == [(3, a['spoilt'][:1]), (6, a['spoilt'][1:])]
+    assert len(a['losses']) == 10 and all(0 < x < 10 for x in a['losses']) and not set(a['spoilt']) & set(a['names'])
+
+
+def test_finetune_is_refused_under_a_launcher(runs):
+    for name in ('gain2', 'fsdp-gain2', 'prior2to2'):
+        for r in ranks(runs/name): assert 'finetune() works in one process, and 2 were started' in r['finetune'] and not r['tuned']
 
 
 def test_ddp_buffers_only_what_trains(runs):
