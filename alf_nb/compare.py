@@ -104,7 +104,7 @@ def text_task(
     said = getattr(net.config, '_name_or_path', '') or type(net).__name__
     return Task(net, train, pick(held), pick(unrelated), name or Path(said).name, data_name or ('python-reference' if data is None else Path(data).stem if isinstance(data, (str, os.PathLike)) else 'texts'), batch_size=batch_size, bf16=bf16)
 
-# %% ../nbs/14a_compare.ipynb #4b4e86a5
+# %% ../nbs/14a_compare.ipynb #e076a6df
 @dataclass(frozen=True)
 class Method:
     "One way to fine-tune."
@@ -156,6 +156,7 @@ def _adapter(**kw):
         return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0., target_modules=linear, modules_to_save=sorted(pinned) or None, **kw))
     return prepare
 
+_short = dict(interval=0, probe_batches=2, references='none', reach=.8)      # a choice that runs of minutes can pay
 _peer = dict(references='none', measure_every=10**6)        # what a peer does not measure costs it nothing
 
 def _methods():
@@ -164,13 +165,14 @@ def _methods():
     return (Method('full', 'every parameter trains', low),
         alf_method('alf', "ALF's default: gain, matrices, re-selected", high),
         alf_method('alf-static', 'matrices by gain before the first step, kept to the end', high, interval=0),
-        alf_method('alf-quick', "matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left out", high, preset='quick', strata=0),
-        alf_method('alf-strata', "ALF's preset for short runs, `quick`: as alf-quick, and every role in every third of the depth gets its share", high, preset='quick'),
+        alf_method('alf-quick', 'matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left out', high, **_short),
+        alf_method('alf-strata', 'the same, every role in every third of the depth with its share', high, **_short, strata=3),
         alf_method('alf-grad_norm', 'matrices by gradient norm', high, signal='grad_norm'),
         alf_method('alf-prior', 'matrices by the prior 1/RMS(W)', high, signal='prior', interval=0),
         alf_method('alf-rate', 'matrices by change rate, after a rotating start within the budget', high, signal='rate', start='rotate'),
         alf_method('alf-coherence', 'matrices by coherence of change, after a rotating start', high, signal='coherence', start='rotate'),
         alf_method('random', 'random matrices within the same budget, kept to the end: the control', high, False, **static('random', 'module')),
+        alf_method('random-strata', "ALF's preset for short runs, `quick`: random matrices, every role in every third of the depth with its share, the lowest fifth of the blocks left out; the control of alf-strata", high, False, preset='quick'),
         alf_method('rotate', 'random matrices within the same budget, drawn anew when ALF selects anew', high, False, policy='rotate', **_peer),
         alf_method('inverted', 'matrices with the lowest gain', high, policy='inverted'),
         alf_method('first', 'the first blocks within the budget', mid, False, **static('first')),
@@ -180,7 +182,7 @@ def _methods():
         Method('freeze-50', 'embeddings and the lowest 50 % of the blocks frozen', low, prepare=_freeze_low(.5)),
         Method('lora', 'LoRA, rank 16 on all linear layers, PEFT', (5e-4, 1e-3, 2e-3), prepare=_adapter()),
         Method('lora-reach', 'the same LoRA, but the lowest fifth of the blocks stays as it is and backward ends above: ALF over PEFT, nothing chosen by a measurement', (5e-4, 1e-3, 2e-3), dict(policy='full', reach=.8, interval=0, references='none'), _adapter()),
-        Method('alf-lora', 'the same, and of the adapters above the lowest fifth only the half with the highest gain', (5e-4, 1e-3, 2e-3), dict(preset='quick', budget=.4), _adapter(), True),
+        Method('alf-lora', 'the same, and of the adapters above the lowest fifth only the half with the highest gain', (5e-4, 1e-3, 2e-3), dict(_short, budget=.4), _adapter(), True),
         Method('pissa', 'LoRA that starts from the largest singular values (PiSSA, https://arxiv.org/abs/2404.02948), rank 16, PEFT', (2e-4, 4e-4, 8e-4), prepare=_adapter(init_lora_weights='pissa_niter_4')),
         alf_method('lisa', 'two random blocks anew every 20 steps, embeddings and head always (https://arxiv.org/abs/2403.17919)', mid, False, preset='lisa', **_peer),
         alf_method('badam', 'one block at a time for 50 steps, state dropped (https://arxiv.org/abs/2404.02827)', mid, False, preset='badam', **_peer),

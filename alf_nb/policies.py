@@ -18,7 +18,7 @@ from numbers import Integral, Real
 
 from .records import *
 
-# %% ../nbs/06_policies.ipynb #d0ea3390
+# %% ../nbs/06_policies.ipynb #554fd534
 def _number(what, v, lo, hi, why, above=False):
     "`v` as a float in [lo, hi], or in (lo, hi] if `above`"
     ok = isinstance(v, Real) and not isinstance(v, bool) and (v > lo if above else v >= lo) and v <= hi      # a NaN is neither, and infinity beyond
@@ -32,6 +32,8 @@ def _integer(what, v, lo, why):
     "`v` as an int of at least `lo`"
     if isinstance(v, Integral) and not isinstance(v, bool) and (lo is None or v >= lo): return int(v)
     raise ValueError(f"{what}={v!r}, but {why}")
+
+def _strata(v): return _integer('strata', v, 0, "it is a number of bands of the depth, such as 3; 0 for none")
 
 def _one_of(what, v, allowed):
     if v in allowed: return v
@@ -248,7 +250,7 @@ class ThresholdPolicy(Policy):
         if names or ballot.pinned: return names, f"{ballot.scores.signal} importance ≥ {self.threshold:g}"
         raise ValueError(f"threshold={self.threshold:g} is reached by no unit: the highest, {best}, has importance {imp[best]:.3g}")
 
-# %% ../nbs/06_policies.ipynb #b4d3b027
+# %% ../nbs/06_policies.ipynb #b06d7cb2
 def _sticky(values, current, hysteresis):
     "Scores in which current members count `1 + hysteresis` times; a negative score is moved up as far"
     return {n: v + hysteresis*abs(v) if n in current else v for n,v in values.items()}
@@ -277,7 +279,7 @@ class BudgetPolicy(Policy):
     def __post_init__(self):
         super().__post_init__()
         self._keep(budget=_budget(self.budget), explore=_number('explore', self.explore, 0, 1, "explore is a part of the budget, from 0 to 1"),
-                   hysteresis=_number('hysteresis', self.hysteresis, 0, 100, "hysteresis is at least 0, such as 0.15"), cost_aware=_flag('cost_aware', self.cost_aware), strata=_integer('strata', self.strata, 0, "strata is a number of bands of the depth, such as 3; 0 for none"))
+                   hysteresis=_number('hysteresis', self.hysteresis, 0, 100, "hysteresis is at least 0, such as 0.15"), cost_aware=_flag('cost_aware', self.cost_aware), strata=_strata(self.strata))
         if self.strata and self.cost_aware: raise ValueError(f"strata={self.strata} spreads what trains over the depth and cost_aware=True gathers it at the top: give one of them")
 
     def _queues(self, b, values):
@@ -380,21 +382,26 @@ class FullPolicy(Policy):
     needs_scores = False
     def choose(self, ballot): return [u.name for u in ballot.units], 'everything'
 
-# %% ../nbs/06_policies.ipynb #9792e642
+# %% ../nbs/06_policies.ipynb #2078f5e6
 @dataclass(frozen=True)
 class StaticPolicy(Policy):
     "Train the same units from first step to last, chosen by position or by lot."
     where:str='last'    # `first`, `last`, `spread` or `random`
     budget:float=.25    # fraction of all parameters, above 0 and at most 1
+    strata:int=0        # for `random`: bands of the depth in each of which every role gets the same share of the budget; 0: none
     name = 'static'
     needs_scores = False
     def __post_init__(self):
         super().__post_init__()
-        self._keep(where=_one_of('where', self.where, ('first', 'last', 'spread', 'random')), budget=_budget(self.budget))
+        self._keep(where=_one_of('where', self.where, ('first', 'last', 'spread', 'random')), budget=_budget(self.budget), strata=_strata(self.strata))
+        if self.strata and self.where != 'random': raise ValueError(f"strata={self.strata} beside where={self.where!r}: only random units are shared out over strata")
 
     def choose(self, ballot):
         us, why = ballot.units, f"{self.where} units within {self.budget:g} of the parameters"
-        if self.where == 'random': return ballot.fill(self._order(us), self.budget), why
+        if self.where == 'random':
+            order = self._order(us)
+            if self.strata: order = _best_first(us, _standing(us, {u.name: -i for i,u in enumerate(order)}, self.strata))
+            return ballot.fill(order, self.budget), why
         if self.where == 'spread': return ballot.fill([us[i] for i in sorted(range(len(us)), key=lambda i: i*(5**.5-1)/2 % 1)], self.budget), why
         names = []
         for d in sorted({u.depth for u in us}, reverse=self.where == 'last'):

@@ -35,11 +35,12 @@ from .shards import _any_process, gathered, is_sharded, local_tensor, over_shard
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
-# %% ../nbs/09_trainer.ipynb #111bed79
+# %% ../nbs/09_trainer.ipynb #7a3cff7e
 PRESETS = {
     'default': {},
-    # for runs of minutes: one short probe, no references, every role and depth with its share, and a backward pass that ends above the lowest fifth of the blocks (benchmarks/LOG.md)
-    'quick': dict(reach=.8, strata=3, interval=0, probe_batches=2, references='none'),
+    # for runs of minutes, in which a measurement is not paid back: drawn by lot, every role in every third of the depth with its share; no references, and a backward pass that ends above the lowest fifth of the blocks
+    # (benchmarks/LOG.md)
+    'quick': dict(policy=dict(policy='static', where='random', budget=.25, strata=3), reach=.8, interval=0, references='none'),
     # J. Y. Lee, Adaptive Layer-wise Fine-tuning: importance is the change rate, measured by a probe that keeps to the budget
     'paper': dict(budget=.25, signal='rate', unit='block', start='rotate', warm_up=16, explore=.1),
     # LISA, https://arxiv.org/abs/2403.17919: two random blocks every 20 steps, embeddings and head always, state not carried over
@@ -52,7 +53,7 @@ PRESETS = {
     'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
 }
 
-# %% ../nbs/09_trainer.ipynb #21202ecd
+# %% ../nbs/09_trainer.ipynb #989765a7
 STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 
 def _make_policy(policy, options, pin, ban, seed, interval=None):
@@ -108,9 +109,8 @@ class ALFCallback(TrainerCallback, ExportableState):
         given = {k:v for k,v in locals().items() if k not in ('self', '__class__')}
         base = dict(PRESETS[preset])
         if budget is not None and threshold is not None: raise ValueError(f"budget={budget} and threshold={threshold} given: each determines the other, give one")
-        other = policy is not None or threshold is not None              # not the preset's way to choose
-        for k,beside in (('budget', other), ('explore', threshold is not None), ('strata', other or cost_aware)):
-            if beside: base.pop(k, None)
+        if policy is not None: base.pop('budget', None)
+        if threshold is not None: base.pop('budget', None); base.pop('explore', None)
         if reach is not None and isinstance(policy, Policy): raise ValueError("reach given beside a ready policy: ban what it shall not reach in the policy")
         pick = lambda k, default=None: given[k] if given[k] not in (None, ()) else base.get(k, default)
         options = {k: v for k in ('budget', 'threshold', 'explore', 'hysteresis', 'cost_aware', 'strata') if (v := pick(k)) is not None}

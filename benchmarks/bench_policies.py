@@ -9,29 +9,15 @@ Tasks: `gsm8k` and `python`, SmolLM2-135M on grade school math and on the Python
 """
 import argparse, json, random, time
 from pathlib import Path
-import torch
 from transformers import DataCollatorWithPadding
 from transformers.utils import logging as hf_logging
-from alf_nb.compare import METHODS, Method, Task, alf_method, compare_policies, text_task
-from alf_nb.layers import partition_layers
-from alf_nb.policies import BudgetPolicy
-from alf_nb.records import Scores
+from alf_nb.compare import METHODS, Task, alf_method, compare_policies, text_task
 from alf_nb.reports import compare_results, read_results
 from alf_nb.sources import load_model, load_texts
 from chapters import new_classifier
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT/'results'/'policies.jsonl'
-
-def random_strata(model, task):
-    "Freeze all but what the preset `quick` would choose if gain were noise"
-    layers = partition_layers(model)
-    noise = Scores('gain', {n: float(torch.rand(())) for n in layers})      # the run's seed is set
-    names = BudgetPolicy(.25, strata=3, ban=[f'block.{i}' for i in range(layers.n_blocks//5)]).select(noise, layers.units).names
-    for n in set(layers) - set(names):
-        for p in layers.params(n): p.requires_grad_(False)
-    return model
-
 
 # beside the named methods: what else a default could be
 EXTRA = {m.name: m for m in (
@@ -42,7 +28,6 @@ EXTRA = {m.name: m for m in (
     alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16),
     alf_method('alf-explore', 'matrices by gain, a fifth of the budget for what was not measured for longest', explore=.2),
     alf_method('random-reach', 'random matrices within the same budget, the lowest fifth of the blocks left out: the control of alf-quick', selects=False, policy=dict(policy='static', where='random', budget=.25), unit='module', interval=0, reach=.8, references='none', measure_every=10**6),
-    Method('random-strata', 'random matrices, every role in every third of the depth with its share, the lowest fifth of the blocks left out: the control of alf-strata', (2e-4, 4e-4, 8e-4), prepare=random_strata),
     alf_method('alf-paper', 'blocks by change rate after a rotating start, as in the paper', preset='paper'))}
 
 CORE = ('full', 'alf', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')

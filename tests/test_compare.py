@@ -31,9 +31,9 @@ def test_every_method_trains_on_the_same_batches(task, tmp_path):
     same = {}
     for n,r in rows.items(): same.setdefault(r['task_loss'], []).append(n)
     assert [v for v in same.values() if len(v) > 1] in ([], [['alf', 'alf-static']])               # no two are the same run, but the second probe may agree with the first
-    budgeted = [n for n in rows if n.startswith('alf') or n in ('random', 'rotate', 'inverted', 'first', 'last', 'spread')]
+    budgeted = [n for n in rows if n.startswith('alf') or n in ('random', 'random-strata', 'rotate', 'inverted', 'first', 'last', 'spread')]
     assert all(0 < rows[n]['trainable_share_peak'] <= .3 for n in budgeted), {n: rows[n]['trainable_share_peak'] for n in budgeted}
-    assert all(rows[n]['state_bytes_peak'] < .5*rows['full']['state_bytes_peak'] for n in budgeted)
+    assert all(rows[n]['state_bytes_peak'] < .5*rows['full']['state_bytes_peak'] for n in budgeted if n != 'alf-lora')    # adapters on a model this small are no smaller than it
     assert rows['full']['trainable_share_peak'] == 1 and rows['freeze-50']['map']['block.3'] == '0'*24 and rows['freeze-25']['map']['block.2'] == '9'*24
     assert [rows[n]['selects'] for n in ('alf', 'random', 'inverted', 'full')] == [True, False, True, False]
     assert all(len(r['curve']) == 3 and r['curve'][-1][0] == 48 and r['curve'][-1][3] == r['task_loss'] for r in rows.values())
@@ -88,8 +88,9 @@ def test_the_best_rate_is_looked_for_beyond_the_grid(task, tmp_path):
 
 def test_equal_time_means_equal_time(task, tmp_path):
     slow = Method('slow', 'every step takes 50 ms longer', (1e-3,), prepare=lambda model, task: model.register_forward_pre_hook(lambda *a: time.sleep(.05)) and model)
-    compare_policies(task, methods=('full', slow, 'alf'), rule='wall', amount=3, seeds=0, lrs=dict(full=(1e-3,), alf=(1e-3,)), out=tmp_path/'p.jsonl', progress=False)
+    compare_policies(task, methods=('full', slow, 'alf-quick'), rule='wall', amount=3, seeds=0, lrs={'full': (1e-3,), 'alf-quick': (1e-3,)}, out=tmp_path/'p.jsonl', progress=False)
     rows = {r['method']: r for r in read_results(tmp_path/'p.jsonl')}
+    assert not [r['error'] for r in rows.values() if r.get('error')]
     assert all(r['wall_s'] < 3.5 for r in rows.values()), {k: r['wall_s'] for k,r in rows.items()}
     assert rows['slow']['steps'] < .6*rows['full']['steps']
     assert not any(r['stopped_early'] for r in rows.values())      # the learning rate follows the clock, so every schedule is through

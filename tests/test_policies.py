@@ -49,7 +49,7 @@ def settings_of(name, data):
     return dict(
         threshold=lambda: dict(threshold=data.draw(st.floats(0, 1))), topk=lambda: dict(k=data.draw(st.integers(1, 6))), full=dict,
         budget=lambda: {**b, **hard, 'explore': data.draw(st.floats(0, 1)), **data.draw(st.sampled_from([{}, dict(cost_aware=True), dict(strata=1), dict(strata=4)]))},
-        inverted=lambda: {**b, **hard}, static=lambda: {**b, 'where': data.draw(st.sampled_from(['first', 'last', 'spread', 'random']))},
+        inverted=lambda: {**b, **hard}, static=lambda: {**b, **data.draw(st.sampled_from([*(dict(where=w) for w in ('first', 'last', 'spread', 'random')), dict(where='random', strata=2)]))},
         rotate=lambda: b, lisa=lambda: dict(k=data.draw(st.integers(1, 3))),
         badam=lambda: dict(order=data.draw(st.sampled_from(['random', 'ascending', 'descending'])), interval=data.draw(st.integers(1, 60))),
         grass=lambda: {**(b if data.draw(st.booleans()) else dict(k=data.draw(st.integers(1, 4)))), 'temperature': data.draw(st.floats(1e-3, 10))})[name]()
