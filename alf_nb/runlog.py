@@ -58,7 +58,7 @@ def survivors(
         runs[-1].append(e)
     return [r for r in runs if r]
 
-# %% ../nbs/08_runlog.ipynb #043708d2
+# %% ../nbs/08_runlog.ipynb #238db08f
 class RunLog:
     "Events of a run, appended to `events.jsonl` and read back from it."
     def __init__(self,
@@ -69,7 +69,7 @@ class RunLog:
         self.dir = self.path.parent
         self.lost = 0       # events that could not be written since the last one that could
         self._fd = self._torn = None
-        self._lock, self._step, self._offset = threading.Lock(), 0, 0
+        self._lock, self._step, self._offset, self._passed = threading.Lock(), 0, 0, 0      # _passed: lines that `poll` passed over
 
     def __repr__(self): return f"RunLog({str(self.path)!r})"
     def __enter__(self): return self
@@ -216,20 +216,21 @@ def _neighbours(self:RunLog):
     near = sorted(str(p.parent) for p in up.glob('*/events.jsonl'))
     return f"; there are runs in {', '.join(near[:5])}" if near else ''
 
-# %% ../nbs/08_runlog.ipynb #e3b37ef5
+# %% ../nbs/08_runlog.ipynb #a432e3a6
 @patch
 def poll(self:RunLog)->list: # event dicts, oldest first
     "Events written since the last call; none before the file exists"
     try: size = os.stat(self.path).st_size
     except (FileNotFoundError, NotADirectoryError): return []
-    if size < self._offset: self._offset = 0    # the file was replaced
+    if size < self._offset: self._offset = self._passed = 0    # the file was replaced
     if size == self._offset: return []
     found = []
     with open(self.path, 'rb') as f:
         f.seek(self._offset)
         for l,n in _complete(f):                # a torn last line waits for the next call
             self._offset += n
-            if l != b'\n' and (e := _parse(l)): found.append(e)
+            if e := _parse(l): found.append(e)
+            else: self._passed += l != b'\n'
     return found
 
 # %% ../nbs/08_runlog.ipynb #04dd42c6

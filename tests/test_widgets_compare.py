@@ -5,7 +5,7 @@ import pytest
 
 from alf_nb.reports import compare_runs
 from alf_nb.runlog import RunLog
-from alf_nb.widgets.base import _all, follow, ticker
+from alf_nb.widgets.base import Follower, _all, follow, ticker
 from alf_nb.widgets.compare import CURVES, CompareView, Followed, differences, short_names
 
 sys.path.insert(0, __file__.rpartition('/')[0])
@@ -158,3 +158,11 @@ def test_picture_and_close(runs):
     ws = _all(v.box)
     v.close()
     assert all(w.comm is None for w in ws) and repr(v) == 'CompareView of a, b, c'
+
+
+def test_damaged_lines_are_counted_by_who_follows(tmp_path):
+    log = fake_run(tmp_path/'r', steps=20)
+    path = log.path if isinstance(log, RunLog) else tmp_path/'r'/'events.jsonl'
+    with open(path, 'a') as f: f.write('{"torn\n\n')
+    follower = Follower(RunLog(path)); follower.update()
+    assert Followed(follower).damaged == RunLog(path).damaged == 1

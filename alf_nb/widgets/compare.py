@@ -18,7 +18,7 @@ from .base import View, as_source, follow, put
 from .map import is_silent
 from .dashboard import clock
 
-# %% ../../nbs/12a_widgets.compare.ipynb #4d491b04
+# %% ../../nbs/12a_widgets.compare.ipynb #610a97e6
 class Followed(RunLog):
     "A run log that is read from what its follower knows."
     def __init__(self,
@@ -27,6 +27,8 @@ class Followed(RunLog):
         super().__init__(follower.log.path)
         self.follower = follower
     def _found(self, kinds): return list(self.follower._raw)
+    @property
+    def damaged(self): return self.follower.log._passed
 
 class _Several:
     "Followers as one"
