@@ -11,8 +11,8 @@ __all__ = ['METHODS', 'Task', 'text_task', 'Method', 'alf_method', 'device_name'
 from . import _require
 _require('torch', 'transformers', 'accelerate')
 
-# %% ../nbs/14a_compare.ipynb #fea7d53e
-import copy, datetime, hashlib, json, math, os, platform, re, statistics, tempfile, time
+# %% ../nbs/14a_compare.ipynb #6a3dcab4
+import copy, datetime, hashlib, json, math, os, platform, statistics, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch

@@ -724,7 +724,7 @@ def _check_jumps(self:ALFCallback, known, sum_lr, step):
         self._event('jump', step, unit=n, rate=r, before=known[n], moved=r*sum_lr[n])
         warnings.warn(f"the change rate of {n} jumped from {known[n]:.3g} to {r:.3g} at step {step}: in its last window it moved by {r*sum_lr[n]:.0%} of its norm. Lower the learning rate, or ban the unit if this goes on")
 
-# %% ../nbs/09_trainer.ipynb #78700ded
+# %% ../nbs/09_trainer.ipynb #90a627b9
 @patch
 def _without_banned(self:ALFCallback, policy):
     "`policy` with what was frozen for good banned, and not pinned"
@@ -732,11 +732,15 @@ def _without_banned(self:ALFCallback, policy):
     pin = tuple(dict.fromkeys(n for p in policy.pin for n in match_units(p, self.units) if n not in self._banned))
     return replace(policy, pin=pin, ban=tuple(dict.fromkeys((*policy.ban, *(n for n in self.names if n in self._banned)))))
 
+def _sum(t):
+    "Sum of a tensor, which NaN and infinity survive"
+    return t.sum(dtype=torch.float64 if t.device.type == 'cpu' else torch.float32)
+
 @patch
 def _note_gradients(self:ALFCallback, model):
-    "Add up every gradient as it arrives, before clipping mixes them: NaN and infinity survive a sum"
+    "Add up every gradient as it arrives, before clipping mixes them"
     odd = self._odd
-    def note(p, n): odd[n] = odd.get(n, 0.) + p.grad.sum(dtype=torch.float64 if p.device.type == 'cpu' else torch.float32)
+    def note(p, n): odd[n] = odd.get(n, 0.) + _sum(p.grad)
     _NOTES[model] = [p.register_post_accumulate_grad_hook(functools.partial(note, n=n)) for n in self.names for p in self.layers.params(n)]
 
 @patch
@@ -757,7 +761,7 @@ def _freeze_bad(self:ALFCallback, step):
     "Put units that hold NaN or infinity back, and never train them again"
     if self._spoilt: return self._freeze_units(self._spoilt, dict.fromkeys(self._spoilt, step-1), step, f'in its gradient at step {step}: this step changes nothing, and it is')
     owner = [(n, p) for n in self.selection.names for p in self.layers.params(n) if p.numel()]
-    sums = torch.stack([p.sum(dtype=torch.float64 if p.device.type == 'cpu' else torch.float32).to(owner[0][1].device, torch.float32) for _,p in owner])      # NaN and infinity survive a sum
+    sums = torch.stack([_sum(p).to(owner[0][1].device, torch.float32) for _,p in owner])
     odd = [np for np,ok in zip(owner, sums.isfinite().tolist()) if not ok] if not bool(sums.isfinite().all()) else []
     found = {n for n,p in odd if not bool(p.isfinite().all())}           # the sum of finite numbers may overflow
     bad = _any_process(self.selection.names, found, sums.device)

@@ -7,7 +7,7 @@
 `gb_per_s` counts the bytes that have to be read (and written, with refresh) once, whatever a provider moves in fact. The torch providers compute the two norms only, ours the largest change as well.
 Kernel `dot` adds the dot product with gradients of the weights' dtype, `ref8` measures against references in 8 bits (and `ref8_refresh` takes new ones).
 """
-import argparse, datetime, functools, json, os, platform, statistics, sys, time
+import argparse, datetime, functools, json, platform, statistics, time
 from pathlib import Path
 import numpy as np, torch
 from alf_nb import kernels as K
