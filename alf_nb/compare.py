@@ -59,11 +59,15 @@ class Task:
         return self.batch_size*sum(len(self.train[i]['input_ids']) for i in range(n))/n
     @property
     def key(self)->str:
-        "Tells two tasks apart: names, sizes, a hash of rows and of a sample of the weights"
+        "Tells two tasks apart: names, sizes, a hash of a sample of rows, labels included, and of the weights"
         h = hashlib.sha256()
         for rows in (self.train, self.held, self.other if self.other is not None else ()):
             h.update(str(len(rows)).encode())
-            for i in range(0, len(rows), max(1, len(rows)//16)): h.update(json.dumps([*map(int, rows[i]['input_ids'])]).encode())
+            for i in range(0, len(rows), max(1, len(rows)//16)):
+                row = rows[i]
+                ids,labels = (None if v is None else torch.as_tensor(v).tolist() for v in (row['input_ids'], row.get('labels', row.get('label'))))
+                h.update(json.dumps(ids).encode())
+                if labels not in (None, ids): h.update(json.dumps(labels).encode())
         for p in self.model.parameters(): h.update(p.detach().flatten()[:8].float().cpu().numpy().tobytes())
         return f"{self.name}|{self.data}|b{self.batch_size}|{h.hexdigest()[:8]}"
 
@@ -160,7 +164,7 @@ _short = dict(interval=0, probe_batches=2, references='none', reach=.8)      # a
 _peer = dict(references='none', measure_every=10**6)        # what a peer does not measure costs it nothing
 
 def _methods():
-    low, mid, high = (5e-5, 1e-4, 2e-4), (1e-4, 2e-4, 4e-4), (2e-4, 4e-4, 8e-4)
+    low, mid, high, lora = (5e-5, 1e-4, 2e-4), (1e-4, 2e-4, 4e-4), (2e-4, 4e-4, 8e-4), (5e-4, 1e-3, 2e-3)
     static = lambda where, unit='block': dict(policy=dict(policy='static', where=where, budget=.25), unit=unit, interval=0, **_peer)
     return (Method('full', 'every parameter trains', low),
         alf_method('alf', "ALF's default: gain, matrices, re-selected", high),
@@ -180,9 +184,9 @@ def _methods():
         alf_method('spread', 'blocks spread over the depth, within the budget', mid, False, **static('spread')),
         Method('freeze-25', 'embeddings and the lowest 25 % of the blocks frozen', low, prepare=_freeze_low(.25)),
         Method('freeze-50', 'embeddings and the lowest 50 % of the blocks frozen', low, prepare=_freeze_low(.5)),
-        Method('lora', 'LoRA, rank 16 on all linear layers, PEFT', (5e-4, 1e-3, 2e-3), prepare=_adapter()),
-        Method('lora-reach', 'the same LoRA, but the lowest fifth of the blocks stays as it is and backward ends above: ALF over PEFT, nothing chosen by a measurement', (5e-4, 1e-3, 2e-3), dict(policy='full', reach=.8, interval=0, references='none'), _adapter()),
-        Method('alf-lora', 'the same, and of the adapters above the lowest fifth only the half with the highest gain', (5e-4, 1e-3, 2e-3), dict(_short, budget=.4), _adapter(), True),
+        Method('lora', 'LoRA, rank 16 on all linear layers, PEFT', lora, prepare=_adapter()),
+        Method('lora-reach', 'the same LoRA, but the lowest fifth of the blocks stays as it is and backward ends above: ALF over PEFT, nothing chosen by a measurement', lora, dict(policy='full', reach=.8, interval=0, references='none'), _adapter()),
+        Method('alf-lora', 'the same, and of the adapters above the lowest fifth only the half with the highest gain', lora, dict(_short, budget=.4), _adapter(), True),
         Method('pissa', 'LoRA that starts from the largest singular values (PiSSA, https://arxiv.org/abs/2404.02948), rank 16, PEFT', (2e-4, 4e-4, 8e-4), prepare=_adapter(init_lora_weights='pissa_niter_4')),
         alf_method('lisa', 'two random blocks anew every 20 steps, embeddings and head always (https://arxiv.org/abs/2403.17919)', mid, False, preset='lisa', **_peer),
         alf_method('badam', 'one block at a time for 50 steps, state dropped (https://arxiv.org/abs/2404.02827)', mid, False, preset='badam', **_peer),

@@ -1,4 +1,4 @@
-"The pages that quote numbers say what the committed result files say, and nothing else."
+"The pages that quote numbers say what the committed result files say, and nothing else; and what they are made from can be run again."
 from pathlib import Path
 
 import pytest
@@ -19,3 +19,18 @@ def test_a_page_says_what_its_files_say(page, monkeypatch):
     shell = CaptureShell()
     shell.run_all(now, exc_stop=True, preproc=lambda c: c.cell_type != 'code' or 'eval: false' in c.source)
     assert said(now.cells) == said(kept.cells), f"nbs/{page}.ipynb is older than its result files: run it again and save it"
+
+
+def test_what_is_run_again_has_committed_rows(monkeypatch):
+    "`make evidence` compares run with run: each method needs a row of the same rule, settings and seed"
+    monkeypatch.syspath_prepend(root/'benchmarks')
+    import bench_policies as bench
+    from alf_nb.compare import _described
+    rows = bench.read_results(bench.RESULTS)
+    assert {name for name, *_ in bench.AGAIN} <= set(bench.PLAN)
+    for name, rule, methods in bench.AGAIN:
+        data, pin = ('chapters of python-reference', ('head',)) if name == 'chapters' else ('gsm8k', ())
+        for m in methods:
+            settings = _described(bench.METHODS[m], 60, 30, pin)['settings']
+            found = [r for r in rows if r['data'] == data and r['task'].endswith(f'|{rule}') and (r['method'], r['settings'], r['seed']) == (m, settings, 0)]
+            assert found, f"{name}, {rule}: no committed run of {m} with {settings}"
