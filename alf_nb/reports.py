@@ -534,12 +534,18 @@ class PolicyComparison:
         self.methods = sorted(map(_Method, groups.values()), key=lambda m: (m.loss is None, m.loss, m.name))
         for i,m in enumerate(self.methods):       # one name, two settings
             if n := sum(o.name == m.name for o in self.methods[:i]): m.name = f'{m.name} ({n+1})'
-        forms = [m for m in self.methods if m.runs and (m.name == control or m.name.startswith(f'{control}-'))]
-        self.control = max(forms, key=lambda m: len(m.runs), default=None)      # of those with as many seeds the first, which is the best
+        self._forms = [m for m in self.methods if m.runs and (m.name == control or m.name.startswith(f'{control}-'))]
+        self.control = self._best_form(self._forms)
         self.baseline = next((m for m in self.methods if m.name == baseline and m.runs), None)
 
     def __len__(self): return len(self.methods)
     def __iter__(self): return iter(self.methods)
+    @staticmethod
+    def _best_form(forms): return max(forms, key=lambda m: len(m.runs), default=None)      # of those with as many seeds the first, which is the best
+    def control_of(self, m):
+        "The best other form of the control that trains as much as `m`, within a tenth; None: none was run"
+        share = m.mean('trainable_share_peak')
+        return None if share is None else self._best_form([f for f in self._forms if f is not m and abs((f.mean('trainable_share_peak') or 0)-share) <= .1*share])
     @property
     def task(self)->dict:
         "What all runs share"
@@ -565,8 +571,10 @@ class PolicyComparison:
         if len(ranked) > 1: out.append(against(best, ranked[1], f'the next ({ranked[1].name})'))
         choosing = [m for m in ranked if m.runs[0].get('selects')]
         if self.control and choosing:
-            out.append(('Selection by measurement ' + {None: 'was run with too few seeds to say whether it beats a random choice', -1: 'beats a random choice of the same size significantly', 1: 'is significantly worse than a random choice of the same size',
-                        0: 'is not shown to beat a random choice of the same size'}[_won(_difference(choosing[0].runs, self.control.runs))]) + f". The best of it, {against(choosing[0], self.control, self.control.name)}")
+            m, control = next(((m, c) for m in choosing if (c := self.control_of(m))), (choosing[0], None))
+            chance, control = f"a random choice of {'the same' if control else 'another'} size", control or self.control
+            out.append(('Selection by measurement ' + {None: f'was run with too few seeds to say whether it beats {chance}', -1: f'beats {chance} significantly', 1: f'is significantly worse than {chance}',
+                        0: f'is not shown to beat {chance}'}[_won(_difference(m.runs, control.runs))]) + f". The best of it, {against(m, control, control.name)}")
         elif choosing: out.append("No random control was run, so nothing shows that the choice of units matters.")
         if self.baseline and best is not self.baseline: out.append(against(best, self.baseline, self.baseline.name))
         return out
