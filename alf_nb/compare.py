@@ -65,9 +65,9 @@ class Task:
             h.update(str(len(rows)).encode())
             for i in range(0, len(rows), max(1, len(rows)//16)):
                 row = rows[i]
-                ids,labels = (None if v is None else torch.as_tensor(v).tolist() for v in (row['input_ids'], row.get('labels', row.get('label'))))
+                ids,labels = torch.as_tensor(row['input_ids']).tolist(),row.get('labels', row.get('label'))
                 h.update(json.dumps(ids).encode())
-                if labels not in (None, ids): h.update(json.dumps(labels).encode())
+                if labels is not None and (labels := torch.as_tensor(labels).tolist()) != ids: h.update(json.dumps(labels).encode())
         for p in self.model.parameters(): h.update(p.detach().flatten()[:8].float().cpu().numpy().tobytes())
         return f"{self.name}|{self.data}|b{self.batch_size}|{h.hexdigest()[:8]}"
 
