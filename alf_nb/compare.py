@@ -160,21 +160,23 @@ def _adapter(**kw):
         return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0., target_modules=linear, modules_to_save=sorted(pinned) or None, **kw))
     return prepare
 
-_short = dict(interval=0, probe_batches=2, references='none', reach=.8)      # a choice that runs of minutes can pay
+_free = dict(strata=0)                                      # the best of all, wherever they are: what signals are compared in
+_short = dict(interval=0, probe_batches=2, references='none', reach=.8, **_free)      # a choice that runs of minutes can pay
 _peer = dict(references='none', measure_every=10**6)        # what a peer does not measure costs it nothing
 
 def _methods():
     low, mid, high, lora = (5e-5, 1e-4, 2e-4), (1e-4, 2e-4, 4e-4), (2e-4, 4e-4, 8e-4), (5e-4, 1e-3, 2e-3)
     static = lambda where, unit='block': dict(policy=dict(policy='static', where=where, budget=.25), unit=unit, interval=0, **_peer)
     return (Method('full', 'every parameter trains', low),
-        alf_method('alf', "ALF's default: gain, matrices, re-selected", high),
-        alf_method('alf-static', 'matrices by gain before the first step, kept to the end', high, interval=0),
+        alf_method('alf', "ALF's default: gain, matrices, every role in every third of the depth with its share, re-selected", high, strata=3),
+        alf_method('alf-free', 'the same, but the highest gain of all, wherever it is', high, **_free),
+        alf_method('alf-static', 'matrices by gain before the first step, kept to the end', high, interval=0, **_free),
         alf_method('alf-quick', 'matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left out', high, **_short),
-        alf_method('alf-strata', 'the same, every role in every third of the depth with its share', high, **_short, strata=3),
-        alf_method('alf-grad_norm', 'matrices by gradient norm', high, signal='grad_norm'),
-        alf_method('alf-prior', 'matrices by the prior 1/RMS(W)', high, signal='prior', interval=0),
-        alf_method('alf-rate', 'matrices by change rate, after a rotating start within the budget', high, signal='rate', start='rotate'),
-        alf_method('alf-coherence', 'matrices by coherence of change, after a rotating start', high, signal='coherence', start='rotate'),
+        alf_method('alf-strata', 'the same, every role in every third of the depth with its share', high, **_short | dict(strata=3)),
+        alf_method('alf-grad_norm', 'matrices by gradient norm', high, signal='grad_norm', **_free),
+        alf_method('alf-prior', 'matrices by the prior 1/RMS(W)', high, signal='prior', interval=0, **_free),
+        alf_method('alf-rate', 'matrices by change rate, after a rotating start within the budget', high, signal='rate', start='rotate', **_free),
+        alf_method('alf-coherence', 'matrices by coherence of change, after a rotating start', high, signal='coherence', start='rotate', **_free),
         alf_method('random', 'random matrices within the same budget, kept to the end: the control', high, False, **static('random', 'module')),
         alf_method('random-strata', "ALF's preset for short runs, `quick`: random matrices, every role in every third of the depth with its share, the lowest fifth of the blocks left out; the control of alf-strata", high, False, preset='quick'),
         alf_method('rotate', 'random matrices within the same budget, drawn anew when ALF selects anew', high, False, policy='rotate', **_peer),

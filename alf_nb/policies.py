@@ -282,11 +282,11 @@ class BudgetPolicy(Policy):
                    hysteresis=_number('hysteresis', self.hysteresis, 0, 100, "hysteresis is at least 0, such as 0.15"), cost_aware=_flag('cost_aware', self.cost_aware), strata=_strata(self.strata))
         if self.strata and self.cost_aware: raise ValueError(f"strata={self.strata} spreads what trains over the depth and cost_aware=True gathers it at the top: give one of them")
 
-    def _queues(self, b, values):
-        "Candidates by value, by age (unknown first, those just measured not at all), and the unknown ones; ties and unknown ones in random order"
+    def _queues(self, b, values, first):
+        "Candidates by value (equal ones as in `first`), by age (unknown first, those just measured not at all), and the unknown ones; ties and unknown ones in random order"
         age = {u.name: b.scores.ages.get(u.name, 0) if u.name in values else math.inf for u in b.units}
         old = sorted((u for u in self._order(b.units, b.step) if age[u.name] > 0), key=lambda u: -age[u.name])
-        return _best_first(b.units, values), old, [u for u in old if u.name not in values]
+        return _best_first(first, values), old, [u for u in old if u.name not in values]
 
     def _fill(self, b, best, old, unknown):
         "Names within the budget, and how many of them were explored"
@@ -299,8 +299,9 @@ class BudgetPolicy(Policy):
 
     def choose(self, ballot):
         values = _sticky(_known(ballot), ballot.current, self.hysteresis)
+        first = _best_first(ballot.units, values)
         if self.strata: values = _standing(ballot.units, values, self.strata)
-        queues = self._queues(ballot, values)
+        queues = self._queues(ballot, values, first)
         why = f"highest {ballot.scores.signal} {f'of every role in {self.strata} bands of the depth, ' if self.strata else ''}within {self.budget:g} of the parameters"
         if not self.cost_aware: names, n_old = self._fill(ballot, *queues)
         else:

@@ -37,7 +37,8 @@ from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
 # %% ../nbs/09_trainer.ipynb #7a3cff7e
 PRESETS = {
-    'default': {},
+    # no measured choice did better on two domains at equal time, and it forgets less than the best of all wherever they are (benchmarks/LOG.md)
+    'default': dict(strata=3),
     # for runs of minutes, in which a measurement is not paid back: drawn by lot, every role in every third of the depth with its share; no references, and a backward pass that ends above the lowest fifth of the blocks
     # (benchmarks/LOG.md)
     'quick': dict(policy=dict(policy='static', where='random', budget=.25, strata=3), reach=.8, interval=0, references='none'),
@@ -94,7 +95,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         explore:float|None=None,     # part of the budget for the units not measured for longest, 0–1
         hysteresis:float|None=None,  # how much better a newcomer has to be
         cost_aware:bool|None=None,   # weigh importance against the cost of reaching a unit
-        strata:int|None=None,        # bands of the depth in each of which every role gets the same share of the budget; 0: the best of all, wherever they are; default 0
+        strata:int|None=None,        # bands of the depth in each of which every role gets the same share of the budget; 0: the best of all, wherever they are; default 3, and 0 for blocks, a threshold, a policy of your own, or beside cost_aware
         reach:float|None=None,       # how much of the depth trains, from the top: at 0.8 the lowest fifth of the blocks stays frozen, with all below, and is left out of the backward pass; default 1
         pin=(),                      # units that always train: exact names, layer names or globs
         ban=(),                      # units that never train
@@ -110,6 +111,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         base = dict(PRESETS[preset])
         if budget is not None and threshold is not None: raise ValueError(f"budget={budget} and threshold={threshold} given: each determines the other, give one")
         if policy is not None: base.pop('budget', None)
+        if policy is not None or threshold is not None or cost_aware or unit == 'block': base.pop('strata', None)
         if threshold is not None: base.pop('budget', None); base.pop('explore', None)
         if reach is not None and isinstance(policy, Policy): raise ValueError("reach given beside a ready policy: ban what it shall not reach in the policy")
         pick = lambda k, default=None: given[k] if given[k] not in (None, ()) else base.get(k, default)

@@ -19,20 +19,21 @@ from chapters import new_classifier
 ROOT = Path(__file__).parent
 RESULTS = ROOT/'results'/'policies.jsonl'
 
-# beside the named methods: what else a default could be
+# beside the named methods: what else a default could be. Those of strata=0 stand beside alf-free
 EXTRA = {m.name: m for m in (
     alf_method('alf-block', 'blocks by gain', unit='block'),
-    alf_method('alf-15', 'matrices by gain, 15 % of the parameters', budget=.15),
-    alf_method('alf-30', 'matrices by gain, 30 % of the parameters', budget=.3),
+    alf_method('alf-15', 'matrices by gain, 15 % of the parameters', budget=.15, strata=0),
+    alf_method('alf-30', 'matrices by gain, 30 % of the parameters', budget=.3, strata=0),
     alf_method('alf-cost', 'matrices by gain, weighed against the cost of reaching them', cost_aware=True),
-    alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16),
-    alf_method('alf-explore', 'matrices by gain, a fifth of the budget for what was not measured for longest', explore=.2),
+    alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16, strata=0),
+    alf_method('alf-explore', 'matrices by gain, a fifth of the budget for what was not measured for longest', explore=.2, strata=0),
     alf_method('random-reach', 'random matrices within the same budget, the lowest fifth of the blocks left out: the control of alf-quick', selects=False, policy=dict(policy='static', where='random', budget=.25), unit='module', interval=0, reach=.8, references='none', measure_every=10**6),
+    alf_method('alf-brief', 'as alf, the lowest fifth of the blocks left out, and a first probe of two batches', strata=3, reach=.8, probe_batches=2),
     alf_method('alf-lean', 'as alf-strata, 10 % of the parameters', **METHODS['alf-strata'].alf, budget=.1),
     alf_method('random-lean', 'as random-strata, 10 % of the parameters: the control of alf-lean', selects=False, preset='quick', budget=.1),
     alf_method('alf-paper', 'blocks by change rate after a rotating start, as in the paper', preset='paper'))}
 
-CORE = ('full', 'alf', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
+CORE = ('full', 'alf', 'alf-free', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
 # name → task, sequences per step and their length, steps, seeds, methods, rates (None: two of each method's own, and on beyond the better one)
 PLAN = {
     'chapters': ('chapters', (16, 48), 60, (0, 1, 2), tuple(METHODS) + tuple(EXTRA), None),

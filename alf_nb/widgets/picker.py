@@ -364,8 +364,9 @@ def _drawing(self:ThresholdPicker, pick=''):
     if not self._imp or not any(v is not None for v in self._imp.values()): note = '<p class="note">Nothing was measured yet.</p>'
     else: note = ''
     strip = '' if c.actual is None else 'did train' if self._back() else 'trains now'
-    label = f"Importance of {len(self._chart.units)} units by layer. {len(sel) if sel else 0} would train" + (f", {sel.share:.1%} of the parameters" if sel else '') + f", at importance of at least {self.threshold:.2f}"
-    return note + self._chart.frame(self._chart.svg(self._imp, sel.names if sel else (), c.actual and c.actual.names, self.threshold, pick), label, strip, self.threshold)
+    cut = None if getattr(self.policy, 'strata', 0) else self.threshold      # in strata every one has its own: no line divides them all
+    label = f"Importance of {len(self._chart.units)} units by layer. {len(sel) if sel else 0} would train" + (f", {sel.share:.1%} of the parameters" if sel else '') + (f", at importance of at least {cut:.2f}" if cut is not None else '')
+    return note + self._chart.frame(self._chart.svg(self._imp, sel.names if sel else (), c.actual and c.actual.names, cut, pick), label, strip, cut)
 
 @patch
 def _facts(self:ThresholdPicker, u):
