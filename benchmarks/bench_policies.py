@@ -28,7 +28,6 @@ EXTRA = {m.name: m for m in (
     alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16, strata=0),
     alf_method('alf-explore', 'matrices by gain, a fifth of the budget for what was not measured for longest', explore=.2, strata=0),
     alf_method('random-reach', 'random matrices within the same budget, the lowest fifth of the blocks left out: the control of alf-quick', selects=False, policy=dict(policy='static', where='random', budget=.25), unit='module', interval=0, reach=.8, references='none', measure_every=10**6),
-    alf_method('alf-brief', 'as alf, the lowest fifth of the blocks left out, and a first probe of two batches', strata=3, reach=.8, probe_batches=2),
     alf_method('alf-lean', 'as alf-strata, 10 % of the parameters', **METHODS['alf-strata'].alf, budget=.1),
     alf_method('random-lean', 'as random-strata, 10 % of the parameters: the control of alf-lean', selects=False, preset='quick', budget=.1),
     alf_method('alf-paper', 'blocks by change rate after a rotating start, as in the paper', preset='paper'))}
