@@ -27,7 +27,7 @@ from .reports import PolicyComparison, compare_results, read_results, write_comp
 from .runlog import RunLog
 from .shards import _one_process
 from .sources import domain_split, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
-from .trainer import ALFCallback, peak_rss_bytes, versions
+from .trainer import PRESETS, ALFCallback, peak_rss_bytes, versions
 
 # %% ../nbs/14a_compare.ipynb #e01394cb
 @dataclass
@@ -168,7 +168,7 @@ def _methods():
     low, mid, high, lora = (5e-5, 1e-4, 2e-4), (1e-4, 2e-4, 4e-4), (2e-4, 4e-4, 8e-4), (5e-4, 1e-3, 2e-3)
     static = lambda where, unit='block': dict(policy=dict(policy='static', where=where, budget=.25), unit=unit, interval=0, **_peer)
     return (Method('full', 'every parameter trains', low),
-        alf_method('alf', "ALF's default: gain, matrices, every role in every third of the depth with its share, re-selected", high, strata=3),
+        alf_method('alf', "ALF's default: gain, matrices, every role in every third of the depth with its share, re-selected", high, **PRESETS['default']),
         alf_method('alf-free', 'the same, but the highest gain of all, wherever it is', high, **_free),
         alf_method('alf-static', 'matrices by gain before the first step, kept to the end', high, interval=0, **_free),
         alf_method('alf-quick', 'matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left out', high, **_short),

@@ -71,8 +71,8 @@ def make(name, size):
 def best_rates(task, results):
     "Method → learning rate that did best on this task at equal steps"
     rows = [r for r in read_results(results) if r['task'].startswith(f'{task.key}|steps')] if Path(results).is_file() else []
-    best = {m.name: m.lr for m in compare_results(rows) if m.runs} if rows else {}
-    return best | {new: best[of] for new,of in (('alf-quick', 'alf'), ('alf-strata', 'alf'), ('random-reach', 'random'), ('random-strata', 'random'), ('lora-reach', 'lora'), ('alf-lora', 'lora')) if of in best and new not in best}      # variants of those
+    best = {m.name: m.lr for t in dict.fromkeys(r['task'] for r in rows) for m in compare_results(rows, t) if m.runs}
+    return best | {new: best[of] for new,of in (('alf-quick', 'alf-free'), ('alf-strata', 'alf'), ('random-reach', 'random'), ('random-strata', 'random'), ('lora-reach', 'lora'), ('alf-lora', 'lora')) if of in best and new not in best}      # variants of those
 
 
 def again(out, names):
