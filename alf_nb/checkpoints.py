@@ -8,19 +8,20 @@ Docs: https://example.github.io/alf_nb/checkpoints.html.md"""
 __all__ = ['SEAL', 'seal_checkpoint', 'check_checkpoint', 'find_checkpoint']
 
 # %% ../nbs/08a_checkpoints.ipynb #deb64af8
-import json, os, re, time, warnings, zlib
+import json, os, re, stat, time, warnings, zlib
 from pathlib import Path
+from .foreign import odd_inside, open_new, open_plain, read_plain
 
 # %% ../nbs/08a_checkpoints.ipynb #9e63f3a7
 SEAL = 'alf-files.json'
 
 def _crc(path):
     crc = 0
-    with open(path, 'rb') as f:
+    with open_plain(path) as f:
         while block := f.read(1 << 22): crc = zlib.crc32(block, crc)
     return crc
 
-def _files(folder): return sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.startswith(SEAL) and not re.fullmatch(r'rng_state_\d+\.pth', p.name))
+def _files(folder): return sorted(p for p in folder.rglob('*') if stat.S_ISREG(p.lstat().st_mode) and not p.name.startswith(SEAL) and not re.fullmatch(r'rng_state_\d+\.pth', p.name))
 
 def seal_checkpoint(
     folder # of the checkpoint, in which everything else is written
@@ -29,7 +30,7 @@ def seal_checkpoint(
     folder = Path(folder)
     files = {p.relative_to(folder).as_posix(): [p.stat().st_size, _crc(p)] for p in _files(folder)}
     part = folder/f'{SEAL}.part-{os.getpid()}'
-    with open(part, 'w', encoding='utf-8') as f: json.dump(dict(version=1, files=files), f); f.flush(); os.fsync(f.fileno())
+    with open_new(part) as f: f.write(json.dumps(dict(version=1, files=files)).encode()); f.flush(); os.fsync(f.fileno())
     os.replace(part, folder/SEAL)
     return folder/SEAL
 
@@ -50,11 +51,12 @@ def check_checkpoint(
     folder = Path(folder)
     try:
         if (folder/SEAL).stat().st_size > 64 << 20: return f'its {SEAL} cannot be read'      # a line per file: no checkpoint has that many
-        data = json.loads((folder/SEAL).read_text(encoding='utf-8'))
+        data = json.loads(read_plain(folder/SEAL))
     except FileNotFoundError: return 'its writing was cut off' if folder.is_dir() else 'there is no such folder'
     except (OSError, ValueError, RecursionError): return f'its {SEAL} cannot be read'
     files = data.get('files') if isinstance(data, dict) and data.get('version') == 1 else None
     if not isinstance(files, dict) or not all(isinstance(v, list) and len(v) == 2 and all(type(n) is int for n in v) for v in files.values()): return f'its {SEAL} is not one that this alf_nb reads'
+    if odd := odd_inside(folder): return odd
     here = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
     marks = _marks([*here.values(), folder/SEAL])
     if full and marks and _whole.get(folder.resolve()) == marks: return ''
@@ -63,7 +65,7 @@ def check_checkpoint(
         try:
             if here[name].stat().st_size != size: return f'{name} has {here[name].stat().st_size:,} bytes, not {size:,}'
             if full and _crc(here[name]) != crc: return f'{name} is damaged'
-        except OSError as e: return f'{name} cannot be read ({e.strerror})'
+        except (OSError, ValueError) as e: return f'{name} cannot be read ({getattr(e, "strerror", e)})'
     if full: _whole.clear(); _whole[folder.resolve()] = marks
     return ''
 
@@ -75,7 +77,7 @@ def find_checkpoint(
     found = sorted((p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name) and p.is_dir()), key=lambda p: -int(p.name.split('-')[1]))
     passed = []
     for p in found:
-        if not (why := check_checkpoint(p)): break
+        if not (why := 'it is a link, not a folder' if p.is_symlink() else check_checkpoint(p)): break
         passed.append(f'{p.name} ({why})')
     else: p = None
     if passed: warnings.warn(f"passed over {', '.join(passed)}: " + (f"going on from {p.name}" if p else f"no whole checkpoint in {folder}"), stacklevel=2)

@@ -22,6 +22,7 @@ from .attention import AttentionSnapshot, passages
 from .checkpoints import check_checkpoint, find_checkpoint
 from .card import write_card
 from .delta import apply_delta, fingerprint, save_delta
+from .foreign import odd_inside, open_new, write_whole
 from .reports import summarize, write_report
 from .runlog import RunLog
 from .shards import _one_process
@@ -55,7 +56,7 @@ def _check_output(out):
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out/f'.write-{os.getpid()}'; probe.write_text(''); probe.unlink()
+        probe = out/f'.write-{os.getpid()}'; open_new(probe).close(); probe.unlink()
     except OSError as e: raise OSError(f"cannot write to the output folder {out}: {e.strerror or e}; give another one with out=") from None
     return out
 
@@ -73,7 +74,7 @@ def _whole(**kw):
         if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{k}={v!r}, but it is a whole number of at least 1")
 
 def _write_json(path, data):
-    part = path.with_name(f'.{path.name}.part'); part.write_text(json.dumps(data, indent=2, allow_nan=False)+'\n', encoding='utf-8'); os.replace(part, path)
+    write_whole(path, json.dumps(data, indent=2, allow_nan=False)+'\n')
 
 # %% ../nbs/14_finetune.ipynb #103ff6ac
 _looked_at = 256    # tokens of a passage at most: all maps of one passage are in memory at once, and grow with the square
@@ -169,6 +170,7 @@ def tuned_kind(
     path = Path(path)
     if not path.is_dir(): raise ValueError(f"no folder '{path}': give the folder of a run or its delta, of a PEFT adapter, or of a saved model")
     for kind,where,file in (('delta', path, 'delta.safetensors'), ('delta', path/'delta', 'delta.safetensors'), ('adapter', path, 'adapter_config.json'), ('model', path, 'config.json')):
+        if kind == 'delta' and where.is_symlink() and where != path and where.is_dir(): raise ValueError(f"{where} is a link, not a folder: name the folder that it points to")
         if (where/file).is_file(): return kind, where
     near = sorted(d.name for d in path.iterdir() if d.is_dir() and any((d/f).is_file() for f in ('delta.safetensors', 'adapter_config.json', 'config.json')))
     why = f"; there is something to load in {', '.join(near[:3])}" if near else "; the run in it has no delta yet: it did not end" if (path/'events.jsonl').is_file() else ''
@@ -196,6 +198,7 @@ def load_tuned(
 )->tuple:              # model, and its tokenizer; None where a saved model has none
     "The fine-tuned model in a folder"
     kind,where = tuned_kind(path)
+    if kind != 'delta' and (odd := odd_inside(where, links=False)): raise ValueError(f"the {kind} in '{where}' is not loaded: {odd}")
     if kind == 'model':
         if any((where/f).is_file() for f in ('tokenizer.json', 'tokenizer_config.json')): return load_model(where, progress=progress)
         try:

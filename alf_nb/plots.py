@@ -12,8 +12,9 @@ __all__ = ['human_bytes', 'human_count', 'human_time', 'num', 'percent', 'ticks'
 # %% ../nbs/11_plots.ipynb #95903061
 import base64, math, re, struct, textwrap, zlib
 from functools import lru_cache
-from html import escape, unescape
+from html import unescape
 from importlib.resources import files
+from .foreign import escape
 
 # %% ../nbs/11_plots.ipynb #bd23219a
 def human_bytes(n)->str:

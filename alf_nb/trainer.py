@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
 from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
+from .foreign import open_plain, read_plain
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
@@ -280,7 +281,7 @@ def _freeze_for_load(self:ALFCallback, args, model):
     if not any(map(is_sharded, model.parameters())): return
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); folder = self._given_folder(args) or find_checkpoint(args.output_dir)
     file = Path(folder or '')/'alf'/'state.json'
-    held = set(json.loads(file.read_text(encoding='utf-8')).get('optimizer') or ()) if file.is_file() else ()
+    held = set(json.loads(read_plain(file)).get('optimizer') or ()) if file.is_file() else ()
     if not held: return
     _thaw_leftovers(model); self._loaded_for = file.parent.parent.resolve()      # accelerate loads twice
     frozen = [(k, p) for k,p in model.named_parameters() if p.requires_grad and k not in held]
@@ -850,6 +851,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=weights,
                 selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, optimizer=made_up or [k for k,p in params.items() if state_of.get(p)], made_up=made_up, policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
     with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(data, f); f.flush(); os.fsync(f.fileno())
+    if (folder/'alf').is_symlink(): (folder/'alf').unlink()
     shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
     seal_checkpoint(folder)      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
@@ -870,7 +872,7 @@ def _read_state(folder):
     file = folder/'alf'/'state.json'
     try:
         if file.stat().st_size > 256 << 20: raise ValueError(f"{file.stat().st_size:,} bytes are too many")
-        data = json.loads(file.read_text(encoding='utf-8'))
+        data = json.loads(read_plain(file))
         if not isinstance(data, dict): raise ValueError("it is no dict")
         if data.get('version') != 1: raise ValueError(f"ALF state of version {data.get('version')!r}, this alf_nb reads 1")
         if odd := [k for k,t in _STATE.items() if not isinstance(data.get(k), t)]: raise ValueError(f"{odd[0]!r} is missing or no {_STATE[odd[0]].__name__}")
@@ -883,7 +885,9 @@ def _read_state(folder):
                 and isinstance(data.get('banned', []), list) and all(isinstance(n, str) for n in [*data.get('banned', []), *data.get('made_up', []), *data['selection'].get('names', ())]) and isinstance(data.get('again', False), bool))
         if not good: raise ValueError("its numbers and names are not where they belong")
     except (OSError, ValueError, TypeError, RecursionError) as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/state.json cannot be read: {e or type(e).__name__}") from None
-    try: return data, load_file(folder/'alf'/'tensors.safetensors')
+    try:
+        open_plain(folder/'alf'/'tensors.safetensors').close()      # a pipe would hold up `load_file` for ever
+        return data, load_file(folder/'alf'/'tensors.safetensors')
     except Exception as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/tensors.safetensors cannot be read: {e}") from None      # safetensors has an exception of its own
 
 @patch

@@ -8,10 +8,10 @@ Docs: https://example.github.io/alf_nb/widgets.attention.html.md"""
 __all__ = ['as_maps', 'head_change', 'head_sharpness', 'pool', 'token_text', 'square_map', 'head_grid', 'AttentionViewer']
 
 # %% ../../nbs/11e_widgets.attention.ipynb #b52832d4
-from html import escape
 import ipywidgets as W
 import numpy as np
 from fastcore.basics import patch
+from ..foreign import escape
 from ..plots import *
 from .base import View, put
 

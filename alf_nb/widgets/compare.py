@@ -8,9 +8,9 @@ Docs: https://example.github.io/alf_nb/widgets.compare.html.md"""
 __all__ = ['COLUMNS', 'CURVES', 'Followed', 'short_names', 'differences', 'CompareView']
 
 # %% ../../nbs/12a_widgets.compare.ipynb #d640ce3a
-from html import escape
 import ipywidgets as W
 from fastcore.basics import patch
+from ..foreign import escape
 from ..runlog import RunLog
 from ..plots import *
 from ..reports import compare_runs, _flat

@@ -9,9 +9,9 @@ __all__ = ['COLOURS', 'axis_end', 'last_t', 'is_silent', 'goes_on', 'map_rows', 
 
 # %% ../../nbs/11c_widgets.map.ipynb #3cef33db
 import time
-from html import escape
 import ipywidgets as W
 from fastcore.basics import patch
+from ..foreign import escape
 from ..records import Scores
 from ..plots import *
 from .base import RunState, View, put

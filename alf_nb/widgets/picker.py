@@ -11,11 +11,11 @@ __all__ = ['ADAMW_BYTES', 'bytes_per_param', 'seconds_per_full_step', 'BarChart'
 import math, time
 from collections import namedtuple
 from dataclasses import fields, replace
-from html import escape
 from statistics import median
 import ipywidgets as W
 from fastcore.basics import patch
 from traitlets import Enum, Float, Instance
+from ..foreign import escape
 from ..records import Scores, Selection
 from ..policies import *
 from ..plots import by_layer, human_bytes, human_count, human_time, num, percent
