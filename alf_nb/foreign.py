@@ -34,9 +34,16 @@ def escape(
     return html.escape(visible(x))
 
 # %% ../nbs/00a_foreign.ipynb #4c237763
-_MARKUP = re.compile(r'(?P<math>[\\$]+)|[&<>\[\]{}*~|`#@^]|(?<!\w)_+|_+(?!\w)|:(?=//)|(?<=\bwww)\.|^(?:[-+=:.]+|\d+[.)])(?=\s|$)', re.I)       # the last: what starts a list, a rule or a heading above it
+_MARKUP = re.compile(r'(?P<math>[\\$]+)|[&<>\[\]{}*~|`#@^]|(?<!\w)_+|_+(?!\w)|:(?=//)|(?<=\bwww)\.|={2,}|^(?:[-+=:.]+|\d+[.)])(?=\s|$)', re.I)       # the last: what starts a list, a rule or a heading above it
 
-def _inert(m): return f'`{m[0]}`' if m['math'] else ''.join(f'&#{ord(c)};' if not c.isalnum() else c for c in m[0])
+def _inert(m):
+    if not m['math']: return ''.join(f'&#{ord(c)};' if not c.isalnum() else c for c in m[0])
+    res,after_code = '',False
+    for part in re.split(r'(?<=\$)(?=\$)', m[0]):      # nbconvert looks for `$$ … $$` before code spans; two spans do not touch
+        if after_code: res,part = res + '&#36;',part[1:]
+        if part: res += f'`{part}`'
+        after_code = bool(part)
+    return res
 
 def md_text(
     x,            # what to show
