@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from . import __version__
 from .delta import read_delta
-from .foreign import md_code, md_text, open_plain, write_whole
+from .files import write_whole
+from .foreign import md_code, md_text, open_plain
 from .plots import num, percent
 from .reports import summarize
 from .runlog import RunLog

@@ -11,7 +11,8 @@ __all__ = ['main']
 import argparse, os, sys
 from pathlib import Path
 from . import __version__
-from .foreign import visible, write_whole
+from .files import write_whole
+from .foreign import visible
 
 # %% ../nbs/15_cli.ipynb #8c1a5d75
 _POLICIES = ('threshold', 'budget', 'topk', 'full', 'static', 'rotate', 'lisa', 'badam', 'grass', 'inverted')

@@ -14,7 +14,8 @@ import json, math, os, re, statistics, textwrap
 from datetime import datetime, timezone
 from pathlib import Path
 from fastcore.basics import patch
-from .foreign import escape, md_text, open_plain, visible, write_whole
+from .files import write_whole
+from .foreign import escape, md_text, open_plain, visible
 from .records import AttentionComparison, AttentionShift, Scores
 from .runlog import RunLog, _is_number, _is_text
 from .plots import *
