@@ -9,7 +9,6 @@ __all__ = ['card_text', 'write_card', 'push_delta']
 
 # %% ../nbs/12b_card.ipynb #59e8a5f2
 import json, os
-from contextlib import ExitStack
 from pathlib import Path
 from . import __version__
 from .delta import read_delta
@@ -92,19 +91,19 @@ def push_delta(
     **about           # further arguments of `card_text`
 )->str:               # where it is now
     "Upload a delta and its card"
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import validate_repo_id
     validate_repo_id(repo_id)
     where = write_card(folder, run, repo_id=repo_id, **about).parent
-    found = [where/n for n in ('delta.safetensors', 'delta.json', 'README.md') if os.path.lexists(where/n)]
+    names = ['delta.safetensors', 'delta.json', 'README.md']
+    for n in names:
+        if os.path.lexists(where/n): open_plain(where/n).close()       # what a link points to is not sent
     api = HfApi(endpoint=endpoint, token=token)
     cannot = lambda why: OSError(f"cannot push '{where}' to {repo_id}: {why}. Nothing is lost: the folder is ready to be pushed again")
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        with ExitStack() as files:
-            parts = [CommitOperationAdd(f.name, files.enter_context(open_plain(f))) for f in found]
-            api.create_commit(repo_id, parts, commit_message=f"Delta by alf_nb {__version__}")
+        api.upload_folder(repo_id=repo_id, folder_path=str(where), allow_patterns=names, commit_message=f"Delta by alf_nb {__version__}")
     except OfflineModeIsEnabled: raise cannot("HF_HUB_OFFLINE is set") from None
     except LocalTokenNotFoundError: raise cannot("there is no token: `hf auth login`, or token=…") from None
     except HfHubHTTPError as e: raise cannot(' '.join(str(e).split())[:300]) from e

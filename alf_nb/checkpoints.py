@@ -54,6 +54,7 @@ def check_checkpoint(
 )->str:     # what is wrong with it; empty: it is whole
     "Is everything there that was written?"
     folder = Path(folder)
+    if odd := odd_inside(folder): return odd
     try:
         if (folder/SEAL).stat().st_size > 64 << 20: return f'its {SEAL} cannot be read'      # a line per file: no checkpoint has that many
         data = json.loads(read_plain(folder/SEAL))
@@ -61,7 +62,6 @@ def check_checkpoint(
     except (OSError, ValueError, RecursionError): return f'its {SEAL} cannot be read'
     files = data.get('files') if isinstance(data, dict) and data.get('version') == 1 else None
     if not isinstance(files, dict) or not all(isinstance(v, list) and len(v) == 2 and all(type(n) is int for n in v) for v in files.values()): return f'its {SEAL} is not one that this alf_nb reads'
-    if odd := odd_inside(folder): return odd
     here = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
     marks = _marks([*here.values(), folder/SEAL])
     if full and marks and _whole.get(folder.resolve()) == marks: return ''

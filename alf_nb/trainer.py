@@ -875,7 +875,7 @@ def _read_state(folder):
     "`state.json` and tensors of a checkpoint, if they are what `on_save` writes; else a RuntimeError that names the file"
     file = folder/'alf'/'state.json'
     try:
-        if file.stat().st_size > 256 << 20: raise ValueError(f"{file.stat().st_size:,} bytes are too many")
+        if file.lstat().st_size > 256 << 20: raise ValueError(f"{file.lstat().st_size:,} bytes are too many")
         data = json.loads(read_plain(file))
         if not isinstance(data, dict): raise ValueError("it is no dict")
         if data.get('version') != 1: raise ValueError(f"ALF state of version {data.get('version')!r}, this alf_nb reads 1")
