@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np, torch
 from transformers import default_data_collator
-from .foreign import md_code, md_text
+from .foreign import escape, md_code, md_text
 from .kernels import delta_norms
 from .layers import Layers, partition_layers
 from .plots import *
@@ -383,8 +383,8 @@ def _plot(self,
         name = k if k not in _controls else f'control: {_controls[k]}'
         series = [dict(name='', x=[1, n], y=[1, n], c=4, kind='dash')] + [dict(name='', c=c, kind='dots', x=[float(a) for a,t in zip(x, third) if t == i], y=[float(b) for b,t in zip(y, third) if t == i]) for i,c in enumerate((1, 2, 3))]
         label = f"{name}: rank correlation {d[what]:.2f} with {words}, interval {d[what+'_low']:.2f} to {d[what+'_high']:.2f}"
-        out.append(f'<div><p class="alf-head"><b>{name}</b>: {d[what]:.2f} ({d[what+"_low"]:.2f} … {d[what+"_high"]:.2f})</p>' + line_chart(series, label, height=190, x_range=(.2, n+.8), y_range=(.2, n+.8), x_name=f'rank by {name.removeprefix("control: ")}', n_ticks=4) + '</div>')
+        out.append(f'<div><p class="alf-head"><b>{escape(name)}</b>: {d[what]:.2f} ({d[what+"_low"]:.2f} … {d[what+"_high"]:.2f})</p>' + line_chart(series, label, height=190, x_range=(.2, n+.8), y_range=(.2, n+.8), x_name=f'rank by {name.removeprefix("control: ")}', n_ticks=4) + '</div>')
     legend = ''.join(f'<li><i class="alf-key dots alf-c{c}" aria-hidden="true"></i>{t} third</li>' for t,c in (('bottom', 1), ('middle', 2), ('top', 3)))
-    return Picture(f'<p class="alf-said"><b>{self.advice}</b></p><ul class="alf-legend"><li>across: rank by the signal; up: rank by {words}; the higher the more</li>{legend}</ul><div class="alf-maps">{"".join(out)}</div>')
+    return Picture(f'<p class="alf-said"><b>{escape(self.advice)}</b></p><ul class="alf-legend"><li>across: rank by the signal; up: rank by {words}; the higher the more</li>{legend}</ul><div class="alf-maps">{"".join(out)}</div>')
 
 SignalAudit.plot = _plot

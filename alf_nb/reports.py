@@ -19,6 +19,7 @@ from .foreign import escape, md_text, open_plain, visible
 from .records import AttentionComparison, AttentionShift, Scores
 from .runlog import RunLog, _is_number, _is_text
 from .plots import *
+from .plots import _NO_MATH
 from .policies import POLICIES
 from .shift import shift_section, shift_verdict
 
@@ -719,7 +720,7 @@ def _html(self:PolicyComparison, level=2):
 @patch
 def _repr_html_(self:PolicyComparison):
     said = ''.join(f'<p class="alf-said">{escape(w)}</p>' for w in self.verdict)
-    return f'<style>{theme_css()}</style><div class="alf"><h2>{escape(self.title)}</h2>{said}{self._html(3)}</div>'
+    return f'<style>{theme_css()}</style><div class="alf {_NO_MATH}"><h2>{escape(self.title)}</h2>{said}{self._html(3)}</div>'
 
 def compare_results(
     results, # `.jsonl` file, or rows

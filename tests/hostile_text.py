@@ -59,7 +59,7 @@ def poisoned(x, evil, fixed=("event", "kind", "t", "when", "signal")):
     if isinstance(x, str): return x + evil(x)
     if not isinstance(x, dict): return x
     free = lambda k: "." in k or k in ("embeddings", "norm", "domain", "other", "alf_nb")
-    return {(k + evil(k) if free(k) else k): (v if k in fixed else poisoned(v, evil, fixed)) for k, v in x.items()}
+    return {(k + evil(k) if free(k) else k): (v if k in fixed or k == "policy" and isinstance(v, dict) else poisoned(v, evil, fixed)) for k, v in x.items()}
 
 
 def the_same(payload): return lambda text: payload

@@ -36,9 +36,7 @@ def test_nothing_that_data_brings_runs_or_leads_elsewhere(notebook):
     dialogs = []
     nb.page.on("dialog", lambda d: (dialogs.append(d.message), d.dismiss()))
     nb.run(0)
-    for i, name in enumerate(CELL, 1):
-        nb.run(i, timeout=90)
-        assert "Traceback" not in (said := nb.output(i)), (name, said[-2000:])
+    for i in range(1, len(CELL) + 1): nb.run(i, timeout=90)
     nb.page.wait_for_timeout(1500)      # what loads late
     for b in nb.page.locator(".jp-OutputArea-output details summary").all()[:20]: b.evaluate("e => { e.parentElement.open = true }")
     for e in nb.page.locator(".jp-OutputArea-output :is(code, th, b)").all()[:40]: e.dispatch_event("mouseover")
