@@ -12,7 +12,7 @@ from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
 # %% ../nbs/09_trainer.ipynb #1f285fd4
-import copy, functools, hashlib, json, math, os, re, shutil, sys, threading, time, uuid, warnings, weakref
+import copy, functools, hashlib, json, math, os, re, sys, threading, time, uuid, warnings, weakref
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,11 +24,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
 from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
+from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
 from .policies import POLICIES, Policy, _ballot, adjusted, match_units
-from .probe import _model_loss, probe_gradients
+from .probe import _model_loss, _same_draws, _same_modules, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
 from .shards import _any_process, gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
@@ -254,7 +255,7 @@ def _is_compiled(args, model): return bool(getattr(args, 'torch_compile', False)
 @functools.cache
 def _graphs_see_freezing():
     "Does `torch.compile` make another graph when a parameter is frozen? That of torch 2.6 does not"
-    made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)
+    with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # weights are drawn, and once per process only
     f = torch.compile(one, backend=lambda graph, _: made.append(graph) or graph.forward)
     f(x); one.requires_grad_(False); f(x)
     return len(made) > 1
@@ -368,6 +369,11 @@ def _to_device(batch, device):
 
 @patch
 def _probe(self:ALFCallback, step, n_batches):
+    "Gradient signals of all candidates; what training sees and draws is the same without it"
+    with _same_draws(), _same_modules(self.layers.model): self._probe_now(step, n_batches)
+
+@patch
+def _probe_now(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
     t0 = time.perf_counter()
     rank,world = self._args.process_index,self._args.world_size
@@ -381,7 +387,7 @@ def _probe(self:ALFCallback, step, n_batches):
         loader = DataLoader(data, batch_size=size, sampler=mine, collate_fn=self._loader.collate_fn)
     else: loader = (b for b,_ in zip(DataLoader(data, batch_size=size, collate_fn=self._loader.collate_fn), range(n_batches)))
     device = next(self.layers.model.parameters()).device
-    self.layers.model.train()
+    if not self.layers.model.training: self.layers.model.train()      # parts that are kept in eval mode stay in it
     eligible = [u.name for u in self.units if u.eligible]
     found = probe_gradients(self.layers, (_to_device(b, device) for b in loader), eligible, loss=self._loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
     first = not self.tracker.values.get('gain')
@@ -844,13 +850,12 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     weights,state_of = _fingerprint(self.layers),unwrap_optimizer(self._optimizer).state
     folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
     if not (state.is_world_process_zero and folder.is_dir()): return      # of weights in pieces, the others have sent what they hold
-    part = folder/f'alf.part-{os.getpid()}'
-    shutil.rmtree(part, ignore_errors=True); part.mkdir()
-    save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
     data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=weights,
                 selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, optimizer=made_up or [k for k,p in params.items() if state_of.get(p)], made_up=made_up, policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
-    with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(data, f); f.flush(); os.fsync(f.fileno())
-    shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
+    with replacing(folder/'alf', durable=False) as part:      # the seal flushes all
+        part.mkdir()
+        save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
+        (part/'state.json').write_text(json.dumps(data), encoding='utf-8')
     seal_checkpoint(folder)      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
