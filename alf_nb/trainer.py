@@ -28,7 +28,7 @@ from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
-from .policies import POLICIES, Policy, _ballot, adjusted, match_units
+from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
 from .probe import _model_loss, _same_draws, _same_modules, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
@@ -98,7 +98,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         cost_aware:bool|None=None,   # weigh importance against the cost of reaching a unit
         strata:int|None=None,        # bands of the depth in each of which every role gets the same share of the budget; 0: the best of all, wherever they are; default 3, and 0 for blocks, a threshold, a policy of your own, or beside cost_aware
         reach:float|None=None,       # how much of the depth trains, from the top: at 0.8 the lowest fifth of the blocks stays frozen, with all below, and is left out of the backward pass; default 1
-        pin=(),                      # units that always train: exact names, layer names or globs
+        pin=(),                      # units that always train: names of units, layers or towers, `embeddings`, `head`, `kind:norm`, or globs
         ban=(),                      # units that never train
         state:str|None=None,         # optimizer state of leavers: 'v', 'full' or 'drop'; default 'v'
         references:str|None=None,    # where reference weights live: 'device' (default), 'host'; '8bit': rounded, a quarter of the memory; 'none': rates from the optimizer's last update
@@ -223,7 +223,9 @@ def _partition(self:ALFCallback, model):
     "The model as units, and those that could train"
     layers = partition_layers(model, unit=self.unit, kinds=self.kinds)
     units = tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
-    self._asked_policy = self._within_reach(self._wished, layers.n_blocks, units)
+    presumed = () if self._given['pin'] else PRESETS[self._given['preset']].get('pin', ())      # a preset pins what there is
+    wished = replace(self._wished, pin=tuple(p for p in self._wished.pin if p not in presumed or _meant(p, units)))
+    self._asked_policy = self._within_reach(wished, layers.n_blocks, units)
     return layers, units
 
 @patch
