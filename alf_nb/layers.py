@@ -58,7 +58,7 @@ class _Ref:
     def __hash__(self): return hash((id(self.it), self.child))
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_CALLED, _PART, _WEIGHT, _NAMED = 3, 2, 1, 0        # how a child is used: called; something in it is; a weight of it is read; it is only named
+_CALLED, _PART, _LEAF, _WEIGHT, _NAMED = 4, 3, 2, 1, 0      # how a child is used: called; a large part of it is; a small one, such as an embedding; a weight of it is read; it is named
 _PASSING = {'enumerate', 'zip', 'reversed', 'list', 'tuple', 'iter', 'next', 'partial', 'sorted', 'islice', 'chain'}
 _ASKING = {'isinstance', 'hasattr', 'len', 'id', 'type', 'print', 'str', 'repr', 'callable', 'issubclass', 'setattr'}
 _ACCESSORS = {'get_input_embeddings', 'get_output_embeddings', 'get_encoder', 'get_decoder'}     # of transformers: they look a module up
@@ -278,7 +278,7 @@ class _Uses:
         "A call of what a reference stands for"
         if r.it == 'items': return self.items([r.owner])
         if isinstance(r.it, nn.Module):
-            if r.it is not self.root: self.note(r.child, _CALLED if r.whole else _PART)
+            if r.it is not self.root: self.note(r.child, _CALLED if r.whole else _PART if _composite(r.it) else _LEAF)
             return ()
         if isinstance(r.it, ast.AST): return self.follow(r.it, None, None, args, kwargs, r.cls)
         if r.owner is None: return ()
