@@ -213,6 +213,22 @@ def _trainer_loss(trainer):
         finally: vars(trainer).update(kept)
     return loss
 
+_AT_WORK = []       # runs in the background that have not ended
+
+def _one_model(a, b): return any(m is b for m in a.modules()) or any(m is a for m in b.modules())      # adapters and torch.compile wrap it
+
+def _others():
+    "Runs that go on in the background, but not in this thread"
+    return [run for run in tuple(_AT_WORK) if run.alive and run._thread is not threading.current_thread()]
+
+def _is_busy(model, run): return None not in (model, run.trainer.model) and _one_model(model, run.trainer.model)
+
+def _refuse_beside(model, trainer=None, callbacks=()):
+    "A second training of a model, a Trainer or a callback would spoil the one that runs: it is refused before it has touched anything"
+    for run in _others():
+        what = "this model" if trainer is run.trainer or _is_busy(model, run) else "this ALFCallback" if any(c is run.callback for c in callbacks) else None
+        if what: raise RuntimeError(f"{what} is training in the background: {run!r}. Wait for it, run.wait(), or end it first, run.stop()")
+
 def _check_alone(model, state):
     "Two callbacks in one Trainer would each undo what the other selects"
     if getattr(model, _TRAINS, None) is state: raise ValueError("this Trainer has two ALFCallbacks (or one twice): give it one, and two wishes as one policy")
@@ -274,7 +290,7 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
     self._join_trackers()
     if model is None: return
-    _thaw_leftovers(model)
+    if not any(_is_busy(model, run) for run in _others()): _thaw_leftovers(model)      # else what is frozen is meant to be
     self._loaded_for,self._on_load = None,model.register_load_state_dict_post_hook(lambda model, _: self._freeze_for_load(args, model))
 
 @patch
@@ -296,6 +312,7 @@ def _given_folder(self:ALFCallback, args): return self.resume_from or (args.resu
 @patch
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
+    _refuse_beside(model, callbacks=[self])
     self._t_begin = time.perf_counter(); self._join_trackers()
     if self._on_load is not None: self._on_load.remove(); self._on_load = None
     self._ddp = find_ddp(model)
