@@ -535,6 +535,12 @@ def _tuner(tuners, path):
     parts = path.split('.')
     return next((up for j in range(len(parts)-1, -1, -1) if parts[j] in tuners.get(up := '.'.join(parts[:j]), ())), None)
 
+def _adapts(mods, at):
+    "Path of what the PEFT layer at `at` adapts; one that adapts a parameter of its base (fused experts) says which, and may be wrapped by others"
+    if not isinstance(name := getattr(mods[at], 'parameter_name', None), str): return at
+    while (up := at.removesuffix('.base_layer')) != at and isinstance(getattr(mods.get(up), 'parameter_name', None), str): at = up
+    return at if name == 'weight' else _join(at, name)
+
 def _check(model, unit, kinds):
     "Arguments as they should be, or an error that says what would work"
     if not isinstance(model, nn.Module): raise ValueError(f"partition_layers takes a torch module, such as a transformers model; got {type(model).__name__}")
@@ -568,7 +574,7 @@ def partition_layers(
         _,(order,layer,rest,zone,depth),path,m,pname = min(spots, key=lambda s: s[:1]+s[1][:1])
         at = _tuner(tuners, _join(path, pname))
         if unit == 'block' and zone == 'block' and places.stacks: kind,rest,key = 'block','',layer
-        elif at is not None: kind,rest,key = 'adapter',places(at, pname)[2],at
+        elif at is not None: kind,rest,key = 'adapter',places(_adapts(mods, at), pname)[2],at
         else:
             kind,whole = _classify(m, pname, p, zone, head)
             rest,key = (rest,path) if whole else (_join(rest, pname),_join(path, pname))

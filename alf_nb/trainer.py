@@ -179,6 +179,28 @@ def _thaw_leftovers(model):
         if n in frozen: p.requires_grad_(True)
     if frozen: setattr(model, _LEFTOVER, ())
 
+class _AllocatorGuard:
+    "AdaLoRA's `update_and_allocate`, which says in words that it needs the gradient of every adapter"
+    def __init__(self, model):
+        self.model, self.real = model, model.update_and_allocate
+        model.update_and_allocate = self
+
+    def __call__(self, *args, **kwargs):
+        frozen = [k for k,p in self.model.named_parameters() if 'lora_' in k and f'.{self.model.trainable_adapter_name}' in k and not p.requires_grad]
+        if frozen:
+            raise RuntimeError(f"AdaLoRA's update_and_allocate needs the gradient of every adapter, and ALF has frozen {len(frozen)} of their weights, such as {frozen[0]}: "
+                               "leave the call of update_and_allocate out, train all adapters (policy='full'), or take LoRA instead of AdaLoRA")
+        return self.real(*args, **kwargs)
+
+    def remove(self): self.model.__dict__.pop('update_and_allocate', None)
+
+def _guard_allocators(model, policy):
+    "AdaLoRA and ALF both choose among the adapters"
+    found = [m for m in model.modules() if hasattr(m, 'rankallocator') and hasattr(m, 'update_and_allocate')]
+    if found and policy.name != 'full':
+        warnings.warn("AdaLoRA: its update_and_allocate cannot be called while ALF freezes adapters, so ranks stay as they are. Leave that call out, or train all adapters (policy='full')")
+    _NOTES.setdefault(model, []).extend(map(_AllocatorGuard, found))
+
 def _check_engine(args, model, ddp=None):
     "Refuse what cannot work, before the first step"
     if getattr(args, 'deepspeed', None) or os.environ.get('ACCELERATE_USE_DEEPSPEED', '').lower() in ('1', 'true'):
@@ -342,6 +364,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self._odd,self._spoilt,self._bare = {},[],False
     if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)      # fp16's scaler overflows on purpose, and leaves such steps out itself
+    _guard_allocators(model, self.policy)
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
