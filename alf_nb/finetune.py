@@ -26,7 +26,7 @@ from .files import check_writable, write_whole
 from .reports import summarize, write_report
 from .runlog import RunLog
 from .shards import _one_process
-from .sources import _check_causal, _first, _hub, continuation, domain_split, evaluate_loss, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
+from .sources import _check_causal, _check_text, _first, _hub, continuation, domain_split, evaluate_loss, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
 from .trainer import ALFCallback, peak_rss_bytes
 
 # %% ../nbs/14_finetune.ipynb #be8169e9
@@ -108,6 +108,7 @@ def finetune(
     out = _check_output(out)
     callback = ALFCallback(budget=budget, threshold=threshold, preset=preset, seed=seed, out=str(out), **alf)
     checkpoint = _last_before(out, steps) if resume else None
+    if prompt is not None: _check_text(prompt, 'the prompt')
     texts = load_texts(data, column)
     others = load_texts(other, column) if other is not None else unrelated_texts()
     net,tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)
