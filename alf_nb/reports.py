@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 from fastcore.basics import patch
+from .files import write_whole
 from .records import AttentionComparison, AttentionShift, Scores
 from .runlog import RunLog, _is_number, _is_text
 from .plots import *
@@ -356,12 +357,6 @@ def report_html(
 {''.join(parts)}
 <footer>Written by alf_nb {escape(str(s['versions'].get('alf_nb', '')))} from the run log of <code>{escape(s['run'])}</code>. A dash means not measured.</footer>""")
 
-def _replace(path, text):
-    "Write a file, whole or not at all"
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    try: part.write_text(text, encoding='utf-8', errors='backslashreplace'); os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
 def write_report(
     run,      # folder of a run, or its `RunLog`
     out=None  # file to write; default `report.html` in the folder of the run
@@ -369,7 +364,7 @@ def write_report(
     "Write the report of a run, whole or not at all"
     log = _log(run)
     out, html = Path(out or log.dir/'report.html'), report_html(log)
-    try: _replace(out, html)
+    try: write_whole(out, html)
     except OSError as e: raise type(e)(e.errno, f"cannot write the report ({e.strerror}); choose another place than", str(out)) from None
     return out
 
@@ -385,7 +380,7 @@ def write_attention(
     title = f"Attention: {shift.name if one else ', '.join(shift.shifts)}"
     body = f'<header><h1>{escape(title)}</h1><p class="lead">{escape(shift_verdict(shift))}</p></header><section><h2>Before and after</h2>{shift_section(shift, words=words)}</section><footer>Written by alf_nb. {escape(note)}</footer>'
     out.parent.mkdir(parents=True, exist_ok=True)
-    _replace(out, _page(title, body))
+    write_whole(out, _page(title, body))
     return out
 
 # %% ../nbs/12_reports.ipynb #aa1bf450
@@ -759,7 +754,7 @@ def write_comparison(
     if not found: raise ValueError(f"no rows in {results}")
     out = Path(out or results.parent); out.mkdir(parents=True, exist_ok=True)
     body = ''.join(f'<header><h1>{escape(c.title)}</h1>{"".join(f"""<p class="lead">{escape(w)}</p>""" for w in c.verdict)}</header>{c._html()}' for c in found)
-    _replace(out/'comparison.md', '# Methods under one rule\n\n' + '\n\n'.join(c._repr_markdown_() for c in found) + '\n')
-    _replace(out/'comparison.ipynb', _notebook(os.path.relpath(results, out).replace(os.sep, '/') if results.anchor == out.anchor else str(results), found))
-    _replace(out/'comparison.html', _page(found[-1].title, f'{body}<footer>Written by alf_nb from <code>{escape(results.name)}</code>. A dash means not measured.</footer>'))
+    write_whole(out/'comparison.md', '# Methods under one rule\n\n' + '\n\n'.join(c._repr_markdown_() for c in found) + '\n')
+    write_whole(out/'comparison.ipynb', _notebook(os.path.relpath(results, out).replace(os.sep, '/') if results.anchor == out.anchor else str(results), found))
+    write_whole(out/'comparison.html', _page(found[-1].title, f'{body}<footer>Written by alf_nb from <code>{escape(results.name)}</code>. A dash means not measured.</footer>'))
     return out/'comparison.html'

@@ -12,7 +12,7 @@ from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
 # %% ../nbs/09_trainer.ipynb #1f285fd4
-import copy, functools, hashlib, json, math, os, re, shutil, sys, threading, time, uuid, warnings, weakref
+import copy, functools, hashlib, json, math, os, re, sys, threading, time, uuid, warnings, weakref
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
 from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
+from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
@@ -844,13 +845,12 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     weights,state_of = _fingerprint(self.layers),unwrap_optimizer(self._optimizer).state
     folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
     if not (state.is_world_process_zero and folder.is_dir()): return      # of weights in pieces, the others have sent what they hold
-    part = folder/f'alf.part-{os.getpid()}'
-    shutil.rmtree(part, ignore_errors=True); part.mkdir()
-    save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
     data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=weights,
                 selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, optimizer=made_up or [k for k,p in params.items() if state_of.get(p)], made_up=made_up, policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
-    with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(data, f); f.flush(); os.fsync(f.fileno())
-    shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
+    with replacing(folder/'alf', durable=False) as part:      # the seal flushes all
+        part.mkdir()
+        save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
+        (part/'state.json').write_text(json.dumps(data), encoding='utf-8')
     seal_checkpoint(folder)      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
