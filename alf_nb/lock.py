@@ -10,6 +10,7 @@ __all__ = ['RunLock']
 # %% ../nbs/08b_lock.ipynb #8c1e0a03
 import errno, json, os, socket, stat, threading, time, weakref
 from pathlib import Path
+from .files import _begun, process_ended
 try: import fcntl
 except ImportError: fcntl = None      # Windows
 
@@ -19,34 +20,22 @@ def _boot():
     try: return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
     except OSError: return ''
 
-def _started(pid):
-    "When a process started, in ticks since the machine did; empty where the system does not say"
-    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
-    except (OSError, IndexError): return ''
-
 def _me(what):
     "This process as the owner of a lock"
     now = time.strftime('%Y-%m-%d %H:%M:%S')
-    return dict(host=socket.gethostname(), boot=_boot(), pid=os.getpid(), started=_started(os.getpid()), what=what, since=now)
+    return dict(host=socket.gethostname(), boot=_boot(), pid=os.getpid(), started=_begun(os.getpid()), what=what, since=now)
 
 def _owner(fd):
     "Who is written in an open lock file; empty: nobody"
     os.lseek(fd, 0, os.SEEK_SET)
     try: found = json.loads(os.read(fd, 4096))
     except (OSError, ValueError, RecursionError): return {}
-    if not isinstance(found, dict) or type(found.get('pid')) is not int: return {}
-    return found if all(isinstance(found.get(k), str) for k in ('host', 'boot', 'started', 'what', 'since')) else {}
+    kinds = dict(host=str, boot=str, pid=int, started=int, what=str, since=str)
+    return found if isinstance(found, dict) and all(type(found.get(k)) is t for k,t in kinds.items()) else {}
 
 def _is_here(owner):
     "Is the owner's machine this one, or this one before it was started anew?"
     return owner['host'] == socket.gethostname() or owner['boot'] == _boot() != ''
-
-def _lives(owner):
-    "Is there still such a process on this machine?"
-    try: os.kill(owner['pid'], 0)
-    except (ProcessLookupError, OverflowError): return False
-    except OSError: pass      # it is another user's
-    return _started(owner['pid']) == owner['started']
 
 # %% ../nbs/08b_lock.ipynb #8c1e0a09
 def _grab(fd):
@@ -107,7 +96,7 @@ class RunLock:
         path = Path(path)
         path = path.with_name(path.name + '.lock') if path.suffix == '.jsonl' else path/'alf.lock'
         self.path = path.parent.resolve()/path.name
-        self._what,self._at_work,self._is_scope = what,at_work,False
+        self._what,self._at_work,self._is_scope,self._end = what,at_work,False,None
 
     def __repr__(self): return f"RunLock({str(self.path)!r})"
 
@@ -123,12 +112,12 @@ class RunLock:
                 elif not thread.is_alive() or at_work is not None and not at_work(): del held.users[user]
                 else: raise RuntimeError(f"{what} in thread {thread.name!r} of this process is writing to {self.path.parent}: wait for it, end it, or give another folder")
             held.users[id(self)] = here,self._what,self._is_scope,self._at_work
-            weakref.finalize(self, _give_back, self.path, id(self))      # also when the process ends without release()
+            self._end = weakref.finalize(self, _give_back, self.path, id(self))      # also when the process ends without release()
         return self
 
     def release(self)->None:
         "Give it back; the file goes when nobody in this process needs it"
-        _give_back(self.path, id(self))
+        if self._end is not None: self._end()
 
     def __enter__(self):
         self._is_scope = True
@@ -143,7 +132,7 @@ class RunLock:
                 got = _grab(fd)
                 if got is not False and not _same_file(fd, self.path): continue      # its owner has removed it since it was opened
                 owner = _owner(fd)
-                gone = not owner or _is_here(owner) and (got or not _lives(owner))
+                gone = not owner or _is_here(owner) and (got or process_ended(owner['pid'], owner['started']))
                 if got is False or not gone: raise RuntimeError(self._refusal(owner))
                 os.ftruncate(fd, 0)
                 os.lseek(fd, 0, os.SEEK_SET)

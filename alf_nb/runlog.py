@@ -52,7 +52,12 @@ def survivors(
                 runs.append(now[k:]); del now[k:]
             run_id, begun = e.get('run_id'), True
         elif kind == 'resume':
-            if len(runs) > 1 and not any(o['event'] in ('log', 'save', 'run_end') for o in runs[-1]):  # this run continues the one before
+            of = e.get('run_id')
+            earlier = [k for k,r in enumerate(runs) if any(o['event'] == 'run_begin' and o.get('run_id') == of for o in r)] if of not in (None, run_id) else []
+            if earlier:      # an earlier run goes on, and is the newest now
+                runs.append(runs.pop(earlier[-1]))
+                run_id = of
+            elif len(runs) > 1 and not any(o['event'] in ('log', 'save', 'run_end') for o in runs[-1]):  # this run continues the one before
                 last = runs.pop(); runs[-1] += last
             runs[-1] = [o for o in runs[-1] if o.get('step', 0) <= e.get('step', 0)]
         runs[-1].append(e)
@@ -149,7 +154,7 @@ _KNOWN = dict(
     log={k: _is_number for k in ('loss', 'learning_rate', 'grad_norm', 'epoch', 'seconds_per_step', 'tokens_per_second')},
     memory={f'{k}_bytes': _is_number for k in ('grad', 'optimizer', 'reference', 'parked', 'rss')},
     eval=dict(name=_is_name, when=_is_name, loss=_is_number, tokens=_is_number, metrics=_is_numbers), sample=dict(when=_is_text, prompt=_is_text, text=_is_text),
-    save=dict(path=_is_text), resume=dict(path=_is_text), error=dict(type=_is_text, message=_is_text, traceback=_is_text), unpause=dict(paused_s=_is_number),
+    save=dict(path=_is_text), resume=dict(path=_is_text, run_id=_is_text), error=dict(type=_is_text, message=_is_text, traceback=_is_text), unpause=dict(paused_s=_is_number),
     run_end=dict(stopped=_is_flag, **{k: _is_number for k in ('wall_s', 'importance_s', 'trainable_share_mean', 'trainable_share_peak', 'state_bytes_peak', 'rss_bytes_peak')}))
 _NEEDED = dict(select=('names',), memory=('grad_bytes', 'optimizer_bytes'), choose=('policy',))
 
