@@ -30,7 +30,7 @@ from .layers import partition_layers
 from .lock import RunLock
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
 from .policies import POLICIES, Policy, _ballot, adjusted, match_units
-from .probe import _model_loss, probe_gradients
+from .probe import _model_loss, _same_draws, _same_modules, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
 from .shards import _any_process, _n_started, gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
@@ -260,7 +260,7 @@ def _is_compiled(args, model): return bool(getattr(args, 'torch_compile', False)
 @functools.cache
 def _graphs_see_freezing():
     "Does `torch.compile` make another graph when a parameter is frozen? That of torch 2.6 does not"
-    made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)
+    with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # weights are drawn, and once per process only
     f = torch.compile(one, backend=lambda graph, _: made.append(graph) or graph.forward)
     f(x); one.requires_grad_(False); f(x)
     return len(made) > 1
@@ -411,6 +411,11 @@ def _to_device(batch, device):
 
 @patch
 def _probe(self:ALFCallback, step, n_batches):
+    "Gradient signals of all candidates; what training sees and draws is the same without it"
+    with _same_draws(), _same_modules(self.layers.model): self._probe_now(step, n_batches)
+
+@patch
+def _probe_now(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
     t0 = time.perf_counter()
     rank,world = self._args.process_index,self._args.world_size
@@ -424,7 +429,7 @@ def _probe(self:ALFCallback, step, n_batches):
         loader = DataLoader(data, batch_size=size, sampler=mine, collate_fn=self._loader.collate_fn)
     else: loader = (b for b,_ in zip(DataLoader(data, batch_size=size, collate_fn=self._loader.collate_fn), range(n_batches)))
     device = next(self.layers.model.parameters()).device
-    self.layers.model.train()
+    if not self.layers.model.training: self.layers.model.train()      # parts that are kept in eval mode stay in it
     eligible = [u.name for u in self.units if u.eligible]
     found = probe_gradients(self.layers, (_to_device(b, device) for b in loader), eligible, loss=self._loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
     first = not self.tracker.values.get('gain')
