@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .attention import AttentionSnapshot, passages
-from .checkpoints import _set_aside, _why_none, find_checkpoint, newest_run
+from .checkpoints import _set_aside, _why_none, find_checkpoint, _newest_run
 from .card import write_card
 from .delta import _compare, apply_delta, fingerprint, read_delta, save_delta
 from .files import check_writable, write_whole
@@ -103,7 +103,7 @@ def _is_written(out, run, steps):
 
 def _resume_point(out, steps):
     "(checkpoint to train on from, None), or (None, folder with the weights of the run whose steps are all made)"
-    run,step_of = newest_run(out),lambda path: int(str(path).rsplit('-', 1)[-1])
+    run,step_of = _newest_run(out),lambda path: int(str(path).rsplit('-', 1)[-1])
     of = _metadata(out/'delta')
     if run is not None and (of.get('run_id'), of.get('steps')) == (run, steps):
         if not _is_written(out, run, steps): return None, str(out/'delta')
@@ -306,7 +306,7 @@ def finetune(
         trainer = Trainer(net, args, train_dataset=job.train, data_collator=default_data_collator, callbacks=[callback, _Opening(callback, out, opening), bar])
         for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
         if done:
-            run = newest_run(out)
+            run = _newest_run(out)
             job.load(done, trainer)
             with RunLog(out) as log:
                 if (name := Path(done).name) != 'delta' and not _has(log, steps, 'save', path=name): log.write('save', step=steps, path=name)

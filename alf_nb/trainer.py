@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
-from .checkpoints import _set_aside, check_checkpoint, find_checkpoint, newest_run, seal_checkpoint
+from .checkpoints import _set_aside, check_checkpoint, find_checkpoint, _newest_run, seal_checkpoint
 from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
@@ -218,6 +218,22 @@ def _trainer_loss(trainer):
         finally: vars(trainer).update(kept)
     return loss
 
+_AT_WORK = []       # runs in the background that have not ended
+
+def _one_model(a, b): return any(m is b for m in a.modules()) or any(m is a for m in b.modules())      # adapters and torch.compile wrap it
+
+def _others():
+    "Runs that go on in the background, but not in this thread"
+    return [run for run in tuple(_AT_WORK) if run.alive and run._thread is not threading.current_thread()]
+
+def _is_busy(model, run): return None not in (model, run.trainer.model) and _one_model(model, run.trainer.model)
+
+def _refuse_beside(model, trainer=None, callbacks=()):
+    "A second training of a model, a Trainer or a callback would spoil the one that runs: it is refused before it has touched anything"
+    for run in _others():
+        what = "this model" if trainer is run.trainer or _is_busy(model, run) else "this ALFCallback" if any(c is run.callback for c in callbacks) else None
+        if what: raise RuntimeError(f"{what} is training in the background: {run!r}. Wait for it, run.wait(), or end it first, run.stop()")
+
 def _check_alone(model, state):
     "Two callbacks in one Trainer would each undo what the other selects"
     if getattr(model, _TRAINS, None) is state: raise ValueError("this Trainer has two ALFCallbacks (or one twice): give it one, and two wishes as one policy")
@@ -277,14 +293,14 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
     self._join_trackers()
     if model is None: return
-    _thaw_leftovers(model)
+    if not any(_is_busy(model, run) for run in _others()): _thaw_leftovers(model)      # else what is frozen is meant to be
     self._loaded_for,self._on_load = None,model.register_load_state_dict_post_hook(lambda model, _: self._freeze_for_load(args, model))
 
 @patch
 def _freeze_for_load(self:ALFCallback, args, model):
     "FSDP2 loads optimizer state for all that requires grad, no more and no less: let that be what the checkpoint holds. Trainer does not yet say which it loads"
     if not any(map(is_sharded, model.parameters())): return
-    with warnings.catch_warnings(): warnings.simplefilter('ignore'); folder = self._given_folder(args) or find_checkpoint(args.output_dir, newest_run(self.out or args.output_dir))
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); folder = self._given_folder(args) or find_checkpoint(args.output_dir, _newest_run(self.out or args.output_dir))
     file = Path(folder or '')/'alf'/'state.json'
     held = set(json.loads(file.read_text(encoding='utf-8')).get('optimizer') or ()) if file.is_file() else ()
     if not held: return
@@ -320,6 +336,7 @@ def _unlock(self:ALFCallback):
 @patch
 def on_train_begin(self:ALFCallback, args, state, control, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
+    _refuse_beside(kw.get('model'), callbacks=[self])
     try: self._begin(args, state, **kw)
     except BaseException:
         self._unlock()
@@ -941,7 +958,7 @@ def _read_state(folder):
 @patch
 def _check_run(self:ALFCallback, args, folder, run):
     "Does a checkpoint of `run` belong to the newest run? If not, it has to be meant: Trainer alone takes the one with the largest number"
-    newest = newest_run(self.out or args.output_dir) if self.out or args.output_dir else None
+    newest = _newest_run(self.out or args.output_dir) if self.out or args.output_dir else None
     if newest in (None, run): return
     runs = f"{folder.name} belongs to run {run}, and a newer run, {newest}, was begun in {self.out or args.output_dir} since"
     if not self._named: raise RuntimeError(f"{runs}: give another out= to go on from the older one, or resume from a state of the newer one")
@@ -959,7 +976,7 @@ def _restore(self:ALFCallback, args, state):
     folder = Path(self._given_folder(args) or Path(args.output_dir)/f'checkpoint-{state.global_step}')
     if self._loaded_for not in (None, folder.resolve()): raise RuntimeError(f"FSDP2 has loaded optimizer state for {self._loaded_for.name}, the newest whole checkpoint here, and the run is at {folder.name}: name the folder, ALFCallback(resume_from={str(folder)!r})")
     if why := 'it was saved without ALFCallback or with save_only_model=True, or it lies elsewhere (resume_from=…)' if not (folder/'alf').is_dir() else check_checkpoint(folder):
-        with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir, newest_run(self.out or args.output_dir))
+        with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir, _newest_run(self.out or args.output_dir))
         raise RuntimeError(f"cannot resume from {folder.name}: {why}. {f'The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}' if other else 'There is no whole checkpoint with ALF here'}")
     data,tensors = _read_state(folder)
     if data['step'] != state.global_step: raise RuntimeError(f"ALF state of step {data['step']} beside a Trainer state of step {state.global_step}: {folder.name} mixes two runs")
