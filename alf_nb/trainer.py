@@ -334,10 +334,10 @@ def _unlock(self:ALFCallback):
     while self._locks: self._locks.pop().release()
 
 @patch
-def on_train_begin(self:ALFCallback, args, state, control, **kw):
+def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
-    _refuse_beside(kw.get('model'), callbacks=[self])
-    try: self._begin(args, state, **kw)
+    _refuse_beside(model, callbacks=[self])
+    try: self._begin(args, state, model, optimizer, train_dataloader)
     except BaseException:
         self._unlock()
         raise
@@ -350,7 +350,7 @@ def _keep_earlier(self:ALFCallback, args, state):
         warnings.warn(f"{args.output_dir} holds checkpoints of an earlier run, which save_total_limit={args.save_total_limit} would have deleted: they are in {where} now")
 
 @patch
-def _begin(self:ALFCallback, args, state, model=None, optimizer=None, train_dataloader=None, **kw):
+def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     "Set everything up for this model, optimizer and data"
     self._t_begin = time.perf_counter(); self._join_trackers()
     if self._on_load is not None: self._on_load.remove(); self._on_load = None
