@@ -14,7 +14,7 @@ from alf_nb.layers import Layers
 from alf_nb.plots import Picture, cell_table
 from alf_nb.records import AttentionComparison, AttentionShift, Scores, Selection, UnitInfo
 from alf_nb.reports import PolicyComparison, compare_runs, layer_map, loss_chart, memory_chart, report_html, role_maps
-from alf_nb.runlog import RunLog
+from alf_nb.runlog import RunLog, _read_once
 from alf_nb.shift import shift_map, shift_section
 from fake_run import fake_run
 
@@ -171,4 +171,4 @@ MAKERS = dict(
     Delta=lambda folder, evil: Delta("p", "base" + evil("base"), ("a" + evil("a"),), "9" + evil("9"), 10, 100),
     Comparison=lambda folder, evil: compare_runs([a_run(folder, evil)]*2),
     PolicyComparison=lambda folder, evil: PolicyComparison(results(evil)),
-    Followed=a_followed_log, Picture=pictures, View=a_failed_view, ThresholdPicker=a_picker, SelectionMap=a_map, TrainingDashboard=a_dashboard, AttentionViewer=a_viewer, CompareView=several_runs)
+    Followed=a_followed_log, _Reading=lambda folder, evil: _read_once(a_run(folder, evil)), Picture=pictures, View=a_failed_view, ThresholdPicker=a_picker, SelectionMap=a_map, TrainingDashboard=a_dashboard, AttentionViewer=a_viewer, CompareView=several_runs)
