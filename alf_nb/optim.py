@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .layers import Layers
-from .shards import _in_group, as_shard, is_sharded, local_tensor
+from .shards import _in_group, as_shard, gathered, is_sharded, local_tensor, shard_of
 
 # %% ../nbs/07_optim.ipynb #02bbb4f9
 def unwrap_optimizer(
@@ -239,6 +239,127 @@ def _beside(x, p):
     if isinstance(x, Tensor) and not _is_wrapper(x): return as_shard(whole(x.to(p.device)), p) if x.dim() else x
     x = _mapped(x, lambda t: whole(t.to(p.device)) if t.dim() else t)
     return as_shard(x, p) if isinstance(x, Tensor) else x
+
+# %% ../nbs/07_optim.ipynb #7c1e5a33
+def _class_name(c): return f'{c.__module__}.{c.__qualname__}'
+
+def _safe_classes():
+    "Classes that torch loads without executing anything else, by name"
+    some = [c[0] if isinstance(c, tuple) else c for c in torch.serialization.get_safe_globals()]
+    return {_class_name(c): c for c in some if isinstance(c, type)}
+
+def _classes(x, found):
+    "Put classes of objects and of tensors made of tensors into `found`, by name"
+    if isinstance(x, Tensor):
+        x = local_tensor(x)
+        if not _is_wrapper(x): return found
+        inner = [getattr(x, k) for k in x.__tensor_flatten__()[0]]
+    elif isinstance(x, Mapping): inner = list(x.values())
+    elif isinstance(x, (list, tuple)): inner = x
+    elif _is_object(x) and _class_name(type(x)) not in found: inner = list(vars(x).values())
+    else: return found
+    if isinstance(x, Tensor) or _is_object(x): found[_class_name(type(x))] = type(x)
+    for v in inner: _classes(v, found)
+    return found
+
+def _state_classes(optimizer):
+    "Classes in the state that an optimizer holds now, by name"
+    found = {}
+    for state in _states(optimizer):
+        for s in state.values(): _classes(dict(s), found)
+    return found
+
+_PLAIN = (bool, int, float, str, type(None))
+
+def _pack(
+    x,        # one entry of a state in host memory
+    tensors,  # name → tensor; those of `x` are added
+    name      # where their names begin
+):            # plain values, for JSON
+    "An entry taken apart; a TypeError says what cannot be"
+    again = lambda v: _pack(v, tensors, name)
+    def put(t): key = f'{name}/{len(tensors)}'; tensors[key] = t; return key
+    if type(x) in _PLAIN: return x
+    if isinstance(x, Tensor) and _is_wrapper(x):
+        keys,context = x.__tensor_flatten__()
+        return dict(kind='wrapper', of=_class_name(type(x)), parts={k: again(getattr(x, k)) for k in keys}, context=again(context), shape=list(x.shape), stride=list(x.stride()))
+    if isinstance(x, torch.nn.Parameter): raise TypeError('a parameter')
+    if isinstance(x, Tensor) and x.numel() > 1 and not any(x.stride()): return dict(kind='repeated', tensor=put(x.reshape(-1)[0]), shape=list(x.shape))
+    if isinstance(x, Tensor): return dict(kind='tensor', tensor=put(x))
+    if isinstance(x, torch.dtype): return dict(kind='dtype', of=str(x).rpartition('.')[2])
+    if isinstance(x, torch.Size): return dict(kind='size', items=list(x))
+    if type(x) in (list, tuple): return dict(kind=type(x).__name__, items=[again(v) for v in x])
+    if type(x) is dict: return dict(kind='dict', items=[[again(k), again(v)] for k,v in x.items()])
+    if isinstance(x, torch.Generator): return dict(kind='generator', tensor=put(x.get_state()), of=str(x.device))
+    if _is_object(x) and not hasattr(type(x), '__slots__'): return dict(kind='object', of=_class_name(type(x)), parts={k: again(v) for k,v in vars(x).items()})
+    raise TypeError(_class_name(type(x)))
+
+def _unpack(
+    d,       # what `_pack` returned
+    tensors, # name → tensor
+    known    # class name → class
+):
+    "The entry put together again; a ValueError says what is wrong"
+    again = lambda v: _unpack(v, tensors, known)
+    if type(d) in _PLAIN: return d
+    kind = d['kind']
+    if kind in ('wrapper', 'object'):
+        if d['of'] not in known: raise ValueError(f"it holds an object of class {d['of']}, which is not loaded unless you say so: torch.serialization.add_safe_globals([{d['of'].rpartition('.')[2]}])")
+        cls,parts = known[d['of']],{str(k): again(v) for k,v in d['parts'].items()}
+        if kind == 'wrapper':
+            if not hasattr(cls, '__tensor_unflatten__'): raise ValueError(f"{d['of']} is no class of tensors")
+            x = cls.__tensor_unflatten__(parts, again(d['context']), torch.Size(d['shape']), tuple(d['stride']))
+            if list(x.shape) != d['shape']: raise ValueError(f"a {d['of']} of shape {tuple(x.shape)} that says {tuple(d['shape'])}")
+            return x
+        if issubclass(cls, _OPAQUE): raise ValueError(f"{d['of']} is no class of objects in a state")
+        x = object.__new__(cls); vars(x).update(parts)
+        return x
+    if kind == 'repeated': return tensors[d['tensor']].expand(d['shape'])
+    if kind == 'tensor': return tensors[d['tensor']]
+    if kind == 'dtype' and isinstance(x := getattr(torch, d['of'], None), torch.dtype): return x
+    if kind == 'size': return torch.Size(d['items'])
+    if kind in ('list', 'tuple'): return dict(list=list, tuple=tuple)[kind](map(again, d['items']))
+    if kind == 'dict': return {again(k): again(v) for k,v in d['items']}
+    if kind == 'generator': g = torch.Generator(d['of']); g.set_state(tensors[d['tensor']]); return g
+    raise ValueError(f"it holds a {kind!r}, which is unknown")
+
+def _pack_states(
+    held,    # parameter name → entry → value in host memory
+    params,  # parameter name → parameter
+    tensors, # name → tensor, for safetensors; those of the states are added
+    word     # where their names begin
+)->tuple:    # (parameter name → entry → plain value, parameter name → class that cannot be taken apart)
+    "States for a checkpoint: ordinary tensors as `word/parameter/entry`, numbers as they are, all else taken apart. Weights in pieces are gathered, and every process has to call this"
+    plain,lost = {},{}
+    for k,s in held.items():
+        mine,apart = {},{}
+        try:
+            for e,v in s.items():
+                if isinstance(v, Tensor) and not _is_wrapper(v) and (is_sharded(params[k]) or not _is_repeated(v)) and isinstance(e, str) and '/' not in e:
+                    mine[f'{word}/{k}/{e}'] = gathered(v.contiguous(), params[k]) if v.dim() else v
+                elif type(v) in _PLAIN and isinstance(e, str): plain.setdefault(k, {})[e] = v
+                elif is_sharded(params[k]) or not isinstance(e, str): raise TypeError(_class_name(type(v)))
+                else: plain.setdefault(k, {})[e] = _pack(v, apart, f'{word}-parts/{k}/{e}')
+        except TypeError as e: lost[k] = str(e); plain.pop(k, None); continue
+        tensors.update(mine | apart)
+    return plain, lost
+
+def _is_repeated(t): return t.numel() > 1 and not any(t.stride())
+
+def _unpack_states(
+    plain,   # what `_pack_states` returned
+    params,  # parameter name → parameter
+    tensors, # name → tensor
+    word,    # where the names of the states' tensors begin
+    known    # class name → class
+)->dict:     # parameter name → entry → value in host memory
+    "States from a checkpoint"
+    held = {k: {e: _unpack(v, tensors, known) for e,v in s.items()} for k,s in plain.items()}
+    for key,t in tensors.items():
+        if not key.startswith(f'{word}/'): continue
+        k,e = key[len(word)+1:].rsplit('/', 1)
+        held.setdefault(k, {})[e] = shard_of(t, params[k]).clone() if k in params and t.dim() else t
+    return held
 
 # %% ../nbs/07_optim.ipynb #1a463b70
 def _state_of(states, p):
