@@ -340,7 +340,7 @@ def _pack_states(
                 elif type(v) in _PLAIN and isinstance(e, str): plain.setdefault(k, {})[e] = v
                 elif is_sharded(params[k]) or not isinstance(e, str): raise TypeError(_class_name(type(v)))
                 else: plain.setdefault(k, {})[e] = _pack(v, apart, f'{word}-parts/{k}/{e}')
-        except TypeError as e: lost[k] = str(e); plain.pop(k, None); continue
+        except (TypeError, RecursionError) as e: lost[k] = str(e); plain.pop(k, None); continue
         tensors.update(mine | apart)
     return plain, lost
 
@@ -400,6 +400,10 @@ def _first_states(optimizer):
         filled = any(m.state and _begins_filled(m) for m in _members(optimizer) if isinstance(getattr(m, 'state', None), Mapping))
         _FIRST[key] = {p: {k: _mapped(_host_copy(v), _folded) for k,v in s.items()} for p in params if (s := _state_of(states, p))} if filled else {}
     return _FIRST[key]
+
+def _set_first_states(optimizer, first):
+    "What `_first_states` will say"
+    _FIRST[_members(optimizer)[0]] = first
 
 @torch.no_grad()
 def apply_selection(
@@ -478,6 +482,31 @@ class FrozenGuard:
                                "Something outside ALF writes to them: an optimizer with its own copy, a merge, a callback that loads weights?")
 
 # %% ../nbs/07_optim.ipynb #62b5d81c
+def _makes_own_rates(m, group):
+    "Does this optimizer take learning rates of its own making, one per parameter, as Adafactor with relative steps does?"
+    return bool(group.get('relative_step')) and callable(getattr(m, '_get_lr', None))
+
+def _rate_sources(
+    optimizer # as for `_members`
+)->list:      # (member, number of its parameter group, parameter; None: the rate is the whole group's)
+    "Where learning rates are read"
+    found = []
+    for m,i in _groups(optimizer): found += [(m, i, p) for p in m.param_groups[i]['params']] if _makes_own_rates(m, m.param_groups[i]) else [(m, i, None)]
+    return found
+
+def _learning_rates(
+    sources # of `_rate_sources`
+)->list:    # one number per source; None: unknown
+    "The learning rates of now; behind a step, those it was made with"
+    found = []
+    for m,i,p in sources:
+        g = m.param_groups[i]
+        if p is None: found.append(None if (lr := g.get('lr')) is None else float(lr))
+        else: found.append(m._get_lr(g, s) if p.grad is not None and (s := m.state.get(p)) and s.get('step') else 0.)
+    if late := [k for k,x in enumerate(found) if isinstance(x, Tensor)]:      # one transfer for all
+        for k,x in zip(late, torch.stack([found[k].detach().float().reshape(()) for k in late]).tolist()): found[k] = x
+    return found
+
 def last_update(
     optimizer, # Adam, AdamW or SGD of torch, after its step and before gradients go
     p:Tensor   # a parameter that it trains
