@@ -455,7 +455,9 @@ _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _sample_bits(p:Tensor, k:int)->Tensor:
     "Bits of at most `k` elements spread evenly over `p`, as int64"
-    flat = local_tensor(p).detach().reshape(-1)
+    if _is_wrapper(x := local_tensor(p)): return torch.cat([_sample_bits(t, k) for t in _tensors(x)])      # a quantised weight: what it is made of
+    flat = x.detach().reshape(-1)
+    if flat.is_complex(): flat = torch.view_as_real(flat).reshape(-1)
     if flat.numel() > k: flat = flat[torch.linspace(0, flat.numel()-1, k, dtype=torch.float64).long().to(flat.device)]
     return flat.contiguous().view(_INT[flat.element_size()]).long()
 

@@ -20,9 +20,10 @@ SIGNALS = ('rate', 'coherence', 'gain', 'grad_norm', 'prior')   # those that may
 def prior_scores(
     layers:Layers # a model as units
 )->Scores:
-    "1/RMS(W) of every unit, before any training"
+    "1/RMS(W) of every unit, before any training; of packed weights unknown"
     def squares(n):
         ps = [p for p in map(local_tensor, layers.params(n)) if p.numel()]
+        if not all(p.is_floating_point() for p in ps): return math.nan      # packed: its elements are no weights
         return sum(float(p.detach().float().square().mean())*p.numel() for p in ps)   # per tensor in fp32, summed in Python floats
     values,(sq,) = {},over_shards(layers, layers, [[squares(n) for n in layers]])[0]
     for n,s in zip(layers, sq):
