@@ -12,7 +12,7 @@ from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
 # %% ../nbs/09_trainer.ipynb #1f285fd4
-import copy, functools, hashlib, json, math, os, re, shutil, sys, threading, time, uuid, warnings, weakref
+import copy, functools, hashlib, json, math, os, re, sys, threading, time, uuid, warnings, weakref
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,14 +24,15 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
 from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
+from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
-from .optim import ParkedStates, FrozenGuard, _class_name, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
+from .optim import ParkedStates, FrozenGuard, _first_states, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets
 from .policies import POLICIES, Policy, _ballot, adjusted, match_units
-from .probe import _model_loss, probe_gradients
+from .probe import _model_loss, _same_draws, _same_modules, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
-from .shards import _any_process, gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
+from .shards import _any_process, is_sharded, local_tensor, over_shards, reshard, set_up_shards, whole_tensor
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
@@ -212,6 +213,22 @@ def _trainer_loss(trainer):
         finally: vars(trainer).update(kept)
     return loss
 
+_AT_WORK = []       # runs in the background that have not ended
+
+def _one_model(a, b): return any(m is b for m in a.modules()) or any(m is a for m in b.modules())      # adapters and torch.compile wrap it
+
+def _others():
+    "Runs that go on in the background, but not in this thread"
+    return [run for run in tuple(_AT_WORK) if run.alive and run._thread is not threading.current_thread()]
+
+def _is_busy(model, run): return None not in (model, run.trainer.model) and _one_model(model, run.trainer.model)
+
+def _refuse_beside(model, trainer=None, callbacks=()):
+    "A second training of a model, a Trainer or a callback would spoil the one that runs: it is refused before it has touched anything"
+    for run in _others():
+        what = "this model" if trainer is run.trainer or _is_busy(model, run) else "this ALFCallback" if any(c is run.callback for c in callbacks) else None
+        if what: raise RuntimeError(f"{what} is training in the background: {run!r}. Wait for it, run.wait(), or end it first, run.stop()")
+
 def _check_alone(model, state):
     "Two callbacks in one Trainer would each undo what the other selects"
     if getattr(model, _TRAINS, None) is state: raise ValueError("this Trainer has two ALFCallbacks (or one twice): give it one, and two wishes as one policy")
@@ -254,7 +271,7 @@ def _is_compiled(args, model): return bool(getattr(args, 'torch_compile', False)
 @functools.cache
 def _graphs_see_freezing():
     "Does `torch.compile` make another graph when a parameter is frozen? That of torch 2.6 does not"
-    made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)
+    with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # weights are drawn, and once per process only
     f = torch.compile(one, backend=lambda graph, _: made.append(graph) or graph.forward)
     f(x); one.requires_grad_(False); f(x)
     return len(made) > 1
@@ -271,7 +288,7 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
     self._join_trackers()
     if model is None: return
-    _thaw_leftovers(model)
+    if not any(_is_busy(model, run) for run in _others()): _thaw_leftovers(model)      # else what is frozen is meant to be
     self._loaded_for,self._on_load = None,model.register_load_state_dict_post_hook(lambda model, _: self._freeze_for_load(args, model))
 
 @patch
@@ -293,6 +310,7 @@ def _given_folder(self:ALFCallback, args): return self.resume_from or (args.resu
 @patch
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
+    _refuse_beside(model, callbacks=[self])
     self._t_begin = time.perf_counter(); self._join_trackers()
     if self._on_load is not None: self._on_load.remove(); self._on_load = None
     self._ddp = find_ddp(model)
@@ -394,6 +412,11 @@ def _to_device(batch, device):
 
 @patch
 def _probe(self:ALFCallback, step, n_batches):
+    "Gradient signals of all candidates; what training sees and draws is the same without it"
+    with _same_draws(), _same_modules(self.layers.model): self._probe_now(step, n_batches)
+
+@patch
+def _probe_now(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
     t0 = time.perf_counter()
     rank,world = self._args.process_index,self._args.world_size
@@ -407,7 +430,7 @@ def _probe(self:ALFCallback, step, n_batches):
         loader = DataLoader(data, batch_size=size, sampler=mine, collate_fn=self._loader.collate_fn)
     else: loader = (b for b,_ in zip(DataLoader(data, batch_size=size, collate_fn=self._loader.collate_fn), range(n_batches)))
     device = next(self.layers.model.parameters()).device
-    self.layers.model.train()
+    if not self.layers.model.training: self.layers.model.train()      # parts that are kept in eval mode stay in it
     eligible = [u.name for u in self.units if u.eligible]
     found = probe_gradients(self.layers, (_to_device(b, device) for b in loader), eligible, loss=self._loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
     first = not self.tracker.values.get('gain')
@@ -896,13 +919,12 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     weights = _fingerprint(self.layers)
     folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
     if not (state.is_world_process_zero and folder.is_dir()): return      # of weights in pieces, the others have sent what they hold
-    part = folder/f'alf.part-{os.getpid()}'
-    shutil.rmtree(part, ignore_errors=True); part.mkdir()
-    save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
     data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=weights,
                 selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, optimizer=made_up or [k for k,p in params.items() if _state_of(states, p)], made_up=made_up, first=first, policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
-    with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(data, f); f.flush(); os.fsync(f.fileno())
-    shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
+    with replacing(folder/'alf', durable=False) as part:      # the seal flushes all
+        part.mkdir()
+        save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
+        (part/'state.json').write_text(json.dumps(data), encoding='utf-8')
     seal_checkpoint(folder)      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
