@@ -366,7 +366,7 @@ def _find_rates(self:ALFCallback, optimizer):
     self._split = any(len(set(ks)) > 1 for ks in self._rates_of.values())
     self._unread,self._said,self._rates_now = set(),set(),[]
     if self.references != 'none' or not (odd := list(dict.fromkeys(m for m,_ in _groups(optimizer) if not _is_readable(m)))): return
-    if self.policy.needs_scores and self.signal in ('rate', 'coherence') and (self._every or self.start in ('rotate', 'warm-up')): check_last_update(optimizer)
+    if self.policy.needs_scores and (self._every or self.signal in ('rate', 'coherence') and self.start in ('rotate', 'warm-up')): check_last_update(optimizer)
     self._unread = {id(p) for m in odd for g in m.param_groups for p in g['params']}
     self._say('unread', f"rate, coherence and descent are not measured: the last update of {', '.join(dict.fromkeys(type(m).__name__ for m in odd))} cannot be read from its state, and references='none' keeps nothing to compare with. "
               "Nothing is chosen by them here; references='device' or 'host' measures them")
