@@ -28,7 +28,7 @@ from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
-from .policies import POLICIES, Policy, _ballot, adjusted, match_units
+from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
 from .probe import _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws, _same_modules, _same_objects, _takes_by_index, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
@@ -98,7 +98,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         cost_aware:bool|None=None,   # weigh importance against the cost of reaching a unit
         strata:int|None=None,        # bands of the depth in each of which every role gets the same share of the budget; 0: the best of all, wherever they are; default 3, and 0 for blocks, a threshold, a policy of your own, or beside cost_aware
         reach:float|None=None,       # how much of the depth trains, from the top: at 0.8 the lowest fifth of the blocks stays frozen, with all below, and is left out of the backward pass; default 1
-        pin=(),                      # units that always train: exact names, layer names or globs
+        pin=(),                      # units that always train: names of units, layers or towers, `embeddings`, `head`, `kind:norm`, or globs
         ban=(),                      # units that never train
         state:str|None=None,         # optimizer state of leavers: 'v', 'full' or 'drop'; default 'v'
         references:str|None=None,    # where reference weights live: 'device' (default), 'host'; '8bit': rounded, a quarter of the memory; 'none': rates from the optimizer's last update
@@ -179,6 +179,28 @@ def _thaw_leftovers(model):
         if n in frozen: p.requires_grad_(True)
     if frozen: setattr(model, _LEFTOVER, ())
 
+class _AllocatorGuard:
+    "AdaLoRA's `update_and_allocate`, which says in words that it needs the gradient of every adapter"
+    def __init__(self, model):
+        self.model, self.real = model, model.update_and_allocate
+        model.update_and_allocate = self
+
+    def __call__(self, *args, **kwargs):
+        frozen = [k for k,p in self.model.named_parameters() if 'lora_' in k and f'.{self.model.trainable_adapter_name}' in k and not p.requires_grad]
+        if frozen:
+            raise RuntimeError(f"AdaLoRA's update_and_allocate needs the gradient of every adapter, and ALF has frozen {len(frozen)} of their weights, such as {frozen[0]}: "
+                               "leave the call of update_and_allocate out, train all adapters (policy='full'), or take LoRA instead of AdaLoRA")
+        return self.real(*args, **kwargs)
+
+    def remove(self): self.model.__dict__.pop('update_and_allocate', None)
+
+def _guard_allocators(model, policy):
+    "AdaLoRA and ALF both choose among the adapters"
+    found = [m for m in model.modules() if hasattr(m, 'rankallocator') and hasattr(m, 'update_and_allocate')]
+    if found and policy.name != 'full':
+        warnings.warn("AdaLoRA: its update_and_allocate cannot be called while ALF freezes adapters, so ranks stay as they are. Leave that call out, or train all adapters (policy='full')")
+    _NOTES.setdefault(model, []).extend(map(_AllocatorGuard, found))
+
 def _check_engine(args, model, ddp=None):
     "Refuse what cannot work, before the first step"
     if getattr(args, 'deepspeed', None) or os.environ.get('ACCELERATE_USE_DEEPSPEED', '').lower() in ('1', 'true'):
@@ -212,6 +234,22 @@ def _trainer_loss(trainer):
         with trainer.compute_loss_context_manager(): return trainer.compute_loss(model, batch, num_items_in_batch=count([batch], trainer.args.device))
     return loss
 
+_AT_WORK = []       # runs in the background that have not ended
+
+def _one_model(a, b): return any(m is b for m in a.modules()) or any(m is a for m in b.modules())      # adapters and torch.compile wrap it
+
+def _others():
+    "Runs that go on in the background, but not in this thread"
+    return [run for run in tuple(_AT_WORK) if run.alive and run._thread is not threading.current_thread()]
+
+def _is_busy(model, run): return None not in (model, run.trainer.model) and _one_model(model, run.trainer.model)
+
+def _refuse_beside(model, trainer=None, callbacks=()):
+    "A second training of a model, a Trainer or a callback would spoil the one that runs: it is refused before it has touched anything"
+    for run in _others():
+        what = "this model" if trainer is run.trainer or _is_busy(model, run) else "this ALFCallback" if any(c is run.callback for c in callbacks) else None
+        if what: raise RuntimeError(f"{what} is training in the background: {run!r}. Wait for it, run.wait(), or end it first, run.stop()")
+
 def _check_alone(model, state):
     "Two callbacks in one Trainer would each undo what the other selects"
     if getattr(model, _TRAINS, None) is state: raise ValueError("this Trainer has two ALFCallbacks (or one twice): give it one, and two wishes as one policy")
@@ -222,7 +260,9 @@ def _partition(self:ALFCallback, model):
     "The model as units, and those that could train"
     layers = partition_layers(model, unit=self.unit, kinds=self.kinds)
     units = tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
-    self._asked_policy = self._within_reach(self._wished, layers.n_blocks, units)
+    presumed = () if self._given['pin'] else PRESETS[self._given['preset']].get('pin', ())      # a preset pins what there is
+    wished = replace(self._wished, pin=tuple(p for p in self._wished.pin if p not in presumed or _meant(p, units)))
+    self._asked_policy = self._within_reach(wished, layers.n_blocks, units)
     return layers, units
 
 @patch
@@ -271,7 +311,7 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
     self._join_trackers()
     if model is None: return
-    _thaw_leftovers(model)
+    if not any(_is_busy(model, run) for run in _others()): _thaw_leftovers(model)      # else what is frozen is meant to be
     self._loaded_for,self._on_load = None,model.register_load_state_dict_post_hook(lambda model, _: self._freeze_for_load(args, model))
 
 @patch
@@ -293,6 +333,7 @@ def _given_folder(self:ALFCallback, args): return self.resume_from or (args.resu
 @patch
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
+    _refuse_beside(model, callbacks=[self])
     self._t_begin = time.perf_counter(); self._join_trackers()
     if self._on_load is not None: self._on_load.remove(); self._on_load = None
     self._ddp = find_ddp(model)
@@ -323,6 +364,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self._odd,self._spoilt,self._bare = {},[],False
     if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)      # fp16's scaler overflows on purpose, and leaves such steps out itself
+    _guard_allocators(model, self.policy)
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
