@@ -132,6 +132,16 @@ def test_files_in_markdown_hold_no_element_of_the_payload(tmp_path, payload):
             assert plain(visible(payload))[:20] in plain("".join(page.text))
 
 
+@pytest.mark.parametrize("name", ["ThresholdPicker", "SelectionMap", "TrainingDashboard", "AttentionViewer", "CompareView"])
+def test_what_a_view_sends_to_the_browser_can_be_encoded_and_hides_nothing(tmp_path, name):
+    from alf_nb.widgets.base import _all
+    view = MAKERS[name](tmp_path, the_same("\ud800\u202e\x1b x"))
+    try: sent = json.dumps([w.get_state() for w in _all(view.box)], ensure_ascii=False, default=str)
+    finally: view.close()
+    sent.encode()
+    assert not re.search("[\u202e\x1b]", sent) and "u202e" in sent
+
+
 def test_what_is_printed_does_not_command_the_terminal(tmp_path):
     said = summary_table(summarize(a_run(tmp_path, the_same("\x1b]0;owned\x07\x1b[2J\r\u202eevil"))))
     assert r"\x1b]0;owned\x07\x1b[2J\x0d\u202eevil" in said and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
