@@ -1127,11 +1127,8 @@ d = { 'settings': { 'branch': 'main',
                                 'alf_nb.trainer._guard_allocators': ('trainer.html#_guard_allocators', 'alf_nb/trainer.py'),
                                 'alf_nb.trainer._is_busy': ('trainer.html#_is_busy', 'alf_nb/trainer.py'),
                                 'alf_nb.trainer._is_compiled': ('trainer.html#_is_compiled', 'alf_nb/trainer.py'),
-<<<<<<< HEAD
-                                'alf_nb.trainer._largest': ('trainer.html#_largest', 'alf_nb/trainer.py'),
-=======
                                 'alf_nb.trainer._is_own': ('trainer.html#_is_own', 'alf_nb/trainer.py'),
->>>>>>> main
+                                'alf_nb.trainer._largest': ('trainer.html#_largest', 'alf_nb/trainer.py'),
                                 'alf_nb.trainer._make_policy': ('trainer.html#_make_policy', 'alf_nb/trainer.py'),
                                 'alf_nb.trainer._on_stack': ('trainer.html#_on_stack', 'alf_nb/trainer.py'),
                                 'alf_nb.trainer._one': ('trainer.html#_one', 'alf_nb/trainer.py'),

@@ -384,13 +384,8 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     self.names = tuple(u.name for u in self.units)
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
     self._optimizer = optimizer; check_optimizer(self.layers, optimizer, self.names)
-<<<<<<< HEAD
-    self._loader,self._args,self._max_steps,self._loss = train_dataloader,args,state.max_steps,self._batch_loss or _trainer_loss(_on_stack(Trainer))
-=======
-    if self.references == 'none': check_last_update(optimizer)
     self._loader,self._args,self._max_steps,self._trainer = train_dataloader,args,state.max_steps,_on_stack(Trainer)
     self._loss = self._batch_loss or _trainer_loss(self._trainer)
->>>>>>> main
     self._batch_size = args.per_device_train_batch_size
     if getattr(args, 'auto_find_batch_size', False): self._batch_size = (state.train_batch_size or args.train_batch_size)//max(args.n_gpu, 1)      # else a resumed state has that of the checkpoint, maybe of another number of processes
     self._every = self.interval if self.interval is not None else min(max(state.max_steps//3, 32), 256)
