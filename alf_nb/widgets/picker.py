@@ -15,7 +15,7 @@ from statistics import median
 import ipywidgets as W
 from fastcore.basics import patch
 from traitlets import Enum, Float, Instance
-from ..foreign import escape
+from ..foreign import escape, visible
 from ..records import Scores, Selection
 from ..policies import *
 from ..plots import by_layer, human_bytes, human_count, human_time, num, percent
@@ -304,7 +304,7 @@ def draw(self:ThresholdPicker):
         self._chart, self._hovered = BarChart(shown), None
         put(self.legend, value=self._chart.legend() if shown else '')
         self._busy = True
-        try: put(self.unit, options=[('choose one to look at', ''), *((u.name, u.name) for u in shown)])
+        try: put(self.unit, options=[('choose one to look at', ''), *((visible(u.name), u.name) for u in shown)])
         finally: self._busy = False
     put(self.tiles, value=self._tiles())
     drawn = put(self.drawing, value=self._drawing(self.unit.value))
