@@ -20,7 +20,7 @@ from transformers import default_data_collator
 from .kernels import delta_norms
 from .layers import Layers, partition_layers
 from .plots import *
-from .probe import _model_loss, probe_gradients
+from .probe import _model_loss, _same_draws, _same_modules, probe_gradients
 from .records import Record, UnitInfo
 from .sources import domain_split, load_model, load_texts, supports_bf16, token_blocks
 from .tracker import ImportanceTracker, prior_scores
@@ -45,18 +45,12 @@ def sample_units(
 def _untouched(model):
     "Whatever happens in this context to all but the weights, it is undone"
     params = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes,buffers = [(m, m.training) for m in model.modules()],[(b, b.detach().clone()) for b in model.buffers()]
-    py,nump = random.getstate(),np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):        # `manual_seed` seeds them all
+        with _same_draws(), _same_modules(model):
             for p,_,_ in params: p.grad = None
             yield
     finally:
-        with torch.no_grad():
-            for b,was in buffers: b.copy_(was)
-        for m,was in modes: m.training = was
         for p,r,g in params: p.requires_grad_(r); p.grad = g
-        random.setstate(py); np.random.set_state(nump)
 
 @contextmanager
 def _lent(model, params):
@@ -330,7 +324,7 @@ def audit_signals(
         with _untouched(model):
             model.train()
             t0 = time.perf_counter()
-            with _lent(model, []): probe = probe_gradients(layers, draw(probe_batches, 'probe'), names, loss=lambda m,b: bench.loss(b))      # running statistics of norms move
+            probe = probe_gradients(layers, draw(probe_batches, 'probe'), names, loss=lambda m,b: bench.loss(b))
             t1 = time.perf_counter()
             start = bench.evaluate()
             t2 = time.perf_counter()

@@ -12,22 +12,29 @@ from . import _require
 _require('torch', 'transformers', 'accelerate')
 
 # %% ../nbs/09b_background.ipynb #d308c91c
-import sys, threading, time, traceback, weakref
+import functools, os, sys, threading, time, traceback
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .checkpoints import find_checkpoint
 from .runlog import RunLog
-from .trainer import ALFCallback
+from .trainer import _AT_WORK, ALFCallback, _refuse_beside
 
 # %% ../nbs/09b_background.ipynb #ae35a5bc
+def _keep_state(*states):
+    "accelerate has one state for the whole process, and every new `TrainingArguments` empties it: the run keeps a copy"
+    for s in states:
+        if kept := dict(getattr(s, '__dict__', {})): s.__dict__ = kept
+
 class _Gate(TrainerCallback):
     "Holds or ends training between two steps"
     def __init__(self, run): self.run,self.go = run,threading.Event(); self.go.set(); self.ending = False
 
-    def on_train_begin(self, args, state, control, **kw): self._report(state)
+    def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kw):
+        _keep_state(self.run.trainer.accelerator.state, args.distributed_state, getattr(optimizer, 'accelerator_state', None), getattr(train_dataloader, 'state', None))
+        self._report(state)
 
     def on_step_end(self, args, state, control, **kw):
         self._report(state)
@@ -46,8 +53,6 @@ class _Gate(TrainerCallback):
         if self.run._status == 'starting': self.run._status = 'running'
 
 # %% ../nbs/09b_background.ipynb #d32c8e81
-_alive = weakref.WeakKeyDictionary()    # model → its run
-
 class BackgroundRun:
     "A training that goes on in a thread."
     def __init__(self,
@@ -63,12 +68,25 @@ class BackgroundRun:
         self.error = self.result = None
         self.step,self.max_steps,self.activity,self._status,self._seen = 0,None,'starting','starting',False
         self._gate = _Gate(self)
+        self._over,self._cancelled,self._pid = threading.Event(),False,os.getpid()
         self._thread = threading.Thread(target=self._work, args=(torch.get_num_threads(),), name='alf_nb training', daemon=_in_kernel())     # a script waits for it, a kernel may be restarted
 
     @property
     def alive(self)->bool:
-        "Does the thread still work?"
-        return self._thread.is_alive()
+        "Has it been started and not ended?"
+        return self in _AT_WORK and not self._over.is_set() and self._pid == os.getpid()      # not in a fork, which has no threads; the thread's own flag is lost when Ctrl-C meets a join, up to Python 3.12
+
+    def _start(self):
+        _AT_WORK.append(self)
+        try: self._thread.start()
+        except BaseException:      # no thread to be had, or Ctrl-C: nobody will hold the run
+            self._cancelled = self._gate.ending = True
+            if self._thread.ident is None: self._end()
+            raise
+
+    def _end(self):
+        self._over.set()
+        if self in _AT_WORK: _AT_WORK.remove(self)
 
     @property
     def status(self)->str:
@@ -76,6 +94,12 @@ class BackgroundRun:
         return 'stopping' if self._gate.ending and self._status in ('starting', 'running', 'paused') else self._status
 
     def _work(self, n_threads):
+        try:
+            if not self._cancelled: self._train(n_threads)
+        except BaseException as e: self._fail(e)
+        finally: self._end()
+
+    def _train(self, n_threads):
         torch.set_num_threads(n_threads)     # a new thread starts with torch's default
         quiet = [c for c in self.trainer.callback_handler.callbacks if isinstance(c, (PrinterCallback, ProgressCallback)) or type(c).__name__ == 'NotebookProgressCallback']
         for c in quiet: self.trainer.callback_handler.callbacks.remove(c)      # what a thread prints lands in whatever cell runs
@@ -124,33 +148,49 @@ def _show_failures(run):
         if run.error is not None and not run._seen: print(f"Training in the background failed (step {run.step}):\n{run.traceback}", file=sys.stderr)
     shell.events.register('post_run_cell', look)
 
+_starting = threading.Lock()
+
+def _watch_trainers():
+    "From now on `Trainer.train` first looks whether its model is training in the background: a callback is asked too late, and a Trainer without ALF has none"
+    if hasattr(Trainer.train, '_alf_looks'): return
+    train = Trainer.train
+    @functools.wraps(train)
+    def look_and_train(trainer, *args, **kw):
+        _refuse_beside(trainer.model, trainer, trainer.callback_handler.callbacks)
+        return train(trainer, *args, **kw)
+    look_and_train._alf_looks = True
+    Trainer.train = look_and_train
+
 def train_in_background(
     trainer,                    # a `transformers` Trainer, TRL's too, with an `ALFCallback`
     resume_from_checkpoint=None # True: the newest whole checkpoint of its output_dir; or a checkpoint folder
 )->BackgroundRun:
     "Start training in a thread and return at once"
     run = BackgroundRun(trainer, resume_from_checkpoint)
-    for model,other in list(_alive.items()):
-        if not other.alive: continue
-        what = "this model" if model is trainer.model else f"another run in {other.log.dir}" if other.log.path.resolve() == run.log.path.resolve() else None
-        if what: raise RuntimeError(f"{what} is training: {other!r}. Wait for it, run.wait(), or end it first, run.stop()")
-    _alive[trainer.model] = run
-    run._thread.start()
+    with _starting:
+        _watch_trainers()
+        _refuse_beside(trainer.model, trainer, [run.callback])
+        for other in filter(lambda o: o.alive and o.log.path.resolve() == run.log.path.resolve(), tuple(_AT_WORK)):
+            raise RuntimeError(f"another run in {other.log.dir} is training in the background: {other!r}. Wait for it, run.wait(), or end it first, run.stop()")
+        run._start()
     _show_failures(run)
     return run
 
 # %% ../nbs/09b_background.ipynb #707e853a
+_GLANCE = .01       # seconds between two looks
+
 @patch
 def wait(self:BackgroundRun,
     timeout:float|None=None # seconds; None: until it has ended
 )->bool:                    # has it ended?
     "Wait for the end; what went wrong in training is raised here"
+    if threading.current_thread() is self._thread: raise RuntimeError("a run cannot wait for its own end: call wait() outside its callbacks")
     t0 = time.monotonic()
-    left = lambda: None if timeout is None else timeout - (time.monotonic()-t0)
+    left = lambda: _GLANCE if timeout is None else timeout - (time.monotonic()-t0)
     with _pumping() as pump:
-        while self.alive and (timeout is None or left() > 0):
+        while self.alive and left() > 0:
             pump()
-            self._thread.join(.03 if timeout is None else max(0., min(.03, left())))
+            time.sleep(max(0., min(_GLANCE, left())))      # no lock, which Ctrl-C could leave held
     if self.alive: return False
     if self.error is not None: self._seen = True; raise self.error
     return True

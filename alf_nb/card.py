@@ -14,7 +14,7 @@ from . import __version__
 from .delta import read_delta
 from .plots import num, percent
 from .reports import summarize
-from .runlog import RunLog
+from .runlog import _read_once
 
 # %% ../nbs/12b_card.ipynb #108aa734
 def _code(x, most=120):
@@ -36,7 +36,7 @@ def _rows(rows): return [f"| {k} | {v} |" for k,v in rows if v not in (None, 'â€
 
 def _about_run(run):
     "Sections of the card that the run log knows"
-    log = run if isinstance(run, RunLog) else RunLog(run)
+    log = _read_once(run)
     s,units,ever = summarize(log),log.units,{n for x in log.selections() for n in x.names}
     layers = {}
     for u in units: layers.setdefault(u.layer, []).append(u.name in ever)

@@ -8,8 +8,9 @@ Docs: https://example.github.io/alf_nb/checkpoints.html.md"""
 __all__ = ['SEAL', 'seal_checkpoint', 'check_checkpoint', 'find_checkpoint']
 
 # %% ../nbs/08a_checkpoints.ipynb #deb64af8
-import json, os, re, time, warnings, zlib
+import json, re, time, warnings, zlib
 from pathlib import Path
+from .files import clear_parts, is_part, sync, sync_tree, write_whole
 
 # %% ../nbs/08a_checkpoints.ipynb #9e63f3a7
 SEAL = 'alf-files.json'
@@ -20,17 +21,21 @@ def _crc(path):
         while block := f.read(1 << 22): crc = zlib.crc32(block, crc)
     return crc
 
-def _files(folder): return sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.startswith(SEAL) and not re.fullmatch(r'rng_state_\d+\.pth', p.name))
+def _files(folder):
+    "What a seal vouches for"
+    left_out = lambda p: p.name.startswith(SEAL) or re.fullmatch(r'rng_state_\d+\.pth', p.name) or any(map(is_part, p.relative_to(folder).parts))
+    return sorted(p for p in folder.rglob('*') if p.is_file() and not left_out(p))
 
 def seal_checkpoint(
     folder # of the checkpoint, in which everything else is written
 )->Path:
-    "Write down the size and CRC-32 of every file; costs one reading of them"
+    "Flush every file to the disk, then write down its size and CRC-32; costs one reading of them"
     folder = Path(folder)
+    clear_parts(folder)
+    sync_tree(folder)
     files = {p.relative_to(folder).as_posix(): [p.stat().st_size, _crc(p)] for p in _files(folder)}
-    part = folder/f'{SEAL}.part-{os.getpid()}'
-    with open(part, 'w', encoding='utf-8') as f: json.dump(dict(version=1, files=files), f); f.flush(); os.fsync(f.fileno())
-    os.replace(part, folder/SEAL)
+    write_whole(folder/SEAL, json.dumps(dict(version=1, files=files)))
+    for above in folder.absolute().parents[:2]: sync(above)      # output_dir names the checkpoint, and its folder names output_dir
     return folder/SEAL
 
 # %% ../nbs/08a_checkpoints.ipynb #f2486b89

@@ -11,6 +11,7 @@ __all__ = ['main']
 import argparse, os, sys
 from pathlib import Path
 from . import __version__
+from .files import write_whole
 
 # %% ../nbs/15_cli.ipynb #8c1a5d75
 _POLICIES = ('threshold', 'budget', 'topk', 'full', 'static', 'rotate', 'lisa', 'badam', 'grass', 'inverted')
@@ -105,8 +106,8 @@ def _audit(a):
     from alf_nb.audit import audit_signals
     out = Path(a.pop('out')); out.mkdir(parents=True, exist_ok=True)
     audit = audit_signals(n_units=a.pop('units'), progress=not a.pop('quiet'), **a)
-    (out/'audit.json').write_text(audit.to_json()+'\n', encoding='utf-8')
-    (out/'audit.html').write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Signal audit</title>{audit.plot()._repr_html_()}</html>\n', encoding='utf-8')
+    write_whole(out/'audit.json', audit.to_json()+'\n')
+    write_whole(out/'audit.html', f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Signal audit</title>{audit.plot()._repr_html_()}</html>\n')
     print(audit._repr_markdown_()); print(f"\nPicture: {out/'audit.html'}")
 
 def _names(tuned):
@@ -151,7 +152,7 @@ def _attention(a):
         got = AttentionComparison({name: seen.shift(load(name), name) for name in tuned})
     finally: close()
     out.mkdir(parents=True, exist_ok=True)
-    (out/'attention.json').write_text(got.to_json()+'\n', encoding='utf-8')
+    write_whole(out/'attention.json', got.to_json()+'\n')
     what = dict(delta='a delta of alf_nb', adapter='a PEFT adapter', model='a whole model')
     page = write_attention(got, out/'attention.html', seen.words, f"Base: {base or 'SmolLM2-135M-Instruct'}; {', '.join(f'{n}: {what[k]}' for n,k in kinds.items())}. Texts: {a.get('data') or 'the Python language reference'}, {'all' if a['all'] else f'held out with seed {seed}'}.")
     print(got._repr_markdown_()); print(f"\n{shift_verdict(got)}\n\nPage: {page}\nData: {out/'attention.json'}")

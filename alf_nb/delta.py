@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from . import __version__
+from .files import write_whole
 from .layers import _clean
 from .records import Record
 
@@ -191,21 +192,6 @@ def _compare(model, base):
         if (dtype, shape) != base.tensors[k][:2]: raise ValueError(f"{k!r} is {dtype} {shape} now, {' '.join(map(str, base.tensors[k][:2]))} in the base: a delta keeps dtype and shape")
     return BaseFingerprint(base.name, {k:base.tensors[k] for k in now}, base.config_hash), tensors, now
 
-def _atomic(file, chunks):
-    "Write `chunks` of bytes beside `file`, flush them to the disk, then put them in its place"
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
-    try:
-        with open(tmp, 'wb') as f:
-            for c in chunks: f.write(c)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, file)
-        if os.name == 'posix': # the new name is durable only when the folder is
-            fd = os.open(file.parent, os.O_RDONLY)
-            try: os.fsync(fd)
-            finally: os.close(fd)
-    finally: tmp.unlink(missing_ok=True)
-
 def _matching(patterns, names):
     "Names that match one of the glob patterns; a pattern that matches nothing is an error"
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
@@ -238,11 +224,11 @@ def save_delta(
             yield b
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _atomic(file, chain([len(head).to_bytes(8, 'little'), head], data()))
+        write_whole(file, chain([len(head).to_bytes(8, 'little'), head], data()))
         res = _delta(file.parent, info, file.stat().st_size)
         note = dict(base=base.name, base_digest=res.base_digest, config_hash=base.config_hash, alf_nb=__version__, changed={k:dict(dtype=now[k][0], shape=now[k][1], base_sha256=base.tensors[k][2], sha256=h) for k,h in changed.items()},
                     bytes=res.n_bytes, model_bytes=res.model_bytes, metadata=metadata, describes=json.loads(head)['__metadata__']['sha256'])
-        _atomic(file.with_name('delta.json'), [json.dumps(note, indent=1).encode()])
+        write_whole(file.with_name('delta.json'), json.dumps(note, indent=1))
     except OSError as e: raise OSError(e.errno, f"cannot write a delta to '{path}': {e.strerror or e}; choose a folder that can be written and has room") from e
     return res
 

@@ -12,7 +12,7 @@ from . import _require
 _require('torch', 'transformers', 'accelerate')
 
 # %% ../nbs/14_finetune.ipynb #d72359fb
-import json, os, time, warnings
+import json, time, warnings
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
@@ -22,6 +22,7 @@ from .attention import AttentionSnapshot, passages
 from .checkpoints import check_checkpoint, find_checkpoint
 from .card import write_card
 from .delta import apply_delta, fingerprint, save_delta
+from .files import check_writable, write_whole
 from .reports import summarize, write_report
 from .runlog import RunLog
 from .shards import _one_process
@@ -55,7 +56,7 @@ def _check_output(out):
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out/f'.write-{os.getpid()}'; probe.write_text(''); probe.unlink()
+        check_writable(out)
     except OSError as e: raise OSError(f"cannot write to the output folder {out}: {e.strerror or e}; give another one with out=") from None
     return out
 
@@ -71,9 +72,6 @@ def _last_before(out, steps):
 def _whole(**kw):
     for k,v in kw.items():
         if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{k}={v!r}, but it is a whole number of at least 1")
-
-def _write_json(path, data):
-    part = path.with_name(f'.{path.name}.part'); part.write_text(json.dumps(data, indent=2, allow_nan=False)+'\n', encoding='utf-8'); os.replace(part, path)
 
 # %% ../nbs/14_finetune.ipynb #103ff6ac
 _looked_at = 256    # tokens of a passage at most: all maps of one passage are in memory at once, and grow with the square
@@ -150,8 +148,8 @@ def finetune(
         write_card(out/'delta', log)
         log.write('save', step=trainer.state.global_step, path='delta')
         summary = {**summarize(log), **{k: v for k,v in callback.summary().items() if k in ('measure_s', 'probe_s', 'select_s')}, 'total_s': time.perf_counter()-t0, 'rss_bytes_peak': peak_rss_bytes(), 'bf16': bf16, 'batch_size': batch_size, 'length': length, 'lr': float(lr),
-                   'threads': torch.get_num_threads(), 'delta_bytes': sum(f.stat().st_size for f in (out/'delta').rglob('*') if f.is_file())}
-    _write_json(out/'summary.json', summary)
+                   'threads': torch.get_num_threads(), 'delta_bytes': sum((out/'delta'/n).stat().st_size for n in ('delta.safetensors', 'delta.json', 'README.md'))}
+    write_whole(out/'summary.json', json.dumps(summary, indent=2, allow_nan=False)+'\n')
     write_report(out)
     return summary
 

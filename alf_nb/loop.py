@@ -79,7 +79,7 @@ class ALFLoop:
         self._must_be('stepping', "after_step() without before_step(): it belongs behind the backward pass, before optimizer.step()")
         self._stage = 'ready'; self._optimizer.step_was_skipped = skipped
         self.callback.on_optimizer_step(self._args, self._state, None, model=self.model, optimizer=self._optimizer)
-        for p in self.model.parameters(): p.grad = None
+        for p in (*self.model.parameters(), *(p for g in self._optimizer.optimizer.param_groups for p in g['params'])): p.grad = None
         self._state.global_step += 1
         self.callback.on_step_end(self._args, self._state, None)
 

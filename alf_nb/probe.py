@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/probe.html.md"""
 __all__ = ['Probe', 'probe_gradients']
 
 # %% ../nbs/05a_probe.ipynb #5b1b6384
-import math, warnings, torch
-from contextlib import contextmanager
+import functools, inspect, math, random, sys, types, warnings, torch
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from torch import Tensor
 from .layers import Layers
@@ -29,6 +29,64 @@ def _signs(bits:Tensor, n:int)->Tensor:
     "±1 as int8, `n` of them, from packed `bits`"
     neg = (bits[:, None] & torch.tensor(_BITS, dtype=torch.uint8, device=bits.device)).ne(0).reshape(-1)[:n]
     return 1 - 2*neg.to(torch.int8)
+
+# %% ../nbs/05a_probe.ipynb #b7e2049c
+def _random_states():
+    "(how to set it, its state) of every global generator in use"
+    kept = [(torch.set_rng_state, torch.get_rng_state()), (random.setstate, random.getstate())]
+    if (np := sys.modules.get('numpy')) is not None: kept.append((np.random.set_state, np.random.get_state()))
+    for device in (getattr(torch, name, None) for name in ('cuda', 'xpu', 'npu')):
+        if device is not None and device.is_initialized(): kept.append((device.set_rng_state_all, device.get_rng_state_all()))
+    if torch.backends.mps.is_available(): kept.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return kept
+
+@contextmanager
+def _same_draws():
+    "Whatever is drawn in this context: afterwards every generator is where it was"
+    kept = _random_states()
+    try: yield
+    finally:
+        for put_back,state in kept: put_back(state)
+
+def _can_change(buffer):
+    "May a forward pass write it? The packed weights of GPTQ and AWQ are buffers too, of integers, and large"
+    return not buffer.is_inference() and (buffer.is_floating_point() or buffer.is_complex() or buffer.numel() <= 2**20)
+
+@contextmanager
+def _same_modules(*roots):
+    "Afterwards buffers, modes and counters of these modules are what they were"
+    modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
+    # a cache that grows is a new buffer and a number: neither is right without the other
+    kept = [(m, m.training, dict(m._buffers), {k: v for k,v in vars(m).items() if type(v) in (int, float)}) for m in modules]
+    buffers = {b for m in modules for b in m._buffers.values() if b is not None and _can_change(b)}
+    copies = [(b, b.detach().clone()) for b in buffers]
+    try: yield
+    finally:
+        for m,mode,named,numbers in kept:
+            if [*map(id, m._buffers.values())] != [*map(id, named.values())]:
+                m._buffers.clear()
+                m._buffers.update(named)
+            m.training = mode
+            vars(m).update(numbers)
+        with torch.no_grad():
+            for b,was in copies: b.copy_(was)
+
+def _modules_in(thing, depth=4, seen=None):
+    "Modules that a function, or whatever else, uses: what it is bound to, encloses, names or holds"
+    seen = {} if seen is None else seen
+    if id(thing) in seen or not depth or isinstance(thing, (type, types.ModuleType, Tensor, str, bytes, int, float)): return []
+    seen[id(thing)] = thing
+    if isinstance(thing, torch.nn.Module): return [thing]
+    if inspect.ismethod(thing): inside = [thing.__self__, thing.__func__]
+    elif isinstance(thing, functools.partial): inside = [thing.func, *thing.args, *thing.keywords.values()]
+    elif inspect.isfunction(thing):
+        inside = [thing.__globals__.get(n) for n in thing.__code__.co_names]
+        for cell in thing.__closure__ or ():
+            with suppress(ValueError): inside.append(cell.cell_contents)      # an empty one
+    elif isinstance(thing, dict): inside = list(thing.values())
+    elif isinstance(thing, (list, tuple)): inside = thing[:100]
+    else: inside = list(getattr(thing, '__dict__', {}).values())
+    return [m for t in inside for m in _modules_in(t, depth-1, seen)]
 
 # %% ../nbs/05a_probe.ipynb #2ad44a73
 @dataclass
@@ -79,6 +137,24 @@ def _finite_everywhere(loss):
     if _in_group(): torch.distributed.all_reduce(ok, op=torch.distributed.ReduceOp.MIN)
     return bool(ok)
 
+def _other_leaves(loss, params):
+    "Leaves of the graph of `loss` that are none of `params`"
+    seen,todo,found = set(),[loss.grad_fn],[]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen: continue
+        seen.add(node); todo += [n for n,_ in node.next_functions]
+        if (leaf := getattr(node, 'variable', None)) is not None and leaf not in params: found.append(leaf)
+    return found
+
+def _backward(loss, params):
+    "The backward pass, which adds to no gradient but those of `params`"
+    before = [(p, p.grad) for p in _other_leaves(loss, params)]
+    for p,_ in before: p.grad = None      # else it is added to, in place
+    try: loss.backward()
+    finally:
+        for p,g in before: p.grad = g
+
 def probe_gradients(
     layers:Layers,        # a model as units
     batches,              # batches of keyword arguments for the model, labels included; at least 2
@@ -92,15 +168,15 @@ def probe_gradients(
     if not names: raise ValueError("no unit to probe: none is eligible")
     owner = {p: n for n in names for p in layers.params(n)}
     red = _Reducer(); squares,losses,odd = [],[],0
-    devices = sorted({p.device.index for p in owner if p.device.type == 'cuda'})
-    with torch.random.fork_rng(devices=devices), _only_trainable([p for n in layers for p in layers.params(n)], owner):
+    every = {p for n in layers for p in layers.params(n)}
+    with _same_draws(), _same_modules(model, *_modules_in(loss)), _only_trainable(every, owner):
         hooks = [p.register_post_accumulate_grad_hook(red) for p in owner]
         try:
             for i,batch in enumerate(batches):
                 red.sq = {}
                 out = loss(model, batch)
                 if not _finite_everywhere(out): odd += 1; continue     # a batch without a label, for instance: there is nothing to learn from it
-                out.backward(); losses.append(out.detach())
+                _backward(out, every); losses.append(out.detach())
                 squares.append({n: torch.stack(sq).sum() for n in names if (sq := [s for p in layers.params(n) if (s := red.sq.get(p)) is not None])})
                 if progress: progress(i+1)
         finally:

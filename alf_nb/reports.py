@@ -11,19 +11,19 @@ __all__ = ['summarize', 'summary_table', 'latest_scores', 'loss_chart', 'layer_m
 
 # %% ../nbs/12_reports.ipynb #08077c73
 import json, math, os, re, statistics, textwrap
+from bisect import bisect_left
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 from fastcore.basics import patch
+from .files import write_whole
 from .records import AttentionComparison, AttentionShift, Scores
-from .runlog import RunLog, _is_number, _is_text
+from .runlog import RunLog, _is_number, _is_text, _read_once
 from .plots import *
 from .policies import POLICIES
 from .shift import shift_section, shift_verdict
 
 # %% ../nbs/12_reports.ipynb #ce1c75d9
-def _log(run): return run if isinstance(run, RunLog) else RunLog(run)
-
 def _ppl(loss): return None if loss is None or loss > 700 else math.exp(loss)
 
 def _losses(log):
@@ -39,9 +39,13 @@ def _samples(log):
 
 def _bytes_per_param(log, sizes, sels):
     "Gradient and optimizer bytes for each parameter that trains, as measured"
-    found = []
+    found, trained = [], [sum(sizes.get(u, 0) for u in s.names) for s in sels]
+    last = {}                                   # step of a selection → the last one made there
+    for i,s in enumerate(sels): last[s.step] = i
+    steps = sorted(last)
     for m in log.events('memory'):
-        if (s := next((s for s in reversed(sels) if s.step < m['step']), None)) and (n := sum(sizes.get(u, 0) for u in s.names)): found.append((m['grad_bytes']+m['optimizer_bytes'])/n)
+        k = bisect_left(steps, m['step'])
+        if k and (n := trained[last[steps[k-1]]]): found.append((m['grad_bytes']+m['optimizer_bytes'])/n)
     return statistics.median(found) if found else None
 
 def _uses_scores(policy):
@@ -53,7 +57,7 @@ def summarize(
     run # folder of a run, or its `RunLog`
 )->dict:
     "A run in numbers; None: not known"
-    log = _log(run)
+    log = _read_once(run)
     begin, ev = log.begin, log.events()
     end = next((e for e in reversed(ev) if e['event'] == 'run_end'), {}) if log.status == 'complete' else {}
     error = next((e for e in reversed(ev) if e['event'] == 'error'), {}) if log.status == 'failed' else {}
@@ -127,7 +131,7 @@ def latest_scores(
     signal=None  # default: the one the run chose by
 )->Scores:
     "Newest value of each unit; empty when nothing was measured"
-    log, found = _log(run), {}
+    log, found = _read_once(run), {}
     for e in log.events(('probe', 'measure')):
         for name,values in (e.get('signals') or {}).items(): found.setdefault(name, {}).update({k:v for k,v in values.items() if v is not None})
     signal = signal or (log.begin.get('config') or {}).get('signal')
@@ -144,11 +148,13 @@ def _layer_importance(layers, scores):
     return {k: v/top if v is not None and top else v for k,v in out.items()}
 
 # %% ../nbs/12_reports.ipynb #04ea356c
+_MOST = 1000        # names or columns that a page shows
+
 def loss_chart(
     run # folder of a run, or its `RunLog`
 )->Picture:
     "Training loss with its average, held-out losses, and the learning rate below"
-    log = _log(run)
+    log = _read_once(run)
     x, y = log.series('log', 'loss')
     avg = trend(y)
     last = next((v for v in reversed(avg) if v is not None), None); first = next((v for v in avg if v is not None), None)
@@ -179,7 +185,7 @@ def layer_map(
     run # folder of a run, or its `RunLog`
 )->Picture:
     "Layers by steps: what trained, with the importance of each layer beside it"
-    log = _log(run)
+    log = _read_once(run)
     steps, sels, units = summarize(log)['steps'], log.selections(), log.units
     ever = {n for s in sels for n in s.names}
     layers = {l: us for l,us in by_layer(units).items() if any(u.eligible or u.name in ever for u in us)}
@@ -199,13 +205,14 @@ def role_maps(
     run # folder of a run, or its `RunLog`
 )->Picture:
     "Units by step in bands of one role, and their importance as a table; empty if all units have one role"
-    log = _log(run)
+    log = _read_once(run)
     sels, scores = log.selections(), latest_scores(log)
     ever, steps = {n for s in sels for n in s.names}, summarize(log)['steps']
     units = [u for u in log.units if u.eligible or u.name in ever]
     size = {}
     for u in units: size[u.role] = size.get(u.role, 0) + u.n_params
-    roles = [r for r in size if r in sorted(size, key=size.get, reverse=True)[:16]]
+    largest = set(sorted(size, key=size.get, reverse=True)[:16])
+    roles = [r for r in size if r in largest]
     if not sels or len(roles) < 2: return Picture('')
     left = names_px(roles)
     bands = {r: trained_map({u.name: [u] for u in units if u.role == r}, sels, max(steps, sels[-1].step+1)) for r in roles}
@@ -214,11 +221,12 @@ def role_maps(
     if scores.known:
         imp, now, cells, on = scores.importance, set(sels[-1].names), {}, set()
         for u in units:
-            if u.role not in roles: continue
+            if u.role not in largest: continue
             k, v = (u.role, u.layer), imp.get(u.name)
             cells[k] = v if cells.get(k) is None else max(cells[k], v or 0)
             if u.name in now: on.add(k)
-        layers = list(dict.fromkeys(u.layer for u in units if u.role in roles))
+        layers = list(dict.fromkeys(u.layer for u in units if u.role in largest))
+        if len(layers) > _MOST: return Picture(out + f'<p class="note">The importance of every matrix is not drawn: {len(layers):,} layers would not fit on a page.</p>')
         hint = lambda r, l: f"{l} {r}: importance {num(cells[r, l], 2) if cells[r, l] is not None else 'unknown'}{', selected' if (r, l) in on else ''}"
         out += '<h3>Importance of every matrix</h3>' + cell_table(cells, roles, layers, f'Newest value of the signal {scores.signal}, 0–1; darker or brighter is more; a dot: in the last selection. Columns are layers, first to last.', on, hint, left)
     return Picture(out)
@@ -227,7 +235,7 @@ def memory_chart(
     run # folder of a run, or its `RunLog`
 )->Picture:
     "Bytes of the training state over time, against full fine-tuning"
-    log = _log(run)
+    log = _read_once(run)
     ev, s = log.events('memory'), summarize(log)
     if not ev: return Picture('<p class="note">Memory was not recorded.</p>')
     x1 = max(s['steps'], ev[-1]['step'], 1)
@@ -288,7 +296,8 @@ def _result_table(s):
 def _names(names):
     "A count, and the names behind it"
     if not names: return '0'
-    return f"<details><summary>{len(names)}</summary><code>{escape(', '.join(map(str, names)))}</code></details>"
+    more = f" … and {len(names)-_MOST:,} more, in the run log" if len(names) > _MOST else ''
+    return f"<details><summary>{len(names)}</summary><code>{escape(', '.join(map(str, names[:_MOST])))}{more}</code></details>"
 
 def _ends(ev): return ev if len(ev) <= 40 else ev[:20] + ev[-20:]
 
@@ -327,7 +336,7 @@ def report_html(
     run # folder of a run, or its `RunLog`
 )->str:
     "The report as one page of HTML"
-    log = _log(run)
+    log = _read_once(run)
     s, sels, layers = summarize(log), log.selections(), by_layer(log.units)
     train = [v for v in trend(log.series('log', 'loss')[1]) if v is not None]
     ever = {n for x in sels for n in x.names}
@@ -356,20 +365,14 @@ def report_html(
 {''.join(parts)}
 <footer>Written by alf_nb {escape(str(s['versions'].get('alf_nb', '')))} from the run log of <code>{escape(s['run'])}</code>. A dash means not measured.</footer>""")
 
-def _replace(path, text):
-    "Write a file, whole or not at all"
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    try: part.write_text(text, encoding='utf-8', errors='backslashreplace'); os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
 def write_report(
     run,      # folder of a run, or its `RunLog`
     out=None  # file to write; default `report.html` in the folder of the run
 )->Path:
     "Write the report of a run, whole or not at all"
-    log = _log(run)
+    log = _read_once(run)
     out, html = Path(out or log.dir/'report.html'), report_html(log)
-    try: _replace(out, html)
+    try: write_whole(out, html)
     except OSError as e: raise type(e)(e.errno, f"cannot write the report ({e.strerror}); choose another place than", str(out)) from None
     return out
 
@@ -385,7 +388,7 @@ def write_attention(
     title = f"Attention: {shift.name if one else ', '.join(shift.shifts)}"
     body = f'<header><h1>{escape(title)}</h1><p class="lead">{escape(shift_verdict(shift))}</p></header><section><h2>Before and after</h2>{shift_section(shift, words=words)}</section><footer>Written by alf_nb. {escape(note)}</footer>'
     out.parent.mkdir(parents=True, exist_ok=True)
-    _replace(out, _page(title, body))
+    write_whole(out, _page(title, body))
     return out
 
 # %% ../nbs/12_reports.ipynb #aa1bf450
@@ -432,7 +435,7 @@ def compare_runs(
     "Several runs side by side"
     runs = [runs] if isinstance(runs, (str, os.PathLike, RunLog)) else list(runs)
     if not runs: raise ValueError("no runs to compare; give their folders")
-    return Comparison([_log(r) for r in runs])
+    return Comparison([r if isinstance(r, RunLog) else RunLog(r) for r in runs])
 
 # %% ../nbs/12_reports.ipynb #342f61b9
 def _t_inside(theta, df):
@@ -759,7 +762,7 @@ def write_comparison(
     if not found: raise ValueError(f"no rows in {results}")
     out = Path(out or results.parent); out.mkdir(parents=True, exist_ok=True)
     body = ''.join(f'<header><h1>{escape(c.title)}</h1>{"".join(f"""<p class="lead">{escape(w)}</p>""" for w in c.verdict)}</header>{c._html()}' for c in found)
-    _replace(out/'comparison.md', '# Methods under one rule\n\n' + '\n\n'.join(c._repr_markdown_() for c in found) + '\n')
-    _replace(out/'comparison.ipynb', _notebook(os.path.relpath(results, out).replace(os.sep, '/') if results.anchor == out.anchor else str(results), found))
-    _replace(out/'comparison.html', _page(found[-1].title, f'{body}<footer>Written by alf_nb from <code>{escape(results.name)}</code>. A dash means not measured.</footer>'))
+    write_whole(out/'comparison.md', '# Methods under one rule\n\n' + '\n\n'.join(c._repr_markdown_() for c in found) + '\n')
+    write_whole(out/'comparison.ipynb', _notebook(os.path.relpath(results, out).replace(os.sep, '/') if results.anchor == out.anchor else str(results), found))
+    write_whole(out/'comparison.html', _page(found[-1].title, f'{body}<footer>Written by alf_nb from <code>{escape(results.name)}</code>. A dash means not measured.</footer>'))
     return out/'comparison.html'

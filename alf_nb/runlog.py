@@ -8,13 +8,16 @@ Docs: https://example.github.io/alf_nb/runlog.html.md"""
 __all__ = ['survivors', 'RunLog']
 
 # %% ../nbs/08_runlog.ipynb #90c604ea
-import errno, json, math, os, threading, time
+import errno, json, math, os, threading, time, warnings
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from fastcore.basics import patch
 from .records import KINDS, UnitInfo, Selection
 
 # %% ../nbs/08_runlog.ipynb #8ec750ca
+_LONG = 32 << 20        # bytes; a longer line is no event
+
 def _plain(v, where, odd):
     "JSON-ready copy of `v`; non-finite numbers become None and are noted in `odd`"
     if v is None or isinstance(v, (str, bool, int)): return v
@@ -35,28 +38,54 @@ def _line(event, fields):
     d = {'event': event, **_plain(fields, '', odd)}
     if odd: d['nonfinite'] = odd
     # a lone surrogate cannot be UTF-8; backslashreplace writes exactly its JSON escape
-    return json.dumps(d, ensure_ascii=False, allow_nan=False, separators=(',', ':')).encode('utf-8', 'backslashreplace') + b'\n'
+    line = json.dumps(d, ensure_ascii=False, allow_nan=False, separators=(',', ':')).encode('utf-8', 'backslashreplace') + b'\n'
+    if len(line) > _LONG: warnings.warn(f"the event {event!r} takes {len(line) >> 20} MiB in the run log: readers pass over lines longer than {_LONG >> 20} MiB")
+    return line
 
 # %% ../nbs/08_runlog.ipynb #e02c36c8
+class _Run:
+    "Surviving events of a run; `tops`: the last step of all events up to each one"
+    def __init__(self, events=()):
+        self.events, self.tops = [], []
+        self.add(events)
+
+    def add(self, events):
+        for e in events:
+            self.events.append(e)
+            self.tops.append(max(e.get('step', 0), self.tops[-1] if self.tops else 0))
+
+    def cut(self, k):
+        rest = self.events[k:]
+        del self.events[k:], self.tops[k:]
+        return rest
+
+    def drop_later(self, step):
+        "Drop what is later than `step`"
+        k = len(self.events)
+        while k and self.tops[k-1] > step: k -= 1       # what stands before needs no second look, however often a run was resumed
+        self.add([e for e in self.cut(k) if e.get('step', 0) <= step])
+
 def survivors(
     events, # event dicts in the order they were written
 )->list: # one list of surviving events per run, oldest run first
     "What counts in a file that may hold resumed and repeated runs"
-    runs, run_id, begun = [[]], None, False
+    runs, run_id, begun = [_Run()], None, False
     for e in events:
-        kind = e['event']
+        kind, now = e['event'], runs[-1]
         if kind == 'run_begin':
             if begun and (e.get('run_id') is None or e.get('run_id') != run_id):
-                now, k = runs[-1], len(runs[-1])
-                while k and now[k-1].get('when') == 'before': k -= 1      # what was measured before the new run belongs to it
-                runs.append(now[k:]); del now[k:]
+                k = len(now.events)
+                while k and now.events[k-1].get('when') == 'before': k -= 1      # what was measured before the new run belongs to it
+                runs.append(_Run(now.cut(k)))
             run_id, begun = e.get('run_id'), True
         elif kind == 'resume':
-            if len(runs) > 1 and not any(o['event'] in ('log', 'save', 'run_end') for o in runs[-1]):  # this run continues the one before
-                last = runs.pop(); runs[-1] += last
-            runs[-1] = [o for o in runs[-1] if o.get('step', 0) <= e.get('step', 0)]
-        runs[-1].append(e)
-    return [r for r in runs if r]
+            if len(runs) > 1 and not any(o['event'] in ('log', 'save', 'run_end') for o in now.events):  # this run continues the one before
+                runs.pop()
+                runs[-1].add(now.events)
+            runs[-1].drop_later(e.get('step', 0))
+        runs[-1].add([e])
+    return [r.events for r in runs if r.events]
+
 
 # %% ../nbs/08_runlog.ipynb #238db08f
 class RunLog:
@@ -118,7 +147,8 @@ class RunLog:
             self._fd = None
 
 # %% ../nbs/08_runlog.ipynb #92cac854
-_LONG = 64 << 20        # bytes; a longer line is no event
+_MANY = 2 << 20         # values of a line, about
+_DEEP = 32              # dicts and lists inside each other
 
 def _is_number(v): return v is None or type(v) in (int, float) and abs(v) < 1e30       # a NaN or an infinity is not less
 def _is_share(v): return type(v) in (int, float) and 0 <= v <= 1 + 1e-9
@@ -159,19 +189,29 @@ def _is_event(e):
     known = _KNOWN.get(kind, {})
     return all(ok(e[k]) for k,ok in (*_EVERY.items(), *known.items()) if k in e) and e.get('step', 0) is not None and all(e.get(k) is not None for k in _NEEDED.get(kind, ()))
 
+def _is_shallow(v):
+    "Are dicts and lists nested at most `_DEEP` deep?"
+    level = [v]
+    for _ in range(_DEEP):
+        level = [x for o in level for x in (o.values() if isinstance(o, dict) else o) if isinstance(x, (dict, list))]
+        if not level: return True
+    return False
+
 def _parse(line):
     "Event in a line, or None"
+    if line == b'\n' or line.count(b'[') + line.count(b'{') + line.count(b',') > _MANY: return None
     try: e = json.loads(line.decode('utf-8', 'replace'), parse_constant=lambda c: None)
     except (ValueError, RecursionError): return None
-    return {'step': 0, **e} if _is_event(e) else None
+    return {'step': 0, **e} if isinstance(e, dict) and _is_shallow(e) and _is_event(e) else None
 
 def _complete(f):
     "(line, bytes) of each complete line from here on; of a line that is absurdly long b'' and its bytes"
-    while line := f.readline(_LONG):
-        n = len(line)
-        while not line.endswith(b'\n') and len(line) == _LONG: line = f.readline(_LONG); n += len(line)
-        if not line.endswith(b'\n'): return
-        yield (line if n == len(line) else b''), n
+    while line := f.readline(_LONG + 1):
+        n, end = len(line), line
+        if n > _LONG: line = b''
+        while end and not end.endswith(b'\n'): end = f.readline(1 << 20); n += len(end)
+        if not end: return
+        yield line, n
 
 @patch
 def _lines(self:RunLog):
@@ -181,7 +221,7 @@ def _lines(self:RunLog):
 @patch
 def _found(self:RunLog, kinds):
     "Events of the file; of other kinds than `kinds` only that they were there, and they are not parsed"
-    head, stubs = b'{"event":"', {}
+    head, stubs, kinds = b'{"event":"', {}, kinds and kinds | {'run_begin', 'resume', 'eval', 'sample'}
     for l in self._lines():
         if kinds and l.startswith(head) and (k := l[len(head):l.find(b'"', len(head))].decode('utf-8', 'replace')) not in kinds: yield stubs.setdefault(k, {'event': k})
         elif e := _parse(l): yield e
@@ -193,6 +233,13 @@ def damaged(self:RunLog)->int:
     except (FileNotFoundError, NotADirectoryError): return 0
 
 @patch
+def _runs(self:RunLog, kinds):
+    "Surviving events of each run, all that are of these kinds"
+    try: return survivors(self._found(kinds))
+    except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(
+        errno.ENOENT, f"no run here: {self.path.name} does not exist{self._neighbours()}", str(self.dir)) from None
+
+@patch
 def events(self:RunLog,
     kind=None,      # kind of event, several kinds, or None: all
     since:int=0,    # first step
@@ -201,10 +248,7 @@ def events(self:RunLog,
 )->list: # event dicts, oldest first
     "Surviving events of a run"
     kinds = {kind} if isinstance(kind, str) else None if kind is None else set(kind)
-    try: found = list(self._found(kinds and kinds | {'run_begin', 'resume', 'eval', 'sample'}))
-    except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(
-        errno.ENOENT, f"no run here: {self.path.name} does not exist{self._neighbours()}", str(self.dir)) from None
-    runs = survivors(found)
+    runs = self._runs(kinds)
     if not runs: return []
     if not -len(runs) <= run < len(runs): raise ValueError(f"run={run}, but this file holds {len(runs)} run{'s'*(len(runs) > 1)}")
     return [e for e in runs[run] if (kinds is None or e['event'] in kinds) and e.get('step', 0) >= since and all(e.get(k) == v for k,v in where.items())]
@@ -266,8 +310,35 @@ def series(self:RunLog,
     found = [e for e in self.events(kind, **where) if field in e]
     return [e['step'] for e in found], [e[field] for e in found]
 
+class _Reading(RunLog):
+    "A run log as it stood when it was first asked: the file is read once, and every answer is from the same moment."
+    @cached_property
+    def _parsed(self):
+        found, damaged = [], 0
+        for l in self._lines():
+            if e := _parse(l): found.append(e)
+            else: damaged += l != b'\n'
+        return survivors(found), damaged
+
+    def _runs(self, kinds):
+        try: return self._parsed[0]
+        except (FileNotFoundError, NotADirectoryError): return super()._runs(kinds)     # which says what is nearby
+
+    @property
+    def damaged(self):
+        try: return self._parsed[1]
+        except (FileNotFoundError, NotADirectoryError): return 0
+
+    @cached_property
+    def units(self): return RunLog.units.fget(self)
+    @cached_property
+    def _selections(self): return RunLog.selections(self)
+    def selections(self): return list(self._selections)
+
+def _read_once(run): return run if isinstance(run, _Reading) else _Reading(run.path if isinstance(run, RunLog) else run)
+
 @patch
 def _repr_markdown_(self:RunLog):
-    n = {}
-    for e in self.events(): n[e['event']] = n.get(e['event'], 0) + 1
-    return '\n'.join([f"**{self.dir.name}**: {self.status}", '', '| event | count |', '|---|---|', *(f'| {k} | {v} |' for k,v in n.items())])
+    log, n = _read_once(self), {}
+    for e in log.events(): n[e['event']] = n.get(e['event'], 0) + 1
+    return '\n'.join([f"**{self.dir.name}**: {log.status}", '', '| event | count |', '|---|---|', *(f'| {k} | {v} |' for k,v in n.items())])

@@ -13,7 +13,7 @@ from . import _require
 _require('torch', 'transformers', 'safetensors')
 
 # %% ../nbs/13_sources.ipynb #083f67d8
-import copy, csv, hashlib, io, json, os, random, shutil, socket, time, uuid, warnings
+import copy, csv, hashlib, io, json, os, random, socket, warnings
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 import alf_nb, torch, transformers
+from .files import replacing
 from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -97,20 +98,10 @@ def _sealed(folder):
 def _publish(build, folder):
     "Have `build` fill a new folder, seal it and put it in the place of `folder` in one move"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for old in folder.parent.glob('.building-*'):            # what a killed process left behind
-        if time.time()-old.stat().st_mtime > 86_400: shutil.rmtree(old, ignore_errors=True)
-    new = folder.parent/f'.building-{uuid.uuid4().hex}'
-    new.mkdir()
-    try:
-        build(new); _seal(new)
-        if folder.exists() and not _sealed(folder):
-            trash = folder.parent/f'.building-{uuid.uuid4().hex}'
-            folder.rename(trash); shutil.rmtree(trash, ignore_errors=True)
-        if not folder.exists():
-            try: new.rename(folder)
-            except OSError:
-                if not _sealed(folder): raise               # else another process was faster
-    finally: shutil.rmtree(new, ignore_errors=True)
+    with replacing(folder, durable=False, keep=_sealed) as new:     # what is there and whole came from a faster process
+        new.mkdir()
+        build(new)
+        _seal(new)
 
 # %% ../nbs/13_sources.ipynb #88171dd1
 def _from_gguf(file, progress=True):

@@ -12,7 +12,7 @@ from . import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
 # %% ../nbs/09_trainer.ipynb #1f285fd4
-import copy, functools, hashlib, json, math, os, re, shutil, sys, threading, time, uuid, warnings, weakref
+import copy, functools, hashlib, json, math, os, re, sys, threading, time, uuid, warnings, weakref
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -24,11 +24,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
 from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
+from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
-from .policies import POLICIES, Policy, _ballot, adjusted, match_units
-from .probe import _model_loss, probe_gradients
+from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
+from .probe import _model_loss, _same_draws, _same_modules, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .resume import (_check_loaded, _check_names, _check_parked, _check_references, _named, _read_state, _read_tensors,
                            _State, _Totals)
@@ -99,7 +100,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         cost_aware:bool|None=None,   # weigh importance against the cost of reaching a unit
         strata:int|None=None,        # bands of the depth in each of which every role gets the same share of the budget; 0: the best of all, wherever they are; default 3, and 0 for blocks, a threshold, a policy of your own, or beside cost_aware
         reach:float|None=None,       # how much of the depth trains, from the top: at 0.8 the lowest fifth of the blocks stays frozen, with all below, and is left out of the backward pass; default 1
-        pin=(),                      # units that always train: exact names, layer names or globs
+        pin=(),                      # units that always train: names of units, layers or towers, `embeddings`, `head`, `kind:norm`, or globs
         ban=(),                      # units that never train
         state:str|None=None,         # optimizer state of leavers: 'v', 'full' or 'drop'; default 'v'
         references:str|None=None,    # where reference weights live: 'device' (default), 'host'; '8bit': rounded, a quarter of the memory; 'none': rates from the optimizer's last update
@@ -180,6 +181,28 @@ def _thaw_leftovers(model):
         if n in frozen: p.requires_grad_(True)
     if frozen: setattr(model, _LEFTOVER, ())
 
+class _AllocatorGuard:
+    "AdaLoRA's `update_and_allocate`, which says in words that it needs the gradient of every adapter"
+    def __init__(self, model):
+        self.model, self.real = model, model.update_and_allocate
+        model.update_and_allocate = self
+
+    def __call__(self, *args, **kwargs):
+        frozen = [k for k,p in self.model.named_parameters() if 'lora_' in k and f'.{self.model.trainable_adapter_name}' in k and not p.requires_grad]
+        if frozen:
+            raise RuntimeError(f"AdaLoRA's update_and_allocate needs the gradient of every adapter, and ALF has frozen {len(frozen)} of their weights, such as {frozen[0]}: "
+                               "leave the call of update_and_allocate out, train all adapters (policy='full'), or take LoRA instead of AdaLoRA")
+        return self.real(*args, **kwargs)
+
+    def remove(self): self.model.__dict__.pop('update_and_allocate', None)
+
+def _guard_allocators(model, policy):
+    "AdaLoRA and ALF both choose among the adapters"
+    found = [m for m in model.modules() if hasattr(m, 'rankallocator') and hasattr(m, 'update_and_allocate')]
+    if found and policy.name != 'full':
+        warnings.warn("AdaLoRA: its update_and_allocate cannot be called while ALF freezes adapters, so ranks stay as they are. Leave that call out, or train all adapters (policy='full')")
+    _NOTES.setdefault(model, []).extend(map(_AllocatorGuard, found))
+
 def _check_engine(args, model, ddp=None):
     "Refuse what cannot work, before the first step"
     if getattr(args, 'deepspeed', None) or os.environ.get('ACCELERATE_USE_DEEPSPEED', '').lower() in ('1', 'true'):
@@ -214,6 +237,22 @@ def _trainer_loss(trainer):
         finally: vars(trainer).update(kept)
     return loss
 
+_AT_WORK = []       # runs in the background that have not ended
+
+def _one_model(a, b): return any(m is b for m in a.modules()) or any(m is a for m in b.modules())      # adapters and torch.compile wrap it
+
+def _others():
+    "Runs that go on in the background, but not in this thread"
+    return [run for run in tuple(_AT_WORK) if run.alive and run._thread is not threading.current_thread()]
+
+def _is_busy(model, run): return None not in (model, run.trainer.model) and _one_model(model, run.trainer.model)
+
+def _refuse_beside(model, trainer=None, callbacks=()):
+    "A second training of a model, a Trainer or a callback would spoil the one that runs: it is refused before it has touched anything"
+    for run in _others():
+        what = "this model" if trainer is run.trainer or _is_busy(model, run) else "this ALFCallback" if any(c is run.callback for c in callbacks) else None
+        if what: raise RuntimeError(f"{what} is training in the background: {run!r}. Wait for it, run.wait(), or end it first, run.stop()")
+
 def _check_alone(model, state):
     "Two callbacks in one Trainer would each undo what the other selects"
     if getattr(model, _TRAINS, None) is state: raise ValueError("this Trainer has two ALFCallbacks (or one twice): give it one, and two wishes as one policy")
@@ -224,7 +263,9 @@ def _partition(self:ALFCallback, model):
     "The model as units, and those that could train"
     layers = partition_layers(model, unit=self.unit, kinds=self.kinds)
     units = tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
-    self._asked_policy = self._within_reach(self._wished, layers.n_blocks, units)
+    presumed = () if self._given['pin'] else PRESETS[self._given['preset']].get('pin', ())      # a preset pins what there is
+    wished = replace(self._wished, pin=tuple(p for p in self._wished.pin if p not in presumed or _meant(p, units)))
+    self._asked_policy = self._within_reach(wished, layers.n_blocks, units)
     return layers, units
 
 @patch
@@ -256,7 +297,7 @@ def _is_compiled(args, model): return bool(getattr(args, 'torch_compile', False)
 @functools.cache
 def _graphs_see_freezing():
     "Does `torch.compile` make another graph when a parameter is frozen? That of torch 2.6 does not"
-    made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)
+    with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # weights are drawn, and once per process only
     f = torch.compile(one, backend=lambda graph, _: made.append(graph) or graph.forward)
     f(x); one.requires_grad_(False); f(x)
     return len(made) > 1
@@ -273,7 +314,7 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
     self._join_trackers()
     if model is None: return
-    _thaw_leftovers(model)
+    if not any(_is_busy(model, run) for run in _others()): _thaw_leftovers(model)      # else what is frozen is meant to be
     self._loaded_for,self._on_load = None,model.register_load_state_dict_post_hook(lambda model, _: self._freeze_for_load(args, model))
 
 @patch
@@ -295,6 +336,7 @@ def _given_folder(self:ALFCallback, args): return self.resume_from or (args.resu
 @patch
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
+    _refuse_beside(model, callbacks=[self])
     self._t_begin = time.perf_counter(); self._join_trackers()
     if self._on_load is not None: self._on_load.remove(); self._on_load = None
     self._ddp = find_ddp(model)
@@ -326,6 +368,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self._odd,self._spoilt,self._bare = {},[],False
     if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)      # fp16's scaler overflows on purpose, and leaves such steps out itself
+    _guard_allocators(model, self.policy)
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
     compiled = _is_compiled(args, model)
@@ -371,6 +414,11 @@ def _to_device(batch, device):
 
 @patch
 def _probe(self:ALFCallback, step, n_batches):
+    "Gradient signals of all candidates; what training sees and draws is the same without it"
+    with _same_draws(), _same_modules(self.layers.model): self._probe_now(step, n_batches)
+
+@patch
+def _probe_now(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from batches of their own seeded draw"
     t0 = time.perf_counter()
     rank,world = self._args.process_index,self._args.world_size
@@ -384,7 +432,7 @@ def _probe(self:ALFCallback, step, n_batches):
         loader = DataLoader(data, batch_size=size, sampler=mine, collate_fn=self._loader.collate_fn)
     else: loader = (b for b,_ in zip(DataLoader(data, batch_size=size, collate_fn=self._loader.collate_fn), range(n_batches)))
     device = next(self.layers.model.parameters()).device
-    self.layers.model.train()
+    if not self.layers.model.training: self.layers.model.train()      # parts that are kept in eval mode stay in it
     eligible = [u.name for u in self.units if u.eligible]
     found = probe_gradients(self.layers, (_to_device(b, device) for b in loader), eligible, loss=self._loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
     first = not self.tracker.values.get('gain')
@@ -847,17 +895,16 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     weights,state_of = _fingerprint(self.layers),unwrap_optimizer(self._optimizer).state
     folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
     if not (state.is_world_process_zero and folder.is_dir()): return      # of weights in pieces, the others have sent what they hold
-    part = folder/f'alf.part-{os.getpid()}'
-    shutil.rmtree(part, ignore_errors=True); part.mkdir()
-    save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
     saved = _State(
         version=1, run_id=self.run_id, step=state.global_step, config=self.config, weights=weights,
         units=[(u.name, u.n_params) for u in self.units], selection=self.selection, tracker=self.tracker.state_dict(),
         marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain,
         optimizer=made_up or [k for k,p in params.items() if state_of.get(p)], made_up=made_up,
         policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
-    with open(part/'state.json', 'w', encoding='utf-8') as f: json.dump(saved.to_dict(), f); f.flush(); os.fsync(f.fileno())
-    shutil.rmtree(folder/'alf', ignore_errors=True); os.replace(part, folder/'alf')
+    with replacing(folder/'alf', durable=False) as part:      # the seal flushes all
+        part.mkdir()
+        save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
+        (part/'state.json').write_text(json.dumps(saved.to_dict()), encoding='utf-8')
     seal_checkpoint(folder)      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()

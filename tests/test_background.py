@@ -1,8 +1,10 @@
 "Training in a thread: steered at random it stays exact, and a real kernel shows what went wrong in it."
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import nbformat
@@ -13,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from alf_nb.background import train_in_background
 from alf_nb.demo import demo_dataset, demo_model
+from alf_nb.loop import ALFLoop
 from alf_nb.runlog import RunLog
 from alf_nb.trainer import ALFCallback
 
@@ -107,6 +110,115 @@ def test_waiting_has_an_end(tmp_path):
     assert run.wait(timeout=.05) is False and run.alive
     run.stop()
     assert run.wait(timeout=30) is True
+
+
+def interrupted(wait):
+    "Call `wait`, which Ctrl-C ends"
+    timer = threading.Timer(.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt): wait()
+    finally: timer.join()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_ctrl_c_ends_the_waiting_and_not_the_run(tmp_path):
+    "The run is alive, trains on, takes wishes and stops; a second run of its model is refused"
+    run = train_in_background(trainer(tmp_path, ALFCallback(budget=.3), Slow(), steps=1000))
+    while run.step < 1: time.sleep(.001)
+    for _ in range(3):
+        interrupted(run.wait)
+        at = run.step
+        assert run.alive and run.status == "running"
+        while run.step <= at + 1: time.sleep(.001)
+    with pytest.raises(RuntimeError, match="this model is training"): train_in_background(run.trainer)
+    run.pause(); run.resume(); run.stop()
+    assert run.wait(timeout=60) and not run.alive and run.status == "stopped"
+    train_in_background(trainer(tmp_path/"again", ALFCallback(budget=.3), steps=2)).wait()
+
+
+def test_a_second_training_of_the_model_is_refused_and_the_first_goes_on(tmp_path):
+    "The same Trainer, another one with ALF and one without, a wrapped model, a loop, the callback elsewhere; bit for bit nothing has happened"
+    plain = trainer(tmp_path/"plain", ALFCallback(budget=.3, interval=8)); plain.train()
+    live, args = trainer(tmp_path/"live", ALFCallback(budget=.3, interval=8), Slow()), trainer(tmp_path/"other", ALFCallback()).args
+    model, free = live.model, demo_model()
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self): super().__init__(); self.inner = model
+
+        def forward(self, **kw): return self.inner(**kw)
+
+    def other(m, *c): return Trainer(m, args, train_dataset=demo_dataset(), callbacks=list(c))
+    same_callback = other(free, live.callback_handler.callbacks[2])
+    assert isinstance(same_callback.callback_handler.callbacks[2], ALFCallback)
+    trainers = dict(same=live, other=other(model, ALFCallback()), without=other(model), wrapped=other(Wrapped()), inside=other(model.model), callback=same_callback)
+    seconds = dict(loop=lambda: ALFLoop(model, torch.optim.AdamW(model.parameters()), [], max_steps=2), background=lambda: train_in_background(run.trainer))
+    torch.manual_seed(3)                                                 # as making the plain one left it
+    run = train_in_background(live)
+    while run.step < 3: time.sleep(.001)
+    for name, second in (seconds | {k: lambda t=t: t.train() for k, t in trainers.items()}).items():
+        with pytest.raises(RuntimeError, match=f"this {'ALFCallback' if name == 'callback' else 'model'} is training in the background.*run.stop()"): second()
+    run.wait()
+    assert run.status == "complete" and RunLog(tmp_path/"live").status == "complete"
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), model.state_dict().values()))
+    other(model, ALFCallback()).train()                                  # when it is over, the model trains again
+    trainer(tmp_path/"free", ALFCallback(), steps=2).train()
+
+
+def test_the_next_training_is_prepared_while_one_runs(tmp_path):
+    "New TrainingArguments empty what accelerate knows of the process, and a new callback thaws what a dead run left frozen: neither may reach the run"
+    plain = trainer(tmp_path/"plain", ALFCallback(budget=.3, interval=8)); plain.train()
+    run, made = train_in_background(trainer(tmp_path/"live", ALFCallback(budget=.3, interval=8), Slow())), 0
+    while run.step < 1 and run.alive: time.sleep(.001)
+    while run.alive:
+        args, made = TrainingArguments(output_dir=str(tmp_path/"next"), report_to=[], use_cpu=True), made + 1
+        ALFCallback().on_init_end(args, None, None, model=run.trainer.model)
+    assert run.wait() and made > 5
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), run.trainer.model.state_dict().values()))
+
+
+def test_of_six_threads_that_start_at_once_one_starts(tmp_path):
+    shared, gate, runs, refused = trainer(tmp_path, ALFCallback(budget=.3), Slow(), steps=400), threading.Barrier(6), [], []
+
+    def start():
+        gate.wait()
+        try: runs.append(train_in_background(shared))
+        except RuntimeError as e: refused.append(str(e))
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(runs) == 1 and len(refused) == 5 and all("this model is training" in r for r in refused)
+    runs[0].stop(); assert runs[0].wait(timeout=60)
+
+
+def test_when_no_thread_is_to_be_had_nothing_is_left_behind(tmp_path, monkeypatch):
+    run_of = trainer(tmp_path, ALFCallback(budget=.3), steps=2)
+
+    def none(self): raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as m:
+        m.setattr(threading.Thread, "start", none)
+        with pytest.raises(RuntimeError, match="can't start new thread"): train_in_background(run_of)
+    assert train_in_background(run_of).wait()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_child_has_no_run(tmp_path):
+    "Threads do not come along: there the model is free"
+    run = train_in_background(trainer(tmp_path, ALFCallback(budget=.3), Slow(), steps=1000))
+    pid = os.fork()
+    if not pid: os._exit(int(run.alive))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    run.stop(); run.wait()
+    assert code == 0
+
+
+def test_a_run_does_not_wait_for_itself(tmp_path):
+    class Waits(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kw): runs[0].wait()
+    runs = []
+    gated = trainer(tmp_path, ALFCallback(budget=.3), Slow(), Waits())
+    run = train_in_background(gated); runs.append(run)
+    with pytest.raises(RuntimeError, match="cannot wait for its own end"): run.wait()
 
 
 @pytest.mark.parametrize("end", ["", "run.pause(); 1/0"])

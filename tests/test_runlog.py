@@ -146,3 +146,114 @@ def test_a_filter_does_not_parse_the_rest(tmp_path):
     fast = time.perf_counter()-t
     t = time.perf_counter(); assert len(l.events()) == 5000
     assert fast < time.perf_counter()-t          # lines of other kinds are not parsed
+
+class Counted:
+    "Counts how often a file is opened for reading"
+    def __init__(self, monkeypatch, path):
+        import builtins
+        self.n, real = 0, builtins.open
+        def counting(file, *args, **kw):
+            self.n += str(file) == str(path)
+            return real(file, *args, **kw)
+        monkeypatch.setattr(builtins, 'open', counting)
+
+def test_a_report_reads_the_log_once(tmp_path, monkeypatch):
+    from fake_run import fake_run
+    from alf_nb.reports import summarize, write_report
+    log = fake_run(tmp_path)
+    opened = Counted(monkeypatch, log.path)
+    for read in (write_report, summarize, lambda l: l._repr_markdown_()):
+        opened.n = 0
+        read(log)
+        assert opened.n == 1, read
+
+def test_a_report_of_blank_and_broken_lines_is_as_quick_as_reading_them(tmp_path):
+    from fake_run import fake_run
+    from alf_nb.reports import write_report
+    log = fake_run(tmp_path)
+    with open(log.path, 'ab') as f: f.write(b'\n'*40_000 + b'{"event":\n'*5_000)
+    begun = time.process_time()
+    page = write_report(log).read_text()
+    assert time.process_time() - begun < 5
+    assert '5,000 lines of the run log are damaged' in page
+
+def many_units(path, n):
+    from alf_nb.records import UnitInfo
+    units = [UnitInfo(f'block.{i//8}.w{i%8}', f'block.{i//8}', 'matrix', f'w{i%8}', 1000, i//8, ((10, 100),)) for i in range(n)]
+    with RunLog(path) as log:
+        log.write('run_begin', run_id='a', units=units, n_total=1000*n, max_steps=20, config=dict(signal='gain'))
+        for step in (0, 10):
+            names = [u.name for u in units[step::3]]
+            log.write('probe', step=step, signals=dict(gain={u.name: i % 97 for i,u in enumerate(units)}))
+            log.write('select', step=step, names=names, entered=names, left=[], reason='r', policy='budget', share=.3)
+        log.write('run_end', step=20)
+    return log
+
+def test_a_report_of_forty_thousand_units_takes_seconds(tmp_path):
+    from alf_nb.reports import write_report
+    took = {}
+    for n in (20_000, 40_000):
+        log, begun = many_units(tmp_path/str(n), n), time.process_time()
+        page = write_report(log)
+        took[n] = time.process_time() - begun
+        assert page.stat().st_size < 20e6
+    assert took[40_000] < 30 and took[40_000] < 4*took[20_000], took
+    assert len(RunLog(tmp_path/'40000').units) == 40_000 and RunLog(tmp_path/'40000').damaged == 0
+
+def test_a_report_of_as_many_roles_as_units_takes_seconds(tmp_path):
+    from alf_nb.records import UnitInfo
+    from alf_nb.reports import write_report
+    units = [UnitInfo(f'layer{i}', f'layer{i}', 'matrix', f'role{i}', 1000, i, ((10, 100),)) for i in range(8_000)]
+    with RunLog(tmp_path) as log:
+        log.write('run_begin', units=units, n_total=8_000_000)
+        log.write('select', names=[u.name for u in units], entered=[], left=[], reason='r', policy='full', share=1.)
+    begun = time.process_time()
+    write_report(log)
+    assert time.process_time() - begun < 15
+
+HOSTILE = {'brackets beside each other': b'{"event":"log","x":[' + b'[],'*(8 << 20) + b'[]]}', 'a list of brackets': b'[]'*(30 << 20), 'sixty MiB of text': b'{"event":"sample","text":"' + b'x'*(60 << 20) + b'"}',
+           'brackets inside each other': b'{"event":"log","x":' + b'['*(10 << 20) + b']'*(10 << 20) + b'}', 'numbers': b'{"event":"log","x":[' + b'0.5,'*(7 << 20) + b'1]}',
+           'keys': b'{"event":"log","x":{' + b','.join(b'"%d":{}' % i for i in range(2 << 20)) + b'}}'}
+
+@pytest.mark.parametrize('what', HOSTILE)
+def test_a_line_that_would_cost_much_is_passed_over(tmp_path, what):
+    import tracemalloc
+    log = RunLog(tmp_path)
+    log.path.write_bytes(b'{"event":"log","step":1,"loss":1.5}\n' + HOSTILE[what] + b'\n{"event":"log","step":2,"loss":1.25}\n')
+    tracemalloc.start()
+    try:
+        assert log.series('log', 'loss') == ([1, 2], [1.5, 1.25])
+        assert [e['step'] for e in log.poll()] == [1, 2]
+        assert log.damaged == 1
+        peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    assert peak < 130 << 20, f'{peak >> 20} MiB'
+
+@pytest.mark.parametrize('deep,counts', [(31, True), (32, False), (900, False), (200_000, False)])
+def test_nesting_is_bounded(tmp_path, deep, counts):
+    log = RunLog(tmp_path)
+    log.path.write_bytes(b'{"event":"log","x":' + b'['*deep + b']'*deep + b'}\n{"event":"log","x":' + b'{"a":'*deep + b'1' + b'}'*deep + b'}\n{"event":"log"}\n')
+    assert len(log.events('log')) == (3 if counts else 1) and log.damaged == (0 if counts else 2)
+
+def test_a_log_resumed_thousands_of_times_is_read_in_seconds():
+    at = lambda kind, step: dict(event=kind, step=step)
+    events = [at('log', 0)]*20_000 + [at('log', 5), at('resume', 1)]*10_000
+    begun = time.process_time()
+    (run,) = survivors(events)
+    assert time.process_time() - begun < 5
+    assert len(run) == 30_000 and all(e['step'] < 5 for e in run)
+
+def test_a_reader_of_one_moment_does_not_mix_moments(tmp_path):
+    from alf_nb.runlog import _read_once
+    log = RunLog(tmp_path)
+    log.write('log', step=1)
+    once = _read_once(log)
+    assert len(once.events()) == 1
+    log.write('log', step=2)
+    assert len(once.events()) == 1 and once.damaged == 0 and len(log.events()) == 2
+    with pytest.raises(FileNotFoundError, match='no run here'): _read_once(tmp_path/'nowhere').events()
+    assert _read_once(tmp_path/'nowhere').damaged == 0
+
+def test_an_event_that_readers_would_pass_over_is_warned_about(tmp_path):
+    with RunLog(tmp_path) as log, pytest.warns(UserWarning, match="'sample' takes 33 MiB"): log.write('sample', text='x'*(33 << 20))
+    assert log.damaged == 1
