@@ -16,16 +16,16 @@ import inspect, json, math, re, sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from .kernels import empty_reference
-from .optim import FIRST_MOMENTS, STATE_MODES, unwrap_optimizer
+from .optim import FIRST_MOMENTS, STATE_MODES, _entry, _is_repeated, _members, _states, _tensors
 from .policies import POLICIES, Policy, match_units
 from .records import KINDS, Selection
-from .shards import local_tensor
+from .shards import shard_of
 from .tracker import SIGNALS
 
 # %% ../nbs/08c_resume.ipynb #571c8c52
@@ -87,13 +87,18 @@ def _typed(kind, v, where, known):
         v = _typed(args[0], v, where, known)
         for rule in args[1:]: rule(v, where, known)
         return v
-    if origin in (Union, UnionType): return None if v is None else _typed(args[0], v, where, known)      # X or None
+    if origin in (Union, UnionType): return _typed(_one_of(args, v), v, where, known)
     if origin is Literal:
         if not any(type(v) is type(a) and v == a for a in args):
             raise ValueError(f"{where} is {_shown(v)}, not one of {', '.join(map(repr, args))}")
         return v
     if origin in (dict, list, tuple): return _typed_items(origin, args, v, where, known)
     return _typed_record(kind, v, where, known) if is_dataclass(kind) else _typed_plain(kind, v, where)
+
+def _one_of(kinds, v):
+    "Of several types the one that `v` looks like"
+    if v is None and NoneType in kinds: return object
+    return next((k for k in kinds if (get_origin(k) is list) == isinstance(v, list)), kinds[0])
 
 def _expect(kind, v, where):
     if type(v) is not kind: raise ValueError(f"{where} is {_shown(v)}, not a {kind.__name__}")
@@ -188,13 +193,14 @@ class _State:
     weights:Annotated[str, _Like('[0-9a-f]{64}', 'a SHA-256 in hexadecimal digits')]
     selection:Selection
     tracker:_Tracked
-    marks:dict[_Unit, tuple[_Step, _Amount]]      # where a unit's window begins: step, and `cum_lr` of its group
-    cum_lr:list[_Amount]                          # sum of the learning rates so far, one per parameter group
+    marks:dict[_Unit, tuple[_Step, _Amount|list[_Amount]]] # where a window begins: step, `cum_lr` of its parameters
+    cum_lr:list[_Amount]                          # sums of the learning rates so far, one wherever they are read
     totals:_Totals
     new_state:bool                                # are the bytes of this selection yet to be counted?
     parked:dict[_Parameter, dict[str, _Plain]]    # what is no tensor in the state of frozen parameters
     optimizer:list[_Parameter]                    # parameters with optimizer state
     made_up:list[_Parameter]                      # those that got theirs only to be saved
+    first:dict[_Parameter, dict[str, _Plain]]     # what is no tensor in the state of before the first step
     policy:_PolicyDict                            # in force
     again:bool                                    # was a selection asked for that is yet to be made?
     banned:list[_Unit]                            # frozen for good
@@ -217,12 +223,13 @@ class _State:
 # %% ../nbs/08c_resume.ipynb #aee84f0b
 def _doubled(names): return len(set(names)) < len(names)
 
-def _misfits(s:_State, units, group, n_groups):
+def _misfits(s:_State, units, rates_of, n_rates):
     "Where the fields of a state contradict one another or the model, in words"
-    if len(s.cum_lr) != n_groups:
-        yield f"cum_lr has {len(s.cum_lr)} sums, and the optimizer has {n_groups} groups"; return
+    if len(s.cum_lr) != n_rates:
+        yield f"cum_lr has {len(s.cum_lr)} sums, and the optimizer has {n_rates} learning rates"
+        return
     yield from _odd_selection(s, {u.name: u.n_params for u in units})
-    yield from _odd_numbers(s, group)
+    yield from _odd_numbers(s, rates_of)
     trains = set(s.selection.names)
     if both := [n for n in s.banned if n in trains]: yield f"banned has {both[0]}, which trains"
     if any(map(_doubled, (s.banned, s.optimizer, s.made_up))): yield "banned, optimizer or made_up has a name twice"
@@ -241,7 +248,7 @@ def _odd_selection(s, size):
     if s.config.references != 'none' and (missing := [n for n in sel.names if n not in s.marks]):
         yield f"marks has no {missing[0]}, which trains"
 
-def _odd_numbers(s, group):
+def _odd_numbers(s, rates_of):
     t,values,steps = s.totals,s.tracker.values,s.tracker.steps
     if t.steps != s.step: yield f"totals.steps is {t.steps} at step {s.step}"
     if t.share_sum > t.steps*t.share_peak*(1 + 1e-6) + 1e-9:
@@ -252,8 +259,11 @@ def _odd_numbers(s, group):
     for k in set(values) - {'gain', 'descent'}:      # these two may be negative
         if low := [n for n,v in values[k].items() if v < 0]: yield f"tracker.values.{k}.{low[0]} is below 0"
     for n,(_,lr) in s.marks.items():
-        if n in group and lr > (most := s.cum_lr[group[n]]):
-            yield f"marks.{n} begins at {lr:g}, beyond the sum of its group, {most:g}"
+        most = [s.cum_lr[k] for k in rates_of[n]]
+        if isinstance(lr, list) and len(lr) != len(most):
+            yield f"marks.{n} has {len(lr)} sums of learning rates, not {len(most)}"
+        elif any(x > m for x,m in zip(lr if isinstance(lr, list) else [lr]*len(most), most)):
+            yield f"marks.{n} begins beyond the sum of its learning rates, {max(most):g}"
 
 # %% ../nbs/08c_resume.ipynb #6b3c81e1
 @contextmanager
@@ -285,22 +295,21 @@ def _read_tensors(folder):
     with _named(folder, 'alf/tensors.safetensors', Exception):      # safetensors has an exception of its own
         return load_file(_plain_file(folder/'alf'/'tensors.safetensors', math.inf))
 
-def _check_names(folder, known, group, n_groups):
+def _check_names(folder, known, rates_of, n_rates):
     "State of a checkpoint of this step and model; a RuntimeError where a name or a number does not fit them"
     s = _read_state(folder, known)
     with _named(folder, 'alf/state.json'):
-        for words in _misfits(s, known['units'], group, n_groups): raise ValueError(words)
+        for words in _misfits(s, known['units'], rates_of, n_rates): raise ValueError(words)
     return s
 
-# %% ../nbs/08c_resume.ipynb #7cd5625b
-def _parts(t):
-    "The tensors that a tensor is made of: itself, or the parts of a subclass such as torchao's"
-    t = local_tensor(t)
-    if not hasattr(t, '__tensor_flatten__'): return [t]
-    return [x for a in t.__tensor_flatten__()[0] for x in _parts(getattr(t, a))]
+# %% ../nbs/08c_resume.ipynb #a11377b4
+def _few(t):
+    "`t`, and of a number that its strides repeat that one"
+    return t.reshape(-1)[:1] if t.numel() and not any(t.stride()) else t
 
-def _is_finite(t):
-    return all(bool(x.isfinite().all()) for x in _parts(t) if x.is_floating_point() and x.element_size() > 1)
+def _is_finite(x):
+    "Is every number finite, in a tensor or in whatever holds tensors?"
+    return all(bool(_few(t).isfinite().all()) for t in _tensors(x) if t.is_floating_point() and t.element_size() > 1)
 
 def _check_numbers(at, t, p):
     "A ValueError where `t` holds NaN or infinity beside a parameter that does not"
@@ -359,19 +368,19 @@ def _first_state(optimizer, group, dim, dtype):
 class _Kept:
     "What an optimizer keeps for a parameter: entry → (shape, dtypes), or None for what is no tensor."
     def __init__(self,
-        optimizer # a torch optimizer, or a wrapper of one
+        optimizer, # a torch optimizer
+        state      # its state: parameter → entries
     ):
-        self.optimizer,self._tried = unwrap_optimizer(optimizer),{}
-        self.name = type(self.optimizer).__name__
-        self._group = {id(p): (i, g) for i,g in enumerate(self.optimizer.param_groups) for p in g['params']}
-        states = [(p, s) for p,s in self.optimizer.state.items() if id(p) in self._group and isinstance(s, dict)]
+        self.optimizer,self.name,self.state,self._tried = optimizer,type(optimizer).__name__,state,{}
+        self.group = {id(p): (i, g) for i,g in enumerate(optimizer.param_groups) for p in g['params']}
+        states = [(p, s) for p,s in state.items() if id(p) in self.group and isinstance(s, dict)]
         self._seen = {self._kind(p): s for p,s in states if s}
 
-    def _kind(self, p): return self._group[id(p)][0],p.shape,p.dtype
+    def _kind(self, p): return self.group[id(p)][0],p.shape,p.dtype
 
     def by_class(self, p):
         "As the class of the optimizer makes it; None: unknown"
-        i,group = self._group[id(p)]
+        i,group = self.group[id(p)]
         key = i,p.dim(),p.dtype
         if key not in self._tried: self._tried[key] = _first_state(self.optimizer, group, p.dim(), p.dtype)
         if (tiny := self._tried[key]) is None: return None
@@ -394,10 +403,12 @@ def _check_entry(at, entry, v, p, want, most):
     "A ValueError where one entry of an optimizer's state cannot be used"
     if entry == 'step': _check_step(at, v, most)
     if want is not None and not isinstance(v, Tensor): raise ValueError(f"{at} is {_shown(v)}, not a tensor")
-    if not isinstance(v, Tensor): return
     if want is not None: _check_form(at, v, *want)
+    room = 4*max(p.numel(), max(p.shape, default=1)**2)
+    if any(t.numel() > room for t in _tensors(v) if _is_repeated(t)):
+        raise ValueError(f"{at} repeats a number too often")
     _check_numbers(at, v, p)
-    if entry in _SQUARES and any(bool((x < 0).any()) for x in _parts(v) if x.is_floating_point()):
+    if entry in _SQUARES and any(bool((_few(x) < 0).any()) for x in _tensors(v) if x.is_floating_point()):
         raise ValueError(f"{at} is negative, and a mean of squares is not")
 
 def _check_bitsandbytes(at, entries, p, optimizer):
@@ -417,40 +428,76 @@ def _check_bitsandbytes(at, entries, p, optimizer):
 def _check_kept(at, entries, p, kept, most, parked=False):
     "A ValueError where the state of one parameter, loaded or parked, is not one that its optimizer could have made"
     if not isinstance(entries, dict): raise ValueError(f"{at} is {_shown(entries)}, not a dict")
-    layout = kept.by_class(p)
-    strict = layout is not None
-    if parked and not strict: layout = kept.by_example(p)
-    if strict and set(layout) != (held := {e for e,v in entries.items() if v is not None}):
+    inside = id(p) in kept.group
+    layout = kept.by_class(p) if inside else None
+    if layout is not None and set(layout) != (held := {e for e,v in entries.items() if v is not None}):
         given = ', '.join(map(str, held))[:200] or 'nothing'
         raise ValueError(f"{at} holds {given}, and {kept.name} keeps {', '.join(layout)}")
+    if layout is None and parked and inside: layout = kept.by_example(p)
     if type(kept.optimizer).__module__.startswith('bitsandbytes'): _check_bitsandbytes(at, entries, p, kept.optimizer)
     for e,v in entries.items():
-        mark = parked and e in FIRST_MOMENTS and isinstance(v, Tensor) and not v.dim() and p.dim()      # 0: zeros
-        if mark and v.is_floating_point():
+        want = (layout or {}).get(e)
+        number = isinstance(v, Tensor) and not v.dim() and p.dim() and v.is_floating_point()
+        if parked and number and e in FIRST_MOMENTS:      # it says: all zeros
             if v.item() != 0: raise ValueError(f"{at}/{e} is one number, {v.item():g}, not 0")
-            if layout and layout.get(e): _check_form(f'{at}/{e}', v, (), layout[e][1])
-            continue
-        _check_entry(f'{at}/{e}', e, v, p, (layout or {}).get(e), most)
+            want = want and ((), want[1])
+        _check_entry(f'{at}/{e}', e, v, p, want, most)
 
-# %% ../nbs/08c_resume.ipynb #0abec020
+# %% ../nbs/08c_resume.ipynb #9bbc4996
+def _all_kept(optimizer):
+    "A `_Kept` for every state of a chain, in the order of `_states`"
+    of = {}
+    for m in _members(optimizer): of.setdefault(id(getattr(m, 'state', None)), m)
+    return [_Kept(of[id(s)], s) for s in _states(optimizer)]
+
 def _check_loaded(optimizer, params):
     "A ValueError where the optimizer as it was loaded would not survive a step; `params` is name → parameter"
-    kept,names = _Kept(optimizer),{id(p): k for k,p in params.items()}
-    for i,g in enumerate(kept.optimizer.param_groups):
-        lr = g.get('lr', 0.)
-        if isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)) or not abs(lr) <= sys.float_info.max:
-            raise ValueError(f"the learning rate of group {i} is {_shown(lr)}")
-    for p,entries in kept.optimizer.state.items():
-        if not isinstance(p, Tensor) or id(p) not in kept._group or entries == {}: continue
-        _check_kept(f"the state of {names.get(id(p), 'a parameter')}", entries, p, kept, _MOST)
+    names = {id(p): k for k,p in params.items()}
+    for m in _members(optimizer):
+        for i,g in enumerate(m.param_groups):
+            lr = g.get('lr', 0.)
+            if lr is None: continue
+            if isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)) or not abs(lr) <= sys.float_info.max:
+                raise ValueError(f"the learning rate of group {i} is {_shown(lr)}")
+    for kept in _all_kept(optimizer):
+        for p,entries in kept.state.items():
+            if id(p) not in kept.group or entries == {}: continue
+            _check_kept(f"the state of {names.get(id(p), 'a parameter')}", entries, p, kept, _MOST)
 
-def _check_parked(held, params, trains, optimizer, step):
-    "A ValueError where the state of a frozen parameter, name → entries, could not be handed back to it"
-    kept = _Kept(optimizer)
-    steps = [s['step'] for s in kept.optimizer.state.values() if isinstance(s, dict) and 'step' in s]
+def _check_states(word, held, params, trains, optimizer, step):
+    "A ValueError where saved state, parameter name → entry → value, could not be handed back to its parameter"
+    every = _all_kept(optimizer)
+    steps = [s['step'] for k in every for s in k.state.values() if isinstance(s, dict) and 'step' in s]
     most = max([step, *map(float, steps)])      # an optimizer may have made steps before the run
     for k,entries in held.items():
-        if k not in params: raise ValueError(f"parked/{k[:200]} is the state of a parameter that this model lacks")
-        if k in trains: raise ValueError(f"parked/{k} is the state of a parameter that trains")
-        if not entries: raise ValueError(f"parked/{k} holds nothing")
-        _check_kept(f'parked/{k}', entries, params[k], kept, most, parked=True)
+        if k not in params: raise ValueError(f"{word}/{k[:200]} is the state of a parameter that this model lacks")
+        if k in trains: raise ValueError(f"{word}/{k} is the state of a parameter that trains")
+        if not entries: raise ValueError(f"{word}/{k} holds nothing")
+        of = {}
+        for e,v in entries.items():      # `1|exp_avg` is the second one's of a chain
+            at,_,_ = e.rpartition('|')
+            if at and not (at.isdigit() and at.isascii() and int(at[:9]) < len(every)):
+                raise ValueError(f"{word}/{k}/{e[:200]} is the state of no optimizer")
+            of.setdefault(int(at or 0), {})[_entry(e)] = v
+        for i,mine in of.items(): _check_kept(f'{word}/{k}', mine, params[k], every[i], most, parked=True)
+
+def _check_tensor_names(tensors, saved, params):
+    "A ValueError where a tensor is neither a reference nor part of a state"
+    part = {t for word in (saved.parked, saved.first) for t in _named_parts(word)}
+    for key in tensors:
+        word,_,rest = key.partition('/')
+        name,_,entry = rest.rpartition('/')
+        if word == 'ref' or key in part or word in ('parked', 'first') and name in params and entry: continue
+        raise ValueError(f"{key[:200]!r} is no reference, and no optimizer state of a parameter of this model")
+
+def _named_parts(x):
+    "Names of tensors in what was taken apart for a checkpoint"
+    if isinstance(x, list): return [t for v in x for t in _named_parts(v)]
+    if not isinstance(x, dict): return []
+    mine = [t] if isinstance(t := x.get('tensor'), str) else []
+    return mine + [t for v in x.values() for t in _named_parts(v)]
+
+def _piece(x, p):
+    "What this process holds of one entry, in memory of its own"
+    if type(x) is not Tensor or not x.dim() or _is_repeated(x): return x
+    return shard_of(x, p).clone()
