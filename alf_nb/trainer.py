@@ -337,13 +337,15 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self._measuring,self._new_state,self._step_s,self._tokens_seen = False,True,[],getattr(state, 'num_input_tokens_seen', 0)
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self._odd,self._spoilt,self._bare = {},[],False
-    self._reach,self._stand_in,self._still,self._stepped = _Reach(),None,set(),None
+    self._reach,self._stand_in,self._still,self._stepped = _Reach(),None,set(),False
+    self._asking = self._blind = False
     if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)      # fp16's scaler overflows on purpose, and leaves such steps out itself
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
     compiled = _is_compiled(args, model)
     if not compiled: _NOTES.setdefault(model, []).append(model.register_forward_hook(self._keep_differentiable))
+    if (trainer := _on_stack(Trainer)) is not None: _NOTES.setdefault(model, []).append(_BeforeBackward(trainer.accelerator, self._keep_loss))
     self._stale = compiled and not _graphs_see_freezing()
     if compiled and not self._stale: _warn_of_recompiling(1 + (math.ceil(self.lock*state.max_steps/self._every) - 1 if self._every else 0))
     if not resuming: _warn_of_new_head(model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)})
@@ -516,8 +518,9 @@ def _select(self:ALFCallback, step, probe=True):
 @patch
 def _switch(self:ALFCallback, chosen, step, seen):
     "Make `chosen` true in model, optimizer and references"
-    t0 = time.perf_counter(); self._reach.begin(chosen.names)
+    t0 = time.perf_counter()
     entered,left = apply_selection(self.layers, chosen.names, self._optimizer, self.parked)
+    self._reach.begin(entered)
     if self._stale: torch._dynamo.reset()      # the graphs there are would go on with the selection before
     if self.references != 'none':
         held = set(self.snapshot.names)
@@ -560,7 +563,7 @@ def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **
     t0 = time.perf_counter(); self._await_step()
     if self.references == 'none': self._before = {n: [_sample_bits(p, 4096) for p in self.layers.params(n)] for n in self._moving() if not self._unread.intersection(map(id, self.layers.params(n)))}
     else: self._end_window(step-1)
-    self._note_reached()
+    self._reach.window.clear(); self._note_reached()
     self._measure_t = time.perf_counter() - t0
 
 @patch
@@ -817,6 +820,7 @@ class _Reach:
         self.dry = {}        # unit → steps in a row, as far as counted, in which it trained without a gradient
         self.out = {}        # unit → step up to which it is left out
         self.got,self.noted = set(),0      # units with a gradient since the last count, and steps since then
+        self.window = set()  # units with a gradient since windows ended
         self.away = []       # units left out of the selection that is in force
 
     def note(self, names, has_gradient):
@@ -824,6 +828,7 @@ class _Reach:
         found = {n for n in names if n not in self.got and has_gradient(n)}
         reached = bool(found) or any(n in self.got and has_gradient(n) for n in names)
         self.got |= found; self.noted += 1
+        self.window.update(n for n in names if n not in self.window and has_gradient(n))
         return reached
 
     def lost(self, names): return not self.got.intersection(names) and not any(self.dry.get(n) == 0 for n in names)
@@ -846,10 +851,12 @@ class _Reach:
             elif self.dry.get(n) != 0: self.dry[n] = self.dry.get(n, 0) + batches; self.out[n] = step + _WAIT*self.dry[n]
 
     def waiting(self, names, step): return [n for n in names if self.out.get(n, 0) > step]
-    def begin(self, names): self.got,self.noted = set(),0
+    def begin(self, entered): self.got,self.noted = set(),0; self.window.difference_update(entered)
 
-    def state_dict(self): return dict(dry=self.dry, out=self.out, got=sorted(self.got), noted=self.noted, away=self.away)
-    def load_state_dict(self, saved): self.dry,self.out,self.got,self.noted,self.away = dict(saved['dry']),dict(saved['out']),set(saved['got']),saved['noted'],list(saved['away'])
+    def state_dict(self): return dict(dry=self.dry, out=self.out, got=sorted(self.got), noted=self.noted, window=sorted(self.window), away=self.away)
+    def load_state_dict(self, saved):
+        self.dry,self.out,self.noted,self.away = dict(saved['dry']),dict(saved['out']),saved['noted'],list(saved['away'])
+        self.got,self.window = set(saved['got']),set(saved['window'])
 
 def _unmoved(norms):
     "Units of which every bit is as before, as far as this can be told: 8-bit references round"
@@ -857,7 +864,11 @@ def _unmoved(norms):
 
 def _few(names): return f"{', '.join(names[:3])}{f' and {len(names)-3} more' if len(names) > 3 else ''}"
 
-def _any_gradient(p): return p.grad is not None and bool(((g := local_tensor(p.grad)).coalesce().values() if p.grad.is_sparse else g).any())
+def _any_gradient(p):
+    "Has `p` a gradient that is not 0?"
+    if p.grad is None: return False
+    g = local_tensor(p.grad)
+    return bool((g.coalesce().values() if g.is_sparse else g).any())
 
 @patch
 def _say_aloud(self:ALFCallback, event, step, message, **fields):
@@ -888,10 +899,32 @@ def _keep_differentiable(self:ALFCallback, module, args, output):
     if self._asking or not self._training or not module.training or not torch.is_grad_enabled() or _has_graph(output) is not False: return None
     name,p = next(((n, p) for n in self.selection.names for p in self.layers.params(n) if p.requires_grad), (None, None))
     if p is None or not p.is_floating_point(): return None
-    self._say_once('no loss', self.totals['steps'], ['the model'], f"nothing that trains reaches the loss of a batch at step {self.totals['steps']+1} ({_few(list(self.selection.names))}): it changes nothing")
+    self._say_blind()
     if is_sharded(p): return _with(output, torch.zeros((), device=local_tensor(p).device, requires_grad=True))
     self._stand_in = name
     return _with(output, p.reshape(-1)[:0].sum())      # 0, whatever the weight is
+
+@patch
+def _say_blind(self:ALFCallback):
+    step = self.totals['steps']
+    self._say_once('no loss', step, list(self.selection.names), f"nothing that trains reaches the loss of a batch at step {step+1}: {{units}}. It changes nothing")
+
+@patch
+def _keep_loss(self:ALFCallback, loss):
+    "The same for a loss, before its backward pass"
+    if not self._training or not isinstance(loss, torch.Tensor) or loss.requires_grad or not loss.is_floating_point(): return
+    self._say_blind(); loss.requires_grad_()
+
+class _BeforeBackward:
+    "Calls `look(loss)` before every backward pass of an accelerator, until it is removed"
+    def __init__(self, accelerator, look):
+        self.accelerator,self.before = accelerator,vars(accelerator).get('backward')
+        backward = accelerator.backward
+        def looked_at(loss, **kw): look(loss); return backward(loss, **kw)
+        accelerator.backward = looked_at
+    def remove(self):
+        if self.before is None: vars(self.accelerator).pop('backward', None)
+        else: self.accelerator.backward = self.before
 
 @patch
 def _note_reached(self:ALFCallback):
@@ -990,7 +1023,7 @@ def _say_still(self:ALFCallback, still, done, lr, step):
 def _why_still(self:ALFCallback, name, lr):
     "(the reason as a word, in words) that a unit did not move"
     params = [p for p in self.layers.params(name) if local_tensor(p).numel()]
-    if name not in self._reach.got: return 'no gradient', "no gradient reached {them}: skipped by chance, an expert without tokens, a part that these batches do not use, or weights in no loss"
+    if name not in self._reach.window: return 'no gradient', "no gradient reached {them}: skipped by chance, an expert without tokens, a part that these batches do not use, or weights in no loss"
     if any(p.grad is not None for p in params) and not any(map(_any_gradient, params)): return 'gradient 0', "the gradient is exactly 0: no reward or error to learn from, or a detached input"
     small,kind = next((p.dtype for p in params if p.dtype in (torch.bfloat16, torch.float16)), None),type(unwrap_optimizer(self._optimizer)).__name__
     moves = [_has_to_move(self._optimizer, p) for p in params]
