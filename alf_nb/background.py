@@ -18,7 +18,8 @@ import torch
 from fastcore.basics import patch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from .checkpoints import find_checkpoint
+from .checkpoints import _why_none, find_checkpoint, _newest_run
+from .lock import RunLock
 from .runlog import RunLog
 from .trainer import _AT_WORK, ALFCallback, _refuse_beside
 
@@ -62,14 +63,19 @@ class BackgroundRun:
         found = [c for c in trainer.callback_handler.callbacks if isinstance(c, ALFCallback)]
         if len(found) != 1: raise ValueError(f"this trainer has {len(found)} ALFCallbacks: give it one, Trainer(…, callbacks=[ALFCallback(…)])")
         self.trainer,self.callback = trainer,found[0]
-        self._resume = find_checkpoint(trainer.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if resume_from_checkpoint is True and self._resume is None: raise ValueError(f"nothing to resume: no whole checkpoint in {trainer.args.output_dir}")
+        self._resume = self._newest() if resume_from_checkpoint is True else resume_from_checkpoint
         self.log = RunLog(self.callback.out or trainer.args.output_dir)      # a reader of its own
         self.error = self.result = None
         self.step,self.max_steps,self.activity,self._status,self._seen = 0,None,'starting','starting',False
         self._gate = _Gate(self)
         self._over,self._cancelled,self._pid = threading.Event(),False,os.getpid()
         self._thread = threading.Thread(target=self._work, args=(torch.get_num_threads(),), name='alf_nb training', daemon=_in_kernel())     # a script waits for it, a kernel may be restarted
+
+    def _newest(self):
+        "The newest whole checkpoint of the newest run"
+        folder,run = self.trainer.args.output_dir,_newest_run(self.callback.out or self.trainer.args.output_dir)
+        if found := find_checkpoint(folder, run): return found
+        raise ValueError(f"nothing to resume: {_why_none(folder, run)}")
 
     @property
     def alive(self)->bool:
@@ -110,6 +116,7 @@ class BackgroundRun:
             self._status = 'stopped' if self._gate.ending and self.trainer.state.global_step < self.trainer.state.max_steps else 'complete'
         except BaseException as e: self._fail(e)
         finally:
+            self.callback._unlock()
             self.callback.on_probe = probing
             self.trainer.callback_handler.callbacks.remove(self._gate)
             self.trainer.callback_handler.callbacks += quiet
@@ -121,8 +128,9 @@ class BackgroundRun:
         self.error = e; self._status = 'failed'
         try:
             if not any(o.get('message') == str(e) for o in self.log.events('error')[-1:]):
-                with RunLog(self.log.path) as log: log.write('error', step=self.step, type=type(e).__name__, message=str(e), traceback=self.traceback)
-        except OSError: pass      # the folder cannot be written: the error itself is kept here
+                with RunLock(self.callback.out or self.trainer.args.output_dir, 'a run in the background'), RunLog(self.log.path) as log:
+                    log.write('error', step=self.step, type=type(e).__name__, message=str(e), traceback=self.traceback)
+        except (OSError, RuntimeError): pass      # the folder cannot be written, or it is another run's: the error itself is kept here
 
     @property
     def traceback(self)->str:

@@ -8,9 +8,10 @@ Docs: https://example.github.io/alf_nb/checkpoints.html.md"""
 __all__ = ['SEAL', 'seal_checkpoint', 'check_checkpoint', 'find_checkpoint']
 
 # %% ../nbs/08a_checkpoints.ipynb #deb64af8
-import json, re, time, warnings, zlib
+import itertools, json, os, re, time, warnings, zlib
 from pathlib import Path
 from .files import clear_parts, is_part, sync, sync_tree, write_whole
+from .runlog import RunLog
 
 # %% ../nbs/08a_checkpoints.ipynb #9e63f3a7
 SEAL = 'alf-files.json'
@@ -72,16 +73,57 @@ def check_checkpoint(
     if full: _whole.clear(); _whole[folder.resolve()] = marks
     return ''
 
+# %% ../nbs/08a_checkpoints.ipynb #9b1f0c01
+def _newest_run(
+    log # folder of a run, or its `.jsonl` file
+)->str: # None: there is no log, or no run in it
+    "Id of the run that was begun, or taken up again, last"
+    try: return RunLog(log).begin.get('run_id')
+    except OSError: return None
+
+def _run_of(checkpoint):
+    "Id of the run that a checkpoint belongs to; None: it does not tell"
+    file = Path(checkpoint)/'alf'/'state.json'
+    try:
+        if file.stat().st_size > 256 << 20: return None
+        run = json.loads(file.read_text(encoding='utf-8')).get('run_id')
+    except (OSError, ValueError, AttributeError, RecursionError): return None
+    return run if isinstance(run, str) else None
+
+def _other_run(checkpoint, run):
+    "Why a checkpoint does not belong to `run`; empty: it may"
+    of = _run_of(checkpoint)
+    return f'of run {of}, and the newest run is {run}' if of is not None and run is not None and of != run else ''
+
+def _set_aside(folder, names, run=None):
+    "Move what an earlier run left to `earlier/<run id>`; `run` for what does not tell its own. Returns where the last one is now, None: nothing was there"
+    found,where = [Path(folder)/n for n in names if os.path.lexists(Path(folder)/n)],None
+    for path in found:
+        of = run or _run_of(path) or ''
+        of = of if re.fullmatch(r'[\w-]{1,64}', of) else 'unknown'       # it comes from a file
+        where = next(w for n in itertools.count() if not os.path.lexists((w := Path(folder)/'earlier'/(f'{of}-{n+1}' if n else of))/path.name))
+        where.mkdir(parents=True, exist_ok=True)
+        os.replace(path, where/path.name)
+    return where
+
 # %% ../nbs/08a_checkpoints.ipynb #8ca86f6b
 def find_checkpoint(
-    folder # a Trainer's output_dir, with `checkpoint-<step>` folders
+    folder, # a Trainer's output_dir, with `checkpoint-<step>` folders
+    run=None # id of the run it has to belong to; None: the newest one in the folder's log, or without a log that of the checkpoint written last
 )->str:    # path of the newest whole checkpoint, as `Trainer.train(resume_from_checkpoint=…)` takes it; None: there is none
-    "The newest whole checkpoint; what is newer and damaged is named in a warning"
+    "The newest whole checkpoint of the newest run; what has a larger number and is damaged, or another run's, is named in a warning"
     found = sorted((p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name) and p.is_dir()), key=lambda p: -int(p.name.split('-')[1]))
+    run = run or _newest_run(folder) or _run_of(max((p for p in found if (p/SEAL).is_file()), key=lambda p: (p/SEAL).stat().st_mtime_ns, default=folder))
     passed = []
     for p in found:
-        if not (why := check_checkpoint(p)): break
+        if not (why := _other_run(p, run) or check_checkpoint(p)): break
         passed.append(f'{p.name} ({why})')
     else: p = None
     if passed: warnings.warn(f"passed over {', '.join(passed)}: " + (f"going on from {p.name}" if p else f"no whole checkpoint in {folder}"), stacklevel=2)
     return str(p) if p else None
+
+def _why_none(folder, run):
+    "Why there is nothing to go on from"
+    others = [f'{p.name} is of run {of}' for p in sorted(Path(folder).glob('checkpoint-*')) if (of := _run_of(p)) not in (None, run)]
+    if run is None or not others: return f'no whole checkpoint in {folder}'
+    return f'the newest run in {folder}, {run}, has no whole checkpoint yet, and {", ".join(others[:3])}: start anew, or name one of those folders to go on with that run'

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 from .layers import partition_layers
+from .lock import RunLock
 from .optim import gradient_bytes, optimizer_bytes
 from .policies import match_units
 from .reports import PolicyComparison, compare_results, read_results, write_comparison
@@ -372,48 +373,50 @@ def compare_policies(
     if not isinstance(lrs, dict): lrs = {} if lrs is None else {m.name: (lrs,) if isinstance(lrs, (int, float)) else tuple(lrs) for m in methods}
     if odd := set(lrs) - {m.name for m in methods}: raise ValueError(f"learning rates for {', '.join(sorted(odd))}, which is not among the methods")
     grids = {m.name: Method(m.name, '', lrs.get(m.name, m.lrs)).lrs for m in methods}
-    if not isinstance(task, Task): task = text_task(task, data, progress=progress, **kw)
-    elif data is not None or kw: raise ValueError(f"{', '.join([*(['data'] if data is not None else []), *kw])} given beside a ready task")
-    out, name, layers = Path(out), f"{task.key}|{rule} {amount:g}", partition_layers(task.model)
-    for p in task.pin: match_units(p, layers.units)
-    described = {m.name: _described(m, int(amount) if rule == 'steps' else 1000, layers.n_blocks, task.pin) for m in methods}
-    rows = [r for r in (read_results(out) if out.is_file() else ()) if r['task'] == name]
-    if any(r.get('bf16', task.bf16) != task.bf16 for r in rows): raise ValueError(f"{out} holds runs of this task with bf16={not task.bf16}, and this would be bf16={task.bf16}: the two cannot be compared, give another out")
-    keep = ('task_loss_before', 'other_loss_before')
-    if rows: base = {k: rows[0][k] for k in keep}
-    else:
-        net = copy.deepcopy(task.model).to(task.device)
-        base = dict(zip(keep, [None if r is None else task.evaluate(net, r)['loss'] for r in (task.held, task.other)]))
-    shared = dict(task=name, model=task.name, data=task.data, rule=rule, amount=amount, batch_size=task.batch_size, length=round(task.tokens_per_step/task.batch_size), bf16=task.bf16, device=device_name(), versions=versions(), **base)
-    mine = lambda m: [r for r in rows if all(r[k] == described[m.name][k] for k in ('method', 'settings'))]
-    loss = lambda r: math.inf if r.get('diverged') or r.get('task_loss') is None else r['task_loss']
-    planned, failed, fresh = {}, set(), 0
-    bar = tqdm(total=sum(len(grids[m.name])+len(seeds)-1 for m in methods), unit='run', disable=not progress, dynamic_ncols=True)
-    beyond = lambda r, m: r['seed'] == seeds[0] and r['lr'] not in grids[m.name]      # the grid was widened: one run more than planned
-    bar.total += sum(beyond(r, m) for m in methods for r in mine(m))
-    bar.update(min(bar.total, sum(not r.get('error') for m in methods for r in mine(m))))
-    try:
-        waiting = list(methods)
-        while waiting:
-            for m in list(waiting):                           # one run of each in turn: what slows the machine slows all
-                todo = None if m.name in failed else _next({(r['lr'], r['seed']): loss(r) for r in mine(m) if not r.get('error')}, grids[m.name], seeds, extend)
-                if todo is None: waiting.remove(m); continue
-                lr, seed = todo
-                row = described[m.name] | shared | dict(lr=lr, seed=seed)
-                bar.total += beyond(row, m); bar.set_postfix_str(f'{m.name}, lr {lr:g}, seed {seed}')
-                row['key'] = hashlib.sha256(f"{name}|{m.name}|{row['settings']}|{lr:g}|{seed}".encode()).hexdigest()[:16]
-                try:
-                    if m.name not in planned: planned[m.name] = next((r['steps_planned'] for r in mine(m) if r.get('steps_planned')), None) or _steps_for(task, m, rule, amount)
-                    steps = planned[m.name]
-                    row |= _train(task, m, lr, seed, steps, {(amount if rule == 'wall' else steps)*(i+1)/(points+1) for i in range(points)}, amount if rule == 'wall' else None)
-                except (RuntimeError, ValueError, ImportError, ArithmeticError) as e:
-                    row |= dict(diverged=True, task_loss=None) if 'NaN or infinity' in str(e) else dict(error=f'{type(e).__name__}: {e}'[:500], task_loss=None)
-                    if row.get('error'): failed.add(m.name)
-                row['date'] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
-                _append(out, row); rows = [r for r in rows if r['key'] != row['key']] + [row]; fresh += 1
-                bar.update(1)
-                if progress: bar.write(f"{m.name}, lr {lr:g}, seed {seed}: " + (row.get('error') or ('diverged' if row['task_loss'] is None else f"{row['task_loss']:.4f} in {row['wall_s']:.0f} s")))
-    finally:
-        bar.close()
-        if fresh: write_comparison(out, tasks=[name])
-    return compare_results([r for m in methods for r in mine(m)])
+    out = Path(out)
+    with RunLock(out if out.suffix == '.jsonl' else out.parent, 'compare_policies()'):
+        if not isinstance(task, Task): task = text_task(task, data, progress=progress, **kw)
+        elif data is not None or kw: raise ValueError(f"{', '.join([*(['data'] if data is not None else []), *kw])} given beside a ready task")
+        name, layers = f"{task.key}|{rule} {amount:g}", partition_layers(task.model)
+        for p in task.pin: match_units(p, layers.units)
+        described = {m.name: _described(m, int(amount) if rule == 'steps' else 1000, layers.n_blocks, task.pin) for m in methods}
+        rows = [r for r in (read_results(out) if out.is_file() else ()) if r['task'] == name]
+        if any(r.get('bf16', task.bf16) != task.bf16 for r in rows): raise ValueError(f"{out} holds runs of this task with bf16={not task.bf16}, and this would be bf16={task.bf16}: the two cannot be compared, give another out")
+        keep = ('task_loss_before', 'other_loss_before')
+        if rows: base = {k: rows[0][k] for k in keep}
+        else:
+            net = copy.deepcopy(task.model).to(task.device)
+            base = dict(zip(keep, [None if r is None else task.evaluate(net, r)['loss'] for r in (task.held, task.other)]))
+        shared = dict(task=name, model=task.name, data=task.data, rule=rule, amount=amount, batch_size=task.batch_size, length=round(task.tokens_per_step/task.batch_size), bf16=task.bf16, device=device_name(), versions=versions(), **base)
+        mine = lambda m: [r for r in rows if all(r[k] == described[m.name][k] for k in ('method', 'settings'))]
+        loss = lambda r: math.inf if r.get('diverged') or r.get('task_loss') is None else r['task_loss']
+        planned, failed, fresh = {}, set(), 0
+        bar = tqdm(total=sum(len(grids[m.name])+len(seeds)-1 for m in methods), unit='run', disable=not progress, dynamic_ncols=True)
+        beyond = lambda r, m: r['seed'] == seeds[0] and r['lr'] not in grids[m.name]      # the grid was widened: one run more than planned
+        bar.total += sum(beyond(r, m) for m in methods for r in mine(m))
+        bar.update(min(bar.total, sum(not r.get('error') for m in methods for r in mine(m))))
+        try:
+            waiting = list(methods)
+            while waiting:
+                for m in list(waiting):                           # one run of each in turn: what slows the machine slows all
+                    todo = None if m.name in failed else _next({(r['lr'], r['seed']): loss(r) for r in mine(m) if not r.get('error')}, grids[m.name], seeds, extend)
+                    if todo is None: waiting.remove(m); continue
+                    lr, seed = todo
+                    row = described[m.name] | shared | dict(lr=lr, seed=seed)
+                    bar.total += beyond(row, m); bar.set_postfix_str(f'{m.name}, lr {lr:g}, seed {seed}')
+                    row['key'] = hashlib.sha256(f"{name}|{m.name}|{row['settings']}|{lr:g}|{seed}".encode()).hexdigest()[:16]
+                    try:
+                        if m.name not in planned: planned[m.name] = next((r['steps_planned'] for r in mine(m) if r.get('steps_planned')), None) or _steps_for(task, m, rule, amount)
+                        steps = planned[m.name]
+                        row |= _train(task, m, lr, seed, steps, {(amount if rule == 'wall' else steps)*(i+1)/(points+1) for i in range(points)}, amount if rule == 'wall' else None)
+                    except (RuntimeError, ValueError, ImportError, ArithmeticError) as e:
+                        row |= dict(diverged=True, task_loss=None) if 'NaN or infinity' in str(e) else dict(error=f'{type(e).__name__}: {e}'[:500], task_loss=None)
+                        if row.get('error'): failed.add(m.name)
+                    row['date'] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+                    _append(out, row); rows = [r for r in rows if r['key'] != row['key']] + [row]; fresh += 1
+                    bar.update(1)
+                    if progress: bar.write(f"{m.name}, lr {lr:g}, seed {seed}: " + (row.get('error') or ('diverged' if row['task_loss'] is None else f"{row['task_loss']:.4f} in {row['wall_s']:.0f} s")))
+        finally:
+            bar.close()
+            if fresh: write_comparison(out, tasks=[name])
+        return compare_results([r for m in methods for r in mine(m)])

@@ -12,17 +12,20 @@ from . import _require
 _require('torch', 'transformers', 'accelerate')
 
 # %% ../nbs/14_finetune.ipynb #d72359fb
-import json, time, warnings
+import errno, json, os, shutil, tempfile, time, warnings
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .attention import AttentionSnapshot, passages
-from .checkpoints import check_checkpoint, find_checkpoint
+from .checkpoints import _set_aside, _why_none, find_checkpoint, _newest_run
 from .card import write_card
-from .delta import apply_delta, fingerprint, save_delta
+from .delta import _compare, apply_delta, fingerprint, read_delta, save_delta
 from .files import check_writable, write_whole
+from .layers import partition_layers
+from .lock import RunLock
+from .plots import human_bytes
 from .reports import summarize, write_report
 from .runlog import RunLog
 from .shards import _one_process
@@ -44,11 +47,13 @@ class _Bar(TrainerCallback):
     def close(self): self.bar and self.bar.close()
 
 class _Opening(TrainerCallback):
-    "Writes what was measured before training behind the run's first line"
-    def __init__(self, alf, events): self.alf,self.events = alf,events
+    "When a run begins anew: is there room for it, where does the one before it go, and what was measured before training"
+    def __init__(self, alf, out, events): self.alf,self.out,self.events = alf,out,events
     def on_train_begin(self, args, state, control, **kw):
-        if state.global_step == 0:
-            for e in self.events: self.alf._event(step=0, **e)
+        if state.global_step > 0: return
+        _check_room(self.out, 0, _bytes_of(self.alf.layers, self.alf.selection.names)//2, 'the delta of what is selected')     # half: not all of it has to move
+        _keep_results(self.out)
+        for e in self.events: self.alf._event(step=0, **e)
 
 # %% ../nbs/14_finetune.ipynb #5d1c6cdd
 def _check_output(out):
@@ -60,21 +65,197 @@ def _check_output(out):
     except OSError as e: raise OSError(f"cannot write to the output folder {out}: {e.strerror or e}; give another one with out=") from None
     return out
 
-def _last_before(out, steps):
-    "The newest whole checkpoint from which steps are left to make; None: begin anew"
-    of = lambda path: int(str(path).rsplit('-', 1)[-1])
-    if (last := find_checkpoint(out)) is None: raise ValueError(f"nothing to resume: no whole checkpoint in {out}; start with save_steps= (--save-steps) first")
-    if of(last) < steps: return last
-    if any(e.get('path') == 'delta' for e in RunLog(out).events('save')): raise ValueError(f"nothing to resume: the run in {out} has made {of(last)} steps, and its delta is written; a larger steps= goes on from there")
-    before = [p for p in out.glob('checkpoint-*') if p.name[11:].isdigit() and of(p) < steps and not check_checkpoint(p)]      # killed behind its last step: from there Trainer would make one more
-    return str(max(before, key=of)) if before else None
-
 def _whole(**kw):
     for k,v in kw.items():
         if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{k}={v!r}, but it is a whole number of at least 1")
 
+# %% ../nbs/14_finetune.ipynb #7b2d0e02
+def _json(path):
+    "What stands in a small JSON file; empty: nothing that can be read"
+    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError): return {}
+    return found if isinstance(found, dict) else {}
+
+def _metadata(folder):
+    "What stands in a delta about the run that made it; empty: there is no whole one"
+    try: return read_delta(folder).metadata
+    except (OSError, ValueError): return {}
+
+def _keep_results(out):
+    "Move what the run before has left aside"
+    names = [n for n in ('delta', 'summary.json', 'report.html') if (out/n).exists()]
+    if not names: return
+    run = _metadata(out/'delta').get('run_id') or _json(out/'summary.json').get('run_id')
+    where = _set_aside(out, names, run if isinstance(run, str) else 'unknown')
+    warnings.warn(f"{out} was used before: {', '.join(names)} of that run {'are' if len(names) > 1 else 'is'} in {where} now")
+
+def _has(log, steps, kind, **where):
+    "Has the newest run in the log an event behind its last step?"
+    try: return any(e['step'] == steps for e in log.events(kind, **where))
+    except FileNotFoundError: return False
+
+def _is_written(out, run, steps):
+    "Is everything there that the run leaves?"
+    made,summary,log = dict(run_id=run, steps=steps),_json(out/'summary.json'),RunLog(out)
+    noted = _json(out/'delta'/'delta.json').get('metadata')
+    return (all(d.get(k) == v for d in (summary, noted if isinstance(noted, dict) else {}) for k,v in made.items()) and (out/'report.html').is_file()
+            and _has(log, steps, 'run_end') and _has(log, steps, 'save', path='delta'))
+
+def _resume_point(out, steps):
+    "(checkpoint to train on from, None), or (None, folder with the weights of the run whose steps are all made)"
+    run,step_of = _newest_run(out),lambda path: int(str(path).rsplit('-', 1)[-1])
+    of = _metadata(out/'delta')
+    if run is not None and (of.get('run_id'), of.get('steps')) == (run, steps):
+        if not _is_written(out, run, steps): return None, str(out/'delta')
+        raise ValueError(f"nothing to resume: the run in {out} has made {steps} steps, and its delta is written, with report and summary; a larger steps= goes on from there, if there is a checkpoint")
+    last = find_checkpoint(out, run)
+    if last is None: raise ValueError(f"nothing to resume: {_why_none(out, run)}; without save_steps= (--save-steps) there are none, and a run ends with its delta")
+    if step_of(last) > steps: raise ValueError(f"nothing to resume: the run in {out} has made {step_of(last)} steps, and steps={steps}; a larger one goes on from there")
+    return (last, None) if step_of(last) < steps else (None, last)
+
+# %% ../nbs/14_finetune.ipynb #7b2d0e04
+def _bytes_of(layers, names): return sum(p.numel()*p.element_size() for n in names for p in layers.params(n))
+
+def _check_room(out, need, least, what):
+    "An error where less than `least` bytes are free, a warning below `need`"
+    free = shutil.disk_usage(out).free
+    if free < least: raise OSError(errno.ENOSPC, f"no room for {what}: it takes at least {human_bytes(least)}, and {human_bytes(free)} are free. Make room, or give a folder on another disk with out=", str(out))
+    if free < need: warnings.warn(f"the disk of {out} may be too small: {what} may take {human_bytes(need)}, and {human_bytes(free)} are free")
+
+def _check_plan(out, net, callback, names, steps, save_steps):
+    "Is there room for delta and checkpoints of this run? A checkpoint holds the model, and of what trains two numbers of the optimizer and a reference"
+    layers = partition_layers(net, unit=callback.unit, kinds=callback.kinds)
+    whole,chosen = _bytes_of(layers, layers),_bytes_of(layers, names)
+    there = len(list(Path(out).glob('checkpoint-*')))
+    n = min(-(-steps//save_steps), max(1, 3-there)) if save_steps else 0      # two are kept, and a third is there while it is written
+    _check_room(out, chosen + n*(whole + 3*chosen), whole if save_steps else 0, 'the delta' + f" and {n} checkpoint{'s'*(n > 1)}"*(n > 0))
+
+def _changed_bytes(net, base):
+    "Bytes of the tensors that a delta holds"
+    base,tensors,now = _compare(net, base)
+    return sum(t.numel()*t.element_size() for k,t in tensors.items() if now[k] != base.tensors[k])
+
+def _save_anywhere(net, base, out, metadata):
+    "Save the delta in `out`, or where there is room. Returns (its folder, None) or (another folder or None, why)"
+    why = None
+    try:
+        free = shutil.disk_usage(out).free
+        if free < sum(p.numel()*p.element_size() for p in net.parameters()): _check_room(out, 0, _changed_bytes(net, base), 'the delta')      # look closer
+        save_delta(net, base, out/'delta', metadata)
+        return out/'delta', None
+    except OSError as e: why = e
+    for root in dict.fromkeys(map(os.path.abspath, (tempfile.gettempdir(), os.getcwd()))):
+        folder = None
+        try:
+            if shutil.disk_usage(root).free < 1.1*_changed_bytes(net, base): continue
+            folder = Path(tempfile.mkdtemp(prefix='alf_nb-', dir=root))
+            save_delta(net, base, folder/'delta', metadata)
+            return folder/'delta', why
+        except OSError:
+            if folder is not None: shutil.rmtree(folder, ignore_errors=True)
+    return None, why
+
+def _full(e, net, text):
+    "An error of the disk that says what is kept, and carries the model"
+    res = OSError(getattr(e, 'errno', None) or errno.EIO, f"{getattr(e, 'strerror', None) or e}; {text}")
+    res.model = net
+    return res
+
 # %% ../nbs/14_finetune.ipynb #103ff6ac
 _looked_at = 256    # tokens of a passage at most: all maps of one passage are in memory at once, and grow with the square
+
+class _Job:
+    "The model of a run, and the texts that it learns from and is measured on"
+    def __init__(self, net, tokenizer, texts, others, batch_size, length, eval_blocks, prompt, attention, bf16, seed, progress):
+        self.net,self.tokenizer,self.batch_size,self.progress = net,tokenizer,batch_size,progress
+        train_texts,held_texts = domain_split(texts, seed=seed)
+        self.train,held,unrelated = (token_blocks(t, tokenizer, length) for t in (train_texts, held_texts, others))
+        pick = lambda blocks: blocks.select(range(min(eval_blocks, len(blocks))))
+        self.sets = dict(domain=pick(held), other=pick(unrelated))
+        self.bf16 = supports_bf16(next(net.parameters()).device) if bf16 is None else bf16
+        self.prompt = prompt if prompt is not None else _prompt(held_texts)
+        wide = max(2, min(length, _looked_at))
+        self.seen = AttentionSnapshot(net, passages(held_texts, attention, 4*wide), tokenizer, length=wide, example=None) if attention else None
+        self.base = fingerprint(net, name=getattr(net.config, '_name_or_path', '') or type(net).__name__)
+
+    def losses(self, when, names):
+        "Losses of evaluation sets as events"
+        for n in names:
+            title = f'{n} loss {when}' if self.progress else None
+            loss,tokens = evaluate_loss(self.net, self.sets[n], batch_size=self.batch_size, autocast=self.bf16, progress=title)
+            yield dict(event='eval', name=n, when=when, loss=loss, tokens=tokens)
+
+    def sample(self, when): return dict(event='sample', when=when, prompt=self.prompt, text=continuation(self.net, self.tokenizer, self.prompt))
+
+    def before(self):
+        "What is known of the base, as events"
+        return [e | dict(base=self.base.digest) for e in self.losses('before', self.sets)] + [self.sample('before')]
+
+    def check_base(self, log):
+        "Is the model the one that the run began with?"
+        try: known = {e['base'] for e in log.events('eval', when='before') if isinstance(e.get('base'), str)}
+        except FileNotFoundError: return
+        if known - {self.base.digest}: raise ValueError(f"the model given is not the one that the run in {log.dir} began with: give that one again, untrained; its hub id or folder loads it anew")
+
+    def after(self, log, steps):
+        "Measure what the log lacks behind the last step"
+        for e in self.losses('after', [n for n in self.sets if not _has(log, steps, 'eval', when='after', name=n)]): log.write(**e, step=steps)
+        if not _has(log, steps, 'sample', when='after'): log.write(**self.sample('after'), step=steps)
+        if self.seen and not _has(log, steps, 'attention'): log.write('attention', step=steps, shift=self.seen.shift(self.net, 'after training'), words=self.seen.words[:16])
+
+    def load(self, folder, trainer):
+        "The weights of the finished training"
+        if Path(folder).name == 'delta': apply_delta(self.net, folder)
+        else: trainer._load_from_checkpoint(folder)
+
+def _figures(log, folder, callback):
+    "What the last line of a run says, when the run was killed before it: from its checkpoint or delta, else from its log"
+    totals = _json(Path(folder)/'alf'/'state.json').get('totals')
+    if totals:
+        callback.totals = totals
+        return callback.summary()
+    known = _metadata(folder).get('figures')
+    if isinstance(known, dict): return known
+    s = summarize(log)
+    return {k: s[k] for k in ('wall_s', 'trainable_share_mean', 'trainable_share_peak', 'state_bytes_peak', 'rss_bytes_peak') if s[k] is not None}
+
+def _save(job, out, metadata):
+    "The delta, or an OSError that says where else it is"
+    if _json(out/'delta'/'delta.json').get('metadata') == metadata == _metadata(out/'delta'): return
+    where,why = _save_anywhere(job.net, job.base, out, metadata)
+    if why is None: return
+    kept = f"the delta was written to {where} instead: make room, move that folder to {out/'delta'}, and finetune(…, resume=True) finishes the run" if where else "there was no other place with room: the trained model is this error's .model"
+    raise _full(why, job.net, f"the training is not lost, {kept}") from why
+
+def _train(job, trainer, checkpoint, out, callback, metadata):
+    "All steps; when the disk is full, what was learnt is kept"
+    try: trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as e:
+        steps,made = metadata['steps'],trainer.state.global_step
+        if not made or made < steps and (not isinstance(e, OSError) or find_checkpoint(out, callback.run_id)):
+            e.model = job.net
+            raise
+        where,_ = _save_anywhere(job.net, job.base, out, dict(run_id=callback.run_id, **metadata | dict(steps=made), figures=callback.summary()))
+        if where == out/'delta' and made == steps: text = "all steps are made and the delta is written: finetune(…, resume=True) finishes the run"
+        elif where: text = f"what was learnt in {made} of {steps} steps is kept as a delta in {where}" + f"; moved to {out/'delta'}, finetune(…, resume=True) finishes the run"*(made == steps)
+        else: text = f"what was learnt in {made} of {steps} steps is this error's .model"
+        raise _full(e, job.net, text) from e
+
+def _write(job, out, metadata, known):
+    "All that comes behind the delta: what is there already stays. Returns the summary; it is written last"
+    steps = metadata['steps']
+    try:
+        with RunLog(out) as log:
+            job.after(log, steps)
+            write_card(out/'delta', log, overwrite=not log.events('save', path='delta'))
+            if not _has(log, steps, 'save', path='delta'): log.write('save', step=steps, path='delta')
+            end = log.events('run_end')[-1]
+            files = ('delta.safetensors', 'delta.json', 'README.md')
+            summary = {**summarize(log), **{k: end[k] for k in ('measure_s', 'probe_s', 'select_s') if k in end}, **known(), 'delta_bytes': sum((out/'delta'/n).stat().st_size for n in files)}
+        write_report(out)
+        write_whole(out/'summary.json', json.dumps(summary, indent=2, allow_nan=False)+'\n')
+    except OSError as e: raise _full(e, job.net, f"the training is done and its delta is in {out/'delta'}: finetune(…, resume=True) finishes the run") from e
+    return summary
 
 def finetune(
     model=None,                  # hub id, folder, or (model, tokenizer); None: SmolLM2-135M-Instruct
@@ -107,51 +288,38 @@ def finetune(
     if not (isinstance(lr, (int, float)) and 0 < lr < 1): raise ValueError(f"lr={lr!r}, but a learning rate is above 0 and below 1, such as 4e-4")
     out = _check_output(out)
     callback = ALFCallback(budget=budget, threshold=threshold, preset=preset, seed=seed, out=str(out), **alf)
-    checkpoint = _last_before(out, steps) if resume else None
-    texts = load_texts(data, column)
-    others = load_texts(other, column) if other is not None else unrelated_texts()
-    net,tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)
-    if torch.cuda.is_available(): net.to('cuda')      # where Trainer will put it: before and after are measured on one device
-    callback.preview(net)      # settings that do not fit this model are refused now, not after the first evaluation
-    train_texts,held_texts = domain_split(texts, seed=seed)
-    train,held,unrelated = (token_blocks(t, tokenizer, length) for t in (train_texts, held_texts, others))
-    pick = lambda blocks: blocks.select(range(min(eval_blocks, len(blocks))))
-    sets = dict(domain=pick(held), other=pick(unrelated))
-    bf16 = supports_bf16(next(net.parameters()).device) if bf16 is None else bf16
-    prompt = prompt if prompt is not None else _prompt(held_texts)
-
-    def look(when):
-        "Losses and a sample continuation as events"
-        res = []
-        for name,blocks in sets.items():
-            loss,tokens = evaluate_loss(net, blocks, batch_size=batch_size, autocast=bf16, progress=f'{name} loss {when}' if progress else None)
-            res.append(dict(event='eval', name=name, when=when, loss=loss, tokens=tokens))
-        return res + [dict(event='sample', when=when, prompt=prompt, text=continuation(net, tokenizer, prompt))]
-
-    wide = max(2, min(length, _looked_at))
-    seen = AttentionSnapshot(net, passages(held_texts, attention, 4*wide), tokenizer, length=wide, example=None) if attention else None
-    base = fingerprint(net, name=getattr(net.config, '_name_or_path', '') or type(net).__name__)
-    opening = [] if checkpoint else look('before')
-    args = TrainingArguments(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=float(lr), lr_scheduler_type='cosine',
-                             warmup_steps=max(1, steps//20), weight_decay=0., logging_steps=max(1, steps//60), save_strategy='steps' if save_steps else 'no', save_steps=save_steps or 500,
-                             bf16=bf16, seed=seed, report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(), include_num_input_tokens_seen='all', save_total_limit=2)
-    bar = _Bar(callback, disable=not progress); callback.on_probe = bar.probing
-    trainer = Trainer(net, args, train_dataset=train, data_collator=default_data_collator, callbacks=[callback, _Opening(callback, opening), bar])
-    for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
-    bar.open(steps, 0 if checkpoint is None else int(checkpoint.rsplit('-', 1)[-1]))
-    try: trainer.train(resume_from_checkpoint=checkpoint)
-    finally: bar.close()
-    with RunLog(out) as log:
-        for e in look('after'): log.write(**e, step=trainer.state.global_step)
-        if seen: log.write('attention', step=trainer.state.global_step, shift=seen.shift(net, 'after training'), words=seen.words[:16])
-        save_delta(net, base, out/'delta', metadata=dict(run_id=callback.run_id, steps=steps, seed=seed))
-        write_card(out/'delta', log)
-        log.write('save', step=trainer.state.global_step, path='delta')
-        summary = {**summarize(log), **{k: v for k,v in callback.summary().items() if k in ('measure_s', 'probe_s', 'select_s')}, 'total_s': time.perf_counter()-t0, 'rss_bytes_peak': peak_rss_bytes(), 'bf16': bf16, 'batch_size': batch_size, 'length': length, 'lr': float(lr),
-                   'threads': torch.get_num_threads(), 'delta_bytes': sum((out/'delta'/n).stat().st_size for n in ('delta.safetensors', 'delta.json', 'README.md'))}
-    write_whole(out/'summary.json', json.dumps(summary, indent=2, allow_nan=False)+'\n')
-    write_report(out)
-    return summary
+    with RunLock(out, 'finetune()'):
+        checkpoint,done = _resume_point(out, steps) if resume else (None, None)
+        texts = load_texts(data, column)
+        others = load_texts(other, column) if other is not None else unrelated_texts()
+        net,tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)
+        if torch.cuda.is_available(): net.to('cuda')      # where Trainer will put it: before and after are measured on one device
+        chosen = callback.preview(net).names      # settings that do not fit this model are refused now, not after the first evaluation
+        if not done: _check_plan(out, net, callback, chosen, steps, save_steps)
+        job = _Job(net, tokenizer, texts, others, batch_size, length, eval_blocks, prompt, attention, bf16, seed, progress)
+        if resume: job.check_base(RunLog(out))
+        opening = [] if resume else job.before()
+        args = TrainingArguments(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=float(lr), lr_scheduler_type='cosine',
+                                 warmup_steps=max(1, steps//20), weight_decay=0., logging_steps=max(1, steps//60), save_strategy='steps' if save_steps else 'no', save_steps=save_steps or 500,
+                                 bf16=job.bf16, seed=seed, report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(), include_num_input_tokens_seen='all', save_total_limit=2)
+        bar = _Bar(callback, disable=not progress); callback.on_probe = bar.probing
+        trainer = Trainer(net, args, train_dataset=job.train, data_collator=default_data_collator, callbacks=[callback, _Opening(callback, out, opening), bar])
+        for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
+        if done:
+            run = _newest_run(out)
+            job.load(done, trainer)
+            with RunLog(out) as log:
+                if (name := Path(done).name) != 'delta' and not _has(log, steps, 'save', path=name): log.write('save', step=steps, path=name)
+                if not _has(log, steps, 'run_end'): log.write('run_end', step=steps, **_figures(log, done, callback), stopped=False)
+        else:
+            bar.open(steps, 0 if checkpoint is None else int(checkpoint.rsplit('-', 1)[-1]))
+            try: _train(job, trainer, checkpoint, out, callback, dict(steps=steps, seed=seed))
+            finally: bar.close()
+            run = callback.run_id
+        metadata = dict(run_id=run, steps=steps, seed=seed)
+        _save(job, out, metadata)
+        known = lambda: {'total_s': time.perf_counter()-t0, 'rss_bytes_peak': peak_rss_bytes(), 'bf16': job.bf16, 'batch_size': batch_size, 'length': length, 'lr': float(lr), 'threads': torch.get_num_threads()}
+        return _write(job, out, metadata, known)
 
 def _prompt(texts):
     "The first 25 words of the first text that has them"

@@ -12,7 +12,7 @@ from . import _require
 _require('torch')
 
 # %% ../nbs/02_layers.ipynb #d7021815
-import ast, difflib, functools, inspect, math, textwrap
+import ast, difflib, functools, inspect, math, re, textwrap, weakref
 from collections import Counter
 from itertools import groupby
 
@@ -66,29 +66,265 @@ def _parts(m):
 def _composite(m): return next(_parts(m), None) is not None
 
 # %% ../nbs/02_layers.ipynb #d0ce6aac
-def _used(node):
-    "Names of attributes in the order in which Python evaluates a syntax tree: arguments before the call"
-    kids = [*node.args, *node.keywords, node.func] if isinstance(node, ast.Call) else ast.iter_child_nodes(node)
-    for k in kids: yield from _used(k)
-    if isinstance(node, ast.Attribute): yield node.attr
+class _Ref:
+    "What an expression may stand for: a module (or a function, bound to one), and the child of the root that it is part of"
+    def __init__(self, it, child=None, whole=False, owner=None, cls=None):
+        self.it, self.child, self.whole = it, child, whole      # whole: the child itself, or an item of it where it is a list
+        self.owner, self.cls = owner, cls                       # of a method: the module as `_Ref`, and the class that defines it
 
-@functools.lru_cache(maxsize=256)
-def _said(cls, method, depth):
-    "Names that a method uses, in order; methods of its own class are followed into, `depth` deep"
-    f = inspect.unwrap(getattr(cls, method))
-    try: names = list(_used(ast.parse(textwrap.dedent(inspect.getsource(f)))))
-    except (OSError, TypeError, SyntaxError): names = list(getattr(getattr(f, '__code__', None), 'co_names', ()))
-    res = []
-    for n in names:
-        res.append(n)
-        if depth and n != method and inspect.isfunction(inspect.getattr_static(cls, n, None)): res += _said(cls, n, depth-1)
+    def __eq__(self, o): return self.it is o.it and self.child == o.child
+    def __hash__(self): return hash((id(self.it), self.child))
+
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_CALLED, _PART, _LEAF, _WEIGHT, _NAMED = 4, 3, 2, 1, 0      # how a child is used: called; a large part of it is; a small one, such as an embedding; a weight of it is read; it is named
+_PASSING = {'enumerate', 'zip', 'reversed', 'list', 'tuple', 'iter', 'next', 'partial', 'sorted', 'islice', 'chain'}
+_ASKING = {'isinstance', 'hasattr', 'len', 'id', 'type', 'print', 'str', 'repr', 'callable', 'issubclass', 'setattr'}
+_ACCESSORS = {'get_input_embeddings', 'get_output_embeddings', 'get_encoder', 'get_decoder'}     # of transformers: they look a module up
+_ITEMS = {'values', 'children', 'items', 'named_children', 'modules', 'named_modules'}
+
+@functools.lru_cache(maxsize=1024)
+def _tree(f):
+    "Syntax tree of a function, None without its source"
+    try: source = textwrap.dedent(inspect.getsource(f))
+    except (OSError, TypeError): return None
+    for text in source, 'if 1:\n' + source:
+        try: tree = ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError): continue
+        return next((n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))), None)
+
+def _method(cls, name, after=None):
+    "(function, class that defines it) that `name` stands for in `cls`, or behind `after` in its order of classes"
+    mro = cls.__mro__
+    for c in mro[mro.index(after)+1 if after in mro else 0:]:
+        if name in c.__dict__: return c.__dict__[name], c
+    return None, None
+
+def _union(*refs): return tuple(dict.fromkeys(r for rs in refs for r in rs))
+
+def _scope(f):
+    "Names that a function sees outside itself"
+    res = dict(f.__globals__) if f.__closure__ else f.__globals__
+    for name,cell in zip(f.__code__.co_freevars, f.__closure__ or ()):
+        try: res[name] = cell.cell_contents
+        except ValueError: pass     # not bound yet
     return res
+
+class _Uses:
+    "When each child and parameter of a module is used, read from the source of `forward`"
+    def __init__(self, root):
+        self.root, self.first, self.n, self.room, self.active = root, {}, 0, 100_000, []
+        f, cls = _method(type(root), 'forward')
+        if inspect.isroutine(f): self.follow(f, cls, _Ref(root), (), {})
+
+    @property
+    def places(self):
+        "Name → place of its first use of the strongest kind: where it is called counts, not where it is named"
+        return {k: how[max(how)] for k,how in self.first.items()}
+
+    def note(self, name, how):
+        self.n += 1
+        if name is not None: self.first.setdefault(name, {}).setdefault(how, self.n)
+
+    def follow(self, f, cls, owner, args, kwargs, closure=None):
+        "Read a function whose arguments are known as far as they are modules; what it returns"
+        if isinstance(f, (staticmethod, classmethod)): f, owner = f.__func__, None if isinstance(f, staticmethod) else owner
+        node = f if isinstance(f, ast.AST) else _tree(inspect.unwrap(f))
+        if node is None:
+            for name in getattr(getattr(inspect.unwrap(f), '__code__', None), 'co_names', ()): self.named(owner, name)
+            return ()
+        key = id(node), owner and id(owner.it)
+        if key in self.active or len(self.active) > 12 or self.room <= 0: return ()
+        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+        env = {'': (_scope(inspect.unwrap(f)), owner, cls)} if closure is None else dict(closure)
+        given = ((owner,), *args) if owner is not None else args
+        env.update(zip(names, given))
+        env.update((k, v) for k,v in kwargs.items() if k is not None)
+        if node.args.vararg: env[node.args.vararg.arg] = _union(*given[len(names):])
+        self.active.append(key)
+        try:
+            if isinstance(node, ast.Lambda): return self.eval(node.body, env)
+            found = []
+            self.run(node.body, env, found)
+            return _union(*found)
+        finally: self.active.pop()
+
+    def named(self, owner, name):
+        "An attribute that is named in code that cannot be followed"
+        if owner is None or owner.it is not self.root: return
+        if self.root._modules.get(name) is not None or name in self.root._parameters: self.note(name, _NAMED)
+
+    # statements
+    def run(self, body, env, found):
+        for s in body: self.statement(s, env, found)
+
+    def statement(self, s, env, found):
+        self.room -= 1
+        if self.room <= 0: return
+        if isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef)): env[s.name] = (_Ref(s, cls=dict(env)),)
+        elif isinstance(s, ast.Return): found.append(self.eval(s.value, env))
+        elif isinstance(s, (ast.Assign, ast.AnnAssign)):
+            value = self.eval(s.value, env)
+            for t in s.targets if isinstance(s, ast.Assign) else [s.target]: self.bind(t, value, env, s.value)
+        elif isinstance(s, (ast.For, ast.AsyncFor)):
+            self.bind(s.target, self.items(self.eval(s.iter, env)), env)
+            self.run(s.body, env, found)
+            self.run(s.orelse, env, found)
+        elif isinstance(s, (ast.If, ast.While)):
+            self.eval(s.test, env)
+            other = dict(env)
+            self.run(s.body, env, found)
+            self.run(s.orelse, other, found)
+            for k,v in other.items(): env[k] = v if k == '' else _union(env.get(k, ()), v)
+        elif isinstance(s, (ast.With, ast.AsyncWith)):
+            for i in s.items:
+                value = self.eval(i.context_expr, env)
+                if i.optional_vars: self.bind(i.optional_vars, value, env)
+            self.run(s.body, env, found)
+        elif isinstance(s, ast.Try):
+            for part in s.body, *(h.body for h in s.handlers), s.orelse, s.finalbody: self.run(part, env, found)
+        elif isinstance(s, ast.Match):
+            self.eval(s.subject, env)
+            for c in s.cases: self.run(c.body, env, found)
+        elif not isinstance(s, ast.ClassDef):
+            for k in ast.iter_child_nodes(s): self.eval(k, env)
+
+    def bind(self, target, value, env, source=None):
+        "Give a name, or each of several, what was assigned"
+        if isinstance(target, ast.Name): env[target.id] = value
+        elif isinstance(target, ast.Starred): self.bind(target.value, value, env)
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            same = isinstance(source, (ast.Tuple, ast.List)) and len(source.elts) == len(target.elts)
+            for i,t in enumerate(target.elts): self.bind(t, self.peek(source.elts[i], env) if same else value, env)
+
+    def peek(self, node, env):
+        "Value of an expression that was evaluated before: nothing is noted again"
+        first, n = {k: dict(v) for k,v in self.first.items()}, self.n
+        try: return self.eval(node, env)
+        finally: self.first, self.n = first, n
+
+    def items(self, refs):
+        "What a loop over these gives"
+        return _union(*((_Ref(m, r.child, r.whole) for m in r.it._modules.values() if m is not None) if isinstance(r.it, _LISTS) else (r,) for r in refs))
+
+    # expressions
+    def eval(self, node, env):
+        "What an expression may stand for; the calls in it are noted in the order in which Python makes them"
+        self.room -= 1
+        if node is None or self.room <= 0 or isinstance(node, (ast.Constant, ast.expr_context, ast.operator, ast.cmpop, ast.unaryop)): return ()
+        if isinstance(node, ast.Name): return env.get(node.id, ()) if node.id else ()
+        if isinstance(node, ast.Attribute): return _union(*(self.attribute(r, node.attr) for r in self.eval(node.value, env)))
+        if isinstance(node, ast.Call): return self.call(node, env)
+        if isinstance(node, ast.Lambda): return (_Ref(node, cls=dict(env)),)
+        if isinstance(node, ast.NamedExpr):
+            value = self.eval(node.value, env)
+            self.bind(node.target, value, env)
+            return value
+        if isinstance(node, ast.IfExp):
+            self.eval(node.test, env)
+            return _union(self.eval(node.body, env), self.eval(node.orelse, env))
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
+            env = dict(env)
+            for g in node.generators:
+                self.bind(g.target, self.items(self.eval(g.iter, env)), env)
+                for test in g.ifs: self.eval(test, env)
+            return self.eval(node.elt if hasattr(node, 'elt') else node.value, env)
+        if isinstance(node, ast.Subscript):
+            base = self.eval(node.value, env)
+            self.eval(node.slice, env)
+            if isinstance(node.slice, ast.Slice): return base
+            key = str(node.slice.value) if isinstance(node.slice, ast.Constant) else None
+            return _union(*(self.items([r]) if key is None or not isinstance(r.it, _LISTS) or r.it._modules.get(key) is None
+                            else (_Ref(r.it._modules[key], r.child, r.whole),) for r in base))
+        found = [self.eval(k, env) for k in ast.iter_child_nodes(node)]
+        return _union(*found) if isinstance(node, (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.BoolOp, ast.Starred, ast.Await)) else ()
+
+    def attribute(self, r, name):
+        "What attribute `name` of a module stands for"
+        m = r.it
+        if not isinstance(m, nn.Module): return ()
+        if m._modules.get(name) is not None:
+            if m is self.root and r.child is None:
+                self.note(name, _NAMED)
+                return (_Ref(m._modules[name], name, True),)
+            return (_Ref(m._modules[name], r.child, r.whole and isinstance(m, _LISTS)),)
+        if name in m._parameters:
+            self.note(r.child or name, _WEIGHT)
+            return ()
+        if name in ('__call__', 'forward'): return (r,)
+        if isinstance(m, _LISTS) and name in _ITEMS: return (_Ref('items', owner=r),)
+        f, cls = _method(type(m), name)
+        if cls is nn.Module: return ()
+        if isinstance(f, (property, functools.cached_property)):
+            return self.follow(f.fget if isinstance(f, property) else f.func, cls, r, (), {})
+        return (_Ref(f, r.child, owner=r, cls=cls),) if inspect.isfunction(f) or isinstance(f, (staticmethod, classmethod)) else ()
+
+    def call(self, node, env):
+        f = node.func
+        name = f.id if isinstance(f, ast.Name) else f.attr if isinstance(f, ast.Attribute) else ''
+        if name == 'super' and isinstance(f, ast.Name): return (_Ref('super', owner=env[''][1], cls=env[''][2]),)
+        inner = f.value if isinstance(f, ast.Attribute) else None
+        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == 'super': refs = self.inherited(name, env)
+        else: refs = self.eval(f, env)
+        args = tuple(self.eval(a, env) for a in node.args)
+        kwargs = {k.arg: self.eval(k.value, env) for k in node.keywords}
+        if refs: return _union(*(self.apply(r, args, kwargs) for r in refs))
+        if not any((*args, *kwargs.values())) or name in _ASKING: return ()
+        if name == 'getattr' and len(node.args) > 1: return _union(*(self.named_attribute(r, node.args[1], env) for r in args[0]), *args[2:])
+        if name in _PASSING: return _union(*args)
+        if 'checkpoint' in name or name in ('map', 'apply'): return _union(*(self.apply(r, args[1:], kwargs) for r in _union(*args[:1], *kwargs.values())))
+        g = env[''][0].get(name) if isinstance(f, ast.Name) else None
+        return self.follow(g, None, None, args, kwargs) if inspect.isfunction(g) else ()
+
+    def inherited(self, name, env):
+        "What `super().name` stands for"
+        _, owner, cls = env['']
+        if owner is None or not isinstance(owner.it, nn.Module): return ()
+        f, cls = _method(type(owner.it), name, cls)
+        return (_Ref(f, owner.child, owner=owner, cls=cls),) if inspect.isfunction(f) else ()
+
+    def named_attribute(self, r, key, env):
+        "What `getattr(module, key)` stands for; a key that is put together may mean several"
+        if isinstance(key, ast.Constant): return self.attribute(r, str(key.value))
+        if isinstance(key, ast.Attribute):      # such as `self.base_model_prefix`
+            found = (getattr(type(o.it), key.attr, None) for o in self.eval(key.value, env))
+            return _union(*(self.attribute(r, n) for n in found if isinstance(n, str)))
+        if not isinstance(key, ast.JoinedStr) or not isinstance(r.it, nn.Module): return ()
+        like = ''.join(re.escape(str(v.value)) if isinstance(v, ast.Constant) else '.*' for v in key.values)
+        return _union(*(self.attribute(r, n) for n in r.it._modules if re.fullmatch(like, n)))
+
+    def apply(self, r, args, kwargs):
+        "A call of what a reference stands for"
+        if r.it == 'items': return self.items([r.owner])
+        if isinstance(r.it, nn.Module):
+            if r.it is not self.root: self.note(r.child, _CALLED if r.whole else _PART if _composite(r.it) else _LEAF)
+            return ()
+        if isinstance(r.it, ast.AST): return self.follow(r.it, None, None, args, kwargs, r.cls)
+        if r.owner is None: return ()
+        name = getattr(r.it, '__name__', '')
+        return self.looked_up(r.owner, name, args, kwargs) if name in _ACCESSORS else self.follow(r.it, r.cls, r.owner, args, kwargs)
+
+    def looked_up(self, owner, name, args, kwargs):
+        "What an accessor of transformers returns"
+        try: m = getattr(owner.it, name)()
+        except Exception: return ()     # the class has none, or code of its own that wants more
+        if m is owner.it: return (owner,)
+        if owner.it is not self.root: return (_Ref(m, owner.child),) if isinstance(m, nn.Module) else ()
+        for k,c in self.root._modules.items():
+            if c is not None and any(m is x for x in c.modules()): return (_Ref(m, k, c is m),)
+        return ()
+
+_read = weakref.WeakKeyDictionary()     # module → its class and members when it was read, and the places of its children
+
+def _uses(m):
+    "Places of the children and parameters of `m` in the order of their use"
+    now = type(m), tuple(m._modules), tuple(m._parameters)
+    if m not in _read or _read[m][0] != now: _read[m] = now, _Uses(m).places
+    return _read[m][1]
 
 def _before(m, a, b):
     "Does child or parameter `a` of `m` run before its child `b`?"
-    for depth in 0,2: # `forward` itself, then with the methods it calls, as CLIP does
-        said = _said(type(m), 'forward', depth)
-        if a in said and b in said: return said.index(a) < said.index(b)
+    at = _uses(m)
+    if a in at and b in at: return at[a] < at[b]
     kids = list(m._modules)
     return (kids.index(a) if a in kids else -1) < (kids.index(b) if b in kids else -1)
 
@@ -319,6 +555,12 @@ def _tuner(tuners, path):
     parts = path.split('.')
     return next((up for j in range(len(parts)-1, -1, -1) if parts[j] in tuners.get(up := '.'.join(parts[:j]), ())), None)
 
+def _adapts(mods, at):
+    "Path of what the PEFT layer at `at` adapts; one that adapts a parameter of its base (fused experts) says which, and may be wrapped by others"
+    if not isinstance(name := getattr(mods[at], 'parameter_name', None), str): return at
+    while (up := at.removesuffix('.base_layer')) != at and isinstance(getattr(mods.get(up), 'parameter_name', None), str): at = up
+    return at if name == 'weight' else _join(at, name)
+
 def _check(model, unit, kinds):
     "Arguments as they should be, or an error that says what would work"
     if not isinstance(model, nn.Module): raise ValueError(f"partition_layers takes a torch module, such as a transformers model; got {type(model).__name__}")
@@ -352,7 +594,7 @@ def partition_layers(
         _,(order,layer,rest,zone,depth),path,m,pname = min(spots, key=lambda s: s[:1]+s[1][:1])
         at = _tuner(tuners, _join(path, pname))
         if unit == 'block' and zone == 'block' and places.stacks: kind,rest,key = 'block','',layer
-        elif at is not None: kind,rest,key = 'adapter',places(at, pname)[2],at
+        elif at is not None: kind,rest,key = 'adapter',places(_adapts(mods, at), pname)[2],at
         else:
             kind,whole = _classify(m, pname, p, zone, head)
             rest,key = (rest,path) if whole else (_join(rest, pname),_join(path, pname))

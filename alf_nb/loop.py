@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, IterableDataset
 from .checkpoints import seal_checkpoint
 from .probe import _model_loss
+from .shards import _n_started
 from .trainer import ALFCallback, _thaw_leftovers
 
 # %% ../nbs/09c_loop.ipynb #dede0e0c
@@ -49,8 +50,7 @@ class ALFLoop:
         **alf              # further arguments of `ALFCallback`, such as budget=.25
     ):
         if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1: raise ValueError(f"max_steps={max_steps!r}, but it is the number of optimizer steps, at least 1")
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError("ALFLoop runs in one process, and here are several: use ALFCallback in a Trainer, whose processes agree on what trains")
+        if (n := _n_started()) > 1: raise ValueError(f"ALFLoop runs in one process, and here are several ({n}): use ALFCallback in a Trainer, whose processes agree on what trains")
         self._loader,size = _loader(batches)
         self.model,self.callback = model,ALFCallback(seed=seed, **alf)
         self.callback._batch_loss = loss or _model_loss
@@ -132,6 +132,7 @@ def close(self:ALFLoop, error=None)->dict:
             self.callback._event('error', self.steps, type=type(error).__name__, message=str(error))
             self.callback._training = False; _thaw_leftovers(self.model)
             if self.log is not None: self.log.close()
+            self.callback._unlock()
         self._stage = 'ended'
     return self.callback.summary()
 
@@ -163,6 +164,7 @@ def _resume(self:ALFLoop, saved):
             (alf/name).write_bytes(data.cpu().numpy().tobytes())
         seal_checkpoint(folder)
         self._state.global_step,self.callback.resume_from = int(saved['step']),str(folder)
+        self.callback._named = False      # a state is a file that may be an older run's, and its name is not known here
         self._begin()
 
 # %% ../nbs/09c_loop.ipynb #318e141b

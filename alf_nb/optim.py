@@ -285,7 +285,9 @@ def _pack(
         return dict(kind='wrapper', of=_class_name(type(x)), parts={k: again(getattr(x, k)) for k in keys}, context=again(context), shape=list(x.shape), stride=list(x.stride()))
     if isinstance(x, torch.nn.Parameter): raise TypeError('a parameter')
     if isinstance(x, Tensor) and x.numel() > 1 and not any(x.stride()): return dict(kind='repeated', tensor=put(x.reshape(-1)[0]), shape=list(x.shape))
-    if isinstance(x, Tensor): return dict(kind='tensor', tensor=put(x))
+    if isinstance(x, Tensor):       # a product depends on the order of memory in its last bits
+        order = sorted(range(x.dim()), key=lambda i: -x.stride(i))
+        return dict(kind='tensor', tensor=put(x), **({} if x.is_contiguous() or not x.permute(order).is_contiguous() else dict(order=order)))
     if isinstance(x, torch.dtype): return dict(kind='dtype', of=str(x).rpartition('.')[2])
     if isinstance(x, torch.Size): return dict(kind='size', items=list(x))
     if type(x) in (list, tuple): return dict(kind=type(x).__name__, items=[again(v) for v in x])
@@ -315,6 +317,7 @@ def _unpack(
         x = object.__new__(cls); vars(x).update(parts)
         return x
     if kind == 'repeated': return tensors[d['tensor']].expand(d['shape'])
+    if kind == 'tensor' and 'order' in d: return (t := tensors[d['tensor']]).permute(d['order']).contiguous().permute(sorted(range(t.dim()), key=d['order'].__getitem__))
     if kind == 'tensor': return tensors[d['tensor']]
     if kind == 'dtype' and isinstance(x := getattr(torch, d['of'], None), torch.dtype): return x
     if kind == 'size': return torch.Size(d['items'])

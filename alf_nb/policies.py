@@ -44,17 +44,34 @@ def _flag(what, v):
     raise ValueError(f"{what}={v!r}, but it is True or False")
 
 # %% ../nbs/06_policies.ipynb #febc0329
+def _meant(pattern, units):
+    "Names of the units that `pattern` means, in model order; none if it means none"
+    if pattern.startswith('kind:'):
+        kind = pattern[5:]
+        if kind not in KINDS: raise ValueError(f"{pattern!r}: kinds are {', '.join(KINDS)}")
+        return tuple(u.name for u in units if u.kind == kind)
+    top = max((u.depth for u in units), default=0)
+    ends = dict(embeddings=lambda u: u.layer.endswith('.embeddings'),
+                head=lambda u: u.layer.endswith('.head') and u.depth == top).get(pattern, lambda u: False)
+    for same in (lambda u: u.name == pattern, lambda u: u.layer == pattern, ends, lambda u: u.name.startswith(pattern + '.'),
+                 lambda u: fnmatchcase(u.name, pattern) or fnmatchcase(u.layer, pattern)):
+        if found := tuple(u.name for u in units if same(u)): return found
+    return ()
+
 def match_units(
-    pattern:str, # exact unit name, exact layer name, or glob such as `*.q_proj`
+    pattern:str, # name of a unit, of a layer or of all below it, `embeddings`, `head`, `kind:norm`, or glob such as `*.q_proj`
     units        # `UnitInfo` of every unit of the model
 )->tuple:        # names of the units it means, in model order
     "Names of the units that `pattern` means; a pattern that means none is an error."
-    if not isinstance(pattern, str): raise ValueError(f"a pattern is the name of a unit or a layer, or a glob, got {pattern!r}")
-    for same in (lambda u: u.name == pattern, lambda u: u.layer == pattern, lambda u: fnmatchcase(u.name, pattern) or fnmatchcase(u.layer, pattern)):
-        if found := tuple(u.name for u in units if same(u)): return found
-    known = list(dict.fromkeys(n for u in units for n in (u.layer, u.name)))
-    near = get_close_matches(pattern, known, n=3, cutoff=.5)
-    raise ValueError(f"{pattern!r} matches no unit or layer; " + (f"close: {', '.join(near)}" if near else f"layers are {', '.join(dict.fromkeys(u.layer for u in units))}"))
+    if not isinstance(pattern, str): raise ValueError(f"a pattern is the name of a unit or a layer, a kind, or a glob, got {pattern!r}")
+    if found := _meant(pattern, units): return found
+    if pattern.startswith('kind:'):
+        raise ValueError(f"{pattern!r} matches no unit: kinds of this model are {', '.join(k for k in KINDS if any(u.kind == k for u in units))}")
+    layers = list(dict.fromkeys(u.layer for u in units))
+    towers = dict.fromkeys('.'.join(p[:i]) for p in (l.split('.') for l in layers) for i in range(1, len(p)))
+    near = get_close_matches(pattern, list(dict.fromkeys([*towers, *(n for u in units for n in (u.layer, u.name))])), n=3, cutoff=.5)
+    why = "; a head that is tied to the embeddings is part of them" if pattern == 'head' else ''
+    raise ValueError(f"{pattern!r} matches no unit or layer{why}; " + (f"close: {', '.join(near)}" if near else f"layers are {', '.join(layers)}"))
 
 # %% ../nbs/06_policies.ipynb #04d873e6
 @dataclass(frozen=True)
@@ -132,7 +149,7 @@ def _round_up(x, digits=3):
 @dataclass(frozen=True, kw_only=True)
 class Policy(Record):
     "Base of all policies: `select` settles pins, bans and shares, `choose` is the policy."
-    pin:tuple=()    # units that always train: exact unit or layer names, or globs; paid from the budget first
+    pin:tuple=()    # units that always train: patterns as in `match_units`; paid from the budget first
     ban:tuple=()    # units that never train: as `pin`
     seed:int=0      # seeds the policies that draw
     name = None          # key in `POLICIES`

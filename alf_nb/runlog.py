@@ -69,22 +69,30 @@ def survivors(
     events, # event dicts in the order they were written
 )->list: # one list of surviving events per run, oldest run first
     "What counts in a file that may hold resumed and repeated runs"
-    runs, run_id, begun = [_Run()], None, False
-    for e in events:
-        kind, now = e['event'], runs[-1]
+    runs, keys, run_id, begun = {0: _Run()}, {}, None, False      # in the order in which they were begun or taken up last; run id → key
+    for n,e in enumerate(events, 1):
+        kind, last = e['event'], next(reversed(runs))
+        now = runs[last]
         if kind == 'run_begin':
             if begun and (e.get('run_id') is None or e.get('run_id') != run_id):
                 k = len(now.events)
                 while k and now.events[k-1].get('when') == 'before': k -= 1      # what was measured before the new run belongs to it
-                runs.append(_Run(now.cut(k)))
+                last = n
+                runs[last] = _Run(now.cut(k))
             run_id, begun = e.get('run_id'), True
+            keys[run_id] = last
         elif kind == 'resume':
-            if len(runs) > 1 and not any(o['event'] in ('log', 'save', 'run_end') for o in now.events):  # this run continues the one before
-                runs.pop()
-                runs[-1].add(now.events)
-            runs[-1].drop_later(e.get('step', 0))
-        runs[-1].add([e])
-    return [r.events for r in runs if r.events]
+            of = e.get('run_id')
+            if of not in (None, run_id) and keys.get(of) in runs:      # an earlier run goes on, and is the newest now
+                last, run_id = keys[of], of
+                runs[last] = runs.pop(last)
+            elif len(runs) > 1 and not any(o['event'] in ('log', 'save', 'run_end') for o in now.events):  # this run continues the one before
+                del runs[last]
+                last = next(reversed(runs))
+                runs[last].add(now.events)
+            runs[last].drop_later(e.get('step', 0))
+        runs[last].add([e])
+    return [r.events for r in runs.values() if r.events]
 
 
 # %% ../nbs/08_runlog.ipynb #238db08f
@@ -180,7 +188,7 @@ _KNOWN = dict(
     log={k: _is_number for k in ('loss', 'learning_rate', 'grad_norm', 'epoch', 'seconds_per_step', 'tokens_per_second')},
     memory={f'{k}_bytes': _is_number for k in ('grad', 'optimizer', 'reference', 'parked', 'rss')},
     eval=dict(name=_is_name, when=_is_name, loss=_is_number, tokens=_is_number, metrics=_is_numbers), sample=dict(when=_is_text, prompt=_is_text, text=_is_text),
-    save=dict(path=_is_text), resume=dict(path=_is_text), error=dict(type=_is_text, message=_is_text, traceback=_is_text), unpause=dict(paused_s=_is_number),
+    save=dict(path=_is_text), resume=dict(path=_is_text, run_id=_is_text), error=dict(type=_is_text, message=_is_text, traceback=_is_text), unpause=dict(paused_s=_is_number),
     run_end=dict(stopped=_is_flag, **{k: _is_number for k in ('wall_s', 'importance_s', 'trainable_share_mean', 'trainable_share_peak', 'state_bytes_peak', 'rss_bytes_peak')}))
 _NEEDED = dict(select=('names',), memory=('grad_bytes', 'optimizer_bytes'), choose=('policy',))
 

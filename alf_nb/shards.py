@@ -17,12 +17,17 @@ def _in_group():
     "Does this process belong to a group of processes?"
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
+def _n_started():
+    "How many processes belong together: those of the group, or those that a launcher has started"
+    if _in_group(): return torch.distributed.get_world_size()
+    size = os.environ.get('WORLD_SIZE', '')
+    return int(size) if 'LOCAL_RANK' in os.environ and size.isdigit() else 1
+
 def _one_process(
     what # the function that is called
 )->None:
     "Refuse `what` where a launcher has started several processes: each would do the whole job and write the same files"
-    n = torch.distributed.get_world_size() if _in_group() else int(os.environ['WORLD_SIZE']) if 'LOCAL_RANK' in os.environ and os.environ.get('WORLD_SIZE', '').isdigit() else 1
-    if n > 1: raise ValueError(f"{what} works in one process, and {n} were started, each of which would write the same files: start it without a launcher. For several GPUs give ALFCallback to a Trainer (the page Several GPUs)")
+    if (n := _n_started()) > 1: raise ValueError(f"{what} works in one process, and {n} were started, each of which would write the same files: start it without a launcher. For several GPUs give ALFCallback to a Trainer (the page Several GPUs)")
 
 def is_sharded(
     t # a tensor, or None

@@ -23,16 +23,17 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
-from .checkpoints import check_checkpoint, find_checkpoint, seal_checkpoint
+from .checkpoints import _set_aside, check_checkpoint, find_checkpoint, _newest_run, seal_checkpoint
 from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
-from .optim import _has_to_move, _is_bare, ParkedStates, FrozenGuard, _class_name, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
-from .policies import POLICIES, Policy, _ballot, adjusted, match_units
+from .lock import RunLock
+from .optim import _has_to_move, _is_bare, ParkedStates, FrozenGuard, _first_states, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets
+from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
 from .probe import _NothingToCompare, _model_loss, _same_draws, _same_modules, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
-from .shards import _any_process, gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
+from .shards import _any_process, _n_started, is_sharded, local_tensor, over_shards, reshard, set_up_shards, whole_tensor
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
@@ -98,7 +99,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         cost_aware:bool|None=None,   # weigh importance against the cost of reaching a unit
         strata:int|None=None,        # bands of the depth in each of which every role gets the same share of the budget; 0: the best of all, wherever they are; default 3, and 0 for blocks, a threshold, a policy of your own, or beside cost_aware
         reach:float|None=None,       # how much of the depth trains, from the top: at 0.8 the lowest fifth of the blocks stays frozen, with all below, and is left out of the backward pass; default 1
-        pin=(),                      # units that always train: exact names, layer names or globs
+        pin=(),                      # units that always train: names of units, layers or towers, `embeddings`, `head`, `kind:norm`, or globs
         ban=(),                      # units that never train
         state:str|None=None,         # optimizer state of leavers: 'v', 'full' or 'drop'; default 'v'
         references:str|None=None,    # where reference weights live: 'device' (default), 'host'; '8bit': rounded, a quarter of the memory; 'none': rates from the optimizer's last update
@@ -151,6 +152,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
         self._wished = self._asked_policy = self.policy          # as given, and with what lies below its reach banned
         self._lock,self._pending,self._again = threading.Lock(),None,False
+        self._locks,self._named = [],True        # _named: whoever resumes from a folder has named it
         self._training,self._news,self.log,self._batch_loss,self._loss = False,False,None,None,_model_loss
 
     @property
@@ -179,8 +181,33 @@ def _thaw_leftovers(model):
         if n in frozen: p.requires_grad_(True)
     if frozen: setattr(model, _LEFTOVER, ())
 
+class _AllocatorGuard:
+    "AdaLoRA's `update_and_allocate`, which says in words that it needs the gradient of every adapter"
+    def __init__(self, model):
+        self.model, self.real = model, model.update_and_allocate
+        model.update_and_allocate = self
+
+    def __call__(self, *args, **kwargs):
+        frozen = [k for k,p in self.model.named_parameters() if 'lora_' in k and f'.{self.model.trainable_adapter_name}' in k and not p.requires_grad]
+        if frozen:
+            raise RuntimeError(f"AdaLoRA's update_and_allocate needs the gradient of every adapter, and ALF has frozen {len(frozen)} of their weights, such as {frozen[0]}: "
+                               "leave the call of update_and_allocate out, train all adapters (policy='full'), or take LoRA instead of AdaLoRA")
+        return self.real(*args, **kwargs)
+
+    def remove(self): self.model.__dict__.pop('update_and_allocate', None)
+
+def _guard_allocators(model, policy):
+    "AdaLoRA and ALF both choose among the adapters"
+    found = [m for m in model.modules() if hasattr(m, 'rankallocator') and hasattr(m, 'update_and_allocate')]
+    if found and policy.name != 'full':
+        warnings.warn("AdaLoRA: its update_and_allocate cannot be called while ALF freezes adapters, so ranks stay as they are. Leave that call out, or train all adapters (policy='full')")
+    _NOTES.setdefault(model, []).extend(map(_AllocatorGuard, found))
+
 def _check_engine(args, model, ddp=None):
     "Refuse what cannot work, before the first step"
+    if args.world_size == 1 and (n := _n_started()) > 1:
+        raise ValueError(f"{n} processes were started, and this Trainer trains alone: each of them would do the whole job and write the same files. On a machine without a GPU say TrainingArguments(use_cpu=True), and they train together; "
+                         "elsewhere look why they do not find each other, or start one process without a launcher")
     if getattr(args, 'deepspeed', None) or os.environ.get('ACCELERATE_USE_DEEPSPEED', '').lower() in ('1', 'true'):
         raise ValueError("DeepSpeed lays out gradients and optimizer state once, before training: what is frozen later would keep its state and go on moving. FSDP2 takes the same memory and re-selects (configs/accelerate_fsdp2.yaml); "
                          "with DeepSpeed choose once, freeze before the Trainer is made, and leave the callback out: apply_selection(partition_layers(model), ALFCallback(budget=.25).preview(model).names)")
@@ -239,7 +266,9 @@ def _partition(self:ALFCallback, model):
     "The model as units, and those that could train"
     layers = partition_layers(model, unit=self.unit, kinds=self.kinds)
     units = tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
-    self._asked_policy = self._within_reach(self._wished, layers.n_blocks, units)
+    presumed = () if self._given['pin'] else PRESETS[self._given['preset']].get('pin', ())      # a preset pins what there is
+    wished = replace(self._wished, pin=tuple(p for p in self._wished.pin if p not in presumed or _meant(p, units)))
+    self._asked_policy = self._within_reach(wished, layers.n_blocks, units)
     return layers, units
 
 @patch
@@ -295,7 +324,7 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
 def _freeze_for_load(self:ALFCallback, args, model):
     "FSDP2 loads optimizer state for all that requires grad, no more and no less: let that be what the checkpoint holds. Trainer does not yet say which it loads"
     if not any(map(is_sharded, model.parameters())): return
-    with warnings.catch_warnings(): warnings.simplefilter('ignore'); folder = self._given_folder(args) or find_checkpoint(args.output_dir)
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); folder = self._given_folder(args) or find_checkpoint(args.output_dir, _newest_run(self.out or args.output_dir))
     file = Path(folder or '')/'alf'/'state.json'
     held = set(json.loads(file.read_text(encoding='utf-8')).get('optimizer') or ()) if file.is_file() else ()
     if not held: return
@@ -307,14 +336,50 @@ def _freeze_for_load(self:ALFCallback, args, model):
 @patch
 def _given_folder(self:ALFCallback, args): return self.resume_from or (args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
 
+def _trains_in(thread, trainer):
+    "Is a method of `trainer` running in a thread?"
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None and frame.f_locals.get('self') is not trainer: frame = frame.f_back
+    return frame is not None
+
+@patch
+def _lock_folders(self:ALFCallback, args, state):
+    "Where this process writes, no other one does until the run ends; what a Trainer that failed still holds, another thread may take"
+    if not state.is_world_process_zero: return
+    trainer,thread = _on_stack(Trainer),threading.current_thread()
+    known = None if trainer is None else weakref.ref(trainer)
+    at_work = None if trainer is None else lambda: (t := known()) is not None and _trains_in(thread, t)
+    for folder in dict.fromkeys(Path(p).absolute() for p in (self.out or args.output_dir, args.output_dir) if p):
+        self._locks.append(RunLock(folder, 'a training run', at_work).acquire())
+
+@patch
+def _unlock(self:ALFCallback):
+    "Others may write again"
+    while self._locks: self._locks.pop().release()
+
 @patch
 def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, train_dataloader=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
     _refuse_beside(model, callbacks=[self])
+    try: self._begin(args, state, model, optimizer, train_dataloader)
+    except BaseException:
+        self._unlock()
+        raise
+
+@patch
+def _keep_earlier(self:ALFCallback, args, state):
+    "Trainer would count an earlier run's checkpoints among those it keeps, and delete them or the new ones: move them aside"
+    if not (args.save_total_limit and args.save_strategy != 'no' and state.is_world_process_zero) or getattr(state, 'is_hyper_param_search', False): return
+    if where := _set_aside(args.output_dir, [p.name for p in Path(args.output_dir).glob('checkpoint-*')]):
+        warnings.warn(f"{args.output_dir} holds checkpoints of an earlier run, which save_total_limit={args.save_total_limit} would have deleted: they are in {where} now")
+
+@patch
+def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
+    "Set everything up for this model, optimizer and data"
     self._t_begin = time.perf_counter(); self._join_trackers()
     if self._on_load is not None: self._on_load.remove(); self._on_load = None
     self._ddp = find_ddp(model)
-    _check_alone(model, state); _check_engine(args, model, self._ddp); _thaw_leftovers(model); set_up_shards(model)      # of an attempt that died: Trainer may begin again in the same process
+    _check_alone(model, state); _check_engine(args, model, self._ddp); self._lock_folders(args, state); _thaw_leftovers(model); set_up_shards(model)      # of an attempt that died: Trainer may begin again in the same process
     self.layers,self.units = self._partition(model)
     self.names = tuple(u.name for u in self.units)
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
@@ -340,6 +405,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self._reach,self._stand_in,self._still,self._stepped = _Reach(),None,set(),False
     self._asking = self._blind = False
     if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)      # fp16's scaler overflows on purpose, and leaves such steps out itself
+    _guard_allocators(model, self.policy)
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     resuming = state.global_step > 0
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
@@ -352,6 +418,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
     self.run_id,self._seen = uuid.uuid4().hex[:12],self._scores(0)
     if resuming: self._restore(args, state)
     else:
+        self._keep_earlier(args, state)
         self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
                     max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
         self._select(0)
@@ -370,7 +437,7 @@ def _find_rates(self:ALFCallback, optimizer):
     self._split = any(len(set(ks)) > 1 for ks in self._rates_of.values())
     self._unread,self._said,self._rates_now = set(),set(),[]
     if self.references != 'none' or not (odd := list(dict.fromkeys(m for m,_ in _groups(optimizer) if not _is_readable(m)))): return
-    if self.policy.needs_scores and self.signal in ('rate', 'coherence') and (self._every or self.start in ('rotate', 'warm-up')): check_last_update(optimizer)
+    if self.policy.needs_scores and (self._every or self.signal in ('rate', 'coherence') and self.start in ('rotate', 'warm-up')): check_last_update(optimizer)
     self._unread = {id(p) for m in odd for g in m.param_groups for p in g['params']}
     self._say('unread', f"rate, coherence and descent are not measured: the last update of {', '.join(dict.fromkeys(type(m).__name__ for m in odd))} cannot be read from its state, and references='none' keeps nothing to compare with. "
               "Nothing is chosen by them here; references='device' or 'host' measures them")
@@ -694,9 +761,11 @@ def on_log(self:ALFCallback, args, state, control, logs=None, **kw):
 def on_train_end(self:ALFCallback, args, state, control, model=None, **kw):
     "Close the log and leave the model trainable as it was found"
     self._training = False; setattr(model, _TRAINS, None)
-    self._event('run_end', state.global_step, **self.summary(), stopped=state.global_step < state.max_steps)
-    _thaw_leftovers(model); renew_buckets(self._ddp); self._ddp = None
-    if self.log is not None: self.log.close()
+    try: self._event('run_end', state.global_step, **self.summary(), stopped=state.global_step < state.max_steps)
+    finally:
+        _thaw_leftovers(model); renew_buckets(self._ddp); self._ddp = None
+        if self.log is not None: self.log.close()
+        self._unlock()
 
 @patch
 def summary(self:ALFCallback)->dict:
@@ -763,7 +832,9 @@ def _watch(self:ALFCallback, f):
     try: f()
     except RuntimeError as e:
         self._event('error', self.totals['steps'], type=type(e).__name__, message=str(e))
-        if self.check in ('raise', 'freeze'): raise
+        if self.check in ('raise', 'freeze'):
+            self._unlock()
+            raise
         warnings.warn(str(e))
 
 @patch
@@ -777,6 +848,7 @@ def _check_finite(self:ALFCallback, norms, step):
 def _refuse(self:ALFCallback, message):
     "An error whatever `check` says, also in the log"
     self._event('error', self.totals['steps'], type='RuntimeError', message=message)
+    self._unlock()
     raise RuntimeError(message)
 
 @patch
@@ -1200,12 +1272,27 @@ def _read_state(folder):
     except Exception as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/tensors.safetensors cannot be read: {e}") from None      # safetensors has an exception of its own
 
 @patch
+def _check_run(self:ALFCallback, args, folder, run):
+    "Does a checkpoint of `run` belong to the newest run? If not, it has to be meant: Trainer alone takes the one with the largest number"
+    newest = _newest_run(self.out or args.output_dir) if self.out or args.output_dir else None
+    if newest in (None, run): return
+    runs = f"{folder.name} belongs to run {run}, and a newer run, {newest}, was begun in {self.out or args.output_dir} since"
+    if not self._named: raise RuntimeError(f"{runs}: give another out= to go on from the older one, or resume from a state of the newer one")
+    last = max((int(p.name[11:]) for p in Path(args.output_dir).glob('checkpoint-*') if p.name[11:].isdigit()), default=None)
+    if self._given_folder(args) or folder.name != f'checkpoint-{last}': return warnings.warn(f"{runs}: was it meant?")
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        right = find_checkpoint(args.output_dir, newest)
+    todo = f"go on from it with resume_from_checkpoint={right!r}" if right else "it has no whole checkpoint yet: start anew, without resume_from_checkpoint"
+    raise RuntimeError(f"{runs}: {todo}. If the older one is meant, name it: ALFCallback(resume_from={str(folder)!r})")
+
+@patch
 def _restore(self:ALFCallback, args, state):
     "Continue from the checkpoint that Trainer has just loaded"
     folder = Path(self._given_folder(args) or Path(args.output_dir)/f'checkpoint-{state.global_step}')
     if self._loaded_for not in (None, folder.resolve()): raise RuntimeError(f"FSDP2 has loaded optimizer state for {self._loaded_for.name}, the newest whole checkpoint here, and the run is at {folder.name}: name the folder, ALFCallback(resume_from={str(folder)!r})")
     if why := 'it was saved without ALFCallback or with save_only_model=True, or it lies elsewhere (resume_from=…)' if not (folder/'alf').is_dir() else check_checkpoint(folder):
-        with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir)
+        with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir, _newest_run(self.out or args.output_dir))
         raise RuntimeError(f"cannot resume from {folder.name}: {why}. {f'The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}' if other else 'There is no whole checkpoint with ALF here'}")
     data,tensors = _read_state(folder)
     if data['step'] != state.global_step: raise RuntimeError(f"ALF state of step {data['step']} beside a Trainer state of step {state.global_step}: {folder.name} mixes two runs")
@@ -1214,8 +1301,7 @@ def _restore(self:ALFCallback, args, state):
         raise ValueError(f"the model has changed since the checkpoint: {len(data['units'])} units then, {len(self.units)} now" + (f", the first difference is {sorted(was ^ now)[0]!r}" if was ^ now else ', with other sizes'))
     if data['weights'] != _fingerprint(self.layers): raise ValueError(f"the weights of this model are not those of {folder.name}: resume with trainer.train(resume_from_checkpoint=…) and the same model")
     if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != data['config'].get(k)]: warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}{'; what trains is chosen anew' if {'policy', 'kinds'} & set(changed) else ''}")
-    if self.log is not None and self.log.path.exists() and (last := self.log.begin.get('run_id')) not in (None, data['run_id']):
-        warnings.warn(f"{folder.name} belongs to run {data['run_id']}, and a newer run, {last}, was begun in this folder since: was it meant?")
+    self._check_run(args, folder, data['run_id'])
     self.run_id = data['run_id']
     self.selection = Selection.from_dict(data['selection'])
     params = self._all_params()
@@ -1240,7 +1326,7 @@ def _restore(self:ALFCallback, args, state):
         fresh = [n for n in self.selection.names if n not in self.snapshot.names]
         self.snapshot.take(fresh); self._mark(fresh, state.global_step)
     renew_buckets(self._ddp); self.guard.watch()
-    self._event('resume', state.global_step, path=folder.name)
+    self._event('resume', state.global_step, path=folder.name, run_id=self.run_id)
     if state.global_step >= state.max_steps: warnings.warn(f"all {state.max_steps} steps are made, nothing is left to resume, and Trainer makes one step more: give a larger max_steps, or take the model as it is")
     if {'policy', 'kinds'} & set(changed) and state.global_step < state.max_steps:      # a budget or a ban given anew holds from here on
         if 'policy' in changed: self._event('choose', state.global_step, policy=self.policy.to_dict(), now=True)
