@@ -8,7 +8,7 @@ Docs: https://example.github.io/alf_nb/cli.html.md"""
 __all__ = ['main']
 
 # %% ../nbs/15_cli.ipynb #c1f18087
-import argparse, os, sys
+import argparse, logging, os, sys
 from pathlib import Path
 from . import __version__
 from .files import write_whole
@@ -169,13 +169,23 @@ def _report(a):
     from alf_nb.reports import write_report
     print(write_report(a['run']))
 
+def _import_quietly():
+    "Import Trainer, which imports PEFT, which imports bitsandbytes, which may log that it lacks a kernel that nothing here asks for"
+    log = logging.getLogger('bitsandbytes')
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try: import transformers.trainer
+    finally: log.setLevel(level)
+
 def main(
     argv=None # arguments without the program's name; None: those of the process
 )->int:       # exit code: 0 done, 2 bad input, 130 interrupted
     "The command `alf`"
     a = vars(_parser().parse_args(argv))
     command,debug = a.pop('command'),a.pop('debug')
-    if command != 'report': os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    if command != 'report':
+        os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+        _import_quietly()
     try: dict(finetune=_finetune, audit=_audit, attention=_attention, compare=_compare, report=_report)[command](a)
     except KeyboardInterrupt:
         print(f"\nalf: interrupted; what was logged is kept in {a.get('out', a.get('run'))}", file=sys.stderr); return 130

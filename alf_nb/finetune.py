@@ -29,7 +29,7 @@ from .plots import human_bytes
 from .reports import summarize, write_report
 from .runlog import RunLog
 from .shards import _one_process
-from .sources import _check_causal, _first, _hub, continuation, domain_split, evaluate_loss, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
+from .sources import _check_causal, _check_text, _first, _hub, continuation, domain_split, evaluate_loss, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
 from .trainer import ALFCallback, peak_rss_bytes
 
 # %% ../nbs/14_finetune.ipynb #be8169e9
@@ -290,6 +290,7 @@ def finetune(
     callback = ALFCallback(budget=budget, threshold=threshold, preset=preset, seed=seed, out=str(out), **alf)
     with RunLock(out, 'finetune()'):
         checkpoint,done = _resume_point(out, steps) if resume else (None, None)
+        if prompt is not None: _check_text(prompt, 'the prompt')
         texts = load_texts(data, column)
         others = load_texts(other, column) if other is not None else unrelated_texts()
         net,tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)

@@ -239,9 +239,20 @@ def _python_reference():
     except ImportError as e: raise RuntimeError("this Python comes without its language reference (module pydoc_data); name a text of your own") from e
     return [topics[k] for k in sorted(topics)]
 
+def _check_text(text, where):
+    "Refuse what no tokenizer takes; `where`: of what, for the error"
+    if not isinstance(text, str): raise ValueError(f"{where} is {type(text).__name__}; a text was expected")
+    try: text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where} holds half a character, the lone surrogate U+{ord(text[e.start]):04X} at {e.start}: "
+                         "it was cut or escaped wrongly; repair the text, or leave it out") from None
+    return text
+
 def _read(path):
     try: text = path.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 text: byte 0x{e.object[e.start]:02x} at {e.start}; convert it, or name a text file") from e
+    except UnicodeDecodeError as e:
+        wide = ' (it begins as UTF-16 does)' if e.object[:2] in (b'\xff\xfe', b'\xfe\xff') else ''
+        raise ValueError(f"{path} is not UTF-8 text{wide}: byte 0x{e.object[e.start]:02x} at {e.start}; convert it, or name a text file") from e
     if '\0' in text: raise ValueError(f"{path} is not text: it holds NUL bytes")
     return text
 
@@ -256,7 +267,7 @@ def _isnum(v):
     except ValueError: return False
 
 def _column(rows, column, where):
-    "The texts of one column of `rows`, a list of dicts"
+    "(where it stands, text) of each row of one column of `rows`, a list of dicts"
     if not rows: raise ValueError(f"{where} is empty: it has no rows")
     for i,r in enumerate(rows):
         if not isinstance(r, dict): raise ValueError(f"{where}, row {i+1} is not a JSON object with named columns")
@@ -267,14 +278,14 @@ def _column(rows, column, where):
     if column not in names: raise ValueError(f"{where} has no column {column!r}; its columns are {', '.join(map(repr, names))}")
     for i,r in enumerate(rows):
         if not isinstance(r.get(column), (str, type(None))): raise ValueError(f"column {column!r} of {where} holds {type(r[column]).__name__}; a text was expected (row {i+1})")
-    return [r.get(column) or '' for r in rows]
+    return [(f"row {i+1}, column {column!r} of {where}", r.get(column) or '') for i,r in enumerate(rows)]
 
 def _rows(path):
     "Rows of a .json, .jsonl, .csv or .parquet file"
     if (suffix := path.suffix.lower()) == '.parquet':
         import pyarrow, pyarrow.parquet
         try: return pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowException as e: raise ValueError(f"{path} is not a parquet file: {_first(e)}") from e
+        except (pyarrow.ArrowException, UnicodeDecodeError) as e: raise ValueError(f"{path} is not a parquet file: {_first(e)}") from e
     text = _read(path)
     if suffix == '.csv':
         csv.field_size_limit(1<<30)
@@ -282,13 +293,13 @@ def _rows(path):
         except csv.Error as e: raise ValueError(f"{path} is not a CSV file: {e}") from e
     if suffix == '.json' and text.lstrip().startswith('['):
         try: rows = json.loads(text)
-        except json.JSONDecodeError as e: raise ValueError(f"{path} is not JSON: {e}") from e
+        except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON: {e}") from e
         return [dict(text=r) for r in rows] if rows and all(isinstance(r, str) for r in rows) else rows
     rows = []
     for i,line in enumerate(text.split('\n')):
         if not line.strip(): continue
         try: rows.append(json.loads(line))
-        except json.JSONDecodeError as e: raise ValueError(f"{path}, line {i+1} is not JSON: {e}") from e
+        except (ValueError, RecursionError) as e: raise ValueError(f"{path}, line {i+1} is not JSON: {e}") from e
     return rows
 
 # %% ../nbs/13_sources.ipynb #078f3e15
@@ -320,20 +331,20 @@ def load_texts(
     if limit is not None and limit < 1: raise ValueError(f"limit={limit}: keep at least 1 text, or None for all")
     if isinstance(data, (list, tuple)):
         if bad := [type(t).__name__ for t in data if not isinstance(t, str)]: raise ValueError(f"a list of texts holds strings, got {bad[0]}")
-        texts, where = list(data), 'the list'
-    elif data is None or data == 'python-reference': texts, where = _python_reference(), 'python-reference'
-    elif data == 'gsm8k-sample': texts, where = unrelated_texts(), data
+        texts, where = [(f"text {i+1} of the list", t) for i,t in enumerate(data)], 'the list'
+    elif data is None or data == 'python-reference': texts, where = [('', t) for t in _python_reference()], 'python-reference'
+    elif data == 'gsm8k-sample': texts, where = [('', t) for t in unrelated_texts()], data
     else:
         where, path = os.fspath(data), Path(data).expanduser()
         if path.is_dir():
             files = sorted(p for p in path.rglob('*') if p.suffix.lower() in _text_suffixes and p.is_file() and not any(s.startswith('.') for s in p.relative_to(path).parts))
             if not files: raise ValueError(f"no {', '.join(_text_suffixes)} file in folder {where!r}")
-            texts = [_read(p) for p in files]
-        elif path.is_file(): texts = _column(_rows(path), column, where) if path.suffix.lower() in _table_suffixes else [_read(path)]
+            texts = [(str(p), _read(p)) for p in files]
+        elif path.is_file(): texts = _column(_rows(path), column, where) if path.suffix.lower() in _table_suffixes else [(where, _read(path))]
         elif path.suffix.lower() in _text_suffixes+_table_suffixes or where.startswith(('.', '~', '/')) or '\\' in where or where.count('/') > 1 or not where.strip():
             raise FileNotFoundError(f"no file or folder {where!r}; give a file, a folder, a dataset's name, 'python-reference' or 'gsm8k-sample'")
         else: texts = _hub_texts(where, column, limit, split)
-    texts = [t for t in texts if t.strip()][:limit]
+    texts = [_check_text(t, at) for at,t in [(at, t) for at,t in texts if t.strip()][:limit]]
     if not texts: raise ValueError(f"{where!r} is empty: it holds no text")
     return texts
 
@@ -394,10 +405,10 @@ def token_blocks(
     "Texts as blocks of `length` tokens, in order, each text closed by the end-of-text token"
     from datasets import Dataset
     if length < 2: raise ValueError(f"length={length}: a block needs at least 2 tokens, the second is the first to be predicted")
-    if isinstance(texts, str): texts = [texts]
+    texts = [_check_text(t, f"text {i+1}") for i,t in enumerate([texts] if isinstance(texts, str) else texts)]
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     ids = []
-    for t in tokenizer(list(texts), verbose=False)['input_ids'] if len(texts) else ():
+    for t in tokenizer(texts, verbose=False)['input_ids'] if len(texts) else ():
         ids += t
         if eos is not None and (not t or t[-1] != eos): ids.append(eos)
     end = len(ids)//length*length if drop_last else len(ids) - (len(ids)%length == 1)
