@@ -545,16 +545,16 @@ def check_last_update(
         if not _is_readable(opt): raise ValueError(f"the last update of {type(opt).__name__} cannot be read from its state, only of Adam, AdamW and SGD without nesterov or maximize: use references='device' or 'host'")
 
 # %% ../nbs/07_optim.ipynb #5c1f20a2
-def _is_bare(optimizer):
-    "Is it one torch optimizer whose step is torch's own, with nothing of others around it?"
+def _bare(optimizer):
+    "The optimizer, if it is one of torch whose step is torch's own, with nothing of others around it; else None"
     while type(optimizer).__name__ in ('AcceleratedOptimizer', 'SimpleNamespace') and hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
-    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    return optimizer if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) else None
 
 @torch.no_grad()
 def _has_to_move(optimizer, p, k=None):
     "Was the update of `p` in the step just made above rounding? With `k`, for one of the elements that `_sample_bits` compares. None: it cannot be known"
     if p.grad is None or not p.is_floating_point(): return False
-    if not _is_bare(optimizer) or p.grad.is_sparse: return None
+    if _bare(optimizer) is None or p.grad.is_sparse: return None
     opt,g = _holder(optimizer, p)
     if not _is_readable(opt) or not isinstance(opt, torch.optim.SGD) and 'step' not in opt.state.get(p, {}): return None
     w,u = local_tensor(p).detach().reshape(-1),last_update(optimizer, p).reshape(-1)

@@ -28,7 +28,7 @@ from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
 from .lock import RunLock
-from .optim import _has_to_move, _is_bare, ParkedStates, FrozenGuard, _first_states, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets
+from .optim import _bare, _has_to_move, ParkedStates, FrozenGuard, _first_states, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets
 from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
 from .probe import _NothingToCompare, _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws, _same_modules, _same_objects, _takes_by_index, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
@@ -1094,9 +1094,9 @@ def _say_once(self:ALFCallback, why, step, units, message, **fields):
 def _await_step(self:ALFCallback):
     "Notice whether the optimizer really steps: fp16's scaler and wrappers may skip it"
     self._stepped = False
-    if not _is_bare(self._optimizer): return
+    if (bare := _bare(self._optimizer)) is None: return
     def done(*a): self._stepped = True; hook.remove()
-    hook = unwrap_optimizer(self._optimizer).register_step_post_hook(done)
+    hook = bare.register_step_post_hook(done)
 
 @patch
 def _check_update(self:ALFCallback, still, k=None):
@@ -1126,7 +1126,7 @@ def _why_still(self:ALFCallback, name, lr):
     params = [p for p in self.layers.params(name) if local_tensor(p).numel()]
     if name not in self._reach.window: return 'no gradient', "no gradient reached {them}: skipped by chance, an expert without tokens, a part that these batches do not use, or weights in no loss"
     if any(p.grad is not None for p in params) and not any(map(_any_gradient, params)): return 'gradient 0', "the gradient is exactly 0: no reward or error to learn from, or a detached input"
-    small,kind = next((p.dtype for p in params if p.dtype in (torch.bfloat16, torch.float16)), None),type(unwrap_optimizer(self._optimizer)).__name__
+    small,kind = next((p.dtype for p in params if p.dtype in (torch.bfloat16, torch.float16)), None),' and '.join(dict.fromkeys(type(m).__name__ for m,_ in _groups(self._optimizer)))
     moves = [_has_to_move(self._optimizer, p) for p in params]
     sure = None not in moves and not any(moves)
     if small is not None: return 'rounded away', f"weights are {small}, and steps of lr {lr:.1g} {'are' if sure else 'may be'} rounded away, so that nothing is learnt; load the model in float32 and train with bf16=True"
