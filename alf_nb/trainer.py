@@ -403,7 +403,7 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self._odd,self._spoilt,self._bare = {},[],False
     self._reach,self._stand_in,self._still,self._stepped = _Reach(),None,set(),False
-    self._asking = self._blind = False
+    self._asking,self._blind,self._step_hook = False,False,None
     if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)      # fp16's scaler overflows on purpose, and leaves such steps out itself
     _guard_allocators(model, self.policy)
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
@@ -678,7 +678,8 @@ def _end_window(self:ALFCallback, step):
     largest = {n: _largest(x) for n,x in sum_lr.items()}
     self._mark(norms.names, step)
     self._check_finite(norms, step)
-    still = {n for n in _unmoved(norms) if largest.get(n, 0) > 0}
+    rounded = [n for n in norms.names if norms.error and n not in self._reach.window]      # 8 bits cannot tell what did not move, a missing gradient can
+    still = {n for n in (*_unmoved(norms), *rounded) if largest.get(n, 0) > 0}
     self._say_still(still, done, largest, step)
     sum_lr = {n: x for n,x in sum_lr.items() if n not in still}      # such a window says nothing: unknown, not 0
     self._check_rates(norms, largest)
@@ -706,6 +707,7 @@ def _close_window(self:ALFCallback, state):
     else: self._measured['descent'] = self._descent()
     self.tracker.update('descent', self._measured['descent'], state.global_step)
     self._watch(lambda: (self.guard.check(), check_state(self.layers, self._optimizer)))
+    if self._step_hook is not None: self._step_hook.remove(); self._step_hook = None
     self._measure_t += time.perf_counter() - t0; self.totals['measure_s'] += self._measure_t
     self._event('measure', state.global_step+1, **self._window, signals=self._measured, ages=self.tracker.scores(self.signal, state.global_step).ages, wall_s=self._measure_t)
 
@@ -713,7 +715,7 @@ def _close_window(self:ALFCallback, state):
 @torch.no_grad()
 def _descent(self:ALFCallback):
     "−⟨g, ΔW⟩ / (n·lr) of the step just made, for every unit that trains; where learning rates differ, every parameter by its own"
-    lr = self._moving()
+    lr = {n: x for n,x in self._moving().items() if self.snapshot.sharded or any(p.grad is not None for p in self.layers.params(n))}
     if not lr: return {}
     norms = self.snapshot.measure(dot={n: [p.grad for p in self.layers.params(n)] for n in lr}, split=self._split)
     still = set(_unmoved(norms)); self._check_update(still)
@@ -730,7 +732,8 @@ def _read_update(self:ALFCallback, step):
         row,params = [torch.zeros(5, dtype=torch.float32)],self.layers.params(n)
         for p,bits,x in zip(params, self._before[n], lr[n] if isinstance(lr[n], list) else [lr[n]]*len(params)):
             if p.grad is None or not x or not (w := local_tensor(p)).numel(): continue
-            u = last_update(self._optimizer, p)*bool((_sample_bits(p, 4096) != bits).any())     # what was rounded away did not happen
+            moved = bool((_sample_bits(p, 4096) != bits).any())
+            u = last_update(self._optimizer, p) if moved else torch.zeros_like(w, dtype=torch.float32)     # what was rounded away did not happen
             row.append(torch.stack([u2 := u.square().sum(), (w.float() + x*u).square().sum(), (local_tensor(p.grad).float()*u).sum(), x*x*u2, u.abs().amax()]).cpu())
         row = torch.stack(row); rows.append([*row[:,:4].sum(0).tolist(), float(row[:,4].max())])
     *sums,top = zip(*rows) if rows else ((),)*5
@@ -1094,9 +1097,9 @@ def _say_once(self:ALFCallback, why, step, units, message, **fields):
 def _await_step(self:ALFCallback):
     "Notice whether the optimizer really steps: fp16's scaler and wrappers may skip it"
     self._stepped = False
-    if (bare := _bare(self._optimizer)) is None: return
-    def done(*a): self._stepped = True; hook.remove()
-    hook = bare.register_step_post_hook(done)
+    if self._step_hook is not None: self._step_hook.remove()
+    def done(*a): self._stepped = True
+    self._step_hook = bare.register_step_post_hook(done) if (bare := _bare(self._optimizer)) is not None else None
 
 @patch
 def _check_update(self:ALFCallback, still, k=None):
