@@ -183,6 +183,16 @@ class _Tracked:
     steps:dict[_Signal, dict[_Unit, _Step]]
 
 @dataclass(frozen=True)
+class _Reached:
+    "Which units gradients reach."
+    dry:dict[_Unit, _Count]      # steps in a row in which a unit trained without a gradient
+    out:dict[_Unit, _Count]      # step up to which it is left out
+    got:list[_Unit]              # with a gradient since the last count
+    noted:_Count                 # steps since then
+    window:list[_Unit]           # with a gradient since windows ended
+    away:list[_Unit]             # left out of the selection in force
+
+@dataclass(frozen=True)
 class _State:
     "All numbers and names that a resume needs, as `alf/state.json` holds them."
     version:Literal[1]
@@ -202,6 +212,7 @@ class _State:
     made_up:list[_Parameter]                      # those that got theirs only to be saved
     first:dict[_Parameter, dict[str, _Plain]]     # what is no tensor in the state of before the first step
     policy:_PolicyDict                            # in force
+    reach:_Reached
     again:bool                                    # was a selection asked for that is yet to be made?
     banned:list[_Unit]                            # frozen for good
 
