@@ -413,8 +413,8 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
     compiled = _is_compiled(args, model)
-    if not compiled: _NOTES.setdefault(model, []).append(model.register_forward_hook(self._keep_differentiable))
-    if (trainer := _on_stack(Trainer)) is not None: _NOTES.setdefault(model, []).append(_BeforeBackward(trainer.accelerator, self._keep_loss))
+    if not compiled: _NOTES.setdefault(model, []).append(model.register_forward_hook(_Differentiable(self)))
+    if self._trainer is not None: _NOTES.setdefault(model, []).append(_BeforeBackward(self._trainer.accelerator, self._keep_loss))
     self._stale = compiled and not _graphs_see_freezing()
     if compiled and not self._stale: _warn_of_recompiling(1 + (math.ceil(self.lock*state.max_steps/self._every) - 1 if self._every else 0))
     if not resuming: _warn_of_new_head(model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)})
@@ -1000,9 +1000,17 @@ def _has_graph(output):
     found = [g for x in inside if (g := _has_graph(x)) is not None]
     return any(found) if found else None
 
+class _Differentiable:
+    "The forward hook of a callback. A copy of the model, or a pickle, has one that does nothing"
+    def __init__(self, callback=None): self.callback = None if callback is None else weakref.ref(callback)
+    def __call__(self, module, args, output):
+        callback = self.callback and self.callback()
+        return callback and callback._keep_differentiable(module, output)
+    def __reduce__(self): return _Differentiable, ()
+
 @patch
-def _keep_differentiable(self:ALFCallback, module, args, output):
-    "A forward hook: what no trained weight takes part in shall change nothing in the backward pass, and not fail"
+def _keep_differentiable(self:ALFCallback, module, output):
+    "What no trained weight takes part in shall change nothing in the backward pass, and not fail"
     if self._asking or not self._training or not module.training or not torch.is_grad_enabled() or _has_graph(output) is not False: return None
     name,p = next(((n, p) for n in self.selection.names for p in self.layers.params(n) if p.requires_grad), (None, None))
     if p is None or not p.is_floating_point(): return None
@@ -1037,9 +1045,9 @@ class _BeforeBackward:
 def _note_reached(self:ALFCallback):
     "Note which units got a gradient in this step"
     stand_in,self._stand_in = self._stand_in,None
-    if stand_in is not None:
-        for p in self.layers.params(stand_in):
-            if p.grad is not None and not _any_gradient(p) and not getattr(self._args, 'fp16', False): p.grad = None      # fp16's scaler needs one
+    alone = self._args.world_size == 1 and not getattr(self._args, 'fp16', False)      # other processes have the same gradients, and fp16's scaler needs one
+    for p in self.layers.params(stand_in) if stand_in is not None and alone else ():
+        if p.grad is not None and not _any_gradient(p): p.grad = None
     really = lambda n: any(p.grad is not None and (n != stand_in or _any_gradient(p)) for p in self.layers.params(n))
     self._blind = not self._reach.note(self.selection.names, really)
 

@@ -1,5 +1,6 @@
 "Units that train and stay where they are: good runs go on, what is unknown is not called 0, and only a step that was undone is an error."
-import re
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -265,6 +266,15 @@ def test_a_batch_that_nothing_trained_takes_part_in_changes_nothing(tmp_path):
     assert sum("It changes nothing" in w for w in said) == 1
 
 
+def test_a_model_can_be_copied_and_pickled_while_it_trains(tmp_path):
+    "As callbacks with moving averages do"
+    class Copies(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kw): made.append((copy.deepcopy(model), pickle.loads(pickle.dumps(model))))
+    made = []
+    t, said = train(tmp_path, ALFCallback(budget=.3), Copies(), steps=2)
+    for m in made[-1]: assert same(weights(m), weights(t)) and m(**{k: torch.tensor([v]) for k, v in demo_dataset(1)[0].items()}).loss.isfinite()
+
+
 def test_a_loop_survives_a_selection_that_reaches_nothing(tmp_path):
     torch.manual_seed(0)
     model = Skips()
@@ -298,9 +308,6 @@ def test_lightning_survives_a_selection_that_reaches_nothing(tmp_path):
 
 
 # ---------------------------------------------------------------- left out, and taken back
-
-def switching(): return Skips(lambda step: step >= 40)
-
 
 def test_what_stays_without_a_gradient_is_left_out_and_looked_at_again(tmp_path):
     "Ten steps without one: left out for sixteen times as long; then it trains again, and stays when it is reached"
@@ -382,7 +389,7 @@ def test_nan_weights_end_no_run_that_is_to_go_on(tmp_path, check):
     t, said = train(tmp_path, one, Poison(one, 5), steps=14)
     skipped = [w for w in said if "is skipped" in w]
     assert t.state.global_step == 14 and skipped and "hold NaN or infinity" in skipped[0] and not any("mask" in w for w in skipped)
-    assert [e["step"] for e in RunLog(tmp_path).events("skip")] == [8, 12][:len(skipped)] or skipped
+    assert [e["step"] for e in RunLog(tmp_path).events("skip")] == [8]
 
 
 @pytest.mark.parametrize("check", ["warn", "off"])
