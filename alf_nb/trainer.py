@@ -30,7 +30,8 @@ from .layers import partition_layers
 from .lock import RunLock
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
 from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
-from .probe import _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws, _same_modules, _same_objects, _takes_by_index, probe_gradients
+from .probe import _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws
+from .probe import _same_modules, _same_objects, _takes_by_index, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
 from .shards import _any_process, _n_started, gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
@@ -299,7 +300,7 @@ def _is_compiled(args, model): return bool(getattr(args, 'torch_compile', False)
 @functools.cache
 def _graphs_see_freezing():
     "Does `torch.compile` make another graph when a parameter is frozen? That of torch 2.6 does not"
-    with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # weights are drawn, and once per process only
+    with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # drawn once per process only
     f = torch.compile(one, backend=lambda graph, _: made.append(graph) or graph.forward)
     f(x); one.requires_grad_(False); f(x)
     return len(made) > 1
@@ -458,14 +459,16 @@ def _untouched(self:ALFCallback):
     "Whatever is computed in this context: training sees, draws and counts what it would without"
     of_trainer = [] if self._trainer is None else [vars(self._trainer), vars(self._trainer.state)]
     ours = _Lent,TrainerCallback,CallbackHandler
-    with _same_draws(), _same_modules(self.layers.model, *_modules_in(self._loss)), _same_objects(*_parts(self._loader), *of_trainer, skip=ours, but=_lent(self._loader)): yield
+    modules,things = [self.layers.model, *_modules_in(self._loss)],[*_parts(self._loader), *of_trainer]
+    with _same_draws(), _same_modules(*modules), _same_objects(*things, skip=ours, but=_lent(self._loader)): yield
 
 @patch
 def _lend_rows(self:ALFCallback):
     "A stream that can be read only once gives training what a probe has read"
     lent,sure = _lend(self._loader, self._batch_size) or (True, True)
     if lent: return
-    words = f"{type(self._loader).__name__}, the training loader, can be read only once, and the probe would take batches from training: return a DataLoader from get_train_dataloader, or choose by a signal that needs no probe (signal='rate')"
+    words = (f"{type(self._loader).__name__}, the training loader, can be read only once, "
+             "and the probe would take batches from training: return a DataLoader from get_train_dataloader, or choose by a signal that needs no probe (signal='rate')")
     if sure: raise ValueError(words)
     warnings.warn(f"it seems that {words}")
 
@@ -473,15 +476,18 @@ def _lend_rows(self:ALFCallback):
 def _own_size(self:ALFCallback):
     "Rows of a batch on this process, where the loader has the Trainer's batch size; None: it has one of its own"
     size = _plain_size(self._loader) if _takes_by_index(self._loader) else None
-    stock = (self._batch_size, getattr(self._args, 'train_batch_size', None), getattr(self._trainer, '_train_batch_size', None))
+    given = ((self._args, 'train_batch_size'), (self._trainer, '_train_batch_size'))
+    stock = [self._batch_size, *(getattr(thing, k, None) for thing,k in given)]
     return self._batch_size if size in stock else None
 
 @patch
 def _prepared(self:ALFCallback, batch):
     "`batch` as the Trainer gives it to the model"
     t = self._trainer
-    if t is None or _is_own(t, '_prepare_inputs') and _is_own(t, '_prepare_input'): return _to_device(batch, next(self.layers.model.parameters()).device)
-    if '_buffered_inputs' in vars(t): t._buffered_inputs = None      # TRL's online trainers would answer with a part of what they last generated
+    if t is None or _is_own(t, '_prepare_inputs') and _is_own(t, '_prepare_input'):
+        return _to_device(batch, next(self.layers.model.parameters()).device)
+    # TRL's online trainers would answer with a part of what they last generated
+    if '_buffered_inputs' in vars(t): t._buffered_inputs = None
     return t._prepare_inputs(batch)
 
 @patch
@@ -495,10 +501,12 @@ def _probe(self:ALFCallback, step, n_batches):
 def _ask(self:ALFCallback, step, n_batches):
     "The probe itself"
     if self._trainer is not None: self._trainer.current_gradient_accumulation_steps = 1      # its loss is that of one batch
-    batches = _probe_batches(self._loader, n_batches, (self.seed*1_000_003 + step)*1009, self._own_size(), self._args.process_index, self._args.world_size)
+    seed,args = (self.seed*1_000_003 + step)*1009,self._args
+    batches = _probe_batches(self._loader, n_batches, seed, self._own_size(), args.process_index, args.world_size)
     if not self.layers.model.training: self.layers.model.train()      # parts that are kept in eval mode stay in it
     eligible = [u.name for u in self.units if u.eligible]
-    return probe_gradients(self.layers, map(self._prepared, batches), eligible, loss=self._loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
+    progress = self.on_probe and (lambda i: self.on_probe(i, n_batches))
+    return probe_gradients(self.layers, map(self._prepared, batches), eligible, loss=self._loss, progress=progress)
 
 @patch
 def _learn(self:ALFCallback, found, step, t0):
