@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'Record', 'UnitInfo', 'DeltaNorms', 'Scores', 'Selection', '
 
 # %% ../nbs/01_records.ipynb #e5c4854b
 import json, math
-from dataclasses import dataclass, field, fields, asdict
+from dataclasses import MISSING, dataclass, field, fields, asdict
 from .foreign import md_code, md_text
 
 # %% ../nbs/01_records.ipynb #463f0264
@@ -28,6 +28,9 @@ class Record:
         names = [f.name for f in fields(cls) if f.init]
         if unknown := [k for k in d if k not in names]:
             raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(names)}")
+        needed = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
+        if missing := [k for k in needed if k not in d]:
+            raise ValueError(f"{cls.__name__} lacks {', '.join(missing)}")
         return cls(**d)
 
     def to_json(self)->str:
@@ -133,12 +136,15 @@ class Scores(Record):
 @dataclass(frozen=True)
 class Selection(Record):
     "The units that train next, in model order, and the reason."
-    names:tuple         # unit names in model order
+    names:tuple[str, ...] # unit names in model order
     reason:str=''       # one line for a person
     policy:str=''       # name of the policy that chose
     step:int=0          # optimizer step at which it was chosen
     share:float=0.      # fraction of all parameters, 0–1
-    def __post_init__(self): object.__setattr__(self, 'names', tuple(self.names))
+    def __post_init__(self):
+        if isinstance(self.names, str) or not hasattr(self.names, '__iter__'):
+            raise ValueError(f"names={self.names!r}, but they are a list of unit names")
+        object.__setattr__(self, 'names', tuple(self.names))
     def __len__(self): return len(self.names)
     def __iter__(self): return iter(self.names)
     def __contains__(self, name): return name in self.names
