@@ -8,7 +8,7 @@ Docs: https://example.github.io/alf_nb/loop.html.md"""
 __all__ = ['ALFLoop', 'lightning_callback']
 
 # %% ../nbs/09c_loop.ipynb #cb8322f0
-import itertools, tempfile
+import tempfile, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, IterableDataset
 from .checkpoints import seal_checkpoint
-from .probe import _model_loss
+from .probe import _base, _lend, _model_loss
 from .shards import _n_started
 from .trainer import ALFCallback, _thaw_leftovers
 
@@ -25,15 +25,19 @@ class _Stream(IterableDataset):
     def __init__(self, batches): self.batches = batches
     def __iter__(self): return iter(self.batches)
 
+def _only(rows): return rows[0]
+
 def _loader(batches):
-    "What the probe draws from: (anything with a dataset and a collate function, batch size)"
-    if isinstance(batches, DataLoader):
-        size = batches.batch_size or getattr(batches.batch_sampler, 'batch_size', None)
-        if size is None: raise ValueError("this DataLoader tells no batch size: give one with batch_size=, or a list of batches")
-        return batches, size
-    if iter(batches) is batches: raise ValueError(f"{type(batches).__name__} can be read only once, and the probe would take batches from training: give a DataLoader, a list of batches, or anything that can be iterated again")
-    data = batches if hasattr(batches, '__len__') and hasattr(batches, '__getitem__') else _Stream(batches)
-    return SimpleNamespace(dataset=data, collate_fn=lambda rows: rows[0]), 1
+    "What the probe draws from, as a DataLoader"
+    loader,given = batches,batches
+    if isinstance(batches, DataLoader): given = _base(batches).dataset
+    elif hasattr(batches, '__len__') and hasattr(batches, '__getitem__'): return DataLoader(batches, batch_size=1, collate_fn=_only)
+    else: loader = DataLoader(_Stream(batches), batch_size=1, collate_fn=_only)
+    lent,sure = (True, True) if hasattr(batches, '__next__') else _lend(loader) or (False, False)
+    words = f"{type(given).__name__} can be read only once, and the probe would take batches from training: give a DataLoader, a list of batches, or anything that can be iterated again"
+    if sure: raise ValueError(words)
+    if lent: warnings.warn(f"it seems that {words}")
+    return loader
 
 # %% ../nbs/09c_loop.ipynb #d1bc3759
 class ALFLoop:
@@ -51,13 +55,13 @@ class ALFLoop:
     ):
         if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1: raise ValueError(f"max_steps={max_steps!r}, but it is the number of optimizer steps, at least 1")
         if (n := _n_started()) > 1: raise ValueError(f"ALFLoop runs in one process, and here are several ({n}): use ALFCallback in a Trainer, whose processes agree on what trains")
-        self._loader,size = _loader(batches)
+        self._loader = _loader(batches)
         self.model,self.callback = model,ALFCallback(seed=seed, **alf)
         self.callback._batch_loss = loss or _model_loss
         self._optimizer = SimpleNamespace(optimizer=optimizer, step_was_skipped=False)
         where = str(out) if out is not None else ''
         self._args = SimpleNamespace(output_dir=where, deepspeed=None, fsdp=None, world_size=1, process_index=0, ddp_find_unused_parameters=None, save_total_limit=None, save_strategy='no', save_only_model=False,
-                                     resume_from_checkpoint=None, device=next(model.parameters()).device, seed=seed, per_device_train_batch_size=size)
+                                     resume_from_checkpoint=None, device=next(model.parameters()).device, seed=seed, per_device_train_batch_size=None)
         self._state = SimpleNamespace(global_step=0, max_steps=max_steps, is_world_process_zero=out is not None, num_input_tokens_seen=0)
         self._stage = 'ready'
         if resume is None: self._begin()

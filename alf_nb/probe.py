@@ -8,10 +8,13 @@ Docs: https://example.github.io/alf_nb/probe.html.md"""
 __all__ = ['Probe', 'probe_gradients']
 
 # %% ../nbs/05a_probe.ipynb #5b1b6384
-import functools, inspect, math, random, sys, types, warnings, torch
-from contextlib import contextmanager, suppress
+import copy, functools, inspect, itertools, math, random, sys, types, warnings, torch
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from .layers import Layers
 from .records import Scores
 from .shards import _in_group, is_sharded, local_tensor, over_shards
@@ -71,6 +74,13 @@ def _same_modules(*roots):
         with torch.no_grad():
             for b,was in copies: b.copy_(was)
 
+def _enclosed(function):
+    "What a function has closed over"
+    def content(cell):
+        try: return cell.cell_contents
+        except ValueError: return None      # nothing yet
+    return [content(c) for c in function.__closure__ or ()]
+
 def _modules_in(thing, depth=4, seen=None):
     "Modules that a function, or whatever else, uses: what it is bound to, encloses, names or holds"
     seen = {} if seen is None else seen
@@ -79,14 +89,235 @@ def _modules_in(thing, depth=4, seen=None):
     if isinstance(thing, torch.nn.Module): return [thing]
     if inspect.ismethod(thing): inside = [thing.__self__, thing.__func__]
     elif isinstance(thing, functools.partial): inside = [thing.func, *thing.args, *thing.keywords.values()]
-    elif inspect.isfunction(thing):
-        inside = [thing.__globals__.get(n) for n in thing.__code__.co_names]
-        for cell in thing.__closure__ or ():
-            with suppress(ValueError): inside.append(cell.cell_contents)      # an empty one
+    elif inspect.isfunction(thing): inside = [*_enclosed(thing), *(thing.__globals__.get(n) for n in thing.__code__.co_names)]
     elif isinstance(thing, dict): inside = list(thing.values())
     elif isinstance(thing, (list, tuple)): inside = thing[:100]
     else: inside = list(getattr(thing, '__dict__', {}).values())
     return [m for t in inside for m in _modules_in(t, depth-1, seen)]
+
+# %% ../nbs/05a_probe.ipynb #e28b90f1
+def _is_part(thing):
+    "Can a loader be made of it: something iterable, indexable or callable, with attributes?"
+    if isinstance(thing, (type, types.ModuleType, Tensor, torch.nn.Module)): return False
+    return hasattr(thing, '__dict__') and any(hasattr(type(thing), k) for k in ('__iter__', '__getitem__', '__call__'))
+
+def _inside(thing):
+    "What a part of a loader holds"
+    if inspect.ismethod(thing): return [thing.__self__]
+    if isinstance(thing, functools.partial): return [thing.func, *thing.args, *thing.keywords.values()]
+    if inspect.isfunction(thing): return _enclosed(thing)
+    if isinstance(thing, dict): return [*itertools.islice(thing.values(), 1000)]
+    if isinstance(thing, (list, tuple, set, deque)): return [*itertools.islice(thing, 100)]
+    return [*vars(thing).values()] if _is_part(thing) else []
+
+def _walk(things, skip=()):
+    "These things and all that they hold, but none of the classes `skip`"
+    seen,todo = {},[(t, 0) for t in things]
+    while todo:
+        thing,depth = todo.pop()
+        if id(thing) in seen or depth > 8 or isinstance(thing, skip): continue
+        seen[id(thing)] = thing
+        todo += [(t, depth+1) for t in _inside(thing)]
+    return list(seen.values())
+
+def _refill(container, was):
+    container.clear()
+    getattr(container, 'update' if isinstance(container, (dict, set)) else 'extend')(was)
+
+def _state_of(thing):
+    "(how to set it, its state) of a generator, a container or an object; None: it has none"
+    np = sys.modules.get('numpy')
+    if isinstance(thing, torch.Generator): return thing.set_state, thing.get_state()
+    if isinstance(thing, random.Random): return thing.setstate, thing.getstate()
+    if np is not None and isinstance(thing, np.random.RandomState): return thing.set_state, thing.get_state()
+    if np is not None and isinstance(thing, np.random.Generator): return functools.partial(setattr, thing.bit_generator, 'state'), thing.bit_generator.state
+    if isinstance(thing, (dict, list, set, deque)): return (functools.partial(_refill, thing), copy.copy(thing)) if len(thing) <= 10_000 else None      # larger ones are data
+    return (functools.partial(_refill, vars(thing)), dict(vars(thing))) if _is_part(thing) else None
+
+def _states(things, skip=(), but=()):
+    "How to put back what these things hold, except what `but` holds"
+    left = {id(t) for t in _walk(but, skip)}
+    return [s for t in _walk(things, skip) if id(t) not in left and (s := _state_of(t)) is not None]
+
+def _put_back(states):
+    for setter,state in states: setter(state)
+
+@contextmanager
+def _same_objects(*things, skip=(), but=()):
+    "Afterwards attributes, containers and generators of these things, and of what they hold, are what they were; not those of classes `skip` and of what `but` holds"
+    kept = _states(things, skip, but)
+    try: yield
+    finally: _put_back(kept)
+
+# %% ../nbs/05a_probe.ipynb #f39ca102
+def _base(loader):
+    "The torch loader inside one that accelerate has prepared"
+    return getattr(loader, '__dict__', {}).get('base_dataloader', loader)
+
+def _parts(loader):
+    "Where the state of a loader lies"
+    return loader, _base(loader), *([vars(loader.gradient_state)] if hasattr(loader, 'gradient_state') else [])
+
+def _lent(loader):
+    "Streams and samplers of a loader that can be read only once"
+    return [v.stream for k in ('dataset', 'sampler', 'batch_sampler') if isinstance(v := getattr(_base(loader), k, None), _Lent)]
+
+def _takes_by_index(loader):
+    "Does it fetch rows or batches of a dataset by index, as torch's does? A class that iterates in another way does more than that"
+    base = _base(loader)
+    if not isinstance(base, DataLoader) or isinstance(base.dataset, IterableDataset): return False
+    torchs = type(base).__iter__ is DataLoader.__iter__ or type(base).__module__.startswith('torchdata.')
+    return torchs and (base is loader or type(loader).__module__.startswith('accelerate.'))
+
+def _whole_sampler(loader):
+    "The batch sampler of all processes, of which accelerate gives each its share"
+    sampler = _base(loader).batch_sampler
+    while type(sampler).__name__ == 'BatchSamplerShard': sampler = sampler.batch_sampler
+    return sampler
+
+_PLAIN = ('SequentialSampler', 'RandomSampler', 'SeedableRandomSampler', 'DistributedSampler')
+
+def _plain_size(loader):
+    "Rows of a batch, where batches are rows taken by plain chance or in order; else None"
+    whole,n = _whole_sampler(loader),len(_base(loader).dataset)
+    if type(whole) is not BatchSampler or type(whole.sampler).__name__ not in _PLAIN: return None
+    if isinstance(whole.sampler, RandomSampler) and whole.sampler.replacement: return None
+    return whole.batch_size if len(whole.sampler) == n or type(whole.sampler).__name__ == 'DistributedSampler' else None
+
+_AHEAD = 4096      # batches of an epoch among which the probe draws: samplers that pack are slow
+
+def _index_batches(loader, sampler, n, generator, rank, world):
+    "`n` items of the loader's own sampler, from all over the epoch, in its order"
+    dispatched,split = type(loader).__name__ == 'DataLoaderDispatcher',getattr(loader, 'split_batches', False)
+    each = world if dispatched and not split else 1      # a dispatcher reads for all processes
+    try: there = min(len(sampler), _AHEAD)//each
+    except TypeError: there = 0
+    drawn = sorted(torch.randperm(there, generator=generator)[:n].tolist()) if there > n else range(n)
+    wanted = {k*each + (rank if each > 1 else 0) for k in drawn}
+    found = [item for i,item in zip(range(max(wanted)+1), sampler) if i in wanted]
+    if dispatched and split: found = [b[rank*len(b)//world:(rank+1)*len(b)//world] for b in found]
+    if not found: raise ValueError(f"the training loader gives no batch: its {type(sampler).__name__} is empty")
+    return [*itertools.islice(itertools.cycle(found), n)]
+
+def _reseed(seed, loader):
+    "Begin every generator of torch, numpy and Python, and those of the loader, from `seed`"
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if (np := sys.modules.get('numpy')) is not None: np.random.seed(seed % 2**32)
+    for setter,_ in _states(_parts(loader), (_Lent,), _lent(loader)):
+        if isinstance(g := getattr(setter, '__self__', None), torch.Generator): g.manual_seed(seed)
+
+def _probe_batches(loader, n, seed, size=None, rank=0, world=1):
+    "Up to `n` batches as `loader` makes them, by a draw that `seed` decides. Leaves its marks on the loader and on generators"
+    if not _takes_by_index(loader): return _first_batches(loader, n, seed)
+    base,generator = _base(loader),torch.Generator().manual_seed(seed)      # one draw for all processes: each takes its part of every batch
+    data = base.dataset
+    if len(data) == 0: raise ValueError("the training dataset is empty")
+    if (rows := _plain_size(loader)) is not None:
+        rows = size or rows
+        order = torch.randperm(len(data), generator=generator).tolist()
+        while len(order) < n*rows*world: order += order        # a tiny dataset: batches repeat
+        mine = [i for k in range(n) for i in order[(k*world+rank)*rows:(k*world+rank+1)*rows]]
+        return DataLoader(data, batch_size=rows, sampler=mine, collate_fn=base.collate_fn)
+    _reseed(seed, loader)
+    sampler = base.sampler if base.batch_sampler is None else base.batch_sampler
+    chosen = _index_batches(loader, sampler.probe() if isinstance(sampler, _Lent) else sampler, n, generator, rank, world)
+    how = dict(batch_size=None, sampler=chosen) if base.batch_sampler is None else dict(batch_sampler=chosen)
+    return DataLoader(data, collate_fn=base.collate_fn, **how)
+
+def _first_batches(loader, n, seed):
+    "The first batches of a loader that iterates itself"
+    base = _base(loader)
+    if not isinstance(base, DataLoader): _reseed(seed, loader); return itertools.islice(loader, n)
+    own = copy.copy(base)
+    vars(own)['_iterator'] = None      # workers that live on are in the middle of an epoch
+    if isinstance(base.dataset, _Lent): vars(own)['dataset'] = base.dataset.probe()
+    if base is loader: return itertools.islice(own, n)
+    vars(loader)['base_dataloader'] = own
+    return itertools.islice(loader, n)
+
+# %% ../nbs/05a_probe.ipynb #1b5ec324
+def _alike(a, b):
+    "Are two rows the same, whatever they are made of? What cannot be compared counts as the same"
+    if type(a) is not type(b): return False
+    if isinstance(a, Mapping): return a.keys() == b.keys() and all(_alike(v, b[k]) for k,v in a.items())
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, Tensor): return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a != a) & (b != b)).all())
+    if hasattr(a, 'dtype') and hasattr(a, 'tobytes'): return a.tobytes() == b.tobytes()
+    if type(a).__eq__ is object.__eq__: return _alike(getattr(a, '__dict__', None), getattr(b, '__dict__', None))
+    try: return bool(a == b) or a != a and b != b
+    except Exception: return True
+
+class _Lent(IterableDataset):
+    "A stream, or a sampler, that can be read only once, of which a probe may see items before training gets them"
+    def __init__(self, stream, ahead, sources): self.stream,self.ahead,self.sources = stream,deque(ahead),sources
+    def __getattr__(self, name):
+        if name == 'stream': raise AttributeError(name)      # not there yet
+        return getattr(self.stream, name)
+    def __len__(self): return len(self.stream)
+    def __iter__(self):
+        if not self.ahead and not self.sources: self.sources = [iter(self.stream)]
+        return _Rest(self)
+    def take(self):
+        "The next item that nobody has seen"
+        while self.sources:      # in turns: each may hold some back
+            source = self.sources.pop(0)
+            for item in source:
+                self.sources.append(source)
+                return item
+        raise StopIteration
+    def probe(self): return _Seen(self)
+
+class _Rest:
+    "What training reads: first what a probe has seen"
+    def __init__(self, lent): self.lent = lent
+    def __iter__(self): return self
+    def __next__(self): return self.lent.ahead.popleft() if self.lent.ahead else self.lent.take()
+
+class _Seen(IterableDataset):
+    "What a probe reads: copies of what training gets next"
+    def __init__(self, lent): self.lent = lent
+    def __iter__(self):
+        for i in itertools.count():
+            if i == len(self.lent.ahead):
+                try: self.lent.ahead.append(self.lent.take())
+                except StopIteration: return
+            yield copy.deepcopy(self.lent.ahead[i])      # a collate function may take things out of a row
+
+def _shared(thing):
+    "What all iterations of a thing share, beside its attributes: those of its class, and what its `__iter__` names"
+    begin = getattr(type(thing), '__iter__', None)
+    named = [*_enclosed(begin), *(begin.__globals__.get(n) for n in begin.__code__.co_names)] if inspect.isfunction(begin) else []
+    return [v for c in type(thing).__mro__ for v in vars(c).values()] + named
+
+def _read_once(stream, n):
+    "None if `stream` gives the same `n` items a second time; else what was read, the iterators that go on from there, and whether it is sure"
+    before,parts = _states([stream]),_walk([stream])
+    holds = any(isinstance(v, Iterator) and not (v is stream and _is_part(v)) for t in parts for v in (t, *_shared(t)))
+    def look():
+        with _same_draws():
+            items = iter(stream)
+            return items, [*itertools.islice(items, n)]
+    first,a = look()
+    if not holds: _put_back(before)      # else what it counts belongs to what it has read
+    second,b = look()
+    if _alike(a, b): return _put_back(before)
+    return a + b, [first] if first is second else [first, second], holds
+
+def _lend(loader, n=2):
+    "Let a loader whose rows or batches can be read only once hand what a probe sees to training; looks at `n`. None if it can be read again, else whether it does hand over, and whether it is sure"
+    base,where = _base(loader),None
+    if not isinstance(base, DataLoader):
+        read = _read_once(loader, n)
+        return read and (False, read[2])
+    if isinstance(base.dataset, IterableDataset) and not base.num_workers: where = 'dataset'      # each worker has a copy of it
+    elif _takes_by_index(loader) and _plain_size(loader) is None: where = 'sampler' if base.batch_sampler is None else 'batch_sampler'
+    if where is None: return None
+    if isinstance(getattr(base, where), _Lent): return True, True
+    read = _read_once(getattr(base, where), n)
+    if read is None or where != 'dataset' and not read[2]: return None      # a sampler that draws from the clock is likelier than one that can be read only once
+    vars(base)[where] = _Lent(getattr(base, where), *read[:2])
+    return True, read[2]
 
 # %% ../nbs/05a_probe.ipynb #2ad44a73
 @dataclass
@@ -126,10 +357,26 @@ def _model_loss(model, batch):
     "The model's own loss on a batch that holds labels"
     if not hasattr(batch, 'keys'): raise ValueError(f"a batch is a {type(batch).__name__}, not keyword arguments of the model: say how its loss is computed, loss=lambda model, batch: …")
     out = model(**batch)
-    loss = out.get('loss') if hasattr(out, 'get') else getattr(out, 'loss', None)
+    loss = _loss_in(out)
     if loss is None:
-        raise ValueError(f"the model returned no loss for a batch with {', '.join(batch)}: give it labels, pass the loss as `loss=`, or choose by a signal that needs no probe (signal='rate')")
+        raise ValueError(f"the model returned no loss for a batch with {', '.join(map(str, batch))}, but {_described(out)}: give it labels, pass the loss as `loss=`, or choose by a signal that needs no probe (signal='rate')")
     return loss
+
+def _is_loss(x): return isinstance(x, Tensor) and x.numel() == 1 and x.is_floating_point()
+
+def _loss_in(out):
+    "The loss in what a model returned: by its name, or the first of a tuple, as Trainer takes it; None: there is none"
+    if _is_loss(out): return out
+    named = out.get('loss') if hasattr(out, 'get') else getattr(out, 'loss', None)
+    if named is not None: return named
+    return out[0] if isinstance(out, (tuple, list)) and len(out) and _is_loss(out[0]) else None
+
+def _described(out):
+    "What a model returned, in words"
+    def one(x): return f"{type(x).__name__}{f' of shape {tuple(x.shape)}' if isinstance(x, Tensor) else ''}"
+    fields = out if hasattr(out, 'keys') else getattr(out, '_fields', None) or ([] if isinstance(out, Tensor) else getattr(out, '__dict__', ()))
+    if fields: return f"{type(out).__name__} with {', '.join(map(str, fields))}"
+    return f"{type(out).__name__} of {', '.join(map(one, out)) or 'nothing'}" if isinstance(out, (tuple, list)) else one(out)
 
 def _finite_everywhere(loss):
     "Is the loss finite, on every process? What one leaves out all leave out, or their sums would not fit together"

@@ -14,12 +14,12 @@ _require('torch', 'transformers', 'accelerate', 'safetensors')
 # %% ../nbs/09_trainer.ipynb #1f285fd4
 import copy, functools, hashlib, json, math, os, re, sys, threading, time, uuid, warnings, weakref
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
@@ -30,7 +30,7 @@ from .layers import partition_layers
 from .lock import RunLock
 from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
 from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
-from .probe import _model_loss, _same_draws, _same_modules, probe_gradients
+from .probe import _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws, _same_modules, _same_objects, _takes_by_index, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
 from .shards import _any_process, _n_started, gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
@@ -153,7 +153,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         self._wished = self._asked_policy = self.policy          # as given, and with what lies below its reach banned
         self._lock,self._pending,self._again = threading.Lock(),None,False
         self._locks,self._named = [],True        # _named: whoever resumes from a folder has named it
-        self._training,self._news,self.log,self._batch_loss,self._loss = False,False,None,None,_model_loss
+        self._training,self._news,self.log,self._batch_loss,self._loss,self._trainer = False,False,None,None,_model_loss,None
 
     @property
     def config(self)->dict:
@@ -229,15 +229,14 @@ def _on_stack(kind):
     while frame is not None and not isinstance(frame.f_locals.get('self'), kind): frame = frame.f_back
     return frame and frame.f_locals['self']
 
+def _is_own(trainer, name): return getattr(getattr(trainer, name), '__func__', None) is getattr(Trainer, name)
+
 def _trainer_loss(trainer):
-    "loss(model, batch) as `trainer` computes it: a subclass, label smoothing or `compute_loss_func` may want another than the model's. What TRL counts on the way is put back"
-    if trainer is None or getattr(trainer.compute_loss, '__func__', None) is Trainer.compute_loss and trainer.compute_loss_func is None and trainer.label_smoother is None: return _model_loss
+    "loss(model, batch) as `trainer` computes it: a subclass, label smoothing or `compute_loss_func` may want another than the model's"
+    if trainer is None or _is_own(trainer, 'compute_loss') and trainer.compute_loss_func is None and trainer.label_smoother is None: return _model_loss
     count = getattr(trainer, '_get_num_items_in_batch', lambda *a: None)
     def loss(model, batch):
-        kept = {k: copy.deepcopy(v) for k,v in vars(trainer).items() if k in ('_metrics', '_total_train_tokens')}
-        try:
-            with trainer.compute_loss_context_manager(): return trainer.compute_loss(model, batch, num_items_in_batch=count([batch], trainer.args.device))
-        finally: vars(trainer).update(kept)
+        with trainer.compute_loss_context_manager(): return trainer.compute_loss(model, batch, num_items_in_batch=count([batch], trainer.args.device))
     return loss
 
 _AT_WORK = []       # runs in the background that have not ended
@@ -385,7 +384,8 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
     self._optimizer = optimizer; check_optimizer(self.layers, optimizer, self.names)
     if self.references == 'none': check_last_update(optimizer)
-    self._loader,self._args,self._max_steps,self._loss = train_dataloader,args,state.max_steps,self._batch_loss or _trainer_loss(_on_stack(Trainer))
+    self._loader,self._args,self._max_steps,self._trainer = train_dataloader,args,state.max_steps,_on_stack(Trainer)
+    self._loss = self._batch_loss or _trainer_loss(self._trainer)
     self._batch_size = args.per_device_train_batch_size
     if getattr(args, 'auto_find_batch_size', False): self._batch_size = (state.train_batch_size or args.train_batch_size)//max(args.n_gpu, 1)      # else a resumed state has that of the checkpoint, maybe of another number of processes
     group = {id(p): i for i,g in enumerate(unwrap_optimizer(optimizer).param_groups) for p in g['params']}
@@ -414,6 +414,7 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     if compiled and not self._stale: _warn_of_recompiling(1 + (math.ceil(self.lock*state.max_steps/self._every) - 1 if self._every else 0))
     if not resuming: _warn_of_new_head(model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)})
     self.run_id,self._seen = uuid.uuid4().hex[:12],self._scores(0)
+    if self._trainer is not None and self.signal in ('gain', 'grad_norm'): self._lend_rows()
     if resuming: self._restore(args, state)
     else:
         self._keep_earlier(args, state)
@@ -457,28 +458,56 @@ def _to_device(batch, device):
     return type(batch)(_to_device(v, device) for v in batch) if type(batch) in (list, tuple) else batch
 
 @patch
-def _probe(self:ALFCallback, step, n_batches):
-    "Gradient signals of all candidates; what training sees and draws is the same without it"
-    with _same_draws(), _same_modules(self.layers.model): self._probe_now(step, n_batches)
+@contextmanager
+def _untouched(self:ALFCallback):
+    "Whatever is computed in this context: training sees, draws and counts what it would without"
+    of_trainer = [] if self._trainer is None else [vars(self._trainer), vars(self._trainer.state)]
+    ours = _Lent,TrainerCallback,CallbackHandler
+    with _same_draws(), _same_modules(self.layers.model, *_modules_in(self._loss)), _same_objects(*_parts(self._loader), *of_trainer, skip=ours, but=_lent(self._loader)): yield
 
 @patch
-def _probe_now(self:ALFCallback, step, n_batches):
-    "Gradient signals of all candidates, from batches of their own seeded draw"
+def _lend_rows(self:ALFCallback):
+    "A stream that can be read only once gives training what a probe has read"
+    lent,sure = _lend(self._loader, self._batch_size) or (True, True)
+    if lent: return
+    words = f"{type(self._loader).__name__}, the training loader, can be read only once, and the probe would take batches from training: return a DataLoader from get_train_dataloader, or choose by a signal that needs no probe (signal='rate')"
+    if sure: raise ValueError(words)
+    warnings.warn(f"it seems that {words}")
+
+@patch
+def _own_size(self:ALFCallback):
+    "Rows of a batch on this process, where the loader has the Trainer's batch size; None: it has one of its own"
+    size = _plain_size(self._loader) if _takes_by_index(self._loader) else None
+    stock = (self._batch_size, getattr(self._args, 'train_batch_size', None), getattr(self._trainer, '_train_batch_size', None))
+    return self._batch_size if size in stock else None
+
+@patch
+def _prepared(self:ALFCallback, batch):
+    "`batch` as the Trainer gives it to the model"
+    t = self._trainer
+    if t is None or _is_own(t, '_prepare_inputs') and _is_own(t, '_prepare_input'): return _to_device(batch, next(self.layers.model.parameters()).device)
+    if '_buffered_inputs' in vars(t): t._buffered_inputs = None      # TRL's online trainers would answer with a part of what they last generated
+    return t._prepare_inputs(batch)
+
+@patch
+def _probe(self:ALFCallback, step, n_batches):
+    "Gradient signals of all candidates, from the batches of training; afterwards nothing has changed"
     t0 = time.perf_counter()
-    rank,world = self._args.process_index,self._args.world_size
-    gen = torch.Generator().manual_seed((self.seed*1_000_003 + step)*1009)      # one draw for all processes: each takes its part of every batch
-    data,size = self._loader.dataset,self._batch_size
-    if hasattr(data, '__len__') and hasattr(data, '__getitem__'):
-        if len(data) == 0: raise ValueError("the training dataset is empty")
-        order = torch.randperm(len(data), generator=gen).tolist()
-        while len(order) < n_batches*size*world: order += order        # a tiny dataset: batches repeat
-        mine = [i for k in range(n_batches) for i in order[(k*world+rank)*size:(k*world+rank+1)*size]]
-        loader = DataLoader(data, batch_size=size, sampler=mine, collate_fn=self._loader.collate_fn)
-    else: loader = (b for b,_ in zip(DataLoader(data, batch_size=size, collate_fn=self._loader.collate_fn), range(n_batches)))
-    device = next(self.layers.model.parameters()).device
+    with self._untouched(): found = self._ask(step, n_batches)
+    self._learn(found, step, t0)
+
+@patch
+def _ask(self:ALFCallback, step, n_batches):
+    "The probe itself"
+    if self._trainer is not None: self._trainer.current_gradient_accumulation_steps = 1      # its loss is that of one batch
+    batches = _probe_batches(self._loader, n_batches, (self.seed*1_000_003 + step)*1009, self._own_size(), self._args.process_index, self._args.world_size)
     if not self.layers.model.training: self.layers.model.train()      # parts that are kept in eval mode stay in it
     eligible = [u.name for u in self.units if u.eligible]
-    found = probe_gradients(self.layers, (_to_device(b, device) for b in loader), eligible, loss=self._loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
+    return probe_gradients(self.layers, map(self._prepared, batches), eligible, loss=self._loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
+
+@patch
+def _learn(self:ALFCallback, found, step, t0):
+    "Blend what a probe found into what is known, and write it down"
     first = not self.tracker.values.get('gain')
     signals = {s.signal: self._ours(s) for s in (found.gain, found.grad_norm)}
     for k,v in signals.items(): self.tracker.update(k, v, step, beta=0. if first else .7)   # a re-probe is short: it corrects, it does not overrule

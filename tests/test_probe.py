@@ -1,12 +1,15 @@
 "A probe leaves nothing behind: a run with probes trains on the rows, the random numbers, the buffers and the gradients of a run without."
 import random
+from collections import deque, namedtuple
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from small_run import arguments, same, small_trainer, weights
+from small_run import losses, same, small_trainer, weights
 from torch import nn
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback
+from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, default_data_collator
 
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.layers import partition_layers
@@ -64,3 +67,297 @@ def test_a_loop_clears_the_gradients_of_a_loss_with_weights():
             grad = head.weight.grad.clone()
             optimizer.step(); alf.after_step()
             assert head.weight.grad is None and bool(grad.any())
+
+
+ROWS = [dict(r, number=i) for i, r in enumerate(demo_dataset(64))]
+
+
+PROBED = []      # rows of every loss of the last run that no training step asked for: what a Trainer notes while it is probed is put back
+
+
+class Counting(Trainer):
+    "Notes the rows of every training step, and of every loss that is asked for beside"
+    seen = None
+
+    def training_step(self, model, inputs, *args, **kw):
+        self.seen = [*(self.seen or []), inputs["number"].flatten().tolist()]
+        self.training = True
+        out = super().training_step(model, inputs, *args, **kw)
+        self.training = False
+        return out
+
+    def compute_loss(self, model, inputs, *args, **kw):
+        if not getattr(self, "training", False): PROBED.append(inputs["number"].flatten().tolist())
+        return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "number"}, *args, **kw)
+
+
+class Loading(Counting):
+    "Its loader is made by `make`"
+    def get_train_dataloader(self): return self.accelerator.prepare(self.make())
+
+
+def train(folder, make=None, alf=None, kind=Loading, model=None, data=ROWS, **kw):
+    "A run of 12 steps with two re-selections; `make` gives its loader"
+    t = small_trainer(folder, *([alf] if alf else []), kind=kind, model=model or demo_model("gpt2", blocks=2, resid_pdrop=.1), data=data, remove_unused_columns=False, **kw)
+    if make: t.make = make
+    PROBED.clear()
+    t.train()
+    t.probed = PROBED[:]
+    return t
+
+
+def probing(**kw): return ALFCallback(**{**dict(budget=.3, interval=4, lock=1., seed=5), **kw})
+
+
+def collate(rows): return {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
+
+
+class Pages(Dataset):
+    "Batches come ready from the dataset"
+    def __len__(self): return 16
+    def __getitem__(self, i): return collate(ROWS[4*i:4*i+4])
+
+
+class Bins(Dataset):
+    "An item is a bin of rows, which the collate function packs into one"
+    def __len__(self): return 64
+    def __getitem__(self, i): return [ROWS[j] for j in i] if isinstance(i, list) else ROWS[i]
+
+
+def pack(bins): return {k: torch.tensor([sum((r[k] if isinstance(r[k], list) else [r[k]] for r in b), []) for b in bins]) for k in ROWS[0]}
+
+
+class Drawing:
+    "Pairs of four, drawn anew in each epoch from a generator of its own"
+    def __init__(self): self.generator, self.epochs = torch.Generator().manual_seed(7), 0
+    def __len__(self): return 16
+    def __iter__(self):
+        self.epochs += 1
+        return iter([[i, i+16, i+32, i+48] for i in torch.randperm(16, generator=self.generator).tolist()])
+
+
+class Own:
+    "A loader that is no DataLoader, with numbers and a generator of its own"
+    def __init__(self): self.rng, self.begun = np.random.default_rng(3), 0
+    def __len__(self): return 16
+    def __iter__(self):
+        self.begun += 1
+        for i in self.rng.permutation(16): yield collate(ROWS[4*i:4*i+4])
+
+
+class Masking:
+    "A collate function that draws, from a generator that it makes when it is first called"
+    rng = None
+    def __call__(self, rows):
+        if self.rng is None: self.rng = np.random.default_rng(1)
+        batch = collate(rows)
+        batch["labels"][torch.from_numpy(self.rng.random(batch["labels"].shape)) < .3] = -100
+        return batch
+
+
+FIRST = [[4*i+j for j in range(4)] for i in range(16)]
+LOADERS = {
+    "batches from the dataset": (lambda: DataLoader(Pages(), batch_size=None, shuffle=True), lambda b: b in FIRST),
+    "packed": (lambda: DataLoader(Bins(), batch_sampler=[[[i, i+1], [i+2, i+3]] for i in range(0, 64, 4)], collate_fn=pack), lambda b: b in FIRST),
+    "four of a class": (lambda: DataLoader(ROWS, batch_sampler=[[i, i+16, i+32, i+48] for i in range(16)], collate_fn=collate), lambda b: len({x % 16 for x in b}) == 1),
+    "a sampler with a generator": (lambda: DataLoader(ROWS, batch_sampler=Drawing(), collate_fn=collate), lambda b: len({x % 16 for x in b}) == 1),
+    "weighted rows": (lambda: DataLoader(ROWS, batch_size=4, sampler=WeightedRandomSampler([0.]*32+[1.]*32, 64), collate_fn=collate), lambda b: min(b) >= 32),
+    "no DataLoader": (Own, lambda b: b in FIRST),
+    "a list": (lambda: [collate(ROWS[4*i:4*i+4]) for i in range(16)], lambda b: b in FIRST),
+    "another batch size": (lambda: DataLoader(ROWS, batch_size=6, shuffle=True, collate_fn=collate), lambda b: len(b) == 6),
+    "masks": (lambda: DataLoader(ROWS, batch_size=4, shuffle=True, collate_fn=Masking()), lambda b: len(b) == 4),
+    "workers that live on": (lambda: DataLoader(ROWS, batch_sampler=Drawing(), collate_fn=collate, num_workers=1, persistent_workers=True), lambda b: len({x % 16 for x in b}) == 1),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_probe_takes_batches_as_training_does_and_training_does_not_notice(tmp_path, name):
+    make, right = LOADERS[name]
+    plain = train(tmp_path/"plain", make)
+    quick = train(tmp_path/"quick", make, ALFCallback(preset="full"))
+    alf = probing()
+    probed = train(tmp_path/"alf", make, alf)
+    assert probed.seen == plain.seen and losses(quick) == losses(plain)
+    assert len(probed.probed) == 8 + 2*2 and all(map(right, probed.probed)), probed.probed
+    assert losses(probed)[0] == losses(plain)[0], "the masks of the first step are others"
+    again = train(tmp_path/"again", make, probing())
+    assert again.probed == probed.probed and losses(again) == losses(probed), "the same seed is the same run"
+    if name in ("packed", "four of a class"): assert probed.probed[8:10] != probed.probed[10:12], "each probe sees other batches"
+
+
+def test_rows_taken_by_chance_are_drawn_as_before(tmp_path):
+    "The draw of ordinary loaders, which decides what ordinary runs choose"
+    t = train(tmp_path, alf=probing(), kind=Counting)
+    order = [torch.randperm(64, generator=torch.Generator().manual_seed((5*1_000_003 + step)*1009)).tolist() for step in (0, 4, 8)]
+    assert t.probed == [o[4*k:4*k+4] for o, n in zip(order, (8, 2, 2)) for k in range(n)]
+
+
+class Shaping(Counting):
+    "Its batches become the model's in `_prepare_inputs`, with a number and a list that count them"
+    made, kept = 0, None
+
+    def _prepare_inputs(self, inputs):
+        self.made += 1
+        self.kept = [*(self.kept or []), self.made]
+        if self.model.training: inputs = dict(inputs, labels=inputs["input_ids"], number=inputs["number"])
+        return super()._prepare_inputs(inputs)
+
+
+def test_a_trainer_prepares_the_batches_of_the_probe_and_counts_its_own(tmp_path):
+    bare = [{k: v for k, v in r.items() if k != "labels"} for r in ROWS]
+    t = train(tmp_path, alf=probing(), kind=Shaping, data=bare)
+    assert len(t.probed) == 12 and t.made == 12 and t.kept == [*range(1, 13)]
+
+
+def stream(kind):
+    "Rows one after the other; what can be read only once, and what cannot, in the ways there are"
+    class Stream(IterableDataset):
+        def __init__(self):
+            self.rows = {"an iterator": lambda: iter(ROWS*4), "a counted iterator": lambda: iter(ROWS*4), "itself": lambda: iter(ROWS*4), "a queue": lambda: deque(ROWS*4)}.get(kind, lambda: ROWS*4)()
+            self.place = self.epoch = self.count = 0
+            self.generator = torch.Generator().manual_seed(1)
+
+        def __iter__(self):
+            if kind == "itself": return self
+            return self.read()
+
+        def __next__(self):
+            return dict(next(self.rows))
+
+        def read(self):
+            if kind in ("an iterator", "again"): yield from map(dict, self.rows)
+            elif kind == "a counted iterator":
+                for r in self.rows:
+                    self.count += 1
+                    yield dict(r, number=self.count)
+            elif kind == "a queue":
+                while self.rows: yield dict(self.rows.popleft())
+            elif kind == "a buffer":
+                held = []
+                for r in SOURCE:
+                    held.append(r)
+                    if len(held) == 5: yield from map(dict, held); held = []
+            elif kind == "a place":
+                while self.place < len(self.rows):
+                    self.place += 1
+                    yield dict(self.rows[self.place-1])
+            elif kind == "epochs":
+                self.epoch += 1
+                for i in range(128): yield dict(self.rows[(i*(2*self.epoch+1)) % 64])
+            elif kind == "own chance":
+                for i in torch.randperm(64, generator=self.generator).tolist()*4: yield dict(self.rows[i])
+            elif kind == "chance":
+                for i in torch.randperm(64).tolist()*4: yield dict(self.rows[i])
+    return Stream()
+
+
+STREAMS = ["an iterator", "a counted iterator", "itself", "a queue", "a buffer", "a place", "again", "epochs", "own chance", "chance"]
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_no_row_of_a_stream_is_lost(tmp_path, kind, monkeypatch):
+    def run(folder, alf=None):
+        monkeypatch.setitem(globals(), "SOURCE", iter(ROWS*4))
+        return train(folder, alf=alf, kind=Counting, data=stream(kind))
+    plain, alf = run(tmp_path/"plain"), run(tmp_path/"alf", probing())
+    if kind == "a buffer":      # two readers hold rows back, so the order is another
+        flat = sum(alf.seen, [])
+        assert sorted(flat) == sorted({*flat}) and set(flat) >= set(range(40))
+    else: assert alf.seen == plain.seen
+    assert len(alf.probed) == 12 and alf.probed[:8] == plain.seen[:8] or kind in ("a buffer", "chance")
+    if kind in ("an iterator", "itself"): assert alf.probed[8:] == [*plain.seen[5:7], *plain.seen[9:11]], "the rows that come next; Trainer reads one batch ahead"
+    if kind == "again": assert alf.probed[8:] == plain.seen[:2]*2
+
+
+def test_batches_that_can_be_read_once_are_handed_on_or_refused(tmp_path):
+    class Ready(IterableDataset):
+        def __init__(self): self.batches = iter([collate(ROWS[4*i:4*i+4]) for i in range(16)])
+        def __iter__(self): yield from self.batches
+    t = train(tmp_path/"stream", lambda: DataLoader(Ready(), batch_size=None), probing())
+    assert t.seen == FIRST[:12]
+    t = train(tmp_path/"sampler", lambda: DataLoader(ROWS, batch_sampler=iter(FIRST), collate_fn=collate), probing())
+    assert t.seen == FIRST[:12]
+
+    class Bare(Loading):
+        def get_train_dataloader(self): return iter([collate(ROWS[4*i:4*i+4]) for i in range(16)])
+    with pytest.raises(ValueError, match="list_iterator, the training loader, can be read only once.*get_train_dataloader.*signal='rate'"): train(tmp_path/"bare", alf=probing(), kind=Bare)
+    train(tmp_path/"rate", alf=probing(signal="rate", start="rotate", warm_up=4), kind=Bare)
+
+
+@pytest.mark.parametrize("settings", [dict(budget=.3), dict(preset="quick")], ids=["probe", "quick"])
+def test_a_resume_draws_the_same_where_the_sampler_draws_from_the_global_generator(tmp_path, settings):
+    def run(resume=None):
+        t = small_trainer(tmp_path, ALFCallback(**settings), kind=Counting, model=demo_model("gpt2", blocks=2, resid_pdrop=.1), data=ROWS, remove_unused_columns=False, train_sampling_strategy="group_by_length", save_strategy="steps", save_steps=6)
+        t.train(resume_from_checkpoint=resume)
+        return t
+    whole, rest = run(), run(str(tmp_path/"checkpoint-6"))
+    assert rest.seen == whole.seen[6:] and same(weights(whole), weights(rest))
+
+
+def test_the_check_of_the_compiler_draws_nothing():
+    from alf_nb.trainer import _graphs_see_freezing
+    _graphs_see_freezing.cache_clear()
+    with _same_draws(): first = draws()
+    _graphs_see_freezing()
+    assert draws() == first
+
+
+def test_running_statistics_are_those_of_training(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    data = [dict(pixel_values=torch.randn(3, 32, 32, generator=g)*3+1, labels=i % 3) for i in range(32)]
+
+    def fit(folder, alf=None, only=None):
+        torch.manual_seed(0)
+        m = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 1], layer_type="basic", num_labels=3))
+        for k, p in m.named_parameters(): p.requires_grad_(only is None or k in only)
+        t = small_trainer(folder, *([alf] if alf else []), model=m, data=data, max_steps=6, remove_unused_columns=False)
+        t.train()
+        return t
+    alf = ALFCallback(budget=.3, interval=0, ban=("head",))
+    t = fit(tmp_path/"alf", alf)
+    by_hand = fit(tmp_path/"hand", only={k for n in alf.selection for k in alf.layers.named_params(n)})
+    assert same(weights(t), weights(by_hand)) and int(t.model.resnet.embedder.embedder.normalization.num_batches_tracked) == 6
+
+
+def test_a_part_that_is_kept_in_eval_mode_stays_in_it():
+    model = demo_model("gpt2", blocks=2, resid_pdrop=.5)
+    model.train(); model.transformer.h[0].eval()
+    modes = []
+    model.transformer.h[0].register_forward_pre_hook(lambda m, a: modes.append((m.training, model.training)))
+    alf = ALFLoop(model, torch.optim.SGD(model.parameters(), lr=.1), [collate(ROWS[:4]), collate(ROWS[4:8])], 4, budget=.4, loss=lambda m, b: m(b["input_ids"], labels=b["labels"]).loss)
+    assert set(modes) == {(False, True)} and not model.transformer.h[0].training and model.training
+    alf.close()
+
+
+Named = namedtuple("Named", "logits loss")
+
+
+@dataclass
+class Plain:
+    logits: torch.Tensor
+    loss: torch.Tensor
+
+
+RETURNS = {"tuple": lambda o: (o.loss, o.logits), "list": lambda o: [o.loss, o.logits], "dict": lambda o: dict(logits=o.logits, loss=o.loss), "namedtuple": lambda o: Named(o.logits, o.loss), "dataclass": lambda o: Plain(o.logits, o.loss), "loss alone": lambda o: o.loss}
+
+
+class Returning(nn.Module):
+    def __init__(self, what): super().__init__(); self.net, self.what = demo_model(blocks=2), what
+    def forward(self, input_ids, attention_mask=None, labels=None): return self.what(self.net(input_ids=input_ids, labels=labels))
+
+
+@pytest.mark.parametrize("how", RETURNS)
+def test_a_model_may_return_its_loss_in_any_of_the_usual_forms(how):
+    found = [probe_gradients(partition_layers(m), [collate(demo_dataset(4)), collate(demo_dataset(8)[4:])]) for m in (Returning(RETURNS[how]), demo_model(blocks=2))]
+    assert found[0].loss == found[1].loss and found[0].gain.known and [*found[0].gain.values.values()] == [*found[1].gain.values.values()]
+
+
+def test_a_trainer_takes_the_first_of_a_tuple(tmp_path):
+    t = small_trainer(tmp_path, ALFCallback(budget=.3), model=Returning(RETURNS["tuple"]))
+    t.train()
+    assert len(losses(t)) == 12
+
+
+@pytest.mark.parametrize("what,said", [(lambda o: (o.logits, None), r"but tuple of Tensor of shape \(4, 32, \d+\), NoneType"), (lambda o: dict(logits=o.logits), "but dict with logits"), (lambda o: o.logits, "but Tensor of shape"), (lambda o: None, "but NoneType"), (lambda o: Plain(o.logits, None), "but Plain with logits, loss")], ids=["tuple", "dict", "tensor", "nothing", "dataclass"])
+def test_a_model_without_a_loss_is_told_what_it_returned(what, said):
+    with pytest.raises(ValueError, match=f"returned no loss for a batch with input_ids.*{said}.*signal='rate'"): probe_gradients(partition_layers(Returning(what)), [collate(demo_dataset(4))]*2)
