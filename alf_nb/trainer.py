@@ -979,7 +979,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
         part.mkdir()
         save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
         (part/'state.json').write_text(json.dumps(data), encoding='utf-8')
-    seal_checkpoint(folder)      # last of all: from now on it is whole
+    seal_checkpoint(folder, getattr(args, 'durable', True))      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
 
