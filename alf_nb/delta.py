@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import __version__
 from .files import write_whole
 from .layers import _clean
@@ -40,6 +41,7 @@ def _bytes(name, t):
     "The raw bytes of tensor `t` as a memoryview"
     if t.device.type == 'meta': raise ValueError(f"{name!r} has no values (meta device): load the weights first")
     if hasattr(t, 'full_tensor'): raise ValueError(f"{name!r} is a shard: gather the whole model first, for instance with get_model_state_dict(…, full_state_dict=True)")
+    if is_traceable_wrapper_subclass(t): raise ValueError(f"{name!r} is a {type(t).__name__}, made of several tensors, which a delta cannot hold; dequantize it first")
     if t.layout != torch.strided or t.dtype not in _DTYPES: raise ValueError(f"{name!r} is a {t.dtype} tensor of layout {t.layout}, which a delta cannot hold; dequantize or densify it first")
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from .layers import partition_layers
+from .layers import _size, partition_layers
 from .optim import FrozenGuard, ParkedStates, apply_selection, check_state, gradient_bytes, optimizer_bytes
 from .policies import StaticPolicy
 from .probe import _model_loss, probe_gradients
@@ -240,7 +240,7 @@ def costs(self:StepMeter)->StepCosts:
     ps = list(self.model.parameters()); t = {k: statistics.median(v) if v else 0. for k,v in self.times.items()}
     energy = self.times['energy_j'] and statistics.fmean(self.times['energy_j']); del t['energy_j']
     peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == 'cuda' else peak_rss_bytes()
-    return StepCosts(sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad), len(self.times['forward_s']), next(iter(self.batch.values())).numel(), **t, weight_bytes=sum(p.nbytes for p in ps),
+    return StepCosts(_size(self.model), sum(p.numel() for p in ps if p.requires_grad), len(self.times['forward_s']), next(iter(self.batch.values())).numel(), **t, weight_bytes=sum(p.nbytes for p in ps),
                      **self.bytes, activation_bytes=activation, cast_bytes=cast, peak_bytes=peak, energy_j=energy or None)
 
 def measure_step(

@@ -655,9 +655,15 @@ class DeltaPlan:
 
 # %% ../nbs/03_kernels.ipynb #a08c75b2
 @patch
+def _by_unit(self:DeltaPlan, row):
+    "One number per tensor, as a list per unit"
+    return [row[self._unit == u].tolist() for u in range(len(self.names))]
+
+@patch
 @torch.no_grad()
 def run(self:DeltaPlan,
-    refresh:bool=False # also write the weights into the references, rounded to nearest even
+    refresh:bool=False, # also write the weights into the references, rounded to nearest even
+    split:bool=False    # also tell the tensors of every unit apart
 )->DeltaNorms:         # one row per unit, in the order of `now`
     "Measure how far every unit moved"
     if self._memory() != self._built_for: self._build()
@@ -670,13 +676,15 @@ def run(self:DeltaPlan,
     (d2, r2, _, dot, _), top = (np.bincount(self._unit, x, len(self.names)) for x in sums), np.zeros(len(self.names))
     with np.errstate(invalid='ignore'): np.maximum.at(top, self._unit, tops)
     top[np.isnan(d2)] = np.nan # a GPU's maximum drops NaN, a sum never does
-    error = np.zeros(len(self.names))
+    error, apart = np.zeros(len(self.names)), sums[[0, 3]].copy()
     for k,r in self._eights:
         error[self._unit[k]] += r.error
+        apart[0,k] -= r.error
         if refresh: r.error = float(sums[4,k])
     if self._eights:
         with np.errstate(invalid='ignore'): d2 = np.maximum(d2 - error, 0)
-    return DeltaNorms(self.names, np.sqrt(d2).tolist(), np.sqrt(r2).tolist(), top.tolist(), dot.tolist() if self.dot else (), np.sqrt(error).tolist() if self._eights else ())
+    tell = {} if not split else dict(deltas=self._by_unit(np.sqrt(np.maximum(apart[0], 0))), dots=self._by_unit(apart[1]) if self.dot else ())
+    return DeltaNorms(self.names, np.sqrt(d2).tolist(), np.sqrt(r2).tolist(), top.tolist(), dot.tolist() if self.dot else (), np.sqrt(error).tolist() if self._eights else (), **tell)
 
 # %% ../nbs/03_kernels.ipynb #93ba6aed
 def delta_norms(

@@ -12,7 +12,7 @@ from . import _require
 _require('torch')
 
 # %% ../nbs/02_layers.ipynb #d7021815
-import ast, difflib, functools, inspect, re, textwrap, weakref
+import ast, difflib, functools, inspect, math, re, textwrap, weakref
 from collections import Counter
 from itertools import groupby
 
@@ -25,7 +25,25 @@ _HOPS = ('_orig_mod', '_checkpoint_wrapped_module', '_fsdp_wrapped_module') # at
 
 def _clean(path): return '.'.join(p for p in path.split('.') if p and p not in _HOPS)
 def _join(*parts): return '.'.join(p for p in parts if p)
-def _size(*modules): return sum(p.numel() for p in {id(p):p for m in modules for p in m.parameters()}.values())
+
+def _shape(
+    p,        # a parameter
+    m=None,   # the module that holds it
+    name=''   # its name in there
+)->tuple:
+    "Shape of what `p` stands for: a packed weight (4-bit of bitsandbytes, HQQ, GPTQ, AWQ, MXFP4) keeps several numbers in one element"
+    if (packed := getattr(getattr(p, 'quant_state', None), 'shape', None)) is not None: return tuple(packed)
+    if m is None or p.is_floating_point() or p.is_complex(): return tuple(p.shape)
+    if name.endswith('_blocks') and name[:-6] + 'scales' in m._parameters: return (*p.shape[:-2], 2*math.prod(p.shape[-2:]))
+    sides = getattr(m, 'out_features', None), getattr(m, 'in_features', None)
+    largest = max((q for q in m._parameters.values() if q is not None and not q.is_floating_point()), key=lambda q: q.numel()*q.element_size())
+    return sides if p is largest and all(type(n) is int for n in sides) and math.prod(sides) > p.numel() else tuple(p.shape)
+
+def _size(*modules):
+    "Numbers that the parameters of `modules` stand for"
+    shapes = {id(p): _shape(p, sub, k) for m in modules for sub in m.modules() for k,p in sub._parameters.items() if p is not None}
+    return sum(map(math.prod, shapes.values()))
+
 def _is_list(m): return isinstance(m, nn.ModuleList) or type(m) is nn.Sequential # a subclass of Sequential is a block of its own
 
 def _holds(m): return m is not None and next(m.parameters(), None) is not None
@@ -495,7 +513,9 @@ class Layers:
         return sum(self[n].n_params for n in dict.fromkeys([names] if isinstance(names, str) else names)) / self.total
 
 # %% ../nbs/02_layers.ipynb #b30da8db
-def _is_vector(p): return p.dim() < 2 or (p.dim() > 2 and sum(s > 1 for s in p.shape) < 2) # (1,1,d): a class token
+def _is_vector(p):
+    shape = _shape(p)
+    return len(shape) < 2 or (len(shape) > 2 and sum(s > 1 for s in shape) < 2) # (1,1,d): a class token
 def _is_bias(name): return 'bias' in name.split('_') # bias, in_proj_bias, gate_up_proj_bias
 
 def _own_head(model):
@@ -578,8 +598,8 @@ def partition_layers(
         else:
             kind,whole = _classify(m, pname, p, zone, head)
             rest,key = (rest,path) if whole else (_join(rest, pname),_join(path, pname))
-        g = groups.setdefault((layer, key, p.requires_grad), dict(order=order, layer=layer, rest=rest, kind=kind, depth=depth, key=key, of=order[:2], params={}))
-        g['params'][full] = p
+        g = groups.setdefault((layer, key, p.requires_grad), dict(order=order, layer=layer, rest=rest, kind=kind, depth=depth, key=key, of=order[:2], params={}, shapes=[]))
+        g['params'][full] = p; g['shapes'].append(_shape(p, m, pname))
         for _,_,path2,_,pname2 in spots: where[_join(path2, pname2)] = g
     return _finish(model, groups, where, unit, kinds, places.n_blocks)
 
@@ -595,9 +615,8 @@ def _finish(model, groups, where, unit, kinds, n_blocks):
         if count[name] > 1: name = _join(layer, _clean(key))
         if not grad and (layer, key, True) in groups: name = _join(name, 'frozen')
         g['name'],params[name] = name,g['params']
-        ps = g['params'].values()
-        units.append(UnitInfo(name, layer, g['kind'], roles[g['of']][g['rest'] or layer.rpartition('.')[2]], sum(p.numel() for p in ps), g['depth'],
-                              tuple(tuple(p.shape) for p in ps), eligible=grad and g['kind'] in kinds))
+        units.append(UnitInfo(name, layer, g['kind'], roles[g['of']][g['rest'] or layer.rpartition('.')[2]], sum(map(math.prod, g['shapes'])), g['depth'],
+                              tuple(g['shapes']), eligible=grad and g['kind'] in kinds))
     if not any(u.eligible for u in units):
         can = sorted({g['kind'] for (_,_,grad),g in groups.items() if grad}, key=KINDS.index)
         raise ValueError(f"no unit of kind {' or '.join(kinds) or '(none given)'} can train here; this model could train kinds=({', '.join(map(repr, can))},)")

@@ -113,8 +113,9 @@ def log_loss(self:ALFLoop,
     **metrics   # further numbers, such as grad_norm=…; eval_domain_loss=… is the loss of an evaluation set `eval_domain`
 )->None:
     "Write a loss into the run log, with learning rate and speed"
-    groups = self._optimizer.optimizer.param_groups
-    self.callback.on_log(self._args, self._state, None, logs={k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k,v in dict(loss=loss, learning_rate=groups[0]['lr'], **metrics).items()})
+    rate = self.callback._shown_rate()
+    now = dict(loss=loss, **({} if rate is None else dict(learning_rate=rate)), **metrics)
+    self.callback.on_log(self._args, self._state, None, logs={k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k,v in now.items()})
 
 @patch
 def metrics(self:ALFLoop)->dict: # name → number

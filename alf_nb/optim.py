@@ -10,10 +10,13 @@ __all__ = ['FIRST_MOMENTS', 'STATE_MODES', 'unwrap_optimizer', 'optimizer_bytes'
            'check_last_update', 'check_state']
 
 # %% ../nbs/07_optim.ipynb #5fe52091
-import gc, torch
+import gc, re, types, weakref
+from collections.abc import Mapping
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .layers import Layers
-from .shards import _in_group, as_shard, local_tensor
+from .shards import _in_group, as_shard, gathered, is_sharded, local_tensor, shard_of
 
 # %% ../nbs/07_optim.ipynb #02bbb4f9
 def unwrap_optimizer(
@@ -25,13 +28,93 @@ def unwrap_optimizer(
         raise ValueError(f"expected a torch optimizer, got {type(optimizer).__name__}")
     return optimizer
 
-def _nbytes(x): return (x := local_tensor(x)).numel()*x.element_size() if isinstance(x, Tensor) else 0     # of weights in pieces, what this process holds
+def _is_optimizer(x):
+    "Does `x` step parameter groups?"
+    return isinstance(x, torch.optim.Optimizer) or callable(getattr(x, 'step', None)) and isinstance(getattr(x, 'param_groups', None), list)
+
+_NOT_INSIDE = ('state', 'param_groups', 'defaults')     # attributes of an optimizer in which no other is looked for
+
+def _inside(x):
+    "What may be an optimizer or hold some, in `x`"
+    if isinstance(x, Mapping): return list(x.values())
+    if isinstance(x, (list, tuple)): return list(x)
+    return [*(v for k,v in getattr(x, '__dict__', {}).items() if k not in _NOT_INSIDE), getattr(x, 'optimizer', None)]
+
+def _members(
+    optimizer # a torch optimizer, a wrapper of one, or a chain of several
+)->list:      # what is inside comes before what is around it
+    "All optimizers that may hold state or learning rates"
+    found,seen = [],set()
+    def walk(x, depth):
+        if id(x) in seen: return
+        seen.add(id(x))
+        for v in _inside(x) if depth < 8 else ():
+            if _is_optimizer(v) or isinstance(v, (list, tuple, Mapping)): walk(v, depth+1)
+        if _is_optimizer(x): found.append(x)
+    walk(optimizer, 0)
+    if not found: unwrap_optimizer(optimizer)      # says what it is
+    return found or [optimizer]
+
+def _states(
+    optimizer # as for `_members`
+)->list:      # mappings parameter → state of the parameter
+    "The state of every member, each mapping once"
+    found = {id(s): s for m in _members(optimizer) if isinstance(s := getattr(m, 'state', None), Mapping)}
+    return list(found.values())
+
+def _groups(
+    optimizer # as for `_members`
+)->list:      # (member, number of its parameter group)
+    "The parameter groups that decide: of a parameter that several hold, the innermost one's"
+    found,held = [],set()
+    for m in _members(optimizer):
+        mine = [(i, {id(p) for p in g['params']}) for i,g in enumerate(m.param_groups)]
+        found += [(m, i) for i,ps in mine if not ps or not ps <= held]
+        held |= set().union(*(ps for _,ps in mine))
+    return found
+
+def _holder(
+    optimizer, # as for `_members`
+    p:Tensor   # a parameter
+)->tuple:      # (member, parameter group)
+    "Who trains `p`"
+    return next((m, m.param_groups[i]) for m,i in _groups(optimizer) if any(p is q for q in m.param_groups[i]['params']))
+
+_OPAQUE = (torch.nn.Parameter, torch.nn.Module, torch.optim.Optimizer, torch.Generator, type, types.ModuleType, types.FunctionType, types.MethodType)
+
+def _is_object(x):
+    "Is `x` an object that may hold tensors, such as GaLore's projector?"
+    return not isinstance(x, (*_OPAQUE, Tensor, str, bytes, int, float, complex)) and hasattr(x, '__dict__')
+
+def _is_wrapper(x):
+    "Is `x` a tensor made of other tensors, such as an 8-bit moment? One in pieces (a `DTensor`) is seen through its local piece"
+    return is_traceable_wrapper_subclass(x) and not is_sharded(x)
+
+def _tensors(x, seen=None):
+    "Ordinary tensors in one entry of a state"
+    seen = set() if seen is None else seen
+    if isinstance(x, Tensor):
+        x = local_tensor(x)
+        if not _is_wrapper(x): yield x; return
+        inner = [getattr(x, k) for k in x.__tensor_flatten__()[0]]
+    elif isinstance(x, Mapping): inner = list(x.values())
+    elif isinstance(x, (list, tuple)): inner = x
+    elif _is_object(x) and id(x) not in seen: inner = list(vars(x).values())
+    else: return
+    seen.add(id(x))
+    for v in inner:
+        if not isinstance(v, _OPAQUE): yield from _tensors(v, seen)
+
+def _nbytes(x):
+    "Bytes of the tensors in one entry of a state; of weights in pieces, what this process holds"
+    return sum(t.element_size()*(1 if t.numel() and not any(t.stride()) else t.numel()) for t in _tensors(x))     # a number repeated by its strides is held once
 
 def optimizer_bytes(
     optimizer # any torch optimizer
 )->int:
-    "Bytes of all tensors in the optimizer's state"
-    return sum(_nbytes(v) for s in unwrap_optimizer(optimizer).state.values() for v in s.values())
+    "Bytes of all tensors in the optimizer's state; of a chain, in those of its members"
+    held = {id(s): s for state in _states(optimizer) for s in state.values() if isinstance(s, Mapping)}
+    return sum(_nbytes(v) for s in held.values() for v in s.values())
 
 def gradient_bytes(
     model:torch.nn.Module # any model
@@ -40,13 +123,28 @@ def gradient_bytes(
     return sum(_nbytes(p.grad) for p in model.parameters())
 
 # %% ../nbs/07_optim.ipynb #950634c2
+def _check_chain(optimizer, layers, params):
+    "Refuse a chain whose members cannot be told apart, or that steps without being asked"
+    whole = _members(optimizer)[-1]
+    if not any(id(p) in params for g in whole.param_groups for p in g['params']) and len(_members(optimizer)) > 1:
+        raise ValueError(f"{type(whole).__name__} holds none of the model's parameters and leaves them to optimizers that step on their own, such as during the backward pass: ALF measures around one step. "
+                         "Take an optimizer that steps all of them at once (optim='galore_adamw', not 'galore_adamw_layerwise')")
+    ends,owner = [m for m in _members(optimizer) if len(_members(m)) == 1],{}
+    for m in ends:
+        for p in (p for g in m.param_groups for p in g['params'] if id(p) in params):
+            if owner.setdefault(id(p), m) is not m:
+                name = next(k for n in layers for k,q in layers.named_params(n).items() if q is p)
+                raise ValueError(f"{name} is in two of the optimizers that {type(whole).__name__} chains, {type(owner[id(p)]).__name__} and {type(m).__name__}: its learning rate cannot be told. Give every parameter to one of them")
+
 def check_optimizer(
     layers:Layers,  # a model as units
     optimizer,      # the optimizer that trains it
     names=None      # units that may be selected; None: all eligible ones
 )->None:
     "Raise if a unit that may be selected is not in the optimizer"
-    held = {id(p) for g in unwrap_optimizer(optimizer).param_groups for p in g['params']}
+    groups,params = _groups(optimizer),{id(p) for n in layers for p in layers.params(n)}
+    held = {id(p) for m,i in groups for p in m.param_groups[i]['params']}
+    _check_chain(optimizer, layers, params)
     names = [u.name for u in layers.units if u.eligible] if names is None else names
     if missing := [n for n in names if any(id(p) not in held for p in layers.params(n))]:
         raise RuntimeError(f"{len(missing)} units are not in the optimizer and could never move, the first is {missing[0]!r}: "
@@ -55,6 +153,43 @@ def check_optimizer(
 # %% ../nbs/07_optim.ipynb #727bc6af
 FIRST_MOMENTS = ('exp_avg', 'momentum_buffer')
 STATE_MODES = ('v', 'full', 'drop')
+
+def _mapped(x, move, seen=None):
+    "A copy of one entry of a state with `move` applied to every ordinary tensor in it; what holds no tensor is not copied"
+    seen = {} if seen is None else seen
+    again = lambda v: v if isinstance(v, _OPAQUE) else _mapped(v, move, seen)
+    if isinstance(x, Tensor):
+        if not _is_wrapper(x): return move(x)
+        keys,context = x.__tensor_flatten__()
+        return type(x).__tensor_unflatten__({k: again(getattr(x, k)) for k in keys}, context, x.size(), x.stride())
+    if id(x) in seen: return seen[id(x)]
+    if isinstance(x, tuple): return type(x)(*map(again, x)) if hasattr(x, '_fields') else type(x)(map(again, x))
+    if type(x) is list: return [again(v) for v in x]
+    if type(x) is dict: return {k: again(v) for k,v in x.items()}
+    if not _is_object(x) or next(_tensors(x), None) is None: return x
+    seen[id(x)] = new = object.__new__(type(x))
+    vars(new).update({k: again(v) for k,v in vars(x).items()})
+    return new
+
+def _to_host(t):
+    "A copy of `t` in host memory, of weights in pieces of the local one"
+    return local_tensor(t).detach().to('cpu', copy=True)
+
+def _folded(t):
+    "`t`, and a number that repeats held once"
+    if t.numel() < 2 or not bool((t == (first := t.reshape(-1)[0])).all()): return t
+    return first.clone().expand(t.shape)
+
+def _host_copy(x):
+    "One entry of a state in host memory"
+    return _mapped(local_tensor(x) if isinstance(x, Tensor) else x, _to_host)
+
+def _zeros_like(x):
+    "Zeros of the shape and class of a moment, as small as they can be; None: its class cannot be set to zero"
+    zero = torch.zeros((), dtype=x.dtype).expand(local_tensor(x).shape)
+    if not _is_wrapper(x := local_tensor(x)): return zero
+    try: return _mapped(_host_copy(x).copy_(zero), _folded)
+    except (NotImplementedError, RuntimeError, TypeError): return None
 
 class ParkedStates:
     "Optimizer state of frozen parameters, in host memory."
@@ -71,12 +206,18 @@ class ParkedStates:
 
     def park(self,
         name:str,    # full parameter name
-        state:dict   # the optimizer's state of that parameter
+        state:dict,  # the optimizer's state of that parameter
+        p:Tensor|None=None # the parameter; None: first moments are of its shape
     )->None:
         "Copy what is to be kept of `state` to the host"
         if self.state == 'drop' or not state: return
-        empty = {k: torch.zeros((), dtype=v.dtype) for k,v in state.items() if self.state == 'v' and k in FIRST_MOMENTS and isinstance(v, Tensor)}     # one number that says: zeros
-        if len(empty) < len(state): self.held[name] = {k: empty[k] if k in empty else local_tensor(v).detach().to('cpu', copy=True) if isinstance(v, Tensor) else v for k,v in state.items()}
+        empty = {}
+        for k,v in state.items():
+            if self.state != 'v' or _entry(k) not in FIRST_MOMENTS or not isinstance(v, Tensor): continue
+            plain = not _is_wrapper(local_tensor(v)) and (p is None or v.shape == p.shape)
+            zero = torch.zeros((), dtype=v.dtype) if plain else _zeros_like(v)      # one number that says: zeros
+            if zero is not None: empty[k] = zero
+        if len(empty) < len(state): self.held[name] = {k: empty[k] if k in empty else _host_copy(v) for k,v in state.items()}
 
     def fetch(self,
         name:str,    # full parameter name
@@ -85,10 +226,188 @@ class ParkedStates:
         "State of a parameter that returns, on its device; None if none was kept"
         if (kept := self.held.pop(name, None)) is None: return None
         # a step count lives on the host in plain Adam, beside the weights in fused and capturable ones: torch moves it when needed
-        back = lambda k, v: v if not isinstance(v, Tensor) else as_shard(v.to(p.device), p) if v.dim() else torch.zeros_like(p, dtype=v.dtype, requires_grad=False) if k in FIRST_MOMENTS and p.dim() else v
-        return {k: back(k, v) for k,v in kept.items()}
+        zeros = lambda k, v: isinstance(v, Tensor) and not v.dim() and _entry(k) in FIRST_MOMENTS and p.dim()
+        return {k: torch.zeros_like(p, dtype=v.dtype, requires_grad=False) if zeros(k, v) else _beside(v, p) for k,v in kept.items()}
+
+def _entry(key):
+    "Name of an entry, whichever member of a chain it is of"
+    return key.rpartition('|')[2] if isinstance(key, str) else key
+
+def _beside(x, p):
+    "An entry from host memory on the device of parameter `p`, nothing of it repeated by its strides"
+    whole = lambda t: t.contiguous() if t.numel() > 1 and not any(t.stride()) else t
+    if isinstance(x, Tensor) and not _is_wrapper(x): return as_shard(whole(x.to(p.device)), p) if x.dim() else x
+    x = _mapped(x, lambda t: whole(t.to(p.device)) if t.dim() else t)
+    return as_shard(x, p) if isinstance(x, Tensor) else x
+
+# %% ../nbs/07_optim.ipynb #7c1e5a33
+def _class_name(c): return f'{c.__module__}.{c.__qualname__}'
+
+def _safe_classes():
+    "Classes that torch loads without executing anything else, by name"
+    some = [c[0] if isinstance(c, tuple) else c for c in torch.serialization.get_safe_globals()]
+    return {_class_name(c): c for c in some if isinstance(c, type)}
+
+def _classes(x, found):
+    "Put classes of objects and of tensors made of tensors into `found`, by name"
+    if isinstance(x, Tensor):
+        x = local_tensor(x)
+        if not _is_wrapper(x): return found
+        inner = [getattr(x, k) for k in x.__tensor_flatten__()[0]]
+    elif isinstance(x, Mapping): inner = list(x.values())
+    elif isinstance(x, (list, tuple)): inner = x
+    elif _is_object(x) and _class_name(type(x)) not in found: inner = list(vars(x).values())
+    else: return found
+    if isinstance(x, Tensor) or _is_object(x): found[_class_name(type(x))] = type(x)
+    for v in inner: _classes(v, found)
+    return found
+
+def _state_classes(optimizer):
+    "Classes in the state that an optimizer holds now, by name"
+    found = {}
+    for state in _states(optimizer):
+        for s in state.values(): _classes(dict(s), found)
+    return found
+
+_PLAIN = (bool, int, float, str, type(None))
+
+def _pack(
+    x,        # one entry of a state in host memory
+    tensors,  # name → tensor; those of `x` are added
+    name      # where their names begin
+):            # plain values, for JSON
+    "An entry taken apart; a TypeError says what cannot be"
+    again = lambda v: _pack(v, tensors, name)
+    def put(t): key = f'{name}/{len(tensors)}'; tensors[key] = t; return key
+    if type(x) in _PLAIN: return x
+    if isinstance(x, Tensor) and _is_wrapper(x):
+        keys,context = x.__tensor_flatten__()
+        return dict(kind='wrapper', of=_class_name(type(x)), parts={k: again(getattr(x, k)) for k in keys}, context=again(context), shape=list(x.shape), stride=list(x.stride()))
+    if isinstance(x, torch.nn.Parameter): raise TypeError('a parameter')
+    if isinstance(x, Tensor) and x.numel() > 1 and not any(x.stride()): return dict(kind='repeated', tensor=put(x.reshape(-1)[0]), shape=list(x.shape))
+    if isinstance(x, Tensor):       # a product depends on the order of memory in its last bits
+        order = sorted(range(x.dim()), key=lambda i: -x.stride(i))
+        return dict(kind='tensor', tensor=put(x), **({} if x.is_contiguous() or not x.permute(order).is_contiguous() else dict(order=order)))
+    if isinstance(x, torch.dtype): return dict(kind='dtype', of=str(x).rpartition('.')[2])
+    if isinstance(x, torch.Size): return dict(kind='size', items=list(x))
+    if type(x) in (list, tuple): return dict(kind=type(x).__name__, items=[again(v) for v in x])
+    if type(x) is dict: return dict(kind='dict', items=[[again(k), again(v)] for k,v in x.items()])
+    if isinstance(x, torch.Generator): return dict(kind='generator', tensor=put(x.get_state()), of=str(x.device))
+    if _is_object(x) and not hasattr(type(x), '__slots__'): return dict(kind='object', of=_class_name(type(x)), parts={k: again(v) for k,v in vars(x).items()})
+    raise TypeError(_class_name(type(x)))
+
+def _unpack(
+    d,       # what `_pack` returned
+    tensors, # name → tensor
+    known    # class name → class
+):
+    "The entry put together again; a ValueError says what is wrong"
+    again = lambda v: _unpack(v, tensors, known)
+    if type(d) in _PLAIN: return d
+    kind = d['kind']
+    if kind in ('wrapper', 'object'):
+        if d['of'] not in known: raise ValueError(f"it holds an object of class {d['of']}, which is not loaded unless you say so: torch.serialization.add_safe_globals([{d['of'].rpartition('.')[2]}])")
+        cls,parts = known[d['of']],{str(k): again(v) for k,v in d['parts'].items()}
+        if kind == 'wrapper':
+            if not hasattr(cls, '__tensor_unflatten__'): raise ValueError(f"{d['of']} is no class of tensors")
+            x = cls.__tensor_unflatten__(parts, again(d['context']), torch.Size(d['shape']), tuple(d['stride']))
+            if list(x.shape) != d['shape']: raise ValueError(f"a {d['of']} of shape {tuple(x.shape)} that says {tuple(d['shape'])}")
+            return x
+        if issubclass(cls, _OPAQUE): raise ValueError(f"{d['of']} is no class of objects in a state")
+        x = object.__new__(cls); vars(x).update(parts)
+        return x
+    if kind == 'repeated': return tensors[d['tensor']].expand(d['shape'])
+    if kind == 'tensor' and 'order' in d: return (t := tensors[d['tensor']]).permute(d['order']).contiguous().permute(sorted(range(t.dim()), key=d['order'].__getitem__))
+    if kind == 'tensor': return tensors[d['tensor']]
+    if kind == 'dtype' and isinstance(x := getattr(torch, d['of'], None), torch.dtype): return x
+    if kind == 'size': return torch.Size(d['items'])
+    if kind in ('list', 'tuple'): return dict(list=list, tuple=tuple)[kind](map(again, d['items']))
+    if kind == 'dict': return {again(k): again(v) for k,v in d['items']}
+    if kind == 'generator': g = torch.Generator(d['of']); g.set_state(tensors[d['tensor']]); return g
+    raise ValueError(f"it holds a {kind!r}, which is unknown")
+
+def _pack_states(
+    held,    # parameter name → entry → value in host memory
+    params,  # parameter name → parameter
+    tensors, # name → tensor, for safetensors; those of the states are added
+    word     # where their names begin
+)->tuple:    # (parameter name → entry → plain value, parameter name → class that cannot be taken apart)
+    "States for a checkpoint: ordinary tensors as `word/parameter/entry`, numbers as they are, all else taken apart. Weights in pieces are gathered, and every process has to call this"
+    plain,lost = {},{}
+    for k,s in held.items():
+        mine,apart = {},{}
+        try:
+            for e,v in s.items():
+                if isinstance(v, Tensor) and not _is_wrapper(v) and (is_sharded(params[k]) or not _is_repeated(v)) and isinstance(e, str) and '/' not in e:
+                    mine[f'{word}/{k}/{e}'] = gathered(v.contiguous(), params[k]) if v.dim() else v
+                elif type(v) in _PLAIN and isinstance(e, str): plain.setdefault(k, {})[e] = v
+                elif is_sharded(params[k]) or not isinstance(e, str): raise TypeError(_class_name(type(v)))
+                else: plain.setdefault(k, {})[e] = _pack(v, apart, f'{word}-parts/{k}/{e}')
+        except (TypeError, RecursionError) as e: lost[k] = str(e); plain.pop(k, None); continue
+        tensors.update(mine | apart)
+    return plain, lost
+
+def _is_repeated(t): return t.numel() > 1 and not any(t.stride())
+
+def _unpack_states(
+    plain,   # what `_pack_states` returned
+    params,  # parameter name → parameter
+    tensors, # name → tensor
+    word,    # where the names of the states' tensors begin
+    known    # class name → class
+)->dict:     # parameter name → entry → value in host memory
+    "States from a checkpoint"
+    held = {k: {e: _unpack(v, tensors, known) for e,v in s.items()} for k,s in plain.items()}
+    for key,t in tensors.items():
+        if not key.startswith(f'{word}/'): continue
+        k,e = key[len(word)+1:].rsplit('/', 1)
+        held.setdefault(k, {})[e] = shard_of(t, params[k]).clone() if k in params and t.dim() else t
+    return held
 
 # %% ../nbs/07_optim.ipynb #1a463b70
+def _state_of(states, p):
+    "State of parameter `p` in all members of a chain, as one dict: `1|exp_avg` is the second one's"
+    found,seen = {},set()
+    for i,state in enumerate(states):
+        if not (s := state.get(p)) or id(s) in seen: continue
+        seen.add(id(s))
+        found |= {f'{i}|{k}' if i else k: v for k,v in s.items()}
+    return found
+
+def _pop_state(states, p):
+    "`_state_of`, taken out"
+    found = _state_of(states, p)
+    for s in states: s.pop(p, None)
+    return found
+
+def _put_state(states, p, entries):
+    "What `_state_of` gave, back to where it was"
+    for key,v in entries.items():
+        i,k = re.fullmatch(r'(?:(\d+)\|)?(.*)', key, re.S).groups() if isinstance(key, str) else (None, key)
+        state = states[int(i or 0)]
+        if not state.get(p): state[p] = {}
+        state[p][k] = v
+
+_FIRST = weakref.WeakKeyDictionary()     # optimizer → parameter → its state before the first step, in host memory
+
+def _begins_filled(m):
+    "Does an optimizer of this kind hold state before its first step, as Adagrad does?"
+    try: return bool(type(m)([torch.nn.Parameter(torch.zeros(1, 1))], **m.defaults).state)
+    except Exception: return True     # one that cannot be made again: what it holds is put back, to be safe
+
+def _first_states(optimizer):
+    "Parameter → its state before the first step, for optimizers that begin with some; looked at when first asked"
+    key = _members(optimizer)[0]
+    if key not in _FIRST:
+        states,params = _states(optimizer),dict.fromkeys(p for s in _states(optimizer) for p in s)
+        filled = any(m.state and _begins_filled(m) for m in _members(optimizer) if isinstance(getattr(m, 'state', None), Mapping))
+        _FIRST[key] = {p: {k: _mapped(_host_copy(v), _folded) for k,v in s.items()} for p in params if (s := _state_of(states, p))} if filled else {}
+    return _FIRST[key]
+
+def _set_first_states(optimizer, first):
+    "What `_first_states` will say"
+    _FIRST[_members(optimizer)[0]] = first
+
 @torch.no_grad()
 def apply_selection(
     layers:Layers,                   # a model as units
@@ -99,7 +418,8 @@ def apply_selection(
     "Freeze all but `names`; returns (units that entered, units that left), in model order"
     wanted = set(names)
     if unknown := wanted - set(layers): raise ValueError(f"unknown unit {sorted(unknown)[0]!r} (this model has {', '.join(list(layers)[:4])} … {len(layers)} units)")
-    state = {} if optimizer is None else unwrap_optimizer(optimizer).state
+    states = [] if optimizer is None else _states(optimizer)
+    first = {} if optimizer is None else _first_states(optimizer)
     parked = parked or ParkedStates('drop')
     trains = {n: any(p.requires_grad for p in layers.params(n)) for n in layers}
     left = tuple(n for n in layers if trains[n] and n not in wanted)
@@ -107,11 +427,13 @@ def apply_selection(
     for n in left:
         for k,p in layers.named_params(n).items():
             p.requires_grad_(False); p.grad = None
-            parked.park(k, state.pop(p, None))
+            parked.park(k, _pop_state(states, p), p)
     for n in entered:
         for k,p in layers.named_params(n).items():
             p.requires_grad_(True)
-            if (old := parked.fetch(k, p)) is not None: state[p] = old
+            old = parked.fetch(k, p)
+            if old is None and p in first: old = {e: _beside(_host_copy(v), p) for e,v in first[p].items()}
+            if old is not None: _put_state(states, p, old)
     return entered, left
 
 # %% ../nbs/07_optim.ipynb #14fb0e9e
@@ -136,7 +458,9 @@ _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _sample_bits(p:Tensor, k:int)->Tensor:
     "Bits of at most `k` elements spread evenly over `p`, as int64"
-    flat = local_tensor(p).detach().reshape(-1)
+    if _is_wrapper(x := local_tensor(p)): return torch.cat([_sample_bits(t, k) for t in _tensors(x)])      # a quantised weight: what it is made of
+    flat = x.detach().reshape(-1)
+    if flat.is_complex(): flat = torch.view_as_real(flat).reshape(-1)
     if flat.numel() > k: flat = flat[torch.linspace(0, flat.numel()-1, k, dtype=torch.float64).long().to(flat.device)]
     return flat.contiguous().view(_INT[flat.element_size()]).long()
 
@@ -163,13 +487,37 @@ class FrozenGuard:
                                "Something outside ALF writes to them: an optimizer with its own copy, a merge, a callback that loads weights?")
 
 # %% ../nbs/07_optim.ipynb #62b5d81c
+def _makes_own_rates(m, group):
+    "Does this optimizer take learning rates of its own making, one per parameter, as Adafactor with relative steps does?"
+    return bool(group.get('relative_step')) and callable(getattr(m, '_get_lr', None))
+
+def _rate_sources(
+    optimizer # as for `_members`
+)->list:      # (member, number of its parameter group, parameter; None: the rate is the whole group's)
+    "Where learning rates are read"
+    found = []
+    for m,i in _groups(optimizer): found += [(m, i, p) for p in m.param_groups[i]['params']] if _makes_own_rates(m, m.param_groups[i]) else [(m, i, None)]
+    return found
+
+def _learning_rates(
+    sources # of `_rate_sources`
+)->list:    # one number per source; None: unknown
+    "The learning rates of now; behind a step, those it was made with"
+    found = []
+    for m,i,p in sources:
+        g = m.param_groups[i]
+        if p is None: found.append(None if (lr := g.get('lr')) is None else float(lr))
+        else: found.append(m._get_lr(g, s) if p.grad is not None and (s := m.state.get(p)) and s.get('step') else 0.)
+    if late := [k for k,x in enumerate(found) if isinstance(x, Tensor)]:      # one transfer for all
+        for k,x in zip(late, torch.stack([found[k].detach().float().reshape(()) for k in late]).tolist()): found[k] = x
+    return found
+
 def last_update(
     optimizer, # Adam, AdamW or SGD of torch, after its step and before gradients go
     p:Tensor   # a parameter that it trains
 )->Tensor:     # fp32, of the parameter's shape; of a weight in pieces, of the local one
     "The step just made, −ΔW/lr, from the optimizer's own state"
-    opt = unwrap_optimizer(optimizer); check_last_update(opt)
-    g = next(g for g in opt.param_groups if any(p is q for q in g['params']))
+    opt,g = _holder(optimizer, p); check_last_update(opt)
     state,w,grad,wd = {k: local_tensor(v) for k,v in opt.state[p].items()},local_tensor(p).detach().float(),local_tensor(p.grad),g['weight_decay']
     if isinstance(opt, torch.optim.SGD):
         m = state.get('momentum_buffer')
@@ -180,13 +528,16 @@ def last_update(
     if not wd or not (isinstance(opt, torch.optim.AdamW) or g.get('decoupled_weight_decay')): return u
     return u + wd*(w + g['lr']*u)/(1 - g['lr']*wd)     # the weights that decayed are those before the step
 
+def _is_readable(opt):
+    "Can the last update of this optimizer be read?"
+    return isinstance(opt, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)) and not any(g.get('nesterov') or g.get('maximize') for g in opt.param_groups)
+
 def check_last_update(
     optimizer # any torch optimizer
 )->None:
-    "Raise if `last_update` cannot read this optimizer"
-    opt = unwrap_optimizer(optimizer)
-    if not isinstance(opt, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)) or any(g.get('nesterov') or g.get('maximize') for g in opt.param_groups):
-        raise ValueError(f"the last update of {type(opt).__name__} cannot be read from its state, only of Adam, AdamW and SGD without nesterov or maximize: use references='device' or 'host'")
+    "Raise if `last_update` cannot read this optimizer, or one of a chain"
+    for opt in dict.fromkeys(m for m,_ in _groups(optimizer)):
+        if not _is_readable(opt): raise ValueError(f"the last update of {type(opt).__name__} cannot be read from its state, only of Adam, AdamW and SGD without nesterov or maximize: use references='device' or 'host'")
 
 # %% ../nbs/07_optim.ipynb #bf095ab3
 def check_state(
@@ -194,6 +545,6 @@ def check_state(
     optimizer      # its optimizer
 )->None:
     "Raise if a frozen parameter still has optimizer state"
-    state = unwrap_optimizer(optimizer).state
-    if stale := [k for n in layers for k,p in layers.named_params(n).items() if not p.requires_grad and any(_nbytes(v) for v in state.get(p, {}).values())]:
+    states = _states(optimizer)
+    if stale := [k for n in layers for k,p in layers.named_params(n).items() if not p.requires_grad and any(map(_nbytes, _state_of(states, p).values()))]:
         raise RuntimeError(f"{len(stale)} frozen parameters still hold optimizer state, the first is {stale[0]}: memory is not what was promised")

@@ -219,7 +219,7 @@ def select(self:Policy,
 )->Selection:               # names in model order, the reason, and the share of all parameters
     "The units that train next, and why."
     if scores is None and self.needs_scores: raise ValueError(f"policy {self.name!r} chooses by scores, got None")
-    if self.signal and scores.signal != self.signal: raise ValueError(f"policy {self.name!r} chooses by {self.signal!r}, got scores of {scores.signal!r}")
+    if self.signal and scores.signal not in (self.signal, 'prior'): raise ValueError(f"policy {self.name!r} chooses by {self.signal!r}, got scores of {scores.signal!r}")
     step = _integer('step', step, 0, "a step is a whole number of at least 0")
     b = _ballot(scores, units, self.pin, self.ban, step, current)
     if not b.units and not b.pinned: raise ValueError(f"nothing to choose from: of {len(b.model)} units none is eligible and not banned (ban={list(self.ban)})")

@@ -68,9 +68,13 @@ class DeltaNorms(Record):
     max_abs:tuple   # max |W−W_ref|, one per unit
     dot:tuple=()    # Σ g·(W−W_ref), one per unit; empty: no gradients were given
     error:tuple=()  # ‖W_ref−Q(W_ref)‖₂ of 8-bit references, one per unit; empty: there are none
+    deltas:tuple=() # per unit, ‖W−W_ref‖₂ of every tensor; empty: not asked for
+    dots:tuple=()   # per unit, Σ g·(W−W_ref) of every tensor; empty: not asked for, or no gradients were given
     def __post_init__(self):
         for k in ('names', *self._numbers): object.__setattr__(self, k, tuple(getattr(self, k)))
+        for k in ('deltas', 'dots'): object.__setattr__(self, k, tuple(map(tuple, getattr(self, k))))
         sizes = {k: len(getattr(self, k)) for k in self._numbers}
+        sizes |= {k: len(v) for k in ('deltas', 'dots') if (v := getattr(self, k))}
         if any(n != len(self) for k,n in sizes.items() if n or k not in ('dot', 'error')):
             raise ValueError(f"one number per unit: {len(self)} names, {', '.join(f'{n} {k}' for k,n in sizes.items())}")
 

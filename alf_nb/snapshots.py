@@ -77,21 +77,30 @@ class Snapshot:
     @torch.no_grad()
     def measure(self,
         refresh:bool=False, # let the next window start from the weights of now
-        dot:dict|None=None  # unit → list of gradients in the order of its parameters, None where there is none
+        dot:dict|None=None, # unit → list of gradients in the order of its parameters, None where there is none
+        split:bool=False    # also tell the parameters of every unit apart
     )->DeltaNorms:
         "How far every unit with a reference has moved since; with gradients, of their units only, also Σ g·(W−W_ref)"
         names = self.names if dot is None else tuple(n for n in self.names if n in dot)
         if not names: return DeltaNorms((), (), (), ())
-        if dot is None and self._plan: return self._plan.run(refresh)
+        if dot is None and self._plan: return self._plan.run(refresh, split)
         plan = self._new_plan(names, dot)
-        if self.sharded: return self._total(plan.run(refresh))         # FSDP may give a piece new memory: a new plan each time
+        if self.sharded: return self._total(plan.run(refresh, split))         # FSDP may give a piece new memory: a new plan each time
         if dot is None and self.device is None: self._plan = plan      # a plan of host copies or of gradients is good for one measurement
-        return plan.run(refresh)
+        return plan.run(refresh, split)
 
     def _total(self, norms):
         "Norms of whole weights from those of the pieces"
         (d2,r2,*dot),(top,) = over_shards(self.layers, norms.names, [[x*x for x in norms.delta], [x*x for x in norms.ref], *([norms.dot] if norms.dot else [])], [norms.max_abs])
-        return DeltaNorms(norms.names, [x**.5 for x in d2], [x**.5 for x in r2], top, *dot)
+        tell = {k: self._totals(norms.names, v, k == 'deltas') for k in ('deltas', 'dots') if (v := getattr(norms, k))}
+        return DeltaNorms(norms.names, [x**.5 for x in d2], [x**.5 for x in r2], top, *dot, **tell)
+
+    def _totals(self, names, rows, norm):
+        "The same for numbers of single parameters"
+        flat = [(n, x) for n,xs in zip(names, rows) for x in xs]
+        (sums,),_ = over_shards(self.layers, [n for n,_ in flat], [[x*x if norm else x for _,x in flat]])
+        sums = iter([x**.5 for x in sums] if norm else sums)
+        return [[next(sums) for _ in xs] for xs in rows]
 
 # %% ../nbs/04_snapshots.ipynb #66fce5aa
 def snapshot_tensors(

@@ -20,9 +20,10 @@ SIGNALS = ('rate', 'coherence', 'gain', 'grad_norm', 'prior')   # those that may
 def prior_scores(
     layers:Layers # a model as units
 )->Scores:
-    "1/RMS(W) of every unit, before any training"
+    "1/RMS(W) of every unit, before any training; of packed weights unknown"
     def squares(n):
         ps = [p for p in map(local_tensor, layers.params(n)) if p.numel()]
+        if not all(p.is_floating_point() for p in ps): return math.nan      # packed: its elements are no weights
         return sum(float(p.detach().float().square().mean())*p.numel() for p in ps)   # per tensor in fp32, summed in Python floats
     values,(sq,) = {},over_shards(layers, layers, [[squares(n) for n in layers]])[0]
     for n,s in zip(layers, sq):
@@ -31,6 +32,10 @@ def prior_scores(
     return Scores('prior', values)
 
 # %% ../nbs/05_tracker.ipynb #979a08e2
+def _per_rate(deltas, rates):
+    "Norm of a change of which every part is divided by its own learning rate"
+    return math.sqrt(sum((d/lr)**2 for d,lr in zip(deltas, rates) if lr > 0))
+
 class ImportanceTracker:
     "The latest number of each signal for each unit, and when it was measured."
     def __init__(self,
@@ -59,16 +64,18 @@ class ImportanceTracker:
 
     def update_from_norms(self,
         norms:DeltaNorms, # what `Snapshot.measure` returned
-        sum_lr:dict,      # unit → sum of the learning rates of the window's steps
+        sum_lr:dict,      # unit → sum of the learning rates of the window's steps; where its parameters have several, one for each of them
         sizes:dict,       # unit → number of parameters
         step:int          # optimizer step of the measurement
     )->dict:
         "`rate` and `coherence` of a window; returns what was measured, by signal"
         rate,coh = {},{}
         for n,d,r in zip(norms.names, norms.delta, norms.ref):
-            if not sum_lr.get(n): continue                  # no learning rate: a window that says nothing
-            if r > 0: rate[n] = d/r/sum_lr[n]
-            coh[n] = d/math.sqrt(sizes[n])/sum_lr[n]
+            lr = sum_lr.get(n)
+            if isinstance(lr, (list, tuple)): d,lr = _per_rate(norms.deltas[norms.names.index(n)], lr),float(any(x > 0 for x in lr))
+            if not lr: continue                             # no learning rate: a window that says nothing
+            if r > 0: rate[n] = d/r/lr
+            coh[n] = d/math.sqrt(sizes[n])/lr
         self.update('rate', rate, step); self.update('coherence', coh, step)
         return dict(rate=rate, coherence=coh)
 

@@ -28,12 +28,12 @@ from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
 from .lock import RunLock
-from .optim import ParkedStates, FrozenGuard, _sample_bits, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets, unwrap_optimizer
+from .optim import ParkedStates, FrozenGuard, _first_states, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets
 from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
 from .probe import _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws, _same_modules, _same_objects, _takes_by_index, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .runlog import RunLog
-from .shards import _any_process, _n_started, gathered, is_sharded, local_tensor, over_shards, reshard, set_up_shards, shard_of, whole_tensor
+from .shards import _any_process, _n_started, is_sharded, local_tensor, over_shards, reshard, set_up_shards, whole_tensor
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
@@ -383,14 +383,12 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     self.names = tuple(u.name for u in self.units)
     self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
     self._optimizer = optimizer; check_optimizer(self.layers, optimizer, self.names)
-    if self.references == 'none': check_last_update(optimizer)
     self._loader,self._args,self._max_steps,self._trainer = train_dataloader,args,state.max_steps,_on_stack(Trainer)
     self._loss = self._batch_loss or _trainer_loss(self._trainer)
     self._batch_size = args.per_device_train_batch_size
     if getattr(args, 'auto_find_batch_size', False): self._batch_size = (state.train_batch_size or args.train_batch_size)//max(args.n_gpu, 1)      # else a resumed state has that of the checkpoint, maybe of another number of processes
-    group = {id(p): i for i,g in enumerate(unwrap_optimizer(optimizer).param_groups) for p in g['params']}
-    self._group = {n: group[id(self.layers.params(n)[0])] for n in self.names}
     self._every = self.interval if self.interval is not None else min(max(state.max_steps//3, 32), 256)
+    self._find_rates(optimizer)
     self.parked = ParkedStates(self.state_mode)
     self.snapshot = Snapshot(self.layers, device='cpu' if self.references == 'host' else None, bits=8 if self.references == '8bit' else 32)
     if self.check == 'freeze' and self.snapshot.sharded: raise ValueError("check='freeze' puts whole weights back, and FSDP2 holds them in pieces: use check='raise', and go on from a checkpoint")
@@ -399,7 +397,7 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     self.tracker.update('prior', self._ours(prior_scores(self.layers)), 0)
     self.policy,self._pending,self._again,self._selected_at = self._asked_policy,None,False,0
     self._place,self._banned,self._jumped = {k: (p, p.device, p.dtype) for n in self.names for k,p in self.layers.named_params(n).items()},set(),set()
-    self.selection,self._marks,self._cum_lr = None,{},[0.]*len(unwrap_optimizer(optimizer).param_groups)
+    self.selection,self._marks,self._cum_lr = None,{},[0.]*len(self._rate_sources)
     self.totals = dict(steps=0, share_sum=0., share_peak=0., state_bytes_peak=0, measure_s=0., probe_s=0., select_s=0., wall_s=0.)
     self._measuring,self._new_state,self._step_s,self._tokens_seen = False,True,[],getattr(state, 'num_input_tokens_seen', 0)
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
@@ -420,7 +418,8 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
         self._keep_earlier(args, state)
         self._write_begin(args, state)
         self._select(0)
-    warm_up(sorted({p.dtype for p in model.parameters()}, key=str), next(model.parameters()).device, dot=True, bits=8 if self.references == '8bit' else 32)      # compile here, not in the first window
+    trains = [p for n in self.names for p in self.layers.params(n)]      # what is frozen for good may be packed, which no kernel reads
+    warm_up(sorted({p.dtype for p in trains}, key=str), trains[0].device, dot=True, bits=8 if self.references == '8bit' else 32)      # compile here, not in the first window
     self._training = self._news = True
     self._t_step = time.perf_counter()
 
@@ -429,6 +428,33 @@ def _write_begin(self:ALFCallback, args, state):
     model = self.layers.model
     self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
                 max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
+
+@patch
+def _find_rates(self:ALFCallback, optimizer):
+    "Where the learning rates of every unit are read, and whose last update cannot be"
+    self._rate_sources,at = _rate_sources(optimizer),{}
+    for k,(m,i,p) in enumerate(self._rate_sources):
+        for q in [p] if p is not None else m.param_groups[i]['params']: at.setdefault(id(q), k)
+    self._rates_of = {n: [at[id(p)] for p in self.layers.params(n)] for n in self.names}
+    self._split = any(len(set(ks)) > 1 for ks in self._rates_of.values())
+    self._unread,self._said,self._rates_now = set(),set(),[]
+    if self.references != 'none' or not (odd := list(dict.fromkeys(m for m,_ in _groups(optimizer) if not _is_readable(m)))): return
+    if self.policy.needs_scores and (self._every or self.signal in ('rate', 'coherence') and self.start in ('rotate', 'warm-up')): check_last_update(optimizer)
+    self._unread = {id(p) for m in odd for g in m.param_groups for p in g['params']}
+    self._say('unread', f"rate, coherence and descent are not measured: the last update of {', '.join(dict.fromkeys(type(m).__name__ for m in odd))} cannot be read from its state, and references='none' keeps nothing to compare with. "
+              "Nothing is chosen by them here; references='device' or 'host' measures them")
+
+@patch
+def _shown_rate(self:ALFCallback):
+    "The learning rate of the first parameter group, or the first one that the last step was made with; None: unknown"
+    m,i,p = self._rate_sources[0]
+    if p is None and m.param_groups[i].get('lr') is not None: return float(m.param_groups[i]['lr'])
+    return next((lr for lr in self._rates_now if lr), None)
+
+@patch
+def _say(self:ALFCallback, what, message):
+    "Warn once in a run"
+    if what not in self._said: self._said.add(what); warnings.warn(message)
 
 @patch
 def _event(self:ALFCallback, event, step, **kw):
@@ -557,7 +583,7 @@ def _due(self:ALFCallback, step, max_steps):
 def _scores(self:ALFCallback, step):
     "Scores of the chosen signal, or of the prior while there are none"
     scores = self.tracker.scores(self.signal, step)
-    return scores if scores.known else Scores(self.signal, self.tracker.scores('prior', step).values)
+    return scores if scores.known else Scores('prior', self.tracker.scores('prior', step).values)
 
 @patch
 def _select(self:ALFCallback, step, probe=True):
@@ -599,7 +625,19 @@ def _switch(self:ALFCallback, chosen, step, seen):
 @patch
 def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
-    for n in names: self._marks[n] = (step, self._cum_lr[self._group[n]])
+    for n in names: self._marks[n] = (step, _one([self._cum_lr[k] for k in self._rates_of[n]]))
+
+def _one(numbers):
+    "The number that all of them are, or else their list"
+    return numbers[0] if all(x == numbers[0] for x in numbers) else numbers
+
+@patch
+def _since_mark(self:ALFCallback, name):
+    "Sum of the learning rates since the window of a unit began: a number, or one for every parameter where they differ"
+    marked,now = self._marks[name][1],[self._cum_lr[k] for k in self._rates_of[name]]
+    return _one([x - (marked[i] if isinstance(marked, list) else marked) for i,x in enumerate(now)])
+
+def _largest(lr): return max(lr) if isinstance(lr, list) else lr
 
 # %% ../nbs/09_trainer.ipynb #b13ae7c4
 @patch
@@ -612,45 +650,49 @@ def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **
     if self.check == 'freeze': self._check_gradients(step)
     if not self._measuring: return
     t0 = time.perf_counter()
-    if self.references == 'none': self._before = {n: [_sample_bits(p, 4096) for p in self.layers.params(n)] for n in self._moving()}
+    if self.references == 'none': self._before = {n: [_sample_bits(p, 4096) for p in self.layers.params(n)] for n in self._moving() if not self._unread.intersection(map(id, self.layers.params(n)))}
     else: self._end_window(step-1)
     self._measure_t = time.perf_counter() - t0
 
 @patch
 def _moving(self:ALFCallback):
-    "Units that train now and whose learning rate is not 0"
-    groups = unwrap_optimizer(self._optimizer).param_groups
-    return [n for n in self.selection.names if groups[self._group[n]]['lr'] > 0]
+    "Units that train now and whose learning rate is not 0, as far as it is known, with it: a number, or one for every parameter where they differ"
+    rates = [lr or 0. for lr in _learning_rates(self._rate_sources)]
+    lr = {n: _one([rates[k] for k in self._rates_of[n]]) for n in self.selection.names}
+    return {n: x for n,x in lr.items() if _largest(x) > 0}
 
 @patch
 def _end_window(self:ALFCallback, step):
     "Compare with the references, which become the weights of now"
-    norms = self.snapshot.measure(refresh=True)
+    norms = self.snapshot.measure(refresh=True, split=self._split)
     done = {n: step-self._marks[n][0] for n in norms.names}         # steps in each unit's window; 0: it just came
-    sum_lr = {n: self._cum_lr[self._group[n]] - self._marks[n][1] for n in norms.names if done[n]}
+    sum_lr = {n: self._since_mark(n) for n in norms.names if done[n]}
+    largest = {n: _largest(x) for n,x in sum_lr.items()}
     self._mark(norms.names, step)
-    self._check_moved(norms, done, sum_lr, step)
+    self._check_moved(norms, done, largest, step)
+    self._check_rates(norms, largest)
     known = dict(self.tracker.values.get('rate', {}))
     self._measured = self.tracker.update_from_norms(norms, sum_lr, self._sizes, step)
-    self._check_jumps(known, sum_lr, step)
-    self._window = dict(steps=max(done.values(), default=0), sum_lr=max(sum_lr.values(), default=0.))
+    moved = {n: x*self._measured['rate'].get(n, 0.) if not isinstance(x, list) else norms.relative[n] for n,x in sum_lr.items()}
+    self._check_jumps(known, moved, step)
+    self._window = dict(steps=max(done.values(), default=0), sum_lr=max(largest.values(), default=0.))
 
 @patch
 def on_optimizer_step(self:ALFCallback, args, state, control, model=None, optimizer=None, **kw):
     "Count learning rates; on a measuring step also the descent, the bytes and the frozen"
-    groups = unwrap_optimizer(self._optimizer).param_groups
     if not (getattr(self._optimizer, 'step_was_skipped', False) or self._spoilt):
-        self._cum_lr = [c + float(g['lr']) for c,g in zip(self._cum_lr, groups)]
+        self._rates_now = _learning_rates(self._rate_sources)
+        self._cum_lr = [c + (lr or 0.) for c,lr in zip(self._cum_lr, self._rates_now)]
     if self._new_state or self._measuring: self._count_bytes(state.global_step+1)
-    if self._measuring: self._close_window(groups, state)
+    if self._measuring: self._close_window(state)
     if self.check == 'freeze': self._freeze_bad(state.global_step+1)
 
 @patch
-def _close_window(self:ALFCallback, groups, state):
+def _close_window(self:ALFCallback, state):
     "What the step just made tells, and the self-check"
     t0 = time.perf_counter()
-    if self.references == 'none': self._read_update(groups, state.global_step+1)
-    else: self._measured['descent'] = self._descent(groups)
+    if self.references == 'none': self._read_update(state.global_step+1)
+    else: self._measured['descent'] = self._descent()
     self.tracker.update('descent', self._measured['descent'], state.global_step)
     self._watch(lambda: (self.guard.check(), check_state(self.layers, self._optimizer)))
     self._measure_t += time.perf_counter() - t0; self.totals['measure_s'] += self._measure_t
@@ -658,35 +700,38 @@ def _close_window(self:ALFCallback, groups, state):
 
 @patch
 @torch.no_grad()
-def _descent(self:ALFCallback, groups):
-    "−⟨g, ΔW⟩ / (n·lr) of the step just made, for every unit that trains"
-    names = self._moving()
-    if not names: return {}
-    norms = self.snapshot.measure(dot={n: [p.grad for p in self.layers.params(n)] for n in names})
-    return {n: -v/self._sizes[n]/float(groups[self._group[n]]['lr']) for n,v in zip(norms.names, norms.dot)}
+def _descent(self:ALFCallback):
+    "−⟨g, ΔW⟩ / (n·lr) of the step just made, for every unit that trains; where learning rates differ, every parameter by its own"
+    lr = self._moving()
+    if not lr: return {}
+    norms = self.snapshot.measure(dot={n: [p.grad for p in self.layers.params(n)] for n in lr}, split=self._split)
+    own = lambda i, rates: sum(v/x for v,x in zip(norms.dots[i], rates) if x > 0)
+    return {n: -own(i, x)/self._sizes[n] if isinstance(x := lr[n], list) else -v/self._sizes[n]/x for i,(n,v) in enumerate(zip(norms.names, norms.dot))}
 
 @patch
 @torch.no_grad()
-def _read_update(self:ALFCallback, groups, step):
+def _read_update(self:ALFCallback, step):
     "Change rate and descent of the step just made, from the optimizer's state: a window of one step, without references"
-    names,rows = self._moving(),[]
-    lr = {n: groups[self._group[n]]['lr'] for n in names}
+    lr,rows = {n: x for n,x in self._moving().items() if n in self._before},[]
+    names = list(lr)
     for n in names:
-        row = [torch.zeros(4, dtype=torch.float32)]
-        for p,bits in zip(self.layers.params(n), self._before[n]):
-            if p.grad is None or not (w := local_tensor(p)).numel(): continue
+        row,params = [torch.zeros(5, dtype=torch.float32)],self.layers.params(n)
+        for p,bits,x in zip(params, self._before[n], lr[n] if isinstance(lr[n], list) else [lr[n]]*len(params)):
+            if p.grad is None or not x or not (w := local_tensor(p)).numel(): continue
             u = last_update(self._optimizer, p)*bool((_sample_bits(p, 4096) != bits).any())     # what was rounded away did not happen
-            row.append(torch.stack([u.square().sum(), (w.float() + lr[n]*u).square().sum(), (local_tensor(p.grad).float()*u).sum(), u.abs().amax()]).cpu())
-        row = torch.stack(row); rows.append([*row[:,:3].sum(0).tolist(), float(row[:,3].max())])
-    *sums,top = zip(*rows) if rows else ((),)*4
-    (delta,ref,dot),(top,) = over_shards(self.layers, names, sums, [top])
+            row.append(torch.stack([u2 := u.square().sum(), (w.float() + x*u).square().sum(), (local_tensor(p.grad).float()*u).sum(), x*x*u2, u.abs().amax()]).cpu())
+        row = torch.stack(row); rows.append([*row[:,:4].sum(0).tolist(), float(row[:,4].max())])
+    *sums,top = zip(*rows) if rows else ((),)*5
+    (delta,ref,dot,moved),(top,) = over_shards(self.layers, names, sums, [top])
     norms,one = DeltaNorms(names, [x**.5 for x in delta], [x**.5 for x in ref], top),dict.fromkeys(names, 1.)
-    self._check_moved(norms, dict.fromkeys(names, 1), lr, step)
+    largest = {n: _largest(x) for n,x in lr.items()}
+    self._check_moved(norms, dict.fromkeys(names, 1), largest, step)
     known = dict(self.tracker.values.get('rate', {}))
     self._measured = self.tracker.update_from_norms(norms, one, self._sizes, step)      # the update is in units of lr
-    self._check_jumps(known, lr, step)
+    relative = {n: (m/r)**.5 if r > 0 else 0. for n,m,r in zip(names, moved, ref)}
+    self._check_jumps(known, {n: relative[n] if isinstance(x, list) else x*self._measured['rate'].get(n, 0.) for n,x in lr.items()}, step)
     self._measured['descent'] = {n: d/self._sizes[n] for n,d in zip(names, dot)}
-    self._window = dict(steps=1, sum_lr=max(lr.values(), default=0.))
+    self._window = dict(steps=1, sum_lr=max(largest.values(), default=0.))
 
 @patch
 def _count_bytes(self:ALFCallback, step):
@@ -702,7 +747,7 @@ def on_step_end(self:ALFCallback, args, state, control, **kw):
     now = time.perf_counter(); self._step_s.append(now - self._t_step)
     t = self.totals
     t['steps'] += 1; t['share_sum'] += self.selection.share; t['share_peak'] = max(t['share_peak'], self.selection.share)
-    self._settle(state); self._bare = self.snapshot.sharded and not any(unwrap_optimizer(self._optimizer).state.values())
+    self._settle(state); self._bare = self.snapshot.sharded and not any(any(s.values()) for s in _states(self._optimizer))
     t['wall_s'] += time.perf_counter() - self._t_begin; self._t_begin = time.perf_counter()
     self._t_step = self._t_begin
 
@@ -843,17 +888,24 @@ def _check_place(self:ALFCallback, replaced=True):
         self._refuse(f"{len(gone)} parameters of the model were replaced while it trains, the first is {gone[0]}: the optimizer still trains the old ones, which the model no longer uses. "
                      "Change parameters in place (param.data.copy_), or change the model before training begins")
 
+@patch
+def _check_rates(self:ALFCallback, norms, largest):
+    "Say once that units move while the optimizer shows no learning rate for them"
+    odd = [n for i,(n,d) in enumerate(zip(norms.names, norms.delta)) if d > 0 and largest.get(n) == 0 and not (norms.error and norms.error[i])]
+    if odd: self._say('rates', f"{odd[0]}{f' and {len(odd)-1} more units' if len(odd) > 1 else ''} moved while the learning rate in the optimizer's parameter group is 0 or None: it keeps one of its own, which is unknown here, so rate, coherence and "
+                      "descent of them are not measured, and a selection by rate falls back on what is known. Give the optimizer a learning rate (for Adafactor: lr=1e-3, relative_step=False)")
+
 _JUMP = 10.,.1      # times the unit's average rate so far, and part of its norm that it moved in the window
 
 @patch
-def _check_jumps(self:ALFCallback, known, sum_lr, step):
-    "Warn once of each unit whose rate jumps"
+def _check_jumps(self:ALFCallback, known, moved, step):
+    "Warn once of each unit whose rate jumps; `moved` is the part of its norm that it moved"
     if self.check == 'off': return
     for n,r in self._measured['rate'].items():
-        if n in self._jumped or not known.get(n) or not _JUMP[0]*known[n] <= r < float('inf') or r*sum_lr[n] < _JUMP[1]: continue
+        if n in self._jumped or not known.get(n) or not _JUMP[0]*known[n] <= r < float('inf') or moved[n] < _JUMP[1]: continue
         self._jumped.add(n)
-        self._event('jump', step, unit=n, rate=r, before=known[n], moved=r*sum_lr[n])
-        warnings.warn(f"the change rate of {n} jumped from {known[n]:.3g} to {r:.3g} at step {step}: in its last window it moved by {r*sum_lr[n]:.0%} of its norm. Lower the learning rate, or ban the unit if this goes on")
+        self._event('jump', step, unit=n, rate=r, before=known[n], moved=moved[n])
+        warnings.warn(f"the change rate of {n} jumped from {known[n]:.3g} to {r:.3g} at step {step}: in its last window it moved by {moved[n]:.0%} of its norm. Lower the learning rate, or ban the unit if this goes on")
 
 # %% ../nbs/09_trainer.ipynb #90a627b9
 @patch
@@ -897,9 +949,9 @@ def _freeze_bad(self:ALFCallback, step):
     found = {n for n,p in odd if not bool(p.isfinite().all())}           # the sum of finite numbers may overflow
     bad = _any_process(self.selection.names, found, sums.device)
     if not bad: return
-    state,since = unwrap_optimizer(self._optimizer).state,{n: self._marks[n][0] for n in bad}
+    states,since = _states(self._optimizer),{n: self._marks[n][0] for n in bad}
     for n in bad:
-        for p,ref in self.snapshot.params_and_refs(n): p.copy_(ref); state.pop(p, None); p.grad = None
+        for p,ref in self.snapshot.params_and_refs(n): p.copy_(ref); _pop_state(states, p); p.grad = None
     if len(bad) == len(self.selection): self._refuse(f"every unit that trains got NaN or infinity at step {step}: the loss or the learning rate is at fault, not a unit. The weights are those of step {min(since.values())} again, where their windows began")
     self._freeze_units(bad, since, step, f'at step {step}: put back to the weights of step {min(since.values())}, and')
 
@@ -965,16 +1017,16 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     made_up = self._drop_made_up()
     if args.save_only_model or getattr(state, 'is_hyper_param_search', False) or not (state.is_world_process_zero or self.snapshot.sharded): return      # a trial's checkpoints lie elsewhere, and are never resumed
     tensors = {f'ref/{k}': t for k,t in snapshot_tensors(self.snapshot).items()}
-    plain,params = {},self._all_params()
-    for k,s in self.parked.held.items():
-        for e,v in s.items():
-            if isinstance(v, torch.Tensor): tensors[f'parked/{k}/{e}'] = gathered(v, params[k]) if v.dim() else v
-            else: plain.setdefault(k, {})[e] = v
-    weights,state_of = _fingerprint(self.layers),unwrap_optimizer(self._optimizer).state
+    params,states = self._all_params(),_states(self._optimizer)
+    plain,lost = _pack_states(self.parked.held, params, tensors, 'parked')
+    names = {p: k for k,p in params.items()}
+    first,lost_first = _pack_states({names[p]: s for p,s in _first_states(self._optimizer).items() if p in names}, params, tensors, 'first')
+    self._say_lost(lost | lost_first)
+    weights = _fingerprint(self.layers)
     folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
     if not (state.is_world_process_zero and folder.is_dir()): return      # of weights in pieces, the others have sent what they hold
     data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=weights,
-                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, optimizer=made_up or [k for k,p in params.items() if state_of.get(p)], made_up=made_up, policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
+                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, optimizer=made_up or [k for k,p in params.items() if _state_of(states, p)], made_up=made_up, first=first, policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
     with replacing(folder/'alf', durable=False) as part:      # the seal flushes all
         part.mkdir()
         save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
@@ -984,11 +1036,19 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     self._t_step = time.perf_counter()
 
 @patch
+def _say_lost(self:ALFCallback, lost):
+    "Say once what of the optimizer's state a resume will not find again"
+    if lost: self._say('lost', f"the optimizer's state of {len(lost)} parameters at rest holds what a checkpoint cannot, the first is {(k := next(iter(lost)))} ({lost[k]}): when they train again after a resume, their state begins anew")
+    safe = _safe_classes()
+    if odd := [c for k,c in _state_classes(self._optimizer).items() if k not in safe]:
+        self._say('classes', f"the optimizer's state holds {', '.join(c.__name__ for c in odd)}, which neither Trainer nor ALF loads from a checkpoint unless told to: before a resume call torch.serialization.add_safe_globals([{', '.join(c.__name__ for c in odd)}])")
+
+@patch
 def _drop_made_up(self:ALFCallback):
     "To save an optimizer without any state, FSDP2 gives it some by a step of lr 0, which a unit that has just come must not go on with. Returns the parameters that got it"
-    state,self._bare,bare = unwrap_optimizer(self._optimizer).state,False,self._bare
-    made_up = [k for k,p in self._all_params().items() if state.get(p)] if bare else []
-    for k in made_up: state.pop(self._place[k][0])
+    states,self._bare,bare = _states(self._optimizer),False,self._bare
+    made_up = [k for k,p in self._all_params().items() if _state_of(states, p)] if bare else []
+    for k in made_up: _pop_state(states, self._place[k][0])
     return made_up
 
 _STATE = dict(step=int, config=dict, units=list, weights=str, selection=dict, tracker=dict, marks=dict, cum_lr=list, totals=dict, new_state=bool, parked=dict, run_id=str)
@@ -1006,7 +1066,7 @@ def _read_state(folder):
         Selection.from_dict(data['selection'])
         if 'policy' in data: Policy.from_dict(data['policy'])
         good = (all(isinstance(u, list) and len(u) == 2 and isinstance(u[0], str) for u in data['units']) and all(map(number, (*data['cum_lr'], *data['totals'].values())))
-                and all(isinstance(v, list) and len(v) == 2 and all(map(number, v)) for v in data['marks'].values()) and all(isinstance(v, dict) for v in data['parked'].values())
+                and all(isinstance(v, list) and len(v) == 2 and number(v[0]) and all(map(number, v[1] if isinstance(v[1], list) else v[1:])) for v in data['marks'].values()) and all(isinstance(v, dict) for v in data['parked'].values())
                 and all(isinstance(data['tracker'].get(k), dict) and all(isinstance(v, dict) and all(map(number, v.values())) for v in data['tracker'][k].values()) for k in ('values', 'steps'))
                 and isinstance(data.get('banned', []), list) and all(isinstance(n, str) for n in [*data.get('banned', []), *data.get('made_up', []), *data['selection'].get('names', ())]) and isinstance(data.get('again', False), bool))
         if not good: raise ValueError("its numbers and names are not where they belong")
@@ -1047,18 +1107,16 @@ def _restore(self:ALFCallback, args, state):
     self._check_run(args, folder, data['run_id'])
     self.run_id = data['run_id']
     self.selection = Selection.from_dict(data['selection'])
+    params = self._all_params()
+    try: known = _safe_classes() | _state_classes(self._optimizer); held,first = (_unpack_states(data.get(w, {}), params, tensors, w, known) for w in ('parked', 'first'))
+    except Exception as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/state.json cannot be read: {e if isinstance(e, ValueError) else repr(e)}") from None      # classes of others check what they are given in their own way
+    if odd := [k for k in (*held, *first) if k not in self._place]: raise RuntimeError(f"cannot resume from {folder.name}: it holds optimizer state of {odd[0]!r}, which this model lacks")
+    _set_first_states(self._optimizer, {params[k]: s for k,s in first.items()})
     apply_selection(self.layers, self.selection.names, self._optimizer, None)      # the optimizer came back with the state of these units only
-    for k in data.get('made_up', ()): unwrap_optimizer(self._optimizer).state.pop(self._all_params().get(k), None)
+    for k in data.get('made_up', ()): _pop_state(_states(self._optimizer), params.get(k))
     was = data['config'].get('references', self.references)
     if self.references != 'none' and (was == '8bit') == (self.references == '8bit'): restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
-    self.parked.held = {k: dict(v) for k,v in data['parked'].items()}
-    params = self._all_params()
-    for k,t in tensors.items():
-        if not k.startswith('parked/'): continue
-        name,entry = k[7:].rsplit('/', 1)
-        if name in params and t.dim(): t = shard_of(t, params[name]).clone()
-        self.parked.held.setdefault(name, {})[entry] = t
-    if odd := [k for k in self.parked.held if k not in self._place]: raise RuntimeError(f"cannot resume from {folder.name}: it holds optimizer state of {odd[0]!r}, which this model lacks")
+    self.parked.held = held
     self.tracker.load_state_dict(data['tracker'])
     self._marks = {k: tuple(v) for k,v in data['marks'].items()}
     self._cum_lr,self.totals,self._new_state = data['cum_lr'],data['totals'],data['new_state']

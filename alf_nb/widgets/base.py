@@ -131,7 +131,7 @@ def scores(self:RunState,
         past.step = step
         return past.scores(signal)
     found, stand_in = self._newest.get(signal, {}), self._stand_in
-    if not found and stand_in and stand_in.signal == signal: return Scores(signal, {n: stand_in.values.get(n) for n in self.sizes or stand_in.values})
+    if not found and stand_in and signal == self.signal: return Scores(stand_in.signal, {n: stand_in.values.get(n) for n in self.sizes or stand_in.values})
     return Scores(signal, {n: found[n][0] if n in found else None for n in self.sizes or found}, {n: self.step - s for n,(_,s) in found.items()})
 
 # %% ../../nbs/11a_widgets.base.ipynb #1fe1bbbe
