@@ -157,17 +157,28 @@ def state_dict(self:ALFLoop)->dict: # file name → its bytes, uint8
         files = {f.name: torch.frombuffer(bytearray(f.read_bytes()), dtype=torch.uint8) for f in sorted((folder/'alf').iterdir())}
     return dict(step=self.steps, max_steps=self.max_steps, files=files)
 
+def _check_saved(saved):
+    "A ValueError where `saved` is not what `state_dict` gives; what the files hold is checked as that of a checkpoint"
+    given = "resume is what ALFLoop.state_dict() gave"
+    if not isinstance(saved, dict) or set(saved) != {'step', 'max_steps', 'files'}:
+        raise ValueError(f"{given}, a dict of step, max_steps and files")
+    for k in ('step', 'max_steps'):
+        if type(saved[k]) is not int or not 0 <= saved[k] <= 1 << 53: raise ValueError(f"{given}, and its {k} is no count of steps")
+    files,names = saved['files'],('state.json', 'tensors.safetensors')
+    if not isinstance(files, dict) or set(files) != set(names): raise ValueError(f"{given}, and its files are {' and '.join(names)}")
+    for k,data in files.items():
+        if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8 or data.dim() != 1:
+            raise ValueError(f"{given}, and its {k} is no row of bytes")
+
 @patch
 def _resume(self:ALFLoop, saved):
     "Begin where `saved` was made"
-    if not isinstance(saved, dict) or not {'step', 'files'} <= set(saved): raise ValueError("resume is what ALFLoop.state_dict() gave")
+    _check_saved(saved)
     with tempfile.TemporaryDirectory() as tmp:
-        (alf := (folder := Path(tmp)/f"checkpoint-{int(saved['step'])}")/'alf').mkdir(parents=True)
-        for name,data in saved['files'].items():
-            if Path(name).name != name or name in ('.', '..'): raise ValueError(f"{name!r} in the state to resume from is no file name")
-            (alf/name).write_bytes(data.cpu().numpy().tobytes())
+        (alf := (folder := Path(tmp)/f"checkpoint-{saved['step']}")/'alf').mkdir(parents=True)
+        for name,data in saved['files'].items(): (alf/name).write_bytes(data.cpu().numpy().tobytes())
         seal_checkpoint(folder, durable=False)
-        self._state.global_step,self.callback.resume_from = int(saved['step']),str(folder)
+        self._state.global_step,self.callback.resume_from = saved['step'],str(folder)
         self.callback._named = False      # a state is a file that may be an older run's, and its name is not known here
         self._begin()
 

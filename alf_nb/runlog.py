@@ -8,12 +8,13 @@ Docs: https://example.github.io/alf_nb/runlog.html.md"""
 __all__ = ['survivors', 'RunLog']
 
 # %% ../nbs/08_runlog.ipynb #90c604ea
-import errno, json, math, os, stat, threading, time, warnings
+import errno, json, math, os, threading, time, warnings
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from fastcore.basics import patch
 from .files import sync
+from .foreign import md_text, open_plain, plain_fd
 from .records import KINDS, UnitInfo, Selection
 
 # %% ../nbs/08_runlog.ipynb #8ec750ca
@@ -104,10 +105,10 @@ def _place(s): return s.st_dev, s.st_ino
 def _holds(path, end, tail):
     "Does the file at `path` have the bytes `tail` before byte `end`?"
     try:
-        with open(path, 'rb') as f:
+        with open_plain(path) as f:
             f.seek(end - len(tail))
             return bool(tail) and f.read(len(tail)) == tail
-    except OSError: return False
+    except (OSError, ValueError): return False
 
 def _first_line(fd, run_id):
     "The last `run_begin` (of this run, if it is known) in an open file, also when that was deleted meanwhile"
@@ -142,14 +143,12 @@ class RunLog:
         "Open for appending; a torn last line of an earlier writer is ended first"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_BINARY', 0), 0o644)
+            self._fd = plain_fd(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         except OSError as e: raise type(e)(e.errno, f"cannot write the run log ({os.strerror(e.errno)}); choose another folder than", str(self.path)) from None
-        self._place, self._end, self._tail = None, 0, b''
         s = os.fstat(self._fd)
-        if stat.S_ISREG(s.st_mode):
-            self._place, self._end = _place(s), s.st_size
-            os.lseek(self._fd, max(0, s.st_size - _TAIL), os.SEEK_SET)
-            self._tail = os.read(self._fd, _TAIL)
+        self._place, self._end = _place(s), s.st_size
+        os.lseek(self._fd, max(0, s.st_size - _TAIL), os.SEEK_SET)
+        self._tail = os.read(self._fd, _TAIL)
         self._torn = self._tail != b'' and not self._tail.endswith(b'\n')
 
     def _missing(self):
@@ -168,9 +167,9 @@ class RunLog:
         old, self._fd = self._fd, None
         if what: self._begun = self._begun or _first_line(old, self._run)
         try: self._open()
-        except OSError:
+        except (OSError, ValueError) as e:
             self._fd = old
-            if old is None or os.fstat(old).st_nlink == 0: raise
+            if old is None or os.fstat(old).st_nlink == 0: raise e if isinstance(e, OSError) else OSError(errno.EINVAL, str(e))
             return self._tell(f"{what}, and a new one cannot be made there: the run goes on in the old file, wherever it was moved to")
         if old is not None: os.close(old)
         if not what: return
@@ -200,7 +199,7 @@ class RunLog:
                 self._torn, self.lost, self._again = False, 0, b''
                 if event in ('run_begin', 'resume'): self._run = fields.get('run_id')
                 if event == 'run_begin': self._begun = line
-                if self._place: self._end, self._tail = os.lseek(self._fd, 0, os.SEEK_CUR), data[-_TAIL:]
+                self._end, self._tail = os.lseek(self._fd, 0, os.SEEK_CUR), data[-_TAIL:]
                 if event in ('save', 'run_end', 'error'): self._flush()
                 if self._told: warnings.warn(self._told, stacklevel=2); self._told = ''
                 return
@@ -297,7 +296,7 @@ def _complete(f):
 @patch
 def _lines(self:RunLog):
     "Complete lines of the file, as bytes"
-    with open(self.path, 'rb') as f: yield from (l for l,_ in _complete(f))
+    with open_plain(self.path) as f: yield from (l for l,_ in _complete(f))
 
 @patch
 def _found(self:RunLog, kinds):
@@ -350,7 +349,7 @@ def poll(self:RunLog)->list: # event dicts, oldest first
     seen = (_place(s), s.st_size, s.st_mtime_ns)
     if seen == self._seen: return []
     found = []
-    with open(self.path, 'rb') as f:
+    with open_plain(self.path) as f:
         if self._offset and not _holds(self.path, self._offset, self._read): self._offset, self._passed, self._read = 0, 0, b''     # replaced, cut, or made again: read from its beginning
         f.seek(self._offset)
         for l,n in _complete(f):                # a torn last line waits for the next call
@@ -425,4 +424,4 @@ def _read_once(run): return run if isinstance(run, _Reading) else _Reading(run.p
 def _repr_markdown_(self:RunLog):
     log, n = _read_once(self), {}
     for e in log.events(): n[e['event']] = n.get(e['event'], 0) + 1
-    return '\n'.join([f"**{self.dir.name}**: {log.status}", '', '| event | count |', '|---|---|', *(f'| {k} | {v} |' for k,v in n.items())])
+    return '\n'.join([f"**{md_text(self.dir.name) or 'run'}**: {log.status}", '', '| event | count |', '|---|---|', *(f'| {md_text(k)} | {v} |' for k,v in n.items())])

@@ -196,3 +196,15 @@ def test_views_follow_into_the_new_file(tmp_path):
     assert seen.update() and seen.state.series("log", "loss")[1] == [3., 2.] and seen.state.units[0].name == "u"
     longer(log.path, b'{"event":"run_begin","step":0,"run_id":"b"}\n')
     assert seen.update() and seen.state.begin["run_id"] == "b" and len(seen.state.events("log")) == 200
+
+
+@pytest.mark.parametrize("odd", [lambda p: os.mkfifo(p), lambda p: p.symlink_to(p.with_name("elsewhere")), lambda p: p.mkdir()])
+def test_what_is_no_file_in_its_place_does_not_end_the_run(tmp_path, odd):
+    "Nothing is written through it: the run goes on in the file that was moved; if that is gone, too, each event is counted"
+    log = begun(tmp_path)
+    log.path.rename(tmp_path/"moved.jsonl"); odd(log.path)
+    with pytest.warns(UserWarning, match="cannot be made there"): log.write("log", step=2, loss=2.)
+    assert RunLog(tmp_path/"moved.jsonl").series("log", "loss")[1] == [3., 2.] and not log.path.with_name("elsewhere").exists()
+    (tmp_path/"moved.jsonl").unlink()
+    with pytest.raises(OSError, match="cannot write 'log' to the run log"): log.write("log", step=3, loss=1.)
+    log.write("log", step=4, loss=1.); assert log.lost == 2
