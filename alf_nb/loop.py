@@ -154,7 +154,7 @@ def state_dict(self:ALFLoop)->dict: # file name → its bytes, uint8
     self._must_be('ready', "state_dict() between before_step() and after_step(): save between two steps")
     with tempfile.TemporaryDirectory() as tmp:
         (folder := Path(tmp)/f'checkpoint-{self.steps}').mkdir()
-        args = SimpleNamespace(**{**vars(self._args), 'output_dir': tmp})
+        args = SimpleNamespace(**{**vars(self._args), 'output_dir': tmp, 'durable': False})
         self.callback.on_save(args, SimpleNamespace(**{**vars(self._state), 'is_world_process_zero': True}), None, model=self.model, optimizer=self._optimizer)
         files = {f.name: torch.frombuffer(bytearray(f.read_bytes()), dtype=torch.uint8) for f in sorted((folder/'alf').iterdir())}
     return dict(step=self.steps, max_steps=self.max_steps, files=files)
@@ -179,7 +179,7 @@ def _resume(self:ALFLoop, saved):
     with tempfile.TemporaryDirectory() as tmp:
         (alf := (folder := Path(tmp)/f"checkpoint-{saved['step']}")/'alf').mkdir(parents=True)
         for name,data in saved['files'].items(): (alf/name).write_bytes(data.cpu().numpy().tobytes())
-        seal_checkpoint(folder)
+        seal_checkpoint(folder, durable=False)
         self._state.global_step,self.callback.resume_from = saved['step'],str(folder)
         self.callback._named = False      # a state is a file that may be an older run's, and its name is not known here
         self._begin()

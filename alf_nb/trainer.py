@@ -420,13 +420,18 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     if resuming: self._restore(state, *saved)
     else:
         self._keep_earlier(args, state)
-        self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
-                    max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
+        self._write_begin(state)
         self._select(0)
     trains = [p for n in self.names for p in self.layers.params(n)]      # what is frozen for good may be packed, which no kernel reads
     warm_up(sorted({p.dtype for p in trains}, key=str), trains[0].device, dot=True, bits=8 if self.references == '8bit' else 32)      # compile here, not in the first window
     self._training = self._news = True
     self._t_step = time.perf_counter()
+
+@patch
+def _write_begin(self:ALFCallback, state):
+    model,args = self.layers.model,self._args
+    self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
+                max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
 
 @patch
 def _find_rates(self:ALFCallback, optimizer):
@@ -1041,7 +1046,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
         part.mkdir()
         save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
         (part/'state.json').write_text(json.dumps(saved.to_dict()), encoding='utf-8')
-    seal_checkpoint(folder)      # last of all: from now on it is whole
+    seal_checkpoint(folder, getattr(args, 'durable', True))      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
 
@@ -1157,6 +1162,7 @@ def _restore(self:ALFCallback, state, folder, saved, tensors, held, first):
         fresh = [n for n in self.selection.names if n not in self.snapshot.names]
         self.snapshot.take(fresh); self._mark(fresh, state.global_step)
     renew_buckets(self._ddp); self.guard.watch()
+    if self.log is not None and not (self.log.path.exists() and self.log.begin): self._write_begin(state)      # its log was deleted or rotated meanwhile
     self._event('resume', state.global_step, path=folder.name, run_id=self.run_id)
     if state.global_step >= state.max_steps: warnings.warn(f"all {state.max_steps} steps are made, nothing is left to resume, and Trainer makes one step more: give a larger max_steps, or take the model as it is")
     if {'policy', 'kinds'} & set(changed) and state.global_step < state.max_steps:      # a budget or a ban given anew holds from here on
