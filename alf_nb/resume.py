@@ -12,7 +12,7 @@ from . import _require
 _require('torch', 'safetensors')
 
 # %% ../nbs/08c_resume.ipynb #ea320b63
-import inspect, json, math, re, sys
+import inspect, json, math, os, re, sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
@@ -21,6 +21,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from .foreign import open_plain, read_plain
 from .kernels import empty_reference
 from .optim import FIRST_MOMENTS, STATE_MODES, _entry, _is_repeated, _members, _states, _tensors
 from .policies import POLICIES, Policy, match_units
@@ -286,15 +287,16 @@ def _named(folder, file, odd=ValueError):
 
 def _plain_file(path, most):
     "`path`, if it is an ordinary file of at most so many bytes"
-    if path.is_symlink() or not path.is_file():
-        raise ValueError("it is missing, or no ordinary file")      # a pipe would be waited for
-    if (n := path.stat().st_size) > most: raise ValueError(f"{n:,} bytes are too many")
+    try:
+        with open_plain(path) as f: n = os.fstat(f.fileno()).st_size
+    except FileNotFoundError: raise ValueError('it is missing') from None
+    if n > most: raise ValueError(f"{n:,} bytes are too many")
     return path
 
 def _read_json(folder):
     "`alf/state.json` of a checkpoint as JSON gives it"
     with _named(folder, 'alf/state.json', (OSError, ValueError, RecursionError)):
-        return json.loads(_plain_file(folder/'alf'/'state.json', 256 << 20).read_text(encoding='utf-8'))
+        return json.loads(read_plain(_plain_file(folder/'alf'/'state.json', 256 << 20)))
 
 def _read_state(folder, known=None):
     "State of a checkpoint; else a RuntimeError that names the file"

@@ -20,9 +20,9 @@ from alf_nb.delta import apply_delta, fingerprint, read_delta, save_delta
 from alf_nb.files import write_whole
 from alf_nb.finetune import load_tuned
 from alf_nb.records import AttentionShift
+from alf_nb.resume import _read_state, _read_tensors
 from alf_nb.reports import compare_results, compare_runs, read_results, report_html, summarize, write_attention, write_comparison, write_report
 from alf_nb.runlog import RunLog
-from alf_nb.trainer import _read_state
 from fake_run import fake_run
 from hostile_text import a_shift, results, the_same
 
@@ -134,13 +134,10 @@ def test_a_reader_refuses_in_words(run, reader, odd):
 
 @pytest.mark.parametrize("odd", ODD)
 def test_tensors_of_a_checkpoint_are_refused_before_safetensors_opens_them(run, odd, monkeypatch):
-    import alf_nb.trainer as T
-    state = run/"checkpoint-3"/"alf"/"state.json"
-    good = dict(version=1, step=3, config={}, units=[], weights="", selection=dict(names=[]), tracker=dict(values={}, steps={}), marks={}, cum_lr=[], totals={}, new_state=False, parked={}, run_id="r")
-    state.write_text(json.dumps(good))
-    put(state.with_name("tensors.safetensors"), odd)
+    import alf_nb.resume as T
+    put(run/"checkpoint-3"/"alf"/"tensors.safetensors", odd)
     monkeypatch.setattr(T, "load_file", lambda f: pytest.fail("it was opened"))
-    with at_once(), pytest.raises(RuntimeError, match=rf"tensors.safetensors.* is {ODD[odd][1]}, not a file"): _read_state(run/"checkpoint-3")
+    with at_once(), pytest.raises(RuntimeError, match=rf"tensors.safetensors.* is {ODD[odd][1]}, not a file"): _read_tensors(run/"checkpoint-3")
 
 
 @pytest.mark.parametrize("odd", ODD)
