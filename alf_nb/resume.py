@@ -22,6 +22,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from .foreign import open_plain, read_plain
 from .kernels import empty_reference
 from .optim import FIRST_MOMENTS, STATE_MODES, _entry, _is_repeated, _members, _tensors
 from .policies import POLICIES, Policy, match_units
@@ -274,17 +275,12 @@ def _named(folder, file, odd=ValueError):
     except odd as e:
         raise RuntimeError(f"cannot resume from {folder.name}: {file}: {str(e)[:1000] or type(e).__name__}") from None
 
-def _plain_file(path, most):
-    "`path`, if it is an ordinary file of at most so many bytes"
-    if path.is_symlink() or not path.is_file():
-        raise ValueError("it is missing, or no ordinary file")      # a pipe would be waited for
-    if (n := path.stat().st_size) > most: raise ValueError(f"{n:,} bytes are too many")
-    return path
-
 def _read_json(folder):
     "`alf/state.json` of a checkpoint as JSON gives it"
     with _named(folder, 'alf/state.json', (OSError, ValueError, RecursionError)):
-        return json.loads(_plain_file(folder/'alf'/'state.json', 256 << 20).read_text(encoding='utf-8'))
+        file = folder/'alf'/'state.json'
+        if (n := file.lstat().st_size) > 256 << 20: raise ValueError(f"{n:,} bytes are too many")
+        return json.loads(read_plain(file))
 
 def _read_state(folder, known=None):
     "State of a checkpoint; else a RuntimeError that names the file"
@@ -294,7 +290,9 @@ def _read_state(folder, known=None):
 def _read_tensors(folder):
     "Tensors of a checkpoint; else a RuntimeError that names the file"
     with _named(folder, 'alf/tensors.safetensors', Exception):      # safetensors has an exception of its own
-        return load_file(_plain_file(folder/'alf'/'tensors.safetensors', math.inf))
+        file = folder/'alf'/'tensors.safetensors'
+        open_plain(file).close()      # a pipe would hold up `load_file` for ever
+        return load_file(file)
 
 def _check_names(folder, known, rates_of, n_rates):
     "State of a checkpoint of this step and model; a RuntimeError where a name or a number does not fit them"

@@ -13,6 +13,7 @@ from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from fastcore.basics import patch
+from .foreign import md_text, open_plain, plain_fd
 from .records import KINDS, UnitInfo, Selection
 
 # %% ../nbs/08_runlog.ipynb #8ec750ca
@@ -116,7 +117,7 @@ class RunLog:
         "Open for appending; a torn last line of an earlier writer is ended first"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_BINARY', 0), 0o644)
+            self._fd = plain_fd(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         except OSError as e: raise type(e)(e.errno, f"cannot write the run log ({os.strerror(e.errno)}); choose another folder than", str(self.path)) from None
         try: self._torn = os.lseek(self._fd, -1, os.SEEK_END) >= 0 and os.read(self._fd, 1) != b'\n'
         except OSError: self._torn = False   # empty file
@@ -144,7 +145,7 @@ class RunLog:
 
     def _flush(self):
         try: os.fsync(self._fd)
-        except OSError: pass    # pipes and some network file systems
+        except OSError: pass    # some network file systems
 
     def close(self):
         "Flush to disk and close; a later `write` opens it again"
@@ -224,7 +225,7 @@ def _complete(f):
 @patch
 def _lines(self:RunLog):
     "Complete lines of the file, as bytes"
-    with open(self.path, 'rb') as f: yield from (l for l,_ in _complete(f))
+    with open_plain(self.path) as f: yield from (l for l,_ in _complete(f))
 
 @patch
 def _found(self:RunLog, kinds):
@@ -272,12 +273,13 @@ def _neighbours(self:RunLog):
 @patch
 def poll(self:RunLog)->list: # event dicts, oldest first
     "Events written since the last call; none before the file exists"
-    try: size = os.stat(self.path).st_size
+    try: f = open_plain(self.path)
     except (FileNotFoundError, NotADirectoryError): return []
-    if size < self._offset: self._offset = self._passed = 0    # the file was replaced
-    if size == self._offset: return []
     found = []
-    with open(self.path, 'rb') as f:
+    with f:
+        size = os.fstat(f.fileno()).st_size
+        if size < self._offset: self._offset = self._passed = 0    # the file was replaced
+        if size == self._offset: return []
         f.seek(self._offset)
         for l,n in _complete(f):                # a torn last line waits for the next call
             self._offset += n
@@ -349,4 +351,4 @@ def _read_once(run): return run if isinstance(run, _Reading) else _Reading(run.p
 def _repr_markdown_(self:RunLog):
     log, n = _read_once(self), {}
     for e in log.events(): n[e['event']] = n.get(e['event'], 0) + 1
-    return '\n'.join([f"**{self.dir.name}**: {log.status}", '', '| event | count |', '|---|---|', *(f'| {k} | {v} |' for k,v in n.items())])
+    return '\n'.join([f"**{md_text(self.dir.name) or 'run'}**: {log.status}", '', '| event | count |', '|---|---|', *(f'| {md_text(k)} | {v} |' for k,v in n.items())])

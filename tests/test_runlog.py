@@ -150,12 +150,11 @@ def test_a_filter_does_not_parse_the_rest(tmp_path):
 class Counted:
     "Counts how often a file is opened for reading"
     def __init__(self, monkeypatch, path):
-        import builtins
-        self.n, real = 0, builtins.open
+        self.n, real = 0, os.open
         def counting(file, *args, **kw):
             self.n += str(file) == str(path)
             return real(file, *args, **kw)
-        monkeypatch.setattr(builtins, 'open', counting)
+        monkeypatch.setattr(os, 'open', counting)
 
 def test_a_report_reads_the_log_once(tmp_path, monkeypatch):
     from fake_run import fake_run

@@ -10,10 +10,10 @@ __all__ = ['last_line', 'TrainingDashboard', 'clock', 'spent_s']
 # %% ../../nbs/11d_widgets.dashboard.ipynb #24a39fe4
 import math, re, time
 from datetime import datetime, timezone
-from html import escape
 from statistics import median
 import ipywidgets as W
 from fastcore.basics import patch
+from ..foreign import escape
 from ..plots import *
 from .base import RunState, View, put
 from .map import SelectionMap, axis_end, goes_on, last_t
