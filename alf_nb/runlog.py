@@ -345,7 +345,9 @@ class _Reading(RunLog):
     def _selections(self): return RunLog.selections(self)
     def selections(self): return list(self._selections)
 
-def _read_once(run): return run if isinstance(run, _Reading) else _Reading(run.path if isinstance(run, RunLog) else run)
+def _read_once(run):
+    if not isinstance(run, RunLog): return _Reading(run)
+    return _Reading(run.path) if type(run) is RunLog else run      # what else is a log has its events already
 
 @patch
 def _repr_markdown_(self:RunLog):

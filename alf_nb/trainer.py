@@ -25,7 +25,6 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
 from .checkpoints import _set_aside, check_checkpoint, find_checkpoint, _newest_run, seal_checkpoint
 from .files import replacing
-from .foreign import open_plain, read_plain
 from .kernels import warm_up
 from .layers import partition_layers
 from .lock import RunLock
