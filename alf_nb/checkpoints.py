@@ -29,15 +29,16 @@ def _files(folder):
     return sorted(p for p in folder.rglob('*') if stat.S_ISREG(p.lstat().st_mode) and not left_out(p))
 
 def seal_checkpoint(
-    folder # of the checkpoint, in which everything else is written
+    folder, # of the checkpoint, in which everything else is written
+    durable:bool=True # flush it to the disk first; False: it is only in passing there
 )->Path:
     "Flush every file to the disk, then write down its size and CRC-32; costs one reading of them"
     folder = Path(folder)
     clear_parts(folder)
-    sync_tree(folder)
+    if durable: sync_tree(folder)
     files = {p.relative_to(folder).as_posix(): [p.stat().st_size, _crc(p)] for p in _files(folder)}
     write_whole(folder/SEAL, json.dumps(dict(version=1, files=files)))
-    for above in folder.absolute().parents[:2]: sync(above)      # output_dir names the checkpoint, and its folder names output_dir
+    for above in folder.absolute().parents[:2] if durable else (): sync(above)      # output_dir names the checkpoint, and its folder names output_dir
     return folder/SEAL
 
 # %% ../nbs/08a_checkpoints.ipynb #f2486b89

@@ -65,7 +65,7 @@ def summarize(
     done = [e for e in ev if e['event'] in ('log', 'measure', 'run_end')]
     steps = max((e['step'] for e in done), default=0)
     t = [e['t'] for e in ev if e.get('t') is not None and e['event'] not in ('eval', 'sample')]
-    wall = end.get('wall_s') or (t[-1]-t[0] if t else None)
+    wall = end.get('wall_s') or (max(t[-1]-t[0], 0) if t else None)      # a clock may be put back
     sels, sizes, config = log.selections(), {u.name: u.n_params for u in log.units}, begin.get('config') or {}
     ends = [s.step for s in sels[1:]] + [steps]
     spent = [(s.share, max(min(e, steps)-s.step, 0)) for s,e in zip(sels, ends)]

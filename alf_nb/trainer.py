@@ -30,7 +30,8 @@ from .layers import partition_layers
 from .lock import RunLock
 from .optim import ParkedStates, FrozenGuard, _first_states, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets
 from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
-from .probe import _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws, _same_modules, _same_objects, _takes_by_index, probe_gradients
+from .probe import _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws
+from .probe import _same_modules, _same_objects, _takes_by_index, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .resume import (_check_loaded, _check_names, _check_references, _check_states, _check_tensor_names, _named,
                            _piece, _read_state, _read_tensors, _State, _Totals)
@@ -301,7 +302,7 @@ def _is_compiled(args, model): return bool(getattr(args, 'torch_compile', False)
 @functools.cache
 def _graphs_see_freezing():
     "Does `torch.compile` make another graph when a parameter is frozen? That of torch 2.6 does not"
-    with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # weights are drawn, and once per process only
+    with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # drawn once per process only
     f = torch.compile(one, backend=lambda graph, _: made.append(graph) or graph.forward)
     f(x); one.requires_grad_(False); f(x)
     return len(made) > 1
@@ -419,13 +420,18 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     if resuming: self._restore(state, *saved)
     else:
         self._keep_earlier(args, state)
-        self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
-                    max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
+        self._write_begin(state)
         self._select(0)
     trains = [p for n in self.names for p in self.layers.params(n)]      # what is frozen for good may be packed, which no kernel reads
     warm_up(sorted({p.dtype for p in trains}, key=str), trains[0].device, dot=True, bits=8 if self.references == '8bit' else 32)      # compile here, not in the first window
     self._training = self._news = True
     self._t_step = time.perf_counter()
+
+@patch
+def _write_begin(self:ALFCallback, state):
+    model,args = self.layers.model,self._args
+    self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
+                max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
 
 @patch
 def _find_rates(self:ALFCallback, optimizer):
@@ -487,14 +493,16 @@ def _untouched(self:ALFCallback):
     "Whatever is computed in this context: training sees, draws and counts what it would without"
     of_trainer = [] if self._trainer is None else [vars(self._trainer), vars(self._trainer.state)]
     ours = _Lent,TrainerCallback,CallbackHandler
-    with _same_draws(), _same_modules(self.layers.model, *_modules_in(self._loss)), _same_objects(*_parts(self._loader), *of_trainer, skip=ours, but=_lent(self._loader)): yield
+    modules,things = [self.layers.model, *_modules_in(self._loss)],[*_parts(self._loader), *of_trainer]
+    with _same_draws(), _same_modules(*modules), _same_objects(*things, skip=ours, but=_lent(self._loader)): yield
 
 @patch
 def _lend_rows(self:ALFCallback):
     "A stream that can be read only once gives training what a probe has read"
     lent,sure = _lend(self._loader, self._batch_size) or (True, True)
     if lent: return
-    words = f"{type(self._loader).__name__}, the training loader, can be read only once, and the probe would take batches from training: return a DataLoader from get_train_dataloader, or choose by a signal that needs no probe (signal='rate')"
+    words = (f"{type(self._loader).__name__}, the training loader, can be read only once, "
+             "and the probe would take batches from training: return a DataLoader from get_train_dataloader, or choose by a signal that needs no probe (signal='rate')")
     if sure: raise ValueError(words)
     warnings.warn(f"it seems that {words}")
 
@@ -502,15 +510,18 @@ def _lend_rows(self:ALFCallback):
 def _own_size(self:ALFCallback):
     "Rows of a batch on this process, where the loader has the Trainer's batch size; None: it has one of its own"
     size = _plain_size(self._loader) if _takes_by_index(self._loader) else None
-    stock = (self._batch_size, getattr(self._args, 'train_batch_size', None), getattr(self._trainer, '_train_batch_size', None))
+    given = ((self._args, 'train_batch_size'), (self._trainer, '_train_batch_size'))
+    stock = [self._batch_size, *(getattr(thing, k, None) for thing,k in given)]
     return self._batch_size if size in stock else None
 
 @patch
 def _prepared(self:ALFCallback, batch):
     "`batch` as the Trainer gives it to the model"
     t = self._trainer
-    if t is None or _is_own(t, '_prepare_inputs') and _is_own(t, '_prepare_input'): return _to_device(batch, next(self.layers.model.parameters()).device)
-    if '_buffered_inputs' in vars(t): t._buffered_inputs = None      # TRL's online trainers would answer with a part of what they last generated
+    if t is None or _is_own(t, '_prepare_inputs') and _is_own(t, '_prepare_input'):
+        return _to_device(batch, next(self.layers.model.parameters()).device)
+    # TRL's online trainers would answer with a part of what they last generated
+    if '_buffered_inputs' in vars(t): t._buffered_inputs = None
     return t._prepare_inputs(batch)
 
 @patch
@@ -524,10 +535,12 @@ def _probe(self:ALFCallback, step, n_batches):
 def _ask(self:ALFCallback, step, n_batches):
     "The probe itself"
     if self._trainer is not None: self._trainer.current_gradient_accumulation_steps = 1      # its loss is that of one batch
-    batches = _probe_batches(self._loader, n_batches, (self.seed*1_000_003 + step)*1009, self._own_size(), self._args.process_index, self._args.world_size)
+    seed,args = (self.seed*1_000_003 + step)*1009,self._args
+    batches = _probe_batches(self._loader, n_batches, seed, self._own_size(), args.process_index, args.world_size)
     if not self.layers.model.training: self.layers.model.train()      # parts that are kept in eval mode stay in it
     eligible = [u.name for u in self.units if u.eligible]
-    return probe_gradients(self.layers, map(self._prepared, batches), eligible, loss=self._loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
+    progress = self.on_probe and (lambda i: self.on_probe(i, n_batches))
+    return probe_gradients(self.layers, map(self._prepared, batches), eligible, loss=self._loss, progress=progress)
 
 @patch
 def _learn(self:ALFCallback, found, step, t0):
@@ -1033,7 +1046,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
         part.mkdir()
         save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
         (part/'state.json').write_text(json.dumps(saved.to_dict()), encoding='utf-8')
-    seal_checkpoint(folder)      # last of all: from now on it is whole
+    seal_checkpoint(folder, getattr(args, 'durable', True))      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
 
@@ -1149,6 +1162,7 @@ def _restore(self:ALFCallback, state, folder, saved, tensors, held, first):
         fresh = [n for n in self.selection.names if n not in self.snapshot.names]
         self.snapshot.take(fresh); self._mark(fresh, state.global_step)
     renew_buckets(self._ddp); self.guard.watch()
+    if self.log is not None and not (self.log.path.exists() and self.log.begin): self._write_begin(state)      # its log was deleted or rotated meanwhile
     self._event('resume', state.global_step, path=folder.name, run_id=self.run_id)
     if state.global_step >= state.max_steps: warnings.warn(f"all {state.max_steps} steps are made, nothing is left to resume, and Trainer makes one step more: give a larger max_steps, or take the model as it is")
     if {'policy', 'kinds'} & set(changed) and state.global_step < state.max_steps:      # a budget or a ban given anew holds from here on

@@ -30,7 +30,7 @@ def last_line(
     code = lines[at+1] if at+1 < len(lines)-1 and not set(lines[at+1]) <= set('^~ ') else ''
     return lines[at] + (f': {code}' if code else '')
 
-def _when(t): return datetime.fromtimestamp(t, timezone.utc).strftime('%Y-%m-%d %H:%M:%S UTC')
+def _when(t): return 'a time that no clock told' if not t else datetime.fromtimestamp(t, timezone.utc).strftime('%Y-%m-%d %H:%M:%S UTC')
 
 # %% ../../nbs/11d_widgets.dashboard.ipynb #62757746
 class TrainingDashboard(View):
