@@ -408,13 +408,14 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self._odd,self._spoilt,self._bare = {},[],False
     self._reach,self._stand_in,self._still,self._stepped = _Reach(),None,set(),False
-    self._asking,self._blind,self._step_hook = False,False,None
+    self._asking = self._blind = False
     if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)      # fp16's scaler overflows on purpose, and leaves such steps out itself
     _guard_allocators(model, self.policy)
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
     compiled = _is_compiled(args, model)
     if not compiled: _NOTES.setdefault(model, []).append(model.register_forward_hook(_Differentiable(self)))
+    if (bare := _bare(optimizer)) is not None: _NOTES.setdefault(model, []).append(bare.register_step_post_hook(lambda *a: setattr(self, '_stepped', True)))      # fp16's scaler and wrappers may skip a step
     if self._trainer is not None: _NOTES.setdefault(model, []).append(_BeforeBackward(self._trainer.accelerator, self._keep_loss))
     self._stale = compiled and not _graphs_see_freezing()
     if compiled and not self._stale: _warn_of_recompiling(1 + (math.ceil(self.lock*state.max_steps/self._every) - 1 if self._every else 0))
@@ -672,7 +673,7 @@ def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **
     if self._new_state or self._measuring: self._grad_bytes = gradient_bytes(model)
     if self.check == 'freeze': self._check_gradients(step)
     if not self._measuring: self._note_reached(); return
-    t0 = time.perf_counter(); self._await_step()
+    t0,self._stepped = time.perf_counter(),False
     if self.references == 'none': self._before = {n: [_sample_bits(p, 4096) for p in self.layers.params(n)] for n in self._moving() if not self._unread.intersection(map(id, self.layers.params(n)))}
     else: self._end_window(step-1)
     self._reach.window.clear(); self._note_reached()
@@ -723,7 +724,6 @@ def _close_window(self:ALFCallback, state):
     else: self._measured['descent'] = self._descent()
     self.tracker.update('descent', self._measured['descent'], state.global_step)
     self._watch(lambda: (self.guard.check(), check_state(self.layers, self._optimizer)))
-    if self._step_hook is not None: self._step_hook.remove(); self._step_hook = None
     self._measure_t += time.perf_counter() - t0; self.totals['measure_s'] += self._measure_t
     self._event('measure', state.global_step+1, **self._window, signals=self._measured, ages=self.tracker.scores(self.signal, state.global_step).ages, wall_s=self._measure_t)
 
@@ -1116,14 +1116,6 @@ def _say_once(self:ALFCallback, why, step, units, message, **fields):
     event = dict(event='left_out' if why == 'left out' else 'not_measured', units=new, why=why)
     message = message.format(units=f"{_few(new)} {'is' if len(new) == 1 else 'are'}" if why == 'left out' else _few(new), them='it' if len(new) == 1 else 'them')
     self._say_aloud(event.pop('event'), step, message, **event)
-
-@patch
-def _await_step(self:ALFCallback):
-    "Notice whether the optimizer really steps: fp16's scaler and wrappers may skip it"
-    self._stepped = False
-    if self._step_hook is not None: self._step_hook.remove()
-    def done(*a): self._stepped = True
-    self._step_hook = bare.register_step_post_hook(done) if (bare := _bare(self._optimizer)) is not None else None
 
 @patch
 def _check_update(self:ALFCallback, still, k=None):
