@@ -329,6 +329,16 @@ def _in_threads(
 
 def _addresses(tensors): return np.array([t.data_ptr() for t in tensors], np.int64)
 
+def _first_call(kernel, call):
+    "Compile a kernel, or load it from disk; what cannot be read there (a process killed, a power cut) is compiled anew"
+    def run():
+        try: call()
+        except OSError: pass      # could not be kept on disk; it is compiled all the same
+    try: run()
+    except Exception:
+        kernel._cache.flush()
+        run()
+
 class _NumbaSweep:
     "CPU tensors of the same dtypes, contiguous; references plain or all in 8 bits"
     name = 'numba'
@@ -346,8 +356,7 @@ class _NumbaSweep:
     def __call__(self, refresh):
         part = np.zeros((len(self.tensor), 5))
         def f(lo, hi): self.sweep(*self.tables, self.numels, self.tensor, self.index, part, lo, hi, _CHUNK, *self.tags, True if refresh else None)
-        try: f(0, 0) # compiles, or loads from disk
-        except OSError: pass # could not be kept on disk; it is compiled all the same
+        _first_call(self.sweep, lambda: f(0, 0))
         _in_threads(f, len(part), torch.get_num_threads())
         return self.owners, torch.from_numpy(part)
 

@@ -234,6 +234,7 @@ def lightning_callback(
             optimizer,steps = trainer.optimizers[0],int(min(trainer.estimated_stepping_batches, 2**53))
             self.loop = ALFLoop(pl_module, optimizer, _lightning_batches(trainer), steps, out=out or trainer.default_root_dir, loss=_lightning_loss, resume=self._saved, **alf)
             self._hook = optimizer.register_step_post_hook(lambda *a: self.loop.after_step())      # before the scheduler moves on
+        def on_before_backward(self, trainer, pl_module, loss): self.loop.callback._keep_loss(loss)
         def on_before_optimizer_step(self, trainer, pl_module, optimizer): self.loop.before_step()
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             step,loss = self.loop.steps,outputs.get('loss') if isinstance(outputs, dict) else outputs

@@ -461,8 +461,13 @@ def _sample_bits(p:Tensor, k:int)->Tensor:
     if _is_wrapper(x := local_tensor(p)): return torch.cat([_sample_bits(t, k) for t in _tensors(x)])      # a quantised weight: what it is made of
     flat = x.detach().reshape(-1)
     if flat.is_complex(): flat = torch.view_as_real(flat).reshape(-1)
-    if flat.numel() > k: flat = flat[torch.linspace(0, flat.numel()-1, k, dtype=torch.float64).long().to(flat.device)]
+    flat = _sample(flat, k)
     return flat.contiguous().view(_INT[flat.element_size()]).long()
+
+def _sample(flat, k):
+    "At most `k` elements, spread evenly"
+    if flat.numel() <= k: return flat
+    return flat[torch.linspace(0, flat.numel()-1, k, dtype=torch.float64).long().to(flat.device)]
 
 class FrozenGuard:
     "Notices when a parameter that should be frozen has changed."
@@ -538,6 +543,24 @@ def check_last_update(
     "Raise if `last_update` cannot read this optimizer, or one of a chain"
     for opt in dict.fromkeys(m for m,_ in _groups(optimizer)):
         if not _is_readable(opt): raise ValueError(f"the last update of {type(opt).__name__} cannot be read from its state, only of Adam, AdamW and SGD without nesterov or maximize: use references='device' or 'host'")
+
+# %% ../nbs/07_optim.ipynb #5c1f20a2
+def _bare(optimizer):
+    "The optimizer, if it is one of torch whose step is torch's own, with nothing of others around it; else None"
+    while type(optimizer).__name__ in ('AcceleratedOptimizer', 'SimpleNamespace') and hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
+    return optimizer if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) else None
+
+@torch.no_grad()
+def _has_to_move(optimizer, p, k=None):
+    "Was the update of `p` in the step just made above rounding? With `k`, for one of the elements that `_sample_bits` compares. None: it cannot be known"
+    if p.grad is None or not p.is_floating_point(): return False
+    if _bare(optimizer) is None or p.grad.is_sparse: return None
+    opt,g = _holder(optimizer, p)
+    if not _is_readable(opt) or not isinstance(opt, torch.optim.SGD) and 'step' not in opt.state.get(p, {}): return None
+    w,u = local_tensor(p).detach().reshape(-1),last_update(optimizer, p).reshape(-1)
+    if k is not None: w,u = _sample(w, k),_sample(u, k)
+    kind = torch.finfo(w.dtype)
+    return bool((float(g['lr'])*u.abs() > 2*kind.eps*w.abs().float() + 4*kind.tiny).any())
 
 # %% ../nbs/07_optim.ipynb #bf095ab3
 def check_state(

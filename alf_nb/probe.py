@@ -428,6 +428,22 @@ def _backward(loss, params):
     finally:
         for p,g in before: p.grad = g
 
+class _NothingToCompare(ValueError):
+    "A probe has less than two batches with a finite loss"
+
+def _is_masked(batch):
+    "Is every label of it masked?"
+    labels = batch.get('labels') if hasattr(batch, 'get') else None
+    return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == -100).all())
+
+def _why_odd(layers, odd, masked):
+    "Why batches have a loss that is NaN or infinite"
+    many = f"{odd} batch{'es'*(odd > 1)} of the probe left out"
+    if masked == odd: return f"{many}, with labels that are all masked (-100)"
+    bad = [n for n in layers if not all(bool(local_tensor(p.detach()).isfinite().all()) for p in layers.params(n) if p.is_floating_point())]
+    if bad: return f"{many}, with a loss that is NaN or infinite: weights of {bad[0]}{f' and {len(bad)-1} more units' if len(bad) > 1 else ''} hold NaN or infinity"
+    return f"{many}, with a loss that is NaN or infinite{f'; {masked} of them with labels that are all masked (-100)' if masked else ''}: look at the data, the loss and its dtype"
+
 def probe_gradients(
     layers:Layers,        # a model as units
     batches,              # batches of keyword arguments for the model, labels included; at least 2
@@ -440,7 +456,7 @@ def probe_gradients(
     names = [u.name for u in layers.units if u.eligible] if names is None else list(names)
     if not names: raise ValueError("no unit to probe: none is eligible")
     owner = {p: n for n in names for p in layers.params(n)}
-    red = _Reducer(); squares,losses,odd = [],[],0
+    red = _Reducer(); squares,losses,odd,masked = [],[],0,0
     every = {p for n in layers for p in layers.params(n)}
     with _same_draws(), _same_modules(model, *_modules_in(loss)), _only_trainable(every, owner):
         hooks = [p.register_post_accumulate_grad_hook(red) for p in owner]
@@ -448,15 +464,16 @@ def probe_gradients(
             for i,batch in enumerate(batches):
                 red.sq = {}
                 out = loss(model, batch)
-                if not _finite_everywhere(out): odd += 1; continue     # a batch without a label, for instance: there is nothing to learn from it
-                _backward(out, every); losses.append(out.detach())
+                if not _finite_everywhere(out): odd += 1; masked += _is_masked(batch); continue     # a batch without a label, for instance: there is nothing to learn from it
+                if out.requires_grad: _backward(out, every)     # else it reaches none of them
+                losses.append(out.detach())
                 squares.append({n: torch.stack(sq).sum() for n in names if (sq := [s for p in layers.params(n) if (s := red.sq.get(p)) is not None])})
                 if progress: progress(i+1)
         finally:
             for h in hooks: h.remove()
     n_batches = len(losses)
-    said = f"{odd} batch{'es'*(odd > 1)} of the probe left out, with a loss that is NaN or infinite: are all labels masked (-100)?"
-    if n_batches < 2: raise ValueError(f"a probe compares batches: it needs at least 2, got {n_batches}" + (f"; {said}" if odd else ''))
+    said = _why_odd(layers, odd, masked) if odd else ''
+    if n_batches < 2: raise _NothingToCompare(f"a probe compares batches: it needs at least 2, got {n_batches}" + (f"; {said}" if odd else ''))
     if odd: warnings.warn(said)
     pair = {}
     for p,n in owner.items():

@@ -11,8 +11,9 @@ __all__ = []
 from . import _require
 _require('torch', 'safetensors')
 
-# %% ../nbs/08c_resume.ipynb #ea320b63
+# %% ../nbs/08c_resume.ipynb #a06eef2d
 import inspect, json, math, os, re, sys
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from .foreign import open_plain, read_plain
 from .kernels import empty_reference
-from .optim import FIRST_MOMENTS, STATE_MODES, _entry, _is_repeated, _members, _states, _tensors
+from .optim import FIRST_MOMENTS, STATE_MODES, _entry, _is_repeated, _members, _tensors
 from .policies import POLICIES, Policy, match_units
 from .records import KINDS, Selection
 from .shards import shard_of
@@ -74,10 +75,10 @@ def _is_policy(v, where, known):
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
 
 def _is_plain(v, where, known):
-    "Numbers that are finite and of ordinary size, texts, and lists or dicts of them"
+    "Numbers that are finite and fit into 64 bits, as seeds do, texts, and lists or dicts of them"
     if isinstance(v, (list, dict)):
         for x in v.values() if isinstance(v, dict) else v: _is_plain(x, where, known)
-    elif isinstance(v, int) and abs(v) > _MOST or isinstance(v, float) and not math.isfinite(v):
+    elif isinstance(v, int) and abs(v) >= 1 << 64 or isinstance(v, float) and not math.isfinite(v):
         raise ValueError(f"{where} is {_shown(v)}")
 
 # %% ../nbs/08c_resume.ipynb #165d1abd
@@ -184,6 +185,16 @@ class _Tracked:
     steps:dict[_Signal, dict[_Unit, _Step]]
 
 @dataclass(frozen=True)
+class _Reached:
+    "Which units gradients reach."
+    dry:dict[_Unit, _Count]      # steps in a row in which a unit trained without a gradient
+    out:dict[_Unit, _Count]      # step up to which it is left out
+    got:list[_Unit]              # with a gradient since the last count
+    noted:_Count                 # steps since then
+    window:list[_Unit]           # with a gradient since windows ended
+    away:list[_Unit]             # left out of the selection in force
+
+@dataclass(frozen=True)
 class _State:
     "All numbers and names that a resume needs, as `alf/state.json` holds them."
     version:Literal[1]
@@ -203,6 +214,7 @@ class _State:
     made_up:list[_Parameter]                      # those that got theirs only to be saved
     first:dict[_Parameter, dict[str, _Plain]]     # what is no tensor in the state of before the first step
     policy:_PolicyDict                            # in force
+    reach:_Reached
     again:bool                                    # was a selection asked for that is yet to be made?
     banned:list[_Unit]                            # frozen for good
 
@@ -295,7 +307,9 @@ def _read_state(folder, known=None):
 def _read_tensors(folder):
     "Tensors of a checkpoint; else a RuntimeError that names the file"
     with _named(folder, 'alf/tensors.safetensors', Exception):      # safetensors has an exception of its own
-        return load_file(_plain_file(folder/'alf'/'tensors.safetensors', math.inf))
+        file = folder/'alf'/'tensors.safetensors'
+        open_plain(file).close()      # a pipe would hold up `load_file` for ever
+        return load_file(file)
 
 def _check_names(folder, known, rates_of, n_rates):
     "State of a checkpoint of this step and model; a RuntimeError where a name or a number does not fit them"
@@ -355,6 +369,7 @@ def _first_state(optimizer, group, dim, dtype):
     "What a new optimizer of this class keeps for a parameter of `dim` dimensions; None where that cannot be tried"
     if (cls := _class_of_step(optimizer)) is None or dim > len(_SIDES): return None
     takes = [k for k in inspect.signature(cls).parameters if k in optimizer.defaults and k not in _HOW]
+    if optimizer.defaults.get('lr') is None: group = {**group, 'lr': None}      # a schedule has written one for the looks of it
     def state(settings):
         p = torch.zeros(_SIDES[:dim], dtype=dtype, requires_grad=True)
         p.grad = torch.zeros_like(p)
@@ -448,9 +463,10 @@ def _check_kept(at, entries, p, kept, most, parked=False):
 # %% ../nbs/08c_resume.ipynb #9bbc4996
 def _all_kept(optimizer):
     "A `_Kept` for every state of a chain, in the order of `_states`"
-    of = {}
-    for m in _members(optimizer): of.setdefault(id(getattr(m, 'state', None)), m)
-    return [_Kept(of[id(s)], s) for s in _states(optimizer)]
+    states = [(m, s) for m in _members(optimizer) if isinstance(s := getattr(m, 'state', None), Mapping)]
+    found = {}
+    for m,s in states: found.setdefault(id(s), _Kept(m, s))
+    return list(found.values())
 
 def _check_loaded(optimizer, params):
     "A ValueError where the optimizer as it was loaded would not survive a step; `params` is name → parameter"

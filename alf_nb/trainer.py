@@ -28,9 +28,9 @@ from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
 from .lock import RunLock
-from .optim import ParkedStates, FrozenGuard, _first_states, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets
+from .optim import _bare, _has_to_move, ParkedStates, FrozenGuard, _first_states, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets
 from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
-from .probe import _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws
+from .probe import _NothingToCompare, _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws
 from .probe import _same_modules, _same_objects, _takes_by_index, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .resume import (_check_loaded, _check_names, _check_references, _check_states, _check_tensor_names, _named,
@@ -407,11 +407,16 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     saved = self._load(args, state) if resuming else None      # refused here, the model is as the Trainer has loaded it
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self._odd,self._spoilt,self._bare = {},[],False
+    self._reach,self._stand_in,self._still,self._stepped = _Reach(),None,set(),False
+    self._asking = self._blind = False
     if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)      # fp16's scaler overflows on purpose, and leaves such steps out itself
     _guard_allocators(model, self.policy)
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
     compiled = _is_compiled(args, model)
+    if not compiled: _NOTES.setdefault(model, []).append(model.register_forward_hook(_Differentiable(self)))
+    if (bare := _bare(optimizer)) is not None: _NOTES.setdefault(model, []).append(bare.register_step_post_hook(lambda *a: setattr(self, '_stepped', True)))      # fp16's scaler and wrappers may skip a step
+    if self._trainer is not None: _NOTES.setdefault(model, []).append(_BeforeBackward(self._trainer.accelerator, self._keep_loss))
     self._stale = compiled and not _graphs_see_freezing()
     if compiled and not self._stale: _warn_of_recompiling(1 + (math.ceil(self.lock*state.max_steps/self._every) - 1 if self._every else 0))
     if not resuming: _warn_of_new_head(model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)})
@@ -528,7 +533,13 @@ def _prepared(self:ALFCallback, batch):
 def _probe(self:ALFCallback, step, n_batches):
     "Gradient signals of all candidates, from the batches of training; afterwards nothing has changed"
     t0 = time.perf_counter()
-    with self._untouched(): found = self._ask(step, n_batches)
+    self._asking = True
+    try:
+        with self._untouched(): found = self._ask(step, n_batches)
+    except _NothingToCompare as e:
+        if step == 0 and self.check in ('raise', 'freeze'): raise
+        self._say_aloud('skip', step, f"the probe at step {step} is skipped, and what trains is chosen by what is known: {e}"); return
+    finally: self._asking = False
     self._learn(found, step, t0)
 
 @patch
@@ -545,6 +556,7 @@ def _ask(self:ALFCallback, step, n_batches):
 @patch
 def _learn(self:ALFCallback, found, step, t0):
     "Blend what a probe found into what is known, and write it down"
+    self._reach.probed({u.name: found.gain[u.name] is not None for u in self.units if u.eligible}, found.batches, step)
     first = not self.tracker.values.get('gain')
     signals = {s.signal: self._ours(s) for s in (found.gain, found.grad_norm)}
     for k,v in signals.items(): self.tracker.update(k, v, step, beta=0. if first else .7)   # a re-probe is short: it corrects, it does not overrule
@@ -611,7 +623,7 @@ def _select(self:ALFCallback, step, probe=True):
             elif step > 0 and self.reprobe_batches and (probe or not self.tracker.values.get(self.signal)): self._probe(step, self.reprobe_batches)
         t0 = time.perf_counter()
         scores = self._scores(step) if self.policy.needs_scores else None
-        chosen = self.policy.select(scores, self.units, step, self.selection)
+        chosen = self._choose_reached(scores, step)
         if scores is not None: self._seen,seen = scores,dict(signal=scores.signal, scores=scores.values, ages=scores.ages)
         self.totals['select_s'] += time.perf_counter() - t0
     self._switch(chosen, step, seen)
@@ -621,6 +633,7 @@ def _switch(self:ALFCallback, chosen, step, seen):
     "Make `chosen` true in model, optimizer and references"
     t0 = time.perf_counter()
     entered,left = apply_selection(self.layers, chosen.names, self._optimizer, self.parked)
+    self._reach.begin(entered)
     if self._stale: torch._dynamo.reset()      # the graphs there are would go on with the selection before
     if self.references != 'none':
         held = set(self.snapshot.names)
@@ -659,10 +672,11 @@ def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **
     self._check_place(replaced=self._measuring)                     # before the optimizer mixes dtypes
     if self._new_state or self._measuring: self._grad_bytes = gradient_bytes(model)
     if self.check == 'freeze': self._check_gradients(step)
-    if not self._measuring: return
-    t0 = time.perf_counter()
+    if not self._measuring: self._note_reached(); return
+    t0,self._stepped = time.perf_counter(),False
     if self.references == 'none': self._before = {n: [_sample_bits(p, 4096) for p in self.layers.params(n)] for n in self._moving() if not self._unread.intersection(map(id, self.layers.params(n)))}
     else: self._end_window(step-1)
+    self._reach.window.clear(); self._note_reached()
     self._measure_t = time.perf_counter() - t0
 
 @patch
@@ -680,7 +694,11 @@ def _end_window(self:ALFCallback, step):
     sum_lr = {n: self._since_mark(n) for n in norms.names if done[n]}
     largest = {n: _largest(x) for n,x in sum_lr.items()}
     self._mark(norms.names, step)
-    self._check_moved(norms, done, largest, step)
+    self._check_finite(norms, step)
+    rounded = [n for n in norms.names if norms.error and n not in self._reach.window]      # 8 bits cannot tell what did not move, a missing gradient can
+    still = {n for n in (*_unmoved(norms), *rounded) if largest.get(n, 0) > 0}
+    self._say_still(still, done, largest, step)
+    sum_lr = {n: x for n,x in sum_lr.items() if n not in still}      # such a window says nothing: unknown, not 0
     self._check_rates(norms, largest)
     known = dict(self.tracker.values.get('rate', {}))
     self._measured = self.tracker.update_from_norms(norms, sum_lr, self._sizes, step)
@@ -713,11 +731,12 @@ def _close_window(self:ALFCallback, state):
 @torch.no_grad()
 def _descent(self:ALFCallback):
     "−⟨g, ΔW⟩ / (n·lr) of the step just made, for every unit that trains; where learning rates differ, every parameter by its own"
-    lr = self._moving()
+    lr = {n: x for n,x in self._moving().items() if self.snapshot.sharded or any(p.grad is not None for p in self.layers.params(n))}
     if not lr: return {}
     norms = self.snapshot.measure(dot={n: [p.grad for p in self.layers.params(n)] for n in lr}, split=self._split)
+    still = set(_unmoved(norms)); self._check_update(still)
     own = lambda i, rates: sum(v/x for v,x in zip(norms.dots[i], rates) if x > 0)
-    return {n: -own(i, x)/self._sizes[n] if isinstance(x := lr[n], list) else -v/self._sizes[n]/x for i,(n,v) in enumerate(zip(norms.names, norms.dot))}
+    return {n: -own(i, x)/self._sizes[n] if isinstance(x := lr[n], list) else -v/self._sizes[n]/x for i,(n,v) in enumerate(zip(norms.names, norms.dot)) if n not in still}
 
 @patch
 @torch.no_grad()
@@ -729,19 +748,23 @@ def _read_update(self:ALFCallback, step):
         row,params = [torch.zeros(5, dtype=torch.float32)],self.layers.params(n)
         for p,bits,x in zip(params, self._before[n], lr[n] if isinstance(lr[n], list) else [lr[n]]*len(params)):
             if p.grad is None or not x or not (w := local_tensor(p)).numel(): continue
-            u = last_update(self._optimizer, p)*bool((_sample_bits(p, 4096) != bits).any())     # what was rounded away did not happen
+            moved = bool((_sample_bits(p, 4096) != bits).any())
+            u = last_update(self._optimizer, p) if moved else torch.zeros_like(w, dtype=torch.float32)     # what was rounded away did not happen
             row.append(torch.stack([u2 := u.square().sum(), (w.float() + x*u).square().sum(), (local_tensor(p.grad).float()*u).sum(), x*x*u2, u.abs().amax()]).cpu())
         row = torch.stack(row); rows.append([*row[:,:4].sum(0).tolist(), float(row[:,4].max())])
     *sums,top = zip(*rows) if rows else ((),)*5
     (delta,ref,dot,moved),(top,) = over_shards(self.layers, names, sums, [top])
     norms,one = DeltaNorms(names, [x**.5 for x in delta], [x**.5 for x in ref], top),dict.fromkeys(names, 1.)
     largest = {n: _largest(x) for n,x in lr.items()}
-    self._check_moved(norms, dict.fromkeys(names, 1), largest, step)
+    self._check_finite(norms, step)
+    still = set(_unmoved(norms)); self._check_update(still, 4096)
+    self._say_still(still, dict.fromkeys(names, 1), largest, step)
+    one,lr = ({n: x for n,x in d.items() if n not in still} for d in (one, lr))
     known = dict(self.tracker.values.get('rate', {}))
     self._measured = self.tracker.update_from_norms(norms, one, self._sizes, step)      # the update is in units of lr
     relative = {n: (m/r)**.5 if r > 0 else 0. for n,m,r in zip(names, moved, ref)}
     self._check_jumps(known, {n: relative[n] if isinstance(x, list) else x*self._measured['rate'].get(n, 0.) for n,x in lr.items()}, step)
-    self._measured['descent'] = {n: d/self._sizes[n] for n,d in zip(names, dot)}
+    self._measured['descent'] = {n: d/self._sizes[n] for n,d in zip(names, dot) if n not in still}
     self._window = dict(steps=1, sum_lr=max(largest.values(), default=0.))
 
 @patch
@@ -838,7 +861,8 @@ def _settle(self:ALFCallback, state):
     with self._lock: pending,self._pending = self._pending,None
     if pending is not None:
         self.policy = pending[0]; self._again |= pending[1]
-        self._event('choose', step, policy=self.policy.to_dict(), now=pending[1])
+        self._tell(self.policy, step, now=pending[1])
+    self._count_reached(step, state.max_steps)
     due = self._due(step, state.max_steps) and self._selected_at != step
     if due or (self._again and step < state.max_steps and self._starting(step) is None):       # a start that needs steps is finished first
         self._again,self._selected_at = False,step
@@ -862,22 +886,11 @@ def _watch(self:ALFCallback, f):
         warnings.warn(str(e))
 
 @patch
-def _check_moved(self:ALFCallback, norms, done, sum_lr, step):
-    "Every selected unit has to have moved, and to be finite"
+def _check_finite(self:ALFCallback, norms, step):
+    "No unit that trains may hold NaN or infinity"
     def check():
         if norms.bad: raise RuntimeError(f"weights of {norms.bad[0]} hold NaN or infinity after step {step}{f' (and {len(norms.bad)-1} more units)' if len(norms.bad) > 1 else ''}: lower the learning rate, or ban the unit")
-        for i,(n,d) in enumerate(zip(norms.names, norms.delta)):
-            if norms.error and norms.error[i]: continue             # moved less than an 8-bit reference can tell
-            if d == 0 and done[n] and sum_lr.get(n, 0) > 0: raise RuntimeError(f"selected unit {n} did not move in {done[n]} steps up to step {step}: {self._why_still(n, sum_lr[n]/done[n])}")
     self._watch(check)
-
-@patch
-def _why_still(self:ALFCallback, name, lr):
-    params = self.layers.params(name)
-    if any(p.grad is None for p in params): return "it gets no gradient, so the loss does not depend on it; ban it (ban=…)"
-    if all(not local_tensor(p.grad).any() for p in params): return "its gradient is exactly 0; ban it (ban=…), or look for a detached input"
-    if any(p.dtype in (torch.bfloat16, torch.float16) for p in params): return f"its weights are {params[0].dtype} and steps of lr {lr:.2g} are rounded away; load the model in float32 and train with bf16=True"
-    return "the optimizer does not update it; was it built before the model was changed?"
 
 @patch
 def _refuse(self:ALFCallback, message):
@@ -917,6 +930,227 @@ def _check_jumps(self:ALFCallback, known, moved, step):
         self._jumped.add(n)
         self._event('jump', step, unit=n, rate=r, before=known[n], moved=moved[n])
         warnings.warn(f"the change rate of {n} jumped from {known[n]:.3g} to {r:.3g} at step {step}: in its last window it moved by {moved[n]:.0%} of its norm. Lower the learning rate, or ban the unit if this goes on")
+
+# %% ../nbs/09_trainer.ipynb #6d0e77b2
+_DRY,_WAIT = 10,16      # steps without a gradient after which a unit is left out, and how many it waits for each of them
+
+class _Reach:
+    "Which units gradients reach."
+    def __init__(self):
+        self.dry = {}        # unit → steps in a row, as far as counted, in which it trained without a gradient
+        self.out = {}        # unit → step up to which it is left out
+        self.got,self.noted = set(),0      # units with a gradient since the last count, and steps since then
+        self.window = set()  # units with a gradient since windows ended
+        self.away = []       # units left out of the selection that is in force
+
+    def note(self, names, has_gradient):
+        "Look at the gradients of one step; was any unit reached?"
+        found = {n for n in names if n not in self.got and has_gradient(n)}
+        reached = bool(found) or any(n in self.got and has_gradient(n) for n in names)
+        self.got |= found; self.noted += 1
+        self.window.update(n for n in names if n not in self.window and has_gradient(n))
+        return reached
+
+    def lost(self, names): return not self.got.intersection(names) and not any(self.dry.get(n) == 0 for n in names)
+
+    def count(self, names, step):
+        "End the count; units that are left out from now on"
+        before = set(self.out)
+        lost = self.lost(names)      # what trains is not reached at all: no use to wait
+        for n in names if self.noted else ():
+            self.dry[n] = 0 if n in self.got else self.dry.get(n, 0) + self.noted
+            if not self.dry[n]: self.out.pop(n, None)
+            elif lost or self.dry[n] >= _DRY: self.out[n] = step + _WAIT*self.dry[n]
+        self.got,self.noted = set(),0
+        return [n for n in names if n in self.out and n not in before]
+
+    def probed(self, reached, batches, step):
+        "Take over what a probe saw; a unit that was reached before may be missed by its few batches"
+        for n,yes in reached.items():
+            if yes: self.dry[n] = 0; self.out.pop(n, None)
+            elif self.dry.get(n) != 0: self.dry[n] = self.dry.get(n, 0) + batches; self.out[n] = step + _WAIT*self.dry[n]
+
+    def waiting(self, names, step): return [n for n in names if self.out.get(n, 0) > step]
+    def begin(self, entered): self.got,self.noted = set(),0; self.window.difference_update(entered)
+
+    def state_dict(self): return dict(dry=self.dry, out=self.out, got=sorted(self.got), noted=self.noted, window=sorted(self.window), away=self.away)
+    def load_state_dict(self, saved):
+        self.dry,self.out,self.noted,self.away = dict(saved['dry']),dict(saved['out']),saved['noted'],list(saved['away'])
+        self.got,self.window = set(saved['got']),set(saved['window'])
+
+def _unmoved(norms):
+    "Units of which every bit is as before, as far as this can be told: 8-bit references round"
+    return [n for i,n in enumerate(norms.names) if norms.delta[i] == 0 and norms.max_abs[i] == 0 and not (norms.error and norms.error[i])]
+
+def _few(names): return f"{', '.join(names[:3])}{f' and {len(names)-3} more' if len(names) > 3 else ''}"
+
+def _any_gradient(p):
+    "Has `p` a gradient that is not 0?"
+    if p.grad is None: return False
+    g = local_tensor(p.grad)
+    return bool((g.coalesce().values() if g.is_sparse else g).any())
+
+@patch
+def _say_aloud(self:ALFCallback, event, step, message, **fields):
+    "Into the log, and as a warning"
+    self._event(event, step, message=message, **fields)
+    warnings.warn(message)
+
+# %% ../nbs/09_trainer.ipynb #6d0e77b4
+def _with(output, zero):
+    "`output` of a model, with `zero` added to its floating tensors"
+    add = lambda t: t + zero.to(t.device, t.dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+    if isinstance(output, torch.Tensor): return add(output)
+    if type(output) in (tuple, list): return type(output)(map(add, output))
+    if hasattr(output, 'keys') and hasattr(output, '__setitem__'):
+        for k in list(output.keys()): output[k] = add(output[k])
+    return output
+
+def _has_graph(output):
+    "Does one of its tensors require grad, as far as can be seen? None: it holds no floating tensor"
+    if isinstance(output, torch.Tensor): return output.requires_grad if output.is_floating_point() else None
+    inside = list(output.values()) if hasattr(output, 'values') else output if isinstance(output, (tuple, list)) else ()
+    found = [g for x in inside if (g := _has_graph(x)) is not None]
+    return any(found) if found else None
+
+class _Differentiable:
+    "The forward hook of a callback. A copy of the model, or a pickle, has one that does nothing"
+    def __init__(self, callback=None): self.callback = None if callback is None else weakref.ref(callback)
+    def __call__(self, module, args, output):
+        callback = self.callback and self.callback()
+        return callback and callback._keep_differentiable(module, output)
+    def __reduce__(self): return _Differentiable, ()
+
+@patch
+def _keep_differentiable(self:ALFCallback, module, output):
+    "What no trained weight takes part in shall change nothing in the backward pass, and not fail"
+    if self._asking or not self._training or not module.training or not torch.is_grad_enabled() or _has_graph(output) is not False: return None
+    name,p = next(((n, p) for n in self.selection.names for p in self.layers.params(n) if p.requires_grad), (None, None))
+    if p is None or not p.is_floating_point(): return None
+    self._say_blind()
+    if is_sharded(p): return _with(output, torch.zeros((), device=local_tensor(p).device, requires_grad=True))
+    self._stand_in = name
+    return _with(output, p.reshape(-1)[:0].sum())      # 0, whatever the weight is
+
+@patch
+def _say_blind(self:ALFCallback):
+    step = self.totals['steps']
+    self._say_once('no loss', step, list(self.selection.names), f"nothing that trains reaches the loss of a batch at step {step+1}: {{units}}. It changes nothing")
+
+@patch
+def _keep_loss(self:ALFCallback, loss):
+    "The same for a loss, before its backward pass"
+    if not self._training or not isinstance(loss, torch.Tensor) or loss.requires_grad or not loss.is_floating_point(): return
+    self._say_blind(); loss.requires_grad_()
+
+class _BeforeBackward:
+    "Calls `look(loss)` before every backward pass of an accelerator, until it is removed"
+    def __init__(self, accelerator, look):
+        self.accelerator,self.before = accelerator,vars(accelerator).get('backward')
+        backward = accelerator.backward
+        def looked_at(loss, **kw): look(loss); return backward(loss, **kw)
+        accelerator.backward = looked_at
+    def remove(self):
+        if self.before is None: vars(self.accelerator).pop('backward', None)
+        else: self.accelerator.backward = self.before
+
+@patch
+def _note_reached(self:ALFCallback):
+    "Note which units got a gradient in this step"
+    stand_in,self._stand_in = self._stand_in,None
+    alone = self._args.world_size == 1 and not getattr(self._args, 'fp16', False)      # other processes have the same gradients, and fp16's scaler needs one
+    for p in self.layers.params(stand_in) if stand_in is not None and alone else ():
+        if p.grad is not None and not _any_gradient(p): p.grad = None
+    really = lambda n: any(p.grad is not None and (n != stand_in or _any_gradient(p)) for p in self.layers.params(n))
+    self._blind = not self._reach.note(self.selection.names, really)
+
+@patch
+def _count_reached(self:ALFCallback, step, max_steps):
+    "Between two steps: what stays without a gradient is left out of later selections, and if nothing is reached others are chosen now"
+    if not (self._measuring or self._blind and self._args.world_size == 1): return
+    reach,names = self._reach,self.selection.names
+    if self._args.world_size > 1: reach.got = set(_any_process(names, reach.got, next(self.layers.model.parameters()).device))
+    lost,new = reach.lost(names),set(reach.count(names, step))
+    if not lost or step >= max_steps and not self._measuring: return
+    ballot = _ballot(None, self.units, self.policy.pin, self.policy.ban)
+    free = [u.name for u in ballot.units if u.name not in reach.out]
+    if free and new and step < max_steps: self._again = True; return
+    known = any(v == 0 for v in reach.dry.values()) or self.tracker.values.get('descent')
+    if free or known or not self._measuring: return
+    may = [u.name for u in (*ballot.pinned, *ballot.units)]
+    def check(): raise RuntimeError(f"no gradient has reached any of the {len(may)} units that may train in {step} steps: {_few(may)}. The loss does not depend on them: let others train (kinds=…, ban=…), or look for a detached input")
+    self._watch(check)
+
+# %% ../nbs/09_trainer.ipynb #6d0e77b6
+@patch
+def _tell(self:ALFCallback, policy, step, now=False):
+    "Write down which policy is in force"
+    self._reach.away = []
+    self._event('choose', step, policy=policy.to_dict(), now=now)
+
+@patch
+def _choose_reached(self:ALFCallback, scores, step):
+    "Ask the policy, without the units that no gradient reaches; if too few are left, with them"
+    ballot = _ballot(scores, self.units, self.policy.pin, self.policy.ban)
+    away = self._reach.waiting([u.name for u in ballot.units], step)
+    if step == 0 and away and len(away) == len(ballot.units) and not ballot.pinned:
+        self._refuse(f"no gradient reached any of the {len(away)} units that may train in {self.probe_batches} batches: {_few(away)}. The loss does not depend on them: let others train (kinds=…, ban=…), or look for a detached input")
+    policy,chosen = self.policy,None
+    if away:
+        policy = replace(self.policy, ban=(*self.policy.ban, *away))
+        try: chosen = policy.select(scores, self.units, step, self.selection)
+        except ValueError: policy,away = self.policy,[]
+    if chosen is None: chosen = policy.select(scores, self.units, step, self.selection)
+    if away != self._reach.away:
+        self._tell(policy, step)
+        self._say_once('left out', step, away, "{units} left out: no gradient reached {them}; looked at again later, or when a probe reaches {them}. A part of the model that these batches do not use, or weights in no loss (ban=…)")
+    self._reach.away = away
+    return replace(chosen, reason=f"{chosen.reason}, {len(away)} left out that no gradient reaches") if away else chosen
+
+@patch
+def _say_once(self:ALFCallback, why, step, units, message, **fields):
+    "Log and warn of units and a reason, each pair once in a run"
+    new = [n for n in units if (n, why) not in self._still]
+    if not new or self.check == 'off' and why != 'left out': return
+    self._still |= {(n, why) for n in new}
+    event = dict(event='left_out' if why == 'left out' else 'not_measured', units=new, why=why)
+    message = message.format(units=f"{_few(new)} {'is' if len(new) == 1 else 'are'}" if why == 'left out' else _few(new), them='it' if len(new) == 1 else 'them')
+    self._say_aloud(event.pop('event'), step, message, **event)
+
+@patch
+def _check_update(self:ALFCallback, still, k=None):
+    "Units that the step just made had to move, and did not"
+    if not self._stepped or self.check == 'off': return
+    names = [n for n in self.selection.names if n in still]
+    odd = [n for n in names if any(_has_to_move(self._optimizer, p, k) for p in self.layers.params(n) if local_tensor(p).numel())]
+    if self.snapshot.sharded and names: odd = _any_process(names, set(odd), next(self.layers.model.parameters()).device)
+    def check():
+        if odd: raise RuntimeError(f"selected unit {odd[0]}{f' and {len(odd)-1} more' if len(odd) > 1 else ''} did not move at step {self.totals['steps']+1}: it has a gradient, and the step of the optimizer is above rounding. "
+                                   "Something outside ALF puts the weights back, or the optimizer updates a copy of them")
+    self._watch(check)
+
+@patch
+def _say_still(self:ALFCallback, still, done, lr, step):
+    "Why units did not move in a window, once for each unit and reason"
+    found = {}
+    for n in self.selection.names if still else ():
+        if n in still: found.setdefault(self._why_still(n, lr[n]/done[n]), []).append(n)
+    for (why,words),units in found.items():
+        steps = max(done[n] for n in units)
+        self._say_once(why, step, units, f"{{units}} did not move in {steps} step{'s'*(steps > 1)} up to step {step}, and this is not measured: {words}", steps=steps)
+
+@patch
+def _why_still(self:ALFCallback, name, lr):
+    "(the reason as a word, in words) that a unit did not move"
+    params = [p for p in self.layers.params(name) if local_tensor(p).numel()]
+    if name not in self._reach.window: return 'no gradient', "no gradient reached {them}: skipped by chance, an expert without tokens, a part that these batches do not use, or weights in no loss"
+    if any(p.grad is not None for p in params) and not any(map(_any_gradient, params)): return 'gradient 0', "the gradient is exactly 0: no reward or error to learn from, or a detached input"
+    small,kind = next((p.dtype for p in params if p.dtype in (torch.bfloat16, torch.float16)), None),' and '.join(dict.fromkeys(type(m).__name__ for m,_ in _groups(self._optimizer)))
+    moves = [_has_to_move(self._optimizer, p) for p in params]
+    sure = None not in moves and not any(moves)
+    if small is not None: return 'rounded away', f"weights are {small}, and steps of lr {lr:.1g} {'are' if sure else 'may be'} rounded away, so that nothing is learnt; load the model in float32 and train with bf16=True"
+    if sure: return 'rounded away', f"steps of lr {lr:.1g} are smaller than {params[0].dtype} shows at weights of this size"
+    return 'unknown', f"the gradient is not 0; {kind} may wait for some steps, steps of lr {lr:.1g} may be rounded away, or something outside ALF puts the weights back"
 
 # %% ../nbs/09_trainer.ipynb #90a627b9
 @patch
@@ -976,7 +1210,7 @@ def _freeze_units(self:ALFCallback, bad, since, step, how):
     self.policy = self._without_banned(self.policy)
     with self._lock:
         if self._pending: self._pending = self._without_banned(self._pending[0]), self._pending[1]
-    self._event('choose', step, policy=self.policy.to_dict(), now=False)
+    self._tell(self.policy, step)
     names = tuple(n for n in self.selection.names if n not in self._banned)
     self._switch(Selection(names, f"{len(bad)} frozen for NaN or infinity", self.selection.policy, step, sum(self._sizes[n] for n in names)/self.n_total), step, {})
 
@@ -1041,7 +1275,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
         units=[(u.name, u.n_params) for u in self.units], selection=self.selection, tracker=self.tracker.state_dict(),
         marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain,
         optimizer=made_up or [k for k,p in params.items() if _state_of(states, p)], made_up=made_up, first=first,
-        policy=self.policy.to_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
+        policy=self.policy.to_dict(), reach=self._reach.state_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
     with replacing(folder/'alf', durable=False) as part:      # the seal flushes all
         part.mkdir()
         save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
@@ -1157,6 +1391,7 @@ def _restore(self:ALFCallback, state, folder, saved, tensors, held, first):
     self._marks,self._cum_lr,self.totals,self._new_state = saved.marks,saved.cum_lr,asdict(saved.totals),saved.new_state
     if 'policy' not in changed: self.policy,self._again = Policy.from_dict(saved.policy),saved.again      # a policy chosen while training goes on; one given anew wins
     self._banned = set(saved.banned); self.policy = self._without_banned(self.policy)
+    self._reach.load_state_dict(asdict(saved.reach))
     self._seen = self._scores(state.global_step)
     if self.references != 'none':      # saved in another form, or not at all: such windows begin anew
         fresh = [n for n in self.selection.names if n not in self.snapshot.names]

@@ -132,11 +132,6 @@ def test_references_anywhere_resume_exactly(tmp_path, references):
     assert losses(again) == losses(whole) and same(weights(again), weights(whole))
 
 
-def test_without_references_a_step_that_is_rounded_away_is_named(tmp_path):
-    with pytest.raises(RuntimeError, match="did not move.*rounded away"):
-        run(tmp_path, ALFCallback(budget=.25, measure_every=2, references="none"), model=demo_model().bfloat16(), learning_rate=1e-9)
-
-
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_other_families(tmp_path, family):
     alf = ALFCallback(budget=.25, interval=4, measure_every=2)
@@ -198,15 +193,6 @@ def test_an_optimizer_of_too_few_parameters_is_refused(tmp_path):
     optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "layers.0." in n])
     trainer = small_trainer(tmp_path, ALFCallback(), model=model, max_steps=2, more=dict(optimizers=(optimizer, None)))
     with pytest.raises(RuntimeError, match="not in the optimizer"): trainer.train()
-
-
-def test_a_selected_unit_that_cannot_move_is_named(tmp_path):
-    model = demo_model()
-    class Thief(TrainerCallback):
-        "Takes the gradient of one selected unit away"
-        def on_pre_optimizer_step(self, args, state, control, **kw): alf.layers.params(alf.selection.names[0])[0].grad = None
-    alf = ALFCallback(budget=.25, measure_every=3)
-    with pytest.raises(RuntimeError, match="did not move.*no gradient"): run(tmp_path, Thief(), alf, model=model)
 
 
 def test_nan_weights_are_named(tmp_path):

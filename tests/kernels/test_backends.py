@@ -235,3 +235,21 @@ def test_second_process_does_not_compile_again(tmp_path):
         warm_up([torch.float32], backend='numba'); print(len(n))"""
     first, second = (int(run_python(code, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2))
     assert first > 0 and second == 0
+
+
+@pytest.mark.parametrize('kind', ['nbc', 'nbi'])
+def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, kind):
+    "A process killed or a power cut while kernels are written to disk"
+    code = """
+        import torch
+        from alf_nb import kernels as K
+        now, ref = [torch.ones(9)], [torch.zeros(9)]
+        print(K.delta_norms({'u': now}, {'u': ref}, backend='numba').delta)
+    """
+    env = dict(NUMBA_CACHE_DIR=str(tmp_path))
+    first = run_python(code, **env)
+    files = list(tmp_path.rglob(f'*.{kind}'))
+    assert files
+    for f in files: os.truncate(f, f.stat().st_size//2)
+    assert run_python(code, **env) == first
+    assert run_python(code, **env) == first
