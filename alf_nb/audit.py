@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np, torch
 from transformers import default_data_collator
+from .foreign import escape, md_code, md_text
 from .kernels import delta_norms
 from .layers import Layers, partition_layers
 from .plots import *
@@ -171,13 +172,13 @@ class SignalAudit(Record):
     def _repr_markdown_(self):
         c,pm = self.config,lambda d,k: f"{d[k]:.2f} ({d[k+'_low']:.2f} … {d[k+'_high']:.2f})"
         kept = lambda v: '–' if v is None else f'{v:.0%}'
-        rows = [f"| {k if k not in _controls else f'*control: {_controls[k]}*'} | {pm(d, 'per_param')} | {kept(d['kept'])} | {pm(d, 'total')} |" for k,d in ((k, self.agreement[k]) for k in [*self.ranked, *(k for k in _controls if k in self.agreement)])]
+        rows = [f"| {md_text(k) if k not in _controls else f'*control: {_controls[k]}*'} | {pm(d, 'per_param')} | {kept(d['kept'])} | {pm(d, 'total')} |" for k,d in ((k, self.agreement[k]) for k in [*self.ranked, *(k for k in _controls if k in self.agreement)])]
         rows.append(f"| *control: random order* | 0 ({self.chance['per_param_low']:.2f} … {self.chance['per_param_high']:.2f}) | {kept(self.chance['kept'])} | 0 ({self.chance['total_low']:.2f} … {self.chance['total_high']:.2f}) |")
         if self.repeats['total'] is not None: rows.append(f"| *usefulness in another repetition* | {self.repeats['per_param']:.2f} | – | {self.repeats['total']:.2f} |")
         best = sorted(self.usefulness, key=lambda n: -self.usefulness[n]['per_param'])
-        show = lambda ns: ', '.join(f"`{n}` ({self.usefulness[n]['total']:+.4f})" for n in ns)
-        return '\n'.join([f"**{self.advice}**", "", f"| signal | agreement with usefulness per parameter ({c['level']:.0%} interval) | kept at {c['budget']:.0%} budget | agreement with total usefulness |", "|---|---|---|---|", *rows, "",
-                          f"{len(self)} units, each trained alone for {c['steps']} steps at lr {c['lr']:g}, {'once' if c['repeats'] == 1 else str(c['repeats'])+' times'}; held-out loss {c['loss']:.3f} before. Most useful per parameter (decrease of the loss): {show(best[:3])}; least: {show(best[-2:])}."])
+        show = lambda ns: ', '.join(f"{md_code(n)} ({self.usefulness[n]['total']:+.4f})" for n in ns)
+        return '\n'.join([f"**{md_text(self.advice)}**", "", f"| signal | agreement with usefulness per parameter ({c['level']:.0%} interval) | kept at {c['budget']:.0%} budget | agreement with total usefulness |", "|---|---|---|---|", *rows, "",
+                          f"{len(self)} units, each trained alone for {md_text(c['steps'])} steps at lr {c['lr']:g}, {'once' if c['repeats'] == 1 else md_text(c['repeats'])+' times'}; held-out loss {c['loss']:.3f} before. Most useful per parameter (decrease of the loss): {show(best[:3])}; least: {show(best[-2:])}."])
 
 # %% ../nbs/14b_audit.ipynb #cbed19d7
 def _holm(ps):
@@ -382,8 +383,8 @@ def _plot(self,
         name = k if k not in _controls else f'control: {_controls[k]}'
         series = [dict(name='', x=[1, n], y=[1, n], c=4, kind='dash')] + [dict(name='', c=c, kind='dots', x=[float(a) for a,t in zip(x, third) if t == i], y=[float(b) for b,t in zip(y, third) if t == i]) for i,c in enumerate((1, 2, 3))]
         label = f"{name}: rank correlation {d[what]:.2f} with {words}, interval {d[what+'_low']:.2f} to {d[what+'_high']:.2f}"
-        out.append(f'<div><p class="alf-head"><b>{name}</b>: {d[what]:.2f} ({d[what+"_low"]:.2f} … {d[what+"_high"]:.2f})</p>' + line_chart(series, label, height=190, x_range=(.2, n+.8), y_range=(.2, n+.8), x_name=f'rank by {name.removeprefix("control: ")}', n_ticks=4) + '</div>')
+        out.append(f'<div><p class="alf-head"><b>{escape(name)}</b>: {d[what]:.2f} ({d[what+"_low"]:.2f} … {d[what+"_high"]:.2f})</p>' + line_chart(series, label, height=190, x_range=(.2, n+.8), y_range=(.2, n+.8), x_name=f'rank by {name.removeprefix("control: ")}', n_ticks=4) + '</div>')
     legend = ''.join(f'<li><i class="alf-key dots alf-c{c}" aria-hidden="true"></i>{t} third</li>' for t,c in (('bottom', 1), ('middle', 2), ('top', 3)))
-    return Picture(f'<p class="alf-said"><b>{self.advice}</b></p><ul class="alf-legend"><li>across: rank by the signal; up: rank by {words}; the higher the more</li>{legend}</ul><div class="alf-maps">{"".join(out)}</div>')
+    return Picture(f'<p class="alf-said"><b>{escape(self.advice)}</b></p><ul class="alf-legend"><li>across: rank by the signal; up: rank by {words}; the higher the more</li>{legend}</ul><div class="alf-maps">{"".join(out)}</div>')
 
 SignalAudit.plot = _plot

@@ -8,19 +8,18 @@ Docs: https://example.github.io/alf_nb/card.html.md"""
 __all__ = ['card_text', 'write_card', 'push_delta']
 
 # %% ../nbs/12b_card.ipynb #59e8a5f2
-import json
+import json, os
 from pathlib import Path
 from . import __version__
 from .delta import read_delta
+from .files import write_whole
+from .foreign import md_code, md_text, open_plain
 from .plots import num, percent
 from .reports import summarize
 from .runlog import _read_once
 
 # %% ../nbs/12b_card.ipynb #108aa734
-def _code(x, most=120):
-    "Foreign text as a code span on one line"
-    text = ' '.join(str(x).replace('`', "'").split())[:most] or '?'
-    return '`' + text.replace('|', '¦') + '`'
+def _code(x): return md_code(x, 120) or '?'
 
 def _base_id(name):
     "(what to call the base, is it an id on a hub?)"
@@ -41,7 +40,7 @@ def _about_run(run):
     layers = {}
     for u in units: layers.setdefault(u.layer, []).append(u.name in ever)
     res = ["## Training", "", "| | |", "|---|---|", *_rows([("steps", s['steps']), ("policy", s['policy'] and _code(s['policy'])), ("importance by", s['signal'] and _code(s['signal'])), ("budget", percent(s['budget'])),
-           ("trained at any moment, mean", percent(s['trainable_share_mean'])), ("trained at any moment, most", percent(s['trainable_share_peak'])), ("selections", s['n_selections']), ("seed", s['seed']),
+           ("trained at any moment, mean", percent(s['trainable_share_mean'])), ("trained at any moment, most", percent(s['trainable_share_peak'])), ("selections", s['n_selections']), ("seed", None if s['seed'] is None else md_text(s['seed'])),
            ("device", s['device'] and _code(s['device'])), ("versions", ', '.join(f"{_code(k)} {_code(v)}" for k,v in s['versions'].items())), ("status", _code(s['status']))])]
     if losses := [(n, s.get(f'{n}_loss_before'), s.get(f'{n}_loss_after')) for n in s['evals'] if s.get(f'{n}_loss_before') is not None or s.get(f'{n}_loss_after') is not None]:
         res += ["", "## Losses", "", "| held-out text | before | after |", "|---|---|---|", *(f"| {_code(n)} | {num(a)} | {num(b)} |" for n,a,b in losses)]
@@ -76,9 +75,9 @@ def write_card(
     overwrite=False, # replace a README.md that is there
     **about          # further arguments of `card_text`
 )->Path:
-    "Write README.md beside a delta; one that is there stays, as somebody may have written in it"
+    "Write README.md beside a delta; one that is there stays, as somebody may have written in it, and a link in its place is replaced"
     file = Path(read_delta(folder).path)/'README.md'
-    if overwrite or not file.exists(): file.write_text(card_text(folder, run, **about), encoding='utf-8')
+    if overwrite or not file.is_file() or file.is_symlink(): write_whole(file, card_text(folder, run, **about))
     return file
 
 # %% ../nbs/12b_card.ipynb #9ee45594
@@ -97,11 +96,14 @@ def push_delta(
     from huggingface_hub.utils import validate_repo_id
     validate_repo_id(repo_id)
     where = write_card(folder, run, repo_id=repo_id, **about).parent
+    names = ['delta.safetensors', 'delta.json', 'README.md']
+    for n in names:
+        if os.path.lexists(where/n): open_plain(where/n).close()       # what a link points to is not sent
     api = HfApi(endpoint=endpoint, token=token)
     cannot = lambda why: OSError(f"cannot push '{where}' to {repo_id}: {why}. Nothing is lost: the folder is ready to be pushed again")
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=str(where), allow_patterns=['delta.safetensors', 'delta.json', 'README.md'], commit_message=f"Delta by alf_nb {__version__}")
+        api.upload_folder(repo_id=repo_id, folder_path=str(where), allow_patterns=names, commit_message=f"Delta by alf_nb {__version__}")
     except OfflineModeIsEnabled: raise cannot("HF_HUB_OFFLINE is set") from None
     except LocalTokenNotFoundError: raise cannot("there is no token: `hf auth login`, or token=…") from None
     except HfHubHTTPError as e: raise cannot(' '.join(str(e).split())[:300]) from e

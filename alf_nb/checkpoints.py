@@ -8,9 +8,10 @@ Docs: https://example.github.io/alf_nb/checkpoints.html.md"""
 __all__ = ['SEAL', 'seal_checkpoint', 'check_checkpoint', 'find_checkpoint']
 
 # %% ../nbs/08a_checkpoints.ipynb #deb64af8
-import itertools, json, os, re, time, warnings, zlib
+import itertools, json, os, re, stat, time, warnings, zlib
 from pathlib import Path
 from .files import clear_parts, is_part, sync, sync_tree, write_whole
+from .foreign import odd_inside, open_plain, read_plain
 from .runlog import RunLog
 
 # %% ../nbs/08a_checkpoints.ipynb #9e63f3a7
@@ -18,25 +19,26 @@ SEAL = 'alf-files.json'
 
 def _crc(path):
     crc = 0
-    with open(path, 'rb') as f:
+    with open_plain(path) as f:
         while block := f.read(1 << 22): crc = zlib.crc32(block, crc)
     return crc
 
 def _files(folder):
     "What a seal vouches for"
     left_out = lambda p: p.name.startswith(SEAL) or re.fullmatch(r'rng_state_\d+\.pth', p.name) or any(map(is_part, p.relative_to(folder).parts))
-    return sorted(p for p in folder.rglob('*') if p.is_file() and not left_out(p))
+    return sorted(p for p in folder.rglob('*') if stat.S_ISREG(p.lstat().st_mode) and not left_out(p))
 
 def seal_checkpoint(
-    folder # of the checkpoint, in which everything else is written
+    folder, # of the checkpoint, in which everything else is written
+    durable:bool=True # flush it to the disk first; False: it is only in passing there
 )->Path:
     "Flush every file to the disk, then write down its size and CRC-32; costs one reading of them"
     folder = Path(folder)
     clear_parts(folder)
-    sync_tree(folder)
+    if durable: sync_tree(folder)
     files = {p.relative_to(folder).as_posix(): [p.stat().st_size, _crc(p)] for p in _files(folder)}
     write_whole(folder/SEAL, json.dumps(dict(version=1, files=files)))
-    for above in folder.absolute().parents[:2]: sync(above)      # output_dir names the checkpoint, and its folder names output_dir
+    for above in folder.absolute().parents[:2] if durable else (): sync(above)      # output_dir names the checkpoint, and its folder names output_dir
     return folder/SEAL
 
 # %% ../nbs/08a_checkpoints.ipynb #f2486b89
@@ -54,9 +56,10 @@ def check_checkpoint(
 )->str:     # what is wrong with it; empty: it is whole
     "Is everything there that was written?"
     folder = Path(folder)
+    if odd := odd_inside(folder): return odd
     try:
         if (folder/SEAL).stat().st_size > 64 << 20: return f'its {SEAL} cannot be read'      # a line per file: no checkpoint has that many
-        data = json.loads((folder/SEAL).read_text(encoding='utf-8'))
+        data = json.loads(read_plain(folder/SEAL))
     except FileNotFoundError: return 'its writing was cut off' if folder.is_dir() else 'there is no such folder'
     except (OSError, ValueError, RecursionError): return f'its {SEAL} cannot be read'
     files = data.get('files') if isinstance(data, dict) and data.get('version') == 1 else None
@@ -69,7 +72,7 @@ def check_checkpoint(
         try:
             if here[name].stat().st_size != size: return f'{name} has {here[name].stat().st_size:,} bytes, not {size:,}'
             if full and _crc(here[name]) != crc: return f'{name} is damaged'
-        except OSError as e: return f'{name} cannot be read ({e.strerror})'
+        except (OSError, ValueError) as e: return f'{name} cannot be read ({getattr(e, "strerror", e)})'
     if full: _whole.clear(); _whole[folder.resolve()] = marks
     return ''
 
@@ -86,7 +89,7 @@ def _run_of(checkpoint):
     file = Path(checkpoint)/'alf'/'state.json'
     try:
         if file.stat().st_size > 256 << 20: return None
-        run = json.loads(file.read_text(encoding='utf-8')).get('run_id')
+        run = json.loads(read_plain(file)).get('run_id')
     except (OSError, ValueError, AttributeError, RecursionError): return None
     return run if isinstance(run, str) else None
 
@@ -116,7 +119,7 @@ def find_checkpoint(
     run = run or _newest_run(folder) or _run_of(max((p for p in found if (p/SEAL).is_file()), key=lambda p: (p/SEAL).stat().st_mtime_ns, default=folder))
     passed = []
     for p in found:
-        if not (why := _other_run(p, run) or check_checkpoint(p)): break
+        if not (why := ('it is a link, not a folder' if p.is_symlink() else '') or _other_run(p, run) or check_checkpoint(p)): break
         passed.append(f'{p.name} ({why})')
     else: p = None
     if passed: warnings.warn(f"passed over {', '.join(passed)}: " + (f"going on from {p.name}" if p else f"no whole checkpoint in {folder}"), stacklevel=2)

@@ -12,6 +12,7 @@ import argparse, logging, os, sys
 from pathlib import Path
 from . import __version__
 from .files import write_whole
+from .foreign import visible
 
 # %% ../nbs/15_cli.ipynb #8c1a5d75
 _POLICIES = ('threshold', 'budget', 'topk', 'full', 'static', 'rotate', 'lisa', 'badam', 'grass', 'inverted')
@@ -155,7 +156,7 @@ def _attention(a):
     write_whole(out/'attention.json', got.to_json()+'\n')
     what = dict(delta='a delta of alf_nb', adapter='a PEFT adapter', model='a whole model')
     page = write_attention(got, out/'attention.html', seen.words, f"Base: {base or 'SmolLM2-135M-Instruct'}; {', '.join(f'{n}: {what[k]}' for n,k in kinds.items())}. Texts: {a.get('data') or 'the Python language reference'}, {'all' if a['all'] else f'held out with seed {seed}'}.")
-    print(got._repr_markdown_()); print(f"\n{shift_verdict(got)}\n\nPage: {page}\nData: {out/'attention.json'}")
+    print(got._repr_markdown_()); print(f"\n{visible(shift_verdict(got))}\n\nPage: {page}\nData: {out/'attention.json'}")
 
 def _compare(a):
     from transformers.utils import logging as hf_logging
@@ -192,5 +193,5 @@ def main(
     except (ValueError, OSError, RuntimeError, ImportError) as e:
         if debug: raise
         said = f"{e.strerror}{f': {e.filename!r}' if e.filename is not None else ''}" if isinstance(e, OSError) and e.strerror else e      # no [Errno 2] before it
-        print(f"alf: error: {said}", file=sys.stderr); return 2
+        print(f"alf: error: {visible(said)}", file=sys.stderr); return 2
     return 0

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
+from .foreign import plain_fd
 from .layers import partition_layers
 from .lock import RunLock
 from .optim import gradient_bytes, optimizer_bytes
@@ -340,8 +341,13 @@ def device_name(
 
 def _append(path, row):
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b'\n'
-    with open(path, 'a', encoding='utf-8') as f: f.write('\n'*bool(torn) + json.dumps(row, allow_nan=False) + '\n'); f.flush(); os.fsync(f.fileno())
+    line = json.dumps(row, allow_nan=False).encode() + b'\n'
+    with os.fdopen(plain_fd(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), 'a+b') as f:
+        if size := f.seek(0, os.SEEK_END): f.seek(size-1)
+        torn = f.read(1) not in (b'', b'\n')
+        f.write(b'\n'*torn + line)
+        f.flush()
+        os.fsync(f.fileno())
 
 def _described(m, steps, blocks, pin):
     "What a row says about a method; its settings tell two of one name apart"
@@ -380,7 +386,7 @@ def compare_policies(
         name, layers = f"{task.key}|{rule} {amount:g}", partition_layers(task.model)
         for p in task.pin: match_units(p, layers.units)
         described = {m.name: _described(m, int(amount) if rule == 'steps' else 1000, layers.n_blocks, task.pin) for m in methods}
-        rows = [r for r in (read_results(out) if out.is_file() else ()) if r['task'] == name]
+        rows = [r for r in (read_results(out) if os.path.lexists(out) else ()) if r['task'] == name]
         if any(r.get('bf16', task.bf16) != task.bf16 for r in rows): raise ValueError(f"{out} holds runs of this task with bf16={not task.bf16}, and this would be bf16={task.bf16}: the two cannot be compared, give another out")
         keep = ('task_loss_before', 'other_loss_before')
         if rows: base = {k: rows[0][k] for k in keep}

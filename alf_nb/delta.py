@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import __version__
 from .files import write_whole
+from .foreign import md_code, md_text, open_plain
 from .layers import _clean
 from .records import Record
 
@@ -157,7 +158,7 @@ class Delta(Record):
         return self.n_bytes / self.model_bytes if self.model_bytes else 0.
 
     def _repr_markdown_(self):
-        return f"**{len(self)} of {self.n_tensors} tensors changed**: {self.n_bytes:,} bytes instead of {self.model_bytes:,} ({self.share:.1%}), for base `{self.base}`"
+        return f"**{len(self)} of {md_text(self.n_tensors)} tensors changed**: {self.n_bytes:,} bytes instead of {self.model_bytes:,} ({self.share:.1%}), for base {md_code(self.base)}"
 
 def _delta(path, info, n_bytes):
     tensors = info['base']
@@ -169,7 +170,7 @@ def _file(path):
     "The delta file that `path`, a folder or the file itself, stands for"
     path = Path(path)
     file = path/_FILE if path.is_dir() else path
-    if not file.is_file(): raise ValueError(f"no delta at '{path}': expected a folder with {_FILE} in it, as save_delta writes it")
+    if not os.path.lexists(file): raise ValueError(f"no delta at '{path}': expected a folder with {_FILE} in it, as save_delta writes it")
     return file
 
 def read_delta(
@@ -177,7 +178,7 @@ def read_delta(
 )->Delta:
     "What the delta at `path` holds, from its header alone"
     file = _file(path)
-    with open(file, 'rb') as f: info,_ = _read_info(f, file)
+    with open_plain(file) as f: info,_ = _read_info(f, file)
     return _delta(file.parent, info, file.stat().st_size)
 
 # %% ../nbs/09a_delta.ipynb #a93ddf4c
@@ -265,7 +266,7 @@ def apply_delta(
     "Turn the base into the trained model, bit by bit; change nothing unless everything fits"
     if not isinstance(model, nn.Module): raise ValueError(f"apply_delta takes a torch module; got {type(model).__name__}")
     file,tensors = _file(path),_state(model)[0]
-    with open(file, 'rb') as f:
+    with open_plain(file) as f:
         info,start = _read_info(f, file)
         want,new,who = info['base'],info['changed'],f"base {info['base_name']!r}"
         _refuse_other_layout(tensors, want, who) # before reading: bounds what is read by the size of the model

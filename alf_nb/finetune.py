@@ -23,6 +23,7 @@ from .checkpoints import _set_aside, _why_none, find_checkpoint, _newest_run
 from .card import write_card
 from .delta import _compare, apply_delta, fingerprint, read_delta, save_delta
 from .files import check_writable, write_whole
+from .foreign import odd_inside, read_plain
 from .layers import partition_layers
 from .lock import RunLock
 from .plots import human_bytes
@@ -72,7 +73,7 @@ def _whole(**kw):
 # %% ../nbs/14_finetune.ipynb #7b2d0e02
 def _json(path):
     "What stands in a small JSON file; empty: nothing that can be read"
-    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
+    try: found = json.loads(read_plain(path))
     except (OSError, ValueError, RecursionError): return {}
     return found if isinstance(found, dict) else {}
 
@@ -336,6 +337,7 @@ def tuned_kind(
     path = Path(path)
     if not path.is_dir(): raise ValueError(f"no folder '{path}': give the folder of a run or its delta, of a PEFT adapter, or of a saved model")
     for kind,where,file in (('delta', path, 'delta.safetensors'), ('delta', path/'delta', 'delta.safetensors'), ('adapter', path, 'adapter_config.json'), ('model', path, 'config.json')):
+        if kind == 'delta' and where.is_symlink() and where != path and where.is_dir(): raise ValueError(f"{where} is a link, not a folder: name the folder that it points to")
         if (where/file).is_file(): return kind, where
     near = sorted(d.name for d in path.iterdir() if d.is_dir() and any((d/f).is_file() for f in ('delta.safetensors', 'adapter_config.json', 'config.json')))
     why = f"; there is something to load in {', '.join(near[:3])}" if near else "; the run in it has no delta yet: it did not end" if (path/'events.jsonl').is_file() else ''
@@ -363,6 +365,7 @@ def load_tuned(
 )->tuple:              # model, and its tokenizer; None where a saved model has none
     "The fine-tuned model in a folder"
     kind,where = tuned_kind(path)
+    if kind != 'delta' and (odd := odd_inside(where, links=False)): raise ValueError(f"the {kind} in '{where}' is not loaded: {odd}")
     if kind == 'model':
         if any((where/f).is_file() for f in ('tokenizer.json', 'tokenizer_config.json')): return load_model(where, progress=progress)
         try:

@@ -18,6 +18,7 @@ from itertools import groupby
 
 import torch
 from torch import nn
+from .foreign import md_text
 from .records import KINDS, UnitInfo
 
 # %% ../nbs/02_layers.ipynb #50631ec8
@@ -637,7 +638,7 @@ def _layers_markdown(self):
         us = [self[n] for n in names]
         kinds = ', '.join(f'{n} {k}' for k,n in Counter(u.kind for u in us).items())
         rows.append((layer, kinds, sum(u.n_params for u in us), sum(u.eligible for u in us)))
-    lines = [f"| {name} | {kinds} | {n:,}{' each' if k > 1 else ''} | {k*n/sum(u.n_params for u in self.units):.1%} | {k*e} |" for name,k,kinds,n,e in _fold(rows)]
+    lines = [f"| {md_text(name)} | {kinds} | {n:,}{' each' if k > 1 else ''} | {k*n/sum(u.n_params for u in self.units):.1%} | {k*e} |" for name,k,kinds,n,e in _fold(rows)]
     return '\n'.join([f"**{len(self)} units in {len(rows)} layers, {self.total:,} parameters that can train**", '',
                       "| layer | units | parameters | share | eligible |", "|---|---|---|---|---|", *lines])
 

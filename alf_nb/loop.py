@@ -34,7 +34,8 @@ def _loader(batches):
     elif hasattr(batches, '__len__') and hasattr(batches, '__getitem__'): return DataLoader(batches, batch_size=1, collate_fn=_only)
     else: loader = DataLoader(_Stream(batches), batch_size=1, collate_fn=_only)
     lent,sure = (True, True) if hasattr(batches, '__next__') else _lend(loader) or (False, False)
-    words = f"{type(given).__name__} can be read only once, and the probe would take batches from training: give a DataLoader, a list of batches, or anything that can be iterated again"
+    words = (f"{type(given).__name__} can be read only once, and the probe would take batches from training: "
+             "give a DataLoader, a list of batches, or anything that can be iterated again")
     if sure: raise ValueError(words)
     if lent: warnings.warn(f"it seems that {words}")
     return loader
@@ -83,7 +84,8 @@ class ALFLoop:
         self._must_be('stepping', "after_step() without before_step(): it belongs behind the backward pass, before optimizer.step()")
         self._stage = 'ready'; self._optimizer.step_was_skipped = skipped
         self.callback.on_optimizer_step(self._args, self._state, None, model=self.model, optimizer=self._optimizer)
-        for p in (*self.model.parameters(), *(p for g in self._optimizer.optimizer.param_groups for p in g['params'])): p.grad = None
+        trained = [p for g in self._optimizer.optimizer.param_groups for p in g['params']]
+        for p in (*self.model.parameters(), *trained): p.grad = None
         self._state.global_step += 1
         self.callback.on_step_end(self._args, self._state, None)
 
@@ -152,22 +154,33 @@ def state_dict(self:ALFLoop)->dict: # file name → its bytes, uint8
     self._must_be('ready', "state_dict() between before_step() and after_step(): save between two steps")
     with tempfile.TemporaryDirectory() as tmp:
         (folder := Path(tmp)/f'checkpoint-{self.steps}').mkdir()
-        args = SimpleNamespace(**{**vars(self._args), 'output_dir': tmp})
+        args = SimpleNamespace(**{**vars(self._args), 'output_dir': tmp, 'durable': False})
         self.callback.on_save(args, SimpleNamespace(**{**vars(self._state), 'is_world_process_zero': True}), None, model=self.model, optimizer=self._optimizer)
         files = {f.name: torch.frombuffer(bytearray(f.read_bytes()), dtype=torch.uint8) for f in sorted((folder/'alf').iterdir())}
     return dict(step=self.steps, max_steps=self.max_steps, files=files)
 
+def _check_saved(saved):
+    "A ValueError where `saved` is not what `state_dict` gives; what the files hold is checked as that of a checkpoint"
+    given = "resume is what ALFLoop.state_dict() gave"
+    if not isinstance(saved, dict) or set(saved) != {'step', 'max_steps', 'files'}:
+        raise ValueError(f"{given}, a dict of step, max_steps and files")
+    for k in ('step', 'max_steps'):
+        if type(saved[k]) is not int or not 0 <= saved[k] <= 1 << 53: raise ValueError(f"{given}, and its {k} is no count of steps")
+    files,names = saved['files'],('state.json', 'tensors.safetensors')
+    if not isinstance(files, dict) or set(files) != set(names): raise ValueError(f"{given}, and its files are {' and '.join(names)}")
+    for k,data in files.items():
+        if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8 or data.dim() != 1:
+            raise ValueError(f"{given}, and its {k} is no row of bytes")
+
 @patch
 def _resume(self:ALFLoop, saved):
     "Begin where `saved` was made"
-    if not isinstance(saved, dict) or not {'step', 'files'} <= set(saved): raise ValueError("resume is what ALFLoop.state_dict() gave")
+    _check_saved(saved)
     with tempfile.TemporaryDirectory() as tmp:
-        (alf := (folder := Path(tmp)/f"checkpoint-{int(saved['step'])}")/'alf').mkdir(parents=True)
-        for name,data in saved['files'].items():
-            if Path(name).name != name or name in ('.', '..'): raise ValueError(f"{name!r} in the state to resume from is no file name")
-            (alf/name).write_bytes(data.cpu().numpy().tobytes())
-        seal_checkpoint(folder)
-        self._state.global_step,self.callback.resume_from = int(saved['step']),str(folder)
+        (alf := (folder := Path(tmp)/f"checkpoint-{saved['step']}")/'alf').mkdir(parents=True)
+        for name,data in saved['files'].items(): (alf/name).write_bytes(data.cpu().numpy().tobytes())
+        seal_checkpoint(folder, durable=False)
+        self._state.global_step,self.callback.resume_from = saved['step'],str(folder)
         self.callback._named = False      # a state is a file that may be an older run's, and its name is not known here
         self._begin()
 
@@ -181,10 +194,26 @@ def _silent(module):
         for n in ('log', 'log_dict'): module.__dict__.pop(n, None)
 
 def _lightning_loss(module, batch):
-    with _silent(module): out = module.training_step(batch, 0)
+    precision,device = module.trainer.precision_plugin,module.trainer.strategy.root_device
+    with _silent(module), precision.train_step_context():
+        batch = module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
+        out = module.training_step(module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0), 0)
     loss = out.get('loss') if isinstance(out, dict) else out
     if loss is None: raise ValueError("training_step returned no loss, so there is nothing to probe: give start='prior', reprobe_batches=0")
     return loss
+
+class _Joined:
+    "The batches of several loaders, joined as Lightning's Trainer joins them"
+    def __init__(self, combined): self.combined = combined
+    def __iter__(self):
+        anew = type(self.combined)(self.combined.iterables, self.combined._mode)
+        return (batch for batch,*_ in anew)
+
+def _lightning_batches(trainer):
+    "What Lightning's Trainer trains on: its loader, or all of them"
+    loaders = trainer.train_dataloader
+    several = isinstance(loaders, (dict, list, tuple)) or not hasattr(loaders, '__iter__')
+    return _Joined(trainer.fit_loop._combined_loader) if several else loaders
 
 def lightning_callback(
     out=None, # folder of the run log; None: the Trainer's `default_root_dir`
@@ -203,7 +232,7 @@ def lightning_callback(
             if not pl_module.automatic_optimization or len(trainer.optimizers) != 1: raise ValueError("ALF needs automatic optimization with one optimizer: use ALFLoop in a manual training_step")
             if trainer.world_size > 1: raise ValueError(f"ALF under Lightning runs in one process, and here are {trainer.world_size}: give devices=1, or use ALFCallback in a transformers Trainer")
             optimizer,steps = trainer.optimizers[0],int(min(trainer.estimated_stepping_batches, 2**53))
-            self.loop = ALFLoop(pl_module, optimizer, trainer.train_dataloader, steps, out=out or trainer.default_root_dir, loss=_lightning_loss, resume=self._saved, **alf)
+            self.loop = ALFLoop(pl_module, optimizer, _lightning_batches(trainer), steps, out=out or trainer.default_root_dir, loss=_lightning_loss, resume=self._saved, **alf)
             self._hook = optimizer.register_step_post_hook(lambda *a: self.loop.after_step())      # before the scheduler moves on
         def on_before_backward(self, trainer, pl_module, loss): self.loop.callback._keep_loss(loss)
         def on_before_optimizer_step(self, trainer, pl_module, optimizer): self.loop.before_step()

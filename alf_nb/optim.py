@@ -237,7 +237,7 @@ def _beside(x, p):
     "An entry from host memory on the device of parameter `p`, nothing of it repeated by its strides"
     whole = lambda t: t.contiguous() if t.numel() > 1 and not any(t.stride()) else t
     if isinstance(x, Tensor) and not _is_wrapper(x): return as_shard(whole(x.to(p.device)), p) if x.dim() else x
-    x = _mapped(x, lambda t: whole(t.to(p.device)) if t.dim() else t)
+    x = _mapped(x, lambda t: whole(t.to(p.device)) if t.dim() or isinstance(x, Tensor) else t)      # a tensor made of tensors has one device
     return as_shard(x, p) if isinstance(x, Tensor) else x
 
 # %% ../nbs/07_optim.ipynb #7c1e5a33

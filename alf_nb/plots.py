@@ -12,8 +12,9 @@ __all__ = ['human_bytes', 'human_count', 'human_time', 'num', 'percent', 'ticks'
 # %% ../nbs/11_plots.ipynb #95903061
 import base64, math, re, struct, textwrap, zlib
 from functools import lru_cache
-from html import escape, unescape
+from html import unescape
 from importlib.resources import files
+from .foreign import escape
 
 # %% ../nbs/11_plots.ipynb #bd23219a
 def human_bytes(n)->str:
@@ -93,9 +94,11 @@ def theme_css()->str:
     "The style sheet that report and widgets share"
     return (files('alf_nb')/'static'/'theme.css').read_text(encoding='utf-8')
 
+_NO_MATH = 'mathjax_ignore tex2jax_ignore'     # classes in which MathJax, of either name, takes no dollar sign for a formula
+
 class Picture(str):
     "A piece of HTML that shows itself in a notebook"
-    def _repr_html_(self): return f'<style>{theme_css()}</style><div class="alf">{self}</div>'
+    def _repr_html_(self): return f'<style>{theme_css()}</style><div class="alf {_NO_MATH}">{self}</div>'
     def __repr__(self):
         said = re.search(r'aria-label="([^"]+)"|<caption>([^<]+)', self)
         return f'<Picture: {textwrap.shorten(unescape(said[1] or said[2]), 66, placeholder=" …")}>' if said else '<Picture>'

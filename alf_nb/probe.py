@@ -39,7 +39,8 @@ def _random_states():
     kept = [(torch.set_rng_state, torch.get_rng_state()), (random.setstate, random.getstate())]
     if (np := sys.modules.get('numpy')) is not None: kept.append((np.random.set_state, np.random.get_state()))
     for device in (getattr(torch, name, None) for name in ('cuda', 'xpu', 'npu')):
-        if device is not None and device.is_initialized(): kept.append((device.set_rng_state_all, device.get_rng_state_all()))
+        if device is None or not device.is_initialized(): continue
+        kept.append((device.set_rng_state_all, device.get_rng_state_all()))
     if torch.backends.mps.is_available(): kept.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
     return kept
 
@@ -60,7 +61,8 @@ def _same_modules(*roots):
     "Afterwards buffers, modes and counters of these modules are what they were"
     modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
     # a cache that grows is a new buffer and a number: neither is right without the other
-    kept = [(m, m.training, dict(m._buffers), {k: v for k,v in vars(m).items() if type(v) in (int, float)}) for m in modules]
+    numbers_of = lambda m: {k: v for k,v in vars(m).items() if type(v) in (int, float)}
+    kept = [(m, m.training, dict(m._buffers), numbers_of(m)) for m in modules]
     buffers = {b for m in modules for b in m._buffers.values() if b is not None and _can_change(b)}
     copies = [(b, b.detach().clone()) for b in buffers]
     try: yield
@@ -81,15 +83,20 @@ def _enclosed(function):
         except ValueError: return None      # nothing yet
     return [content(c) for c in function.__closure__ or ()]
 
+def _named(function):
+    "Values of the global names in a function"
+    return [function.__globals__.get(n) for n in function.__code__.co_names]
+
 def _modules_in(thing, depth=4, seen=None):
     "Modules that a function, or whatever else, uses: what it is bound to, encloses, names or holds"
     seen = {} if seen is None else seen
-    if id(thing) in seen or not depth or isinstance(thing, (type, types.ModuleType, Tensor, str, bytes, int, float)): return []
+    plain = type, types.ModuleType, Tensor, str, bytes, int, float
+    if id(thing) in seen or not depth or isinstance(thing, plain): return []
     seen[id(thing)] = thing
     if isinstance(thing, torch.nn.Module): return [thing]
     if inspect.ismethod(thing): inside = [thing.__self__, thing.__func__]
     elif isinstance(thing, functools.partial): inside = [thing.func, *thing.args, *thing.keywords.values()]
-    elif inspect.isfunction(thing): inside = [*_enclosed(thing), *(thing.__globals__.get(n) for n in thing.__code__.co_names)]
+    elif inspect.isfunction(thing): inside = [*_enclosed(thing), *_named(thing)]
     elif isinstance(thing, dict): inside = list(thing.values())
     elif isinstance(thing, (list, tuple)): inside = thing[:100]
     else: inside = list(getattr(thing, '__dict__', {}).values())
@@ -112,9 +119,9 @@ def _inside(thing):
 
 def _walk(things, skip=()):
     "These things and all that they hold, but none of the classes `skip`"
-    seen,todo = {},[(t, 0) for t in things]
+    seen,todo = {},deque((t, 0) for t in things)      # the nearest first: each is met on its shortest way
     while todo:
-        thing,depth = todo.pop()
+        thing,depth = todo.popleft()
         if id(thing) in seen or depth > 8 or isinstance(thing, skip): continue
         seen[id(thing)] = thing
         todo += [(t, depth+1) for t in _inside(thing)]
@@ -130,8 +137,11 @@ def _state_of(thing):
     if isinstance(thing, torch.Generator): return thing.set_state, thing.get_state()
     if isinstance(thing, random.Random): return thing.setstate, thing.getstate()
     if np is not None and isinstance(thing, np.random.RandomState): return thing.set_state, thing.get_state()
-    if np is not None and isinstance(thing, np.random.Generator): return functools.partial(setattr, thing.bit_generator, 'state'), thing.bit_generator.state
-    if isinstance(thing, (dict, list, set, deque)): return (functools.partial(_refill, thing), copy.copy(thing)) if len(thing) <= 10_000 else None      # larger ones are data
+    if np is not None and isinstance(thing, np.random.Generator):
+        bits = thing.bit_generator
+        return functools.partial(setattr, bits, 'state'), bits.state
+    if isinstance(thing, (dict, list, set, deque)):
+        return (functools.partial(_refill, thing), copy.copy(thing)) if len(thing) <= 10_000 else None      # else data
     return (functools.partial(_refill, vars(thing)), dict(vars(thing))) if _is_part(thing) else None
 
 def _states(things, skip=(), but=()):
@@ -144,7 +154,7 @@ def _put_back(states):
 
 @contextmanager
 def _same_objects(*things, skip=(), but=()):
-    "Afterwards attributes, containers and generators of these things, and of what they hold, are what they were; not those of classes `skip` and of what `but` holds"
+    "Afterwards these things, and all that they hold, are what they were; not classes `skip`, and not what `but` holds"
     kept = _states(things, skip, but)
     try: yield
     finally: _put_back(kept)
@@ -160,10 +170,11 @@ def _parts(loader):
 
 def _lent(loader):
     "Streams and samplers of a loader that can be read only once"
-    return [v.stream for k in ('dataset', 'sampler', 'batch_sampler') if isinstance(v := getattr(_base(loader), k, None), _Lent)]
+    held = [getattr(_base(loader), k, None) for k in ('dataset', 'sampler', 'batch_sampler')]
+    return [v.stream for v in held if isinstance(v, _Lent)]
 
 def _takes_by_index(loader):
-    "Does it fetch rows or batches of a dataset by index, as torch's does? A class that iterates in another way does more than that"
+    "Does it fetch rows or batches of a dataset by index, as torch's does? Another way of iterating may do more"
     base = _base(loader)
     if not isinstance(base, DataLoader) or isinstance(base.dataset, IterableDataset): return False
     torchs = type(base).__iter__ is DataLoader.__iter__ or type(base).__module__.startswith('torchdata.')
@@ -208,9 +219,10 @@ def _reseed(seed, loader):
         if isinstance(g := getattr(setter, '__self__', None), torch.Generator): g.manual_seed(seed)
 
 def _probe_batches(loader, n, seed, size=None, rank=0, world=1):
-    "Up to `n` batches as `loader` makes them, by a draw that `seed` decides. Leaves its marks on the loader and on generators"
+    "Up to `n` batches as `loader` makes them, by a draw that `seed` decides; moves generators and the loader's state"
     if not _takes_by_index(loader): return _first_batches(loader, n, seed)
-    base,generator = _base(loader),torch.Generator().manual_seed(seed)      # one draw for all processes: each takes its part of every batch
+    # one draw for all processes: each takes its part of every batch
+    base,generator = _base(loader),torch.Generator().manual_seed(seed)
     data = base.dataset
     if len(data) == 0: raise ValueError("the training dataset is empty")
     if (rows := _plain_size(loader)) is not None:
@@ -221,14 +233,17 @@ def _probe_batches(loader, n, seed, size=None, rank=0, world=1):
         return DataLoader(data, batch_size=rows, sampler=mine, collate_fn=base.collate_fn)
     _reseed(seed, loader)
     sampler = base.sampler if base.batch_sampler is None else base.batch_sampler
-    chosen = _index_batches(loader, sampler.probe() if isinstance(sampler, _Lent) else sampler, n, generator, rank, world)
+    if isinstance(sampler, _Lent): sampler = sampler.probe()
+    chosen = _index_batches(loader, sampler, n, generator, rank, world)
     how = dict(batch_size=None, sampler=chosen) if base.batch_sampler is None else dict(batch_sampler=chosen)
     return DataLoader(data, collate_fn=base.collate_fn, **how)
 
 def _first_batches(loader, n, seed):
     "The first batches of a loader that iterates itself"
     base = _base(loader)
-    if not isinstance(base, DataLoader): _reseed(seed, loader); return itertools.islice(loader, n)
+    if not isinstance(base, DataLoader):
+        _reseed(seed, loader)
+        return itertools.islice(loader, n)
     own = copy.copy(base)
     vars(own)['_iterator'] = None      # workers that live on are in the middle of an epoch
     if isinstance(base.dataset, _Lent): vars(own)['dataset'] = base.dataset.probe()
@@ -242,7 +257,7 @@ def _alike(a, b):
     if type(a) is not type(b): return False
     if isinstance(a, Mapping): return a.keys() == b.keys() and all(_alike(v, b[k]) for k,v in a.items())
     if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(_alike, a, b))
-    if isinstance(a, Tensor): return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a != a) & (b != b)).all())
+    if isinstance(a, Tensor): return a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())
     if hasattr(a, 'dtype') and hasattr(a, 'tobytes'): return a.tobytes() == b.tobytes()
     if type(a).__eq__ is object.__eq__: return _alike(getattr(a, '__dict__', None), getattr(b, '__dict__', None))
     try: return bool(a == b) or a != a and b != b
@@ -250,7 +265,9 @@ def _alike(a, b):
 
 class _Lent(IterableDataset):
     "A stream, or a sampler, that can be read only once, of which a probe may see items before training gets them"
-    def __init__(self, stream, ahead, sources): self.stream,self.ahead,self.sources = stream,deque(ahead),sources
+    def __init__(self, stream, ahead, sources, n):
+        self.stream,self.ahead,self.sources = stream,deque(ahead),sources
+        self.n,self.taken = n,0
     def __getattr__(self, name):
         if name == 'stream': raise AttributeError(name)      # not there yet
         return getattr(self.stream, name)
@@ -260,11 +277,12 @@ class _Lent(IterableDataset):
         return _Rest(self)
     def take(self):
         "The next item that nobody has seen"
-        while self.sources:      # in turns: each may hold some back
-            source = self.sources.pop(0)
-            for item in source:
-                self.sources.append(source)
+        while self.sources:
+            for item in self.sources[0]:
+                self.taken += 1
+                if self.taken % self.n == 0: self.sources.append(self.sources.pop(0))      # each may hold some back
                 return item
+            self.sources.pop(0)
         raise StopIteration
     def probe(self): return _Seen(self)
 
@@ -287,13 +305,14 @@ class _Seen(IterableDataset):
 def _shared(thing):
     "What all iterations of a thing share, beside its attributes: those of its class, and what its `__iter__` names"
     begin = getattr(type(thing), '__iter__', None)
-    named = [*_enclosed(begin), *(begin.__globals__.get(n) for n in begin.__code__.co_names)] if inspect.isfunction(begin) else []
+    named = [*_enclosed(begin), *_named(begin)] if inspect.isfunction(begin) else []
     return [v for c in type(thing).__mro__ for v in vars(c).values()] + named
 
 def _read_once(stream, n):
-    "None if `stream` gives the same `n` items a second time; else what was read, the iterators that go on from there, and whether it is sure"
+    "None if `stream` gives the same `n` items again; else what was read, the iterators that go on, and is it sure?"
     before,parts = _states([stream]),_walk([stream])
-    holds = any(isinstance(v, Iterator) and not (v is stream and _is_part(v)) for t in parts for v in (t, *_shared(t)))
+    held = [v for t in parts for v in (t, *_shared(t)) if not (v is stream and _is_part(v))]
+    holds = any(isinstance(v, Iterator) for v in held)
     def look():
         with _same_draws():
             items = iter(stream)
@@ -305,18 +324,21 @@ def _read_once(stream, n):
     return a + b, [first] if first is second else [first, second], holds
 
 def _lend(loader, n=2):
-    "Let a loader whose rows or batches can be read only once hand what a probe sees to training; looks at `n`. None if it can be read again, else whether it does hand over, and whether it is sure"
+    "Let a loader that can be read once hand on what a probe sees. None: it can be read again; else: does it, surely?"
     base,where = _base(loader),None
     if not isinstance(base, DataLoader):
         read = _read_once(loader, n)
         return read and (False, read[2])
-    if isinstance(base.dataset, IterableDataset) and not base.num_workers: where = 'dataset'      # each worker has a copy of it
-    elif _takes_by_index(loader) and _plain_size(loader) is None: where = 'sampler' if base.batch_sampler is None else 'batch_sampler'
+    if isinstance(base.dataset, IterableDataset) and not base.num_workers: where = 'dataset'      # workers have copies
+    elif _takes_by_index(loader) and _plain_size(loader) is None:
+        where = 'sampler' if base.batch_sampler is None else 'batch_sampler'
     if where is None: return None
     if isinstance(getattr(base, where), _Lent): return True, True
+    if hasattr(loader, 'iteration'): loader.set_epoch(loader.iteration)      # as it does itself when it begins
     read = _read_once(getattr(base, where), n)
-    if read is None or where != 'dataset' and not read[2]: return None      # a sampler that draws from the clock is likelier than one that can be read only once
-    vars(base)[where] = _Lent(getattr(base, where), *read[:2])
+    # a sampler that draws from the clock is likelier than one that hides what it reads
+    if read is None or where != 'dataset' and not read[2]: return None
+    vars(base)[where] = _Lent(getattr(base, where), *read[:2], n)
     return True, read[2]
 
 # %% ../nbs/05a_probe.ipynb #2ad44a73
@@ -359,7 +381,9 @@ def _model_loss(model, batch):
     out = model(**batch)
     loss = _loss_in(out)
     if loss is None:
-        raise ValueError(f"the model returned no loss for a batch with {', '.join(map(str, batch))}, but {_described(out)}: give it labels, pass the loss as `loss=`, or choose by a signal that needs no probe (signal='rate')")
+        raise ValueError(f"the model returned no loss for a batch with {', '.join(map(str, batch))}, "
+                         f"but {_described(out)}: give it labels, pass the loss as `loss=`, "
+                         "or choose by a signal that needs no probe (signal='rate')")
     return loss
 
 def _is_loss(x): return isinstance(x, Tensor) and x.numel() == 1 and x.is_floating_point()
@@ -374,9 +398,11 @@ def _loss_in(out):
 def _described(out):
     "What a model returned, in words"
     def one(x): return f"{type(x).__name__}{f' of shape {tuple(x.shape)}' if isinstance(x, Tensor) else ''}"
-    fields = out if hasattr(out, 'keys') else getattr(out, '_fields', None) or ([] if isinstance(out, Tensor) else getattr(out, '__dict__', ()))
+    if isinstance(out, Tensor): return one(out)
+    fields = out if hasattr(out, 'keys') else getattr(out, '_fields', None) or getattr(out, '__dict__', ())
     if fields: return f"{type(out).__name__} with {', '.join(map(str, fields))}"
-    return f"{type(out).__name__} of {', '.join(map(one, out)) or 'nothing'}" if isinstance(out, (tuple, list)) else one(out)
+    if isinstance(out, (tuple, list)): return f"{type(out).__name__} of {', '.join(map(one, out)) or 'nothing'}"
+    return one(out)
 
 def _finite_everywhere(loss):
     "Is the loss finite, on every process? What one leaves out all leave out, or their sums would not fit together"
@@ -413,10 +439,10 @@ def _is_masked(batch):
 def _why_odd(layers, odd, masked):
     "Why batches have a loss that is NaN or infinite"
     many = f"{odd} batch{'es'*(odd > 1)} of the probe left out"
-    if masked == odd: return f"{many}, with labels that are all masked (-100)"
+    if masked == odd: return f"{many}, with all labels masked (-100)"
     bad = [n for n in layers if not all(bool(local_tensor(p.detach()).isfinite().all()) for p in layers.params(n) if p.is_floating_point())]
     if bad: return f"{many}, with a loss that is NaN or infinite: weights of {bad[0]}{f' and {len(bad)-1} more units' if len(bad) > 1 else ''} hold NaN or infinity"
-    return f"{many}, with a loss that is NaN or infinite{f'; {masked} of them with labels that are all masked (-100)' if masked else ''}: look at the data, the loss and its dtype"
+    return f"{many}, with a loss that is NaN or infinite{f'; {masked} of them with all labels masked (-100)' if masked else ''}: look at the data, the loss and its dtype"
 
 def probe_gradients(
     layers:Layers,        # a model as units

@@ -9,7 +9,8 @@ __all__ = ['KINDS', 'Record', 'UnitInfo', 'DeltaNorms', 'Scores', 'Selection', '
 
 # %% ../nbs/01_records.ipynb #e5c4854b
 import json, math
-from dataclasses import dataclass, field, fields, asdict
+from dataclasses import MISSING, dataclass, field, fields, asdict
+from .foreign import md_code, md_text
 
 # %% ../nbs/01_records.ipynb #463f0264
 class Record:
@@ -27,6 +28,9 @@ class Record:
         names = [f.name for f in fields(cls) if f.init]
         if unknown := [k for k in d if k not in names]:
             raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(names)}")
+        needed = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
+        if missing := [k for k in needed if k not in d]:
+            raise ValueError(f"{cls.__name__} lacks {', '.join(missing)}")
         return cls(**d)
 
     def to_json(self)->str:
@@ -122,29 +126,32 @@ class Scores(Record):
 
     def _repr_markdown_(self):
         imp = self.importance
-        rows = [f"| {n} | {self.values[n]:.4g} | {imp[n]:.2f} | {self.ages.get(n, 0)} |" for n in self.ranked()]
+        rows = [f"| {md_text(n)} | {self.values[n]:.4g} | {imp[n]:.2f} | {md_text(self.ages.get(n, 0))} |" for n in self.ranked()]
         n_unknown = len(self) - len(rows)
         more = [f"\n… and {len(rows)-12} more"] if len(rows) > 12 else []
-        return '\n'.join([f"| unit | {self.signal} | importance | age |", "|---|---|---|---|", *rows[:12], *more,
+        return '\n'.join([f"| unit | {md_text(self.signal)} | importance | age |", "|---|---|---|---|", *rows[:12], *more,
                           *([f"\n{n_unknown} of {len(self)} units unknown"] if n_unknown else [])])
 
 # %% ../nbs/01_records.ipynb #964fd4c0
 @dataclass(frozen=True)
 class Selection(Record):
     "The units that train next, in model order, and the reason."
-    names:tuple         # unit names in model order
+    names:tuple[str, ...] # unit names in model order
     reason:str=''       # one line for a person
     policy:str=''       # name of the policy that chose
     step:int=0          # optimizer step at which it was chosen
     share:float=0.      # fraction of all parameters, 0–1
-    def __post_init__(self): object.__setattr__(self, 'names', tuple(self.names))
+    def __post_init__(self):
+        if isinstance(self.names, str) or not hasattr(self.names, '__iter__'):
+            raise ValueError(f"names={self.names!r}, but they are a list of unit names")
+        object.__setattr__(self, 'names', tuple(self.names))
     def __len__(self): return len(self.names)
     def __iter__(self): return iter(self.names)
     def __contains__(self, name): return name in self.names
 
     def _repr_markdown_(self):
-        shown = ', '.join(f'`{n}`' for n in self.names[:8]) + (f' … and {len(self)-8} more' if len(self) > 8 else '')
-        return f"**{len(self)} units, {self.share:.1%} of the parameters** from step {self.step} ({self.policy}: {self.reason})\n\n{shown}"
+        shown = ', '.join(md_code(n) for n in self.names[:8]) + (f' … and {len(self)-8} more' if len(self) > 8 else '')
+        return f"**{len(self)} units, {self.share:.1%} of the parameters** from step {md_text(self.step)} ({md_text(self.policy)}: {md_text(self.reason)})\n\n{shown}"
 
 # %% ../nbs/01_records.ipynb #58f37976
 def _frozen(v): return tuple(map(_frozen, v)) if isinstance(v, (list, tuple)) else v
@@ -219,7 +226,7 @@ class AttentionShift(Record):
     def _repr_markdown_(self):
         layers,heads = self.shape
         few = [] if self.low else ["", "Too few texts for intervals: give at least 6."]
-        return '\n'.join([f"**Attention {self.name}: {self.n_texts} texts, {self.n_tokens:,} tokens, {layers} layers × {heads} heads**", "",
+        return '\n'.join([f"**Attention {md_text(self.name)}: {md_text(self.n_texts)} texts, {self.n_tokens:,} tokens, {layers} layers × {heads} heads**", "",
                           f"| attention | before | after | change | {self.level:.0%} interval | heads with more | with less |", "|---|---|---|---|---|---|---|",
                           *(f"| {' | '.join(r)} |" for r in self.table()), "", *(f"- {s}" for s in self.said()), *few])
 
@@ -249,5 +256,5 @@ class AttentionComparison(Record):
 
     def _repr_markdown_(self):
         first = next(iter(self.shifts.values()))
-        return '\n'.join([f"**Change of attention: {first.n_texts} texts, {first.shape[0]} layers × {first.shape[1]} heads**", "", f"| attention | before | {' | '.join(self.shifts)} |", "|---|---|" + "---|"*len(self),
+        return '\n'.join([f"**Change of attention: {md_text(first.n_texts)} texts, {first.shape[0]} layers × {first.shape[1]} heads**", "", f"| attention | before | {' | '.join(map(md_text, self.shifts))} |", "|---|---|" + "---|"*len(self),
                           *(f"| {' | '.join(r)} |" for r in self.table()), "", f"In bold: the {first.level:.0%} interval does not hold 0. Heads: those whose change stands out among all heads."])

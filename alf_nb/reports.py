@@ -13,13 +13,14 @@ __all__ = ['summarize', 'summary_table', 'latest_scores', 'loss_chart', 'layer_m
 import json, math, os, re, statistics, textwrap
 from bisect import bisect_left
 from datetime import datetime, timezone
-from html import escape
 from pathlib import Path
 from fastcore.basics import patch
 from .files import write_whole
+from .foreign import escape, md_text, open_plain, visible
 from .records import AttentionComparison, AttentionShift, Scores
 from .runlog import RunLog, _is_number, _is_text, _read_once
 from .plots import *
+from .plots import _NO_MATH
 from .policies import POLICIES
 from .shift import shift_section, shift_verdict
 
@@ -64,7 +65,7 @@ def summarize(
     done = [e for e in ev if e['event'] in ('log', 'measure', 'run_end')]
     steps = max((e['step'] for e in done), default=0)
     t = [e['t'] for e in ev if e.get('t') is not None and e['event'] not in ('eval', 'sample')]
-    wall = end.get('wall_s') or (t[-1]-t[0] if t else None)
+    wall = end.get('wall_s') or (max(t[-1]-t[0], 0) if t else None)      # a clock may be put back
     sels, sizes, config = log.selections(), {u.name: u.n_params for u in log.units}, begin.get('config') or {}
     ends = [s.step for s in sels[1:]] + [steps]
     spent = [(s.share, max(min(e, steps)-s.step, 0)) for s,e in zip(sels, ends)]
@@ -78,7 +79,7 @@ def summarize(
     loss = lambda name, when: losses.get(name, {}).get(when)
     per_param, n_total = _bytes_per_param(log, sizes, sels), begin.get('n_total')
     d = dict(run=log.dir.resolve().name, status=log.status, error=f"{error.get('type')}: {error.get('message')}" if error else None, run_id=begin.get('run_id'), model=begin.get('model'),
-        policy=policy.get('policy') if isinstance(policy, dict) else policy or (sels[-1].policy if sels else None), budget=policy.get('budget') if isinstance(policy, dict) else None, signal=config.get('signal') if _uses_scores(policy) else None,
+        policy=policy.get('policy') if isinstance(policy, dict) else policy or (sels[-1].policy if sels else None), budget=policy.get('budget') if isinstance(policy, dict) and _is_number(policy.get('budget')) else None, signal=config.get('signal') if _uses_scores(policy) else None,
         device=begin.get('device'), versions=begin.get('versions') or {}, date=datetime.fromtimestamp(begin['t'], timezone.utc).strftime('%Y-%m-%d %H:%M UTC') if begin.get('t') is not None else None,
         steps=steps, max_steps=begin.get('max_steps'), seed=begin.get('seed'), wall_s=wall, n_total=n_total, n_selections=len(sels), resumed=sum(e['event'] == 'resume' for e in ev),
         nonfinite=sum(bool(e.get('nonfinite')) for e in ev), damaged_lines=log.damaged)
@@ -121,7 +122,7 @@ def summary_table(
     for p in s['samples']:
         out += ['', f"prompt: {p['prompt']}"]
         out += [textwrap.fill(f"{w}: {_continuation(p['prompt'], p[w])}", 100, initial_indent='  ', subsequent_indent='    ') for w in ('before', 'after') if p[w] is not None]
-    return '\n'.join(out)
+    return visible('\n'.join(out))       # a name must not command the terminal
 
 def _continuation(prompt, text): return (text[len(prompt):] if prompt and text.startswith(prompt) else text).strip()
 
@@ -418,7 +419,7 @@ class Comparison:
     def _repr_markdown_(self):
         cols = [c for c in _columns if c[0] in ('run', 'policy') or any(r[c[0]] is not None for r in self.rows)]
         low = {k: min((r[k] for r in self.rows if r[k] is not None), default=None) for k,_,f in cols if f is not str}
-        cell = lambda r, k, f: '–' if r[k] is None else f'**{f(r[k])}**' if len(self) > 1 and r[k] == low.get(k) else re.sub(r'([|\\`*_<])', r'\\\1', f(r[k]))
+        cell = lambda r, k, f: '–' if r[k] is None else f'**{f(r[k])}**' if len(self) > 1 and r[k] == low.get(k) else md_text(f(r[k]))
         return '\n'.join(['| ' + ' | '.join(n for _,n,_ in cols) + ' |', '|' + '---|'*len(cols), *('| ' + ' | '.join(cell(r, k, f) for k,_,f in cols) + ' |' for r in self.rows)])
 
     def plot(self)->Picture:
@@ -476,8 +477,10 @@ def read_results(
 )->list: # dicts in the order of their first writing
     "Rows of a results file; of those with the same key the last one"
     path, rows = Path(path), {}
-    if not path.is_file(): raise FileNotFoundError(f"no results here: {path} does not exist")
-    for line in path.read_bytes().split(b'\n'):
+    try:
+        with open_plain(path) as f: lines = f.read().split(b'\n')
+    except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(f"no results here: {path} does not exist") from None
+    for line in lines:
         try: r = json.loads(line.decode('utf-8', 'replace'), parse_constant=lambda c: None)
         except (ValueError, RecursionError): continue
         if _is_row(r): rows[r['key']] = r
@@ -611,8 +614,6 @@ class PolicyComparison:
         return out
 
 # %% ../nbs/12_reports.ipynb #a246e16d
-def _md(s): return re.sub(r'([|\\`*_<>\[\]])', r'\\\1', str(s)).replace('\n', ' ')
-
 def _cells(c):
     "What was reached and what it cost: head and rows of text, each"
     c0, b0 = (c.control.name if c.control else 'random'), (c.baseline.name if c.baseline else 'full')
@@ -629,10 +630,10 @@ _how_to_read = ("Losses are means over seeds with 95 % intervals (Student); lowe
                 "The learning rate is the one that did best on the held-out text with the first seed, so means are a little too good, for every method alike. Each interval stands alone: of twenty true nulls one is expected to miss 0. †: at the edge of the rates tried.")
 
 def _repr_markdown_(self):
-    show = lambda v, i, j: f'**{_md(v)}**' if i == 0 and j in (0, 3) and v != '–' else _md(v)
-    tables = ['\n'.join(['| ' + ' | '.join(map(_md, head)) + ' |', '|---|' + '---:|'*(len(head)-1), *('| ' + ' | '.join(show(v, i if k == 0 else 1, j) for j,v in enumerate(r)) + ' |' for i,r in enumerate(rows))]) for k,(head,rows) in enumerate(_cells(self))]
-    words = [*(f'- {_md(w)}' for w in self.verdict), *(f'- Caution: {_md(w)}' for w in self.warnings)]
-    return '\n'.join([f'**{_md(self.title)}**', '', *words, '', '\n\n'.join(tables), '', _how_to_read])
+    show = lambda v, i, j: f'**{md_text(v)}**' if i == 0 and j in (0, 3) and v != '–' else md_text(v)
+    tables = ['\n'.join(['| ' + ' | '.join(map(md_text, head)) + ' |', '|---|' + '---:|'*(len(head)-1), *('| ' + ' | '.join(show(v, i if k == 0 else 1, j) for j,v in enumerate(r)) + ' |' for i,r in enumerate(rows))]) for k,(head,rows) in enumerate(_cells(self))]
+    words = [*(f'- {md_text(w)}' for w in self.verdict), *(f'- Caution: {md_text(w)}' for w in self.warnings)]
+    return '\n'.join([f'**{md_text(self.title)}**', '', *words, '', '\n\n'.join(tables), '', _how_to_read])
 PolicyComparison._repr_markdown_ = _repr_markdown_
 
 # %% ../nbs/12_reports.ipynb #01516f89
@@ -727,7 +728,7 @@ def _html(self:PolicyComparison, level=2):
 @patch
 def _repr_html_(self:PolicyComparison):
     said = ''.join(f'<p class="alf-said">{escape(w)}</p>' for w in self.verdict)
-    return f'<style>{theme_css()}</style><div class="alf"><h2>{escape(self.title)}</h2>{said}{self._html(3)}</div>'
+    return f'<style>{theme_css()}</style><div class="alf {_NO_MATH}"><h2>{escape(self.title)}</h2>{said}{self._html(3)}</div>'
 
 def compare_results(
     results, # `.jsonl` file, or rows
@@ -744,7 +745,7 @@ def compare_results(
 def _notebook(file, comparisons):
     "A notebook that shows the comparisons, with its outputs"
     md = lambda s: dict(cell_type='markdown', metadata={}, source=s)
-    code = lambda s, out=None: dict(cell_type='code', metadata={}, source=s, execution_count=None, outputs=[] if out is None else [dict(output_type='display_data', metadata={}, data={'text/html': out._repr_html_(), 'text/markdown': out._repr_markdown_(), 'text/plain': out.title})])
+    code = lambda s, out=None: dict(cell_type='code', metadata={}, source=s, execution_count=None, outputs=[] if out is None else [dict(output_type='display_data', metadata={}, data={'text/html': out._repr_html_(), 'text/markdown': out._repr_markdown_(), 'text/plain': visible(out.title)})])
     cells = [md('# Methods under one rule\nEach cell shows what one task of the results file says. Run it again when more rows are there.'), code(f'from alf_nb.reports import compare_results\nresults = {file!r}')]
     for c in comparisons: cells += [code(f"compare_results(results, task={c.task['task']!r})", c)]
     for i,c in enumerate(cells): c['id'] = f'cell-{i}'

@@ -13,6 +13,8 @@ from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from fastcore.basics import patch
+from .files import sync
+from .foreign import md_text, open_plain, plain_fd
 from .records import KINDS, UnitInfo, Selection
 
 # %% ../nbs/08_runlog.ipynb #8ec750ca
@@ -96,6 +98,28 @@ def survivors(
 
 
 # %% ../nbs/08_runlog.ipynb #238db08f
+_TAIL = 4096        # bytes by which a file is known again
+
+def _place(s): return s.st_dev, s.st_ino
+
+def _holds(path, end, tail):
+    "Does the file at `path` have the bytes `tail` before byte `end`?"
+    try:
+        with open_plain(path) as f:
+            f.seek(end - len(tail))
+            return bool(tail) and f.read(len(tail)) == tail
+    except (OSError, ValueError): return False
+
+def _first_line(fd, run_id):
+    "The last `run_begin` (of this run, if it is known) in an open file, also when that was deleted meanwhile"
+    if fd is None: return None
+    os.lseek(fd, 0, os.SEEK_SET)
+    found, of = None, b'' if run_id is None else f'"run_id":{json.dumps(run_id)}'.encode()
+    with open(fd, 'rb', closefd=False) as f:
+        for line in f:
+            if line.startswith(b'{"event":"run_begin"') and line.endswith(b'\n') and of in line: found = line
+    return found
+
 class RunLog:
     "Events of a run, appended to `events.jsonl` and read back from it."
     def __init__(self,
@@ -106,7 +130,10 @@ class RunLog:
         self.dir = self.path.parent
         self.lost = 0       # events that could not be written since the last one that could
         self._fd = self._torn = None
-        self._lock, self._step, self._offset, self._passed = threading.Lock(), 0, 0, 0      # _passed: lines that `poll` passed over
+        self._place = self._told = self._run = self._begun = None      # (device, inode) of the file; what is to be said of it; id and first line of the run
+        self._end, self._tail, self._again = 0, b'', b''               # where that ends which was written, its last bytes; what a new file begins with
+        self._lock, self._step = threading.Lock(), 0
+        self._offset, self._passed, self._read, self._seen = 0, 0, b'', None      # of `poll`: bytes read, lines passed over, the last bytes, the file as it was
 
     def __repr__(self): return f"RunLog({str(self.path)!r})"
     def __enter__(self): return self
@@ -116,10 +143,41 @@ class RunLog:
         "Open for appending; a torn last line of an earlier writer is ended first"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_BINARY', 0), 0o644)
+            self._fd = plain_fd(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         except OSError as e: raise type(e)(e.errno, f"cannot write the run log ({os.strerror(e.errno)}); choose another folder than", str(self.path)) from None
-        try: self._torn = os.lseek(self._fd, -1, os.SEEK_END) >= 0 and os.read(self._fd, 1) != b'\n'
-        except OSError: self._torn = False   # empty file
+        s = os.fstat(self._fd)
+        self._place, self._end = _place(s), s.st_size
+        os.lseek(self._fd, max(0, s.st_size - _TAIL), os.SEEK_SET)
+        self._tail = os.read(self._fd, _TAIL)
+        self._torn = self._tail != b'' and not self._tail.endswith(b'\n')
+
+    def _missing(self):
+        "(is the file at the path the one that is open, what has become of the lines written so far; empty: they are there)"
+        try: s = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError): return False, 'is gone'
+        except OSError: return True, ''       # nobody can tell
+        same = _place(s) == self._place
+        if same and s.st_size == self._end or _holds(self.path, self._end, self._tail): return same, ''      # a copy put in its place; and some file systems number a file anew
+        return same, 'was cut short' if same else 'is another file now'
+
+    def _follow(self):
+        "Have the file at the path open; when what was written is no longer in it, it begins with the run's first line again"
+        same, what = self._missing() if self._place else (True, '')
+        if same and not what and self._fd is not None: return
+        old, self._fd = self._fd, None
+        if what: self._begun = self._begun or _first_line(old, self._run)
+        try: self._open()
+        except (OSError, ValueError) as e:
+            self._fd = old
+            if old is None or os.fstat(old).st_nlink == 0: raise e if isinstance(e, OSError) else OSError(errno.EINVAL, str(e))
+            return self._tell(f"{what}, and a new one cannot be made there: the run goes on in the old file, wherever it was moved to")
+        if old is not None: os.close(old)
+        if not what: return
+        self._again = self._begun or b''
+        self._tell(f"{what}: the run goes on in a new one there, which begins with the run's first line. What was written before is where it was moved to, or lost")
+
+    def _tell(self, what):
+        if self._told is None: self._told = f"the run log {self.path} {what}"
 
     def write(self,
         event:str, # kind of event, such as `log`
@@ -127,23 +185,30 @@ class RunLog:
     ):
         "Append one event"
         with self._lock:
-            if self._fd is None: self._open()
             d = {'t': round(time.time(), 3), 'step': self._step, **fields}
             line = _line(event, {**d, 'lost': self.lost} if self.lost else d)
             self._step = int(d['step'])
-            try: n = os.write(self._fd, b'\n'+line if self._torn else line)
-            except OSError as e: n, why = 0, e
-            else: why = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if n == len(line) + self._torn:
-                self._torn, self.lost = False, 0
+            data, n = line, 0
+            if self._place is None and self._fd is None: self._open()
+            try:
+                self._follow()
+                data = b'\n'*self._torn + (self._again if event != 'run_begin' else b'') + line
+                n, why = os.write(self._fd, data), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as e: why = e
+            if n == len(data):
+                self._torn, self.lost, self._again = False, 0, b''
+                if event in ('run_begin', 'resume'): self._run = fields.get('run_id')
+                if event == 'run_begin': self._begun = line
+                self._end, self._tail = os.lseek(self._fd, 0, os.SEEK_CUR), data[-_TAIL:]
                 if event in ('save', 'run_end', 'error'): self._flush()
+                if self._told: warnings.warn(self._told, stacklevel=2); self._told = ''
                 return
             self._torn |= n > 0
             self.lost += 1
             if self.lost == 1: raise OSError(why.errno, f"cannot write {event!r} to the run log: {why.strerror}; earlier events are safe in", str(self.path))
 
     def _flush(self):
-        try: os.fsync(self._fd)
+        try: os.fsync(self._fd); sync(self.dir)
         except OSError: pass    # pipes and some network file systems
 
     def close(self):
@@ -178,6 +243,11 @@ def _is_unit(u):
 def _is_units(v): return isinstance(v, list) and all(map(_is_unit, v)) and len({u['name'] for u in v}) == len(v)
 
 _EVERY = dict(t=_is_time, step=_is_count)
+
+def _with_time(e):
+    "The event without its time, if that is of a clock outside 1970 … 8307: it did happen"
+    return {k: v for k,v in e.items() if k != 't'} if type(e.get('t')) in (int, float) and not _is_time(e['t']) else e
+
 _KNOWN = dict(
     run_begin=dict(run_id=_is_text, versions=_is_dict, config=_is_dict, units=_is_units, n_total=_is_count, max_steps=_is_count, interval=_is_count, model=_is_text, device=_is_text),
     probe=dict(signals=_is_signals, wall_s=_is_number, batches=_is_count, loss=_is_number),
@@ -211,7 +281,9 @@ def _parse(line):
     if line == b'\n' or line.count(b'[') + line.count(b'{') + line.count(b',') > _MANY: return None
     try: e = json.loads(line.decode('utf-8', 'replace'), parse_constant=lambda c: None)
     except (ValueError, RecursionError): return None
-    return {'step': 0, **e} if isinstance(e, dict) and _is_shallow(e) and _is_event(e) else None
+    if not isinstance(e, dict) or not _is_shallow(e): return None
+    e = _with_time(e)
+    return {'step': 0, **e} if _is_event(e) else None
 
 def _complete(f):
     "(line, bytes) of each complete line from here on; of a line that is absurdly long b'' and its bytes"
@@ -225,7 +297,7 @@ def _complete(f):
 @patch
 def _lines(self:RunLog):
     "Complete lines of the file, as bytes"
-    with open(self.path, 'rb') as f: yield from (l for l,_ in _complete(f))
+    with open_plain(self.path) as f: yield from (l for l,_ in _complete(f))
 
 @patch
 def _found(self:RunLog, kinds):
@@ -273,17 +345,20 @@ def _neighbours(self:RunLog):
 @patch
 def poll(self:RunLog)->list: # event dicts, oldest first
     "Events written since the last call; none before the file exists"
-    try: size = os.stat(self.path).st_size
+    try: s = os.stat(self.path)
     except (FileNotFoundError, NotADirectoryError): return []
-    if size < self._offset: self._offset = self._passed = 0    # the file was replaced
-    if size == self._offset: return []
+    seen = (_place(s), s.st_size, s.st_mtime_ns)
+    if seen == self._seen: return []
     found = []
-    with open(self.path, 'rb') as f:
+    with open_plain(self.path) as f:
+        if self._offset and not _holds(self.path, self._offset, self._read): self._offset, self._passed, self._read = 0, 0, b''     # replaced, cut, or made again: read from its beginning
         f.seek(self._offset)
         for l,n in _complete(f):                # a torn last line waits for the next call
             self._offset += n
+            self._read = (self._read + l)[-_TAIL:]
             if e := _parse(l): found.append(e)
             else: self._passed += l != b'\n'
+    self._seen = seen
     return found
 
 # %% ../nbs/08_runlog.ipynb #04dd42c6
@@ -344,10 +419,12 @@ class _Reading(RunLog):
     def _selections(self): return RunLog.selections(self)
     def selections(self): return list(self._selections)
 
-def _read_once(run): return run if isinstance(run, _Reading) else _Reading(run.path if isinstance(run, RunLog) else run)
+def _read_once(run):
+    if not isinstance(run, RunLog): return _Reading(run)
+    return _Reading(run.path) if type(run) is RunLog else run      # what else is a log has its events already
 
 @patch
 def _repr_markdown_(self:RunLog):
     log, n = _read_once(self), {}
     for e in log.events(): n[e['event']] = n.get(e['event'], 0) + 1
-    return '\n'.join([f"**{self.dir.name}**: {log.status}", '', '| event | count |', '|---|---|', *(f'| {k} | {v} |' for k,v in n.items())])
+    return '\n'.join([f"**{md_text(self.dir.name) or 'run'}**: {log.status}", '', '| event | count |', '|---|---|', *(f'| {md_text(k)} | {v} |' for k,v in n.items())])

@@ -8,7 +8,7 @@ Docs: https://example.github.io/alf_nb/shift.html.md"""
 __all__ = ['shift_map', 'shift_verdict', 'shift_section']
 
 # %% ../nbs/11g_shift.ipynb #9977968f
-from html import escape
+from .foreign import escape
 from .plots import *
 from .records import AttentionComparison, AttentionShift
 

@@ -118,17 +118,24 @@ def restore_snapshot(
     snap:Snapshot,  # empty snapshot of the same model
     tensors:dict    # what `snapshot_tensors` returned
 )->None:
-    "Fill `snap` with saved references; a unit is restored whole or not at all"
+    "Fill `snap` with saved references; a unit is restored whole or not at all, and after an error nothing is"
     def put(k, p):
         ref, device = tensors[key(k)], snap.device or p.device
         if ref.shape != p.shape: raise ValueError(f"reference of {k} has shape {tuple(ref.shape)}, the parameter has {tuple(p.shape)}")
-        if snap.bits == 32: return shard_of(ref, p).to(device, copy=True).contiguous()
-        return Reference8(ref.to(device, copy=True), tensors[f'{k}/scale'].to(device, copy=True), tensors[f'{k}/error'].item())
+        if snap.bits == 32:
+            if ref.dtype != p.dtype: raise ValueError(f"reference of {k} is {ref.dtype}, the parameter is {p.dtype}")
+            return shard_of(ref, p).to(device, copy=True).contiguous()
+        if missing := [e for e in ('scale', 'error') if f'{k}/{e}' not in tensors]:
+            raise ValueError(f"the reference of {k} has no {missing[0]}")
+        if (error := tensors[f'{k}/error']).numel() != 1: raise ValueError(f"the error of the reference of {k} is no number")
+        return Reference8(ref.to(device, copy=True), tensors[f'{k}/scale'].to(device, copy=True), error.item())
+    refs = {}
     key = lambda k: f'{k}/q' if snap.bits == 8 else k
     for n in snap.layers:
         params = snap.layers.named_params(n)
         if other := [k for k in params if (k if snap.bits == 8 else f'{k}/q') in tensors]: raise ValueError(f"the reference of {other[0]} was saved in {40-snap.bits} bits, this snapshot keeps {snap.bits}")
         if held := [k for k in params if key(k) in tensors]:
             if missing := [k for k in params if key(k) not in tensors]: raise ValueError(f"reference of {n!r} is incomplete: {missing[0]} is missing")
-            snap._refs[n] = {k: put(k, params[k]) for k in held}
+            refs[n] = {k: put(k, params[k]) for k in held}
+    snap._refs |= refs
     snap._plan = None

@@ -94,8 +94,10 @@ class ImportanceTracker:
     def load_state_dict(self,
         state:dict # what `state_dict` returned
     )->None:
-        "Continue from saved numbers"
+        "Continue from saved numbers; each has to have its step"
         for sig,vals in state['values'].items():
             if unknown := [n for n in vals if n not in self._known]: raise ValueError(f"saved {sig} has a unit {unknown[0]!r} that this model lacks")
+        if {k: set(v) for k,v in state['values'].items()} != {k: set(v) for k,v in state['steps'].items()}:
+            raise ValueError("saved values and steps are not of the same units")
         self.values = {k: dict(v) for k,v in state['values'].items()}
         self.steps = {k: dict(v) for k,v in state['steps'].items()}

@@ -15,11 +15,11 @@ _require('torch', 'transformers', 'accelerate', 'safetensors')
 import copy, functools, hashlib, json, math, os, re, sys, threading, time, uuid, warnings, weakref
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from . import __version__
@@ -30,8 +30,11 @@ from .layers import partition_layers
 from .lock import RunLock
 from .optim import _bare, _has_to_move, ParkedStates, FrozenGuard, _first_states, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets
 from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
-from .probe import _NothingToCompare, _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws, _same_modules, _same_objects, _takes_by_index, probe_gradients
+from .probe import _NothingToCompare, _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws
+from .probe import _same_modules, _same_objects, _takes_by_index, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
+from .resume import (_check_loaded, _check_names, _check_references, _check_states, _check_tensor_names, _named,
+                           _piece, _read_state, _read_tensors, _State, _Totals)
 from .runlog import RunLog
 from .shards import _any_process, _n_started, is_sharded, local_tensor, over_shards, reshard, set_up_shards, whole_tensor
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
@@ -299,7 +302,7 @@ def _is_compiled(args, model): return bool(getattr(args, 'torch_compile', False)
 @functools.cache
 def _graphs_see_freezing():
     "Does `torch.compile` make another graph when a parameter is frozen? That of torch 2.6 does not"
-    with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # weights are drawn, and once per process only
+    with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # drawn once per process only
     f = torch.compile(one, backend=lambda graph, _: made.append(graph) or graph.forward)
     f(x); one.requires_grad_(False); f(x)
     return len(made) > 1
@@ -325,7 +328,7 @@ def _freeze_for_load(self:ALFCallback, args, model):
     if not any(map(is_sharded, model.parameters())): return
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); folder = self._given_folder(args) or find_checkpoint(args.output_dir, _newest_run(self.out or args.output_dir))
     file = Path(folder or '')/'alf'/'state.json'
-    held = set(json.loads(file.read_text(encoding='utf-8')).get('optimizer') or ()) if file.is_file() else ()
+    held = set(_read_state(file.parent.parent).optimizer) if file.is_file() else ()
     if not held: return
     _thaw_leftovers(model); self._loaded_for = file.parent.parent.resolve()      # accelerate loads twice
     frozen = [(k, p) for k,p in model.named_parameters() if p.requires_grad and k not in held]
@@ -398,8 +401,10 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     self.policy,self._pending,self._again,self._selected_at = self._asked_policy,None,False,0
     self._place,self._banned,self._jumped = {k: (p, p.device, p.dtype) for n in self.names for k,p in self.layers.named_params(n).items()},set(),set()
     self.selection,self._marks,self._cum_lr = None,{},[0.]*len(self._rate_sources)
-    self.totals = dict(steps=0, share_sum=0., share_peak=0., state_bytes_peak=0, measure_s=0., probe_s=0., select_s=0., wall_s=0.)
+    self.totals = asdict(_Totals())
     self._measuring,self._new_state,self._step_s,self._tokens_seen = False,True,[],getattr(state, 'num_input_tokens_seen', 0)
+    resuming = state.global_step > 0
+    saved = self._load(args, state) if resuming else None      # refused here, the model is as the Trainer has loaded it
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self._odd,self._spoilt,self._bare = {},[],False
     self._reach,self._stand_in,self._still,self._stepped = _Reach(),None,set(),False
@@ -407,7 +412,6 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)      # fp16's scaler overflows on purpose, and leaves such steps out itself
     _guard_allocators(model, self.policy)
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
-    resuming = state.global_step > 0
     if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
     compiled = _is_compiled(args, model)
     if not compiled: _NOTES.setdefault(model, []).append(model.register_forward_hook(_Differentiable(self)))
@@ -418,16 +422,21 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     if not resuming: _warn_of_new_head(model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)})
     self.run_id,self._seen = uuid.uuid4().hex[:12],self._scores(0)
     if self._trainer is not None and self.signal in ('gain', 'grad_norm'): self._lend_rows()
-    if resuming: self._restore(args, state)
+    if resuming: self._restore(state, *saved)
     else:
         self._keep_earlier(args, state)
-        self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
-                    max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
+        self._write_begin(state)
         self._select(0)
     trains = [p for n in self.names for p in self.layers.params(n)]      # what is frozen for good may be packed, which no kernel reads
     warm_up(sorted({p.dtype for p in trains}, key=str), trains[0].device, dot=True, bits=8 if self.references == '8bit' else 32)      # compile here, not in the first window
     self._training = self._news = True
     self._t_step = time.perf_counter()
+
+@patch
+def _write_begin(self:ALFCallback, state):
+    model,args = self.layers.model,self._args
+    self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
+                max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
 
 @patch
 def _find_rates(self:ALFCallback, optimizer):
@@ -489,14 +498,16 @@ def _untouched(self:ALFCallback):
     "Whatever is computed in this context: training sees, draws and counts what it would without"
     of_trainer = [] if self._trainer is None else [vars(self._trainer), vars(self._trainer.state)]
     ours = _Lent,TrainerCallback,CallbackHandler
-    with _same_draws(), _same_modules(self.layers.model, *_modules_in(self._loss)), _same_objects(*_parts(self._loader), *of_trainer, skip=ours, but=_lent(self._loader)): yield
+    modules,things = [self.layers.model, *_modules_in(self._loss)],[*_parts(self._loader), *of_trainer]
+    with _same_draws(), _same_modules(*modules), _same_objects(*things, skip=ours, but=_lent(self._loader)): yield
 
 @patch
 def _lend_rows(self:ALFCallback):
     "A stream that can be read only once gives training what a probe has read"
     lent,sure = _lend(self._loader, self._batch_size) or (True, True)
     if lent: return
-    words = f"{type(self._loader).__name__}, the training loader, can be read only once, and the probe would take batches from training: return a DataLoader from get_train_dataloader, or choose by a signal that needs no probe (signal='rate')"
+    words = (f"{type(self._loader).__name__}, the training loader, can be read only once, "
+             "and the probe would take batches from training: return a DataLoader from get_train_dataloader, or choose by a signal that needs no probe (signal='rate')")
     if sure: raise ValueError(words)
     warnings.warn(f"it seems that {words}")
 
@@ -504,15 +515,18 @@ def _lend_rows(self:ALFCallback):
 def _own_size(self:ALFCallback):
     "Rows of a batch on this process, where the loader has the Trainer's batch size; None: it has one of its own"
     size = _plain_size(self._loader) if _takes_by_index(self._loader) else None
-    stock = (self._batch_size, getattr(self._args, 'train_batch_size', None), getattr(self._trainer, '_train_batch_size', None))
+    given = ((self._args, 'train_batch_size'), (self._trainer, '_train_batch_size'))
+    stock = [self._batch_size, *(getattr(thing, k, None) for thing,k in given)]
     return self._batch_size if size in stock else None
 
 @patch
 def _prepared(self:ALFCallback, batch):
     "`batch` as the Trainer gives it to the model"
     t = self._trainer
-    if t is None or _is_own(t, '_prepare_inputs') and _is_own(t, '_prepare_input'): return _to_device(batch, next(self.layers.model.parameters()).device)
-    if '_buffered_inputs' in vars(t): t._buffered_inputs = None      # TRL's online trainers would answer with a part of what they last generated
+    if t is None or _is_own(t, '_prepare_inputs') and _is_own(t, '_prepare_input'):
+        return _to_device(batch, next(self.layers.model.parameters()).device)
+    # TRL's online trainers would answer with a part of what they last generated
+    if '_buffered_inputs' in vars(t): t._buffered_inputs = None
     return t._prepare_inputs(batch)
 
 @patch
@@ -532,10 +546,12 @@ def _probe(self:ALFCallback, step, n_batches):
 def _ask(self:ALFCallback, step, n_batches):
     "The probe itself"
     if self._trainer is not None: self._trainer.current_gradient_accumulation_steps = 1      # its loss is that of one batch
-    batches = _probe_batches(self._loader, n_batches, (self.seed*1_000_003 + step)*1009, self._own_size(), self._args.process_index, self._args.world_size)
+    seed,args = (self.seed*1_000_003 + step)*1009,self._args
+    batches = _probe_batches(self._loader, n_batches, seed, self._own_size(), args.process_index, args.world_size)
     if not self.layers.model.training: self.layers.model.train()      # parts that are kept in eval mode stay in it
     eligible = [u.name for u in self.units if u.eligible]
-    return probe_gradients(self.layers, map(self._prepared, batches), eligible, loss=self._loss, progress=self.on_probe and (lambda i: self.on_probe(i, n_batches)))
+    progress = self.on_probe and (lambda i: self.on_probe(i, n_batches))
+    return probe_gradients(self.layers, map(self._prepared, batches), eligible, loss=self._loss, progress=progress)
 
 @patch
 def _learn(self:ALFCallback, found, step, t0):
@@ -1254,13 +1270,18 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     weights = _fingerprint(self.layers)
     folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
     if not (state.is_world_process_zero and folder.is_dir()): return      # of weights in pieces, the others have sent what they hold
-    data = dict(version=1, run_id=self.run_id, step=state.global_step, config=self.config, units=[[u.name, u.n_params] for u in self.units], weights=weights,
-                selection=self.selection.to_dict(), tracker=self.tracker.state_dict(), marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain, optimizer=made_up or [k for k,p in params.items() if _state_of(states, p)], made_up=made_up, first=first, policy=self.policy.to_dict(), reach=self._reach.state_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
+    saved = _State(
+        version=1, run_id=self.run_id, step=state.global_step, config=self.config, weights=weights,
+        units=[(u.name, u.n_params) for u in self.units], selection=self.selection, tracker=self.tracker.state_dict(),
+        marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain,
+        optimizer=made_up or [k for k,p in params.items() if _state_of(states, p)], made_up=made_up, first=first,
+        policy=self.policy.to_dict(), reach=self._reach.state_dict(), again=self._again,
+        banned=[n for n in self.names if n in self._banned])
     with replacing(folder/'alf', durable=False) as part:      # the seal flushes all
         part.mkdir()
         save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
-        (part/'state.json').write_text(json.dumps(data), encoding='utf-8')
-    seal_checkpoint(folder)      # last of all: from now on it is whole
+        (part/'state.json').write_text(json.dumps(saved.to_dict()), encoding='utf-8')
+    seal_checkpoint(folder, getattr(args, 'durable', True))      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
 
@@ -1280,29 +1301,6 @@ def _drop_made_up(self:ALFCallback):
     for k in made_up: _pop_state(states, self._place[k][0])
     return made_up
 
-_STATE = dict(step=int, config=dict, units=list, weights=str, selection=dict, tracker=dict, marks=dict, cum_lr=list, totals=dict, new_state=bool, parked=dict, run_id=str)
-
-def _read_state(folder):
-    "`state.json` and tensors of a checkpoint, if they are what `on_save` writes; else a RuntimeError that names the file"
-    file = folder/'alf'/'state.json'
-    try:
-        if file.stat().st_size > 256 << 20: raise ValueError(f"{file.stat().st_size:,} bytes are too many")
-        data = json.loads(file.read_text(encoding='utf-8'))
-        if not isinstance(data, dict): raise ValueError("it is no dict")
-        if data.get('version') != 1: raise ValueError(f"ALF state of version {data.get('version')!r}, this alf_nb reads 1")
-        if odd := [k for k,t in _STATE.items() if not isinstance(data.get(k), t)]: raise ValueError(f"{odd[0]!r} is missing or no {_STATE[odd[0]].__name__}")
-        number = lambda v: v is None or type(v) in (int, float)
-        Selection.from_dict(data['selection'])
-        if 'policy' in data: Policy.from_dict(data['policy'])
-        good = (all(isinstance(u, list) and len(u) == 2 and isinstance(u[0], str) for u in data['units']) and all(map(number, (*data['cum_lr'], *data['totals'].values())))
-                and all(isinstance(v, list) and len(v) == 2 and number(v[0]) and all(map(number, v[1] if isinstance(v[1], list) else v[1:])) for v in data['marks'].values()) and all(isinstance(v, dict) for v in data['parked'].values())
-                and all(isinstance(data['tracker'].get(k), dict) and all(isinstance(v, dict) and all(map(number, v.values())) for v in data['tracker'][k].values()) for k in ('values', 'steps'))
-                and isinstance(data.get('banned', []), list) and all(isinstance(n, str) for n in [*data.get('banned', []), *data.get('made_up', []), *data['selection'].get('names', ())]) and isinstance(data.get('again', False), bool))
-        if not good: raise ValueError("its numbers and names are not where they belong")
-    except (OSError, ValueError, TypeError, RecursionError) as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/state.json cannot be read: {e or type(e).__name__}") from None
-    try: return data, load_file(folder/'alf'/'tensors.safetensors')
-    except Exception as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/tensors.safetensors cannot be read: {e}") from None      # safetensors has an exception of its own
-
 @patch
 def _check_run(self:ALFCallback, args, folder, run):
     "Does a checkpoint of `run` belong to the newest run? If not, it has to be meant: Trainer alone takes the one with the largest number"
@@ -1319,45 +1317,88 @@ def _check_run(self:ALFCallback, args, folder, run):
     raise RuntimeError(f"{runs}: {todo}. If the older one is meant, name it: ALFCallback(resume_from={str(folder)!r})")
 
 @patch
-def _restore(self:ALFCallback, args, state):
-    "Continue from the checkpoint that Trainer has just loaded"
+def _folder(self:ALFCallback, args, state):
+    "The checkpoint that Trainer has just loaded, if it is whole"
     folder = Path(self._given_folder(args) or Path(args.output_dir)/f'checkpoint-{state.global_step}')
     if self._loaded_for not in (None, folder.resolve()): raise RuntimeError(f"FSDP2 has loaded optimizer state for {self._loaded_for.name}, the newest whole checkpoint here, and the run is at {folder.name}: name the folder, ALFCallback(resume_from={str(folder)!r})")
     if why := 'it was saved without ALFCallback or with save_only_model=True, or it lies elsewhere (resume_from=…)' if not (folder/'alf').is_dir() else check_checkpoint(folder):
         with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir, _newest_run(self.out or args.output_dir))
         raise RuntimeError(f"cannot resume from {folder.name}: {why}. {f'The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}' if other else 'There is no whole checkpoint with ALF here'}")
-    data,tensors = _read_state(folder)
-    if data['step'] != state.global_step: raise RuntimeError(f"ALF state of step {data['step']} beside a Trainer state of step {state.global_step}: {folder.name} mixes two runs")
-    if data['units'] != [[u.name, u.n_params] for u in self.units]:
-        was,now = ({n for n,_ in data['units']},set(self.names))
-        raise ValueError(f"the model has changed since the checkpoint: {len(data['units'])} units then, {len(self.units)} now" + (f", the first difference is {sorted(was ^ now)[0]!r}" if was ^ now else ', with other sizes'))
-    if data['weights'] != _fingerprint(self.layers): raise ValueError(f"the weights of this model are not those of {folder.name}: resume with trainer.train(resume_from_checkpoint=…) and the same model")
-    if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != data['config'].get(k)]: warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}{'; what trains is chosen anew' if {'policy', 'kinds'} & set(changed) else ''}")
-    self._check_run(args, folder, data['run_id'])
-    self.run_id = data['run_id']
-    self.selection = Selection.from_dict(data['selection'])
+    return folder
+
+@patch
+def _load(self:ALFCallback, args, state):
+    "The checkpoint's folder, state and tensors, each checked against model and optimizer; nothing is changed"
+    folder = self._folder(args, state)
+    self._check_same(folder, found := _read_state(folder), state)
+    self._check_run(args, folder, found.run_id)
+    known = dict(step=state.global_step, unit=set(self.names), units=self.units, parameter=set(self._place),
+                 start={*STARTS, 'none'})
+    saved = _check_names(folder, known, self._rates_of, len(self._rate_sources))
+    tensors = _read_tensors(folder)
+    with _named(folder, 'alf/state.json'): self._check_choice(saved, state)
     params = self._all_params()
-    try: known = _safe_classes() | _state_classes(self._optimizer); held,first = (_unpack_states(data.get(w, {}), params, tensors, w, known) for w in ('parked', 'first'))
-    except Exception as e: raise RuntimeError(f"cannot resume from {folder.name}: alf/state.json cannot be read: {e if isinstance(e, ValueError) else repr(e)}") from None      # classes of others check what they are given in their own way
-    if odd := [k for k in (*held, *first) if k not in self._place]: raise RuntimeError(f"cannot resume from {folder.name}: it holds optimizer state of {odd[0]!r}, which this model lacks")
+    trains = {k: p for n in saved.selection.names for k,p in self.layers.named_params(n).items()}
+    with _named(folder, 'the optimizer state that was loaded (optimizer.pt)'): _check_loaded(self._optimizer, params)
+    with _named(folder, 'alf/tensors.safetensors'):
+        _check_references(tensors, saved.config.references, trains)
+        _check_tensor_names(tensors, saved, params)
+        held,first = self._kept_states(saved, tensors, params, trains)
+    return folder, saved, tensors, held, first
+
+@patch
+def _check_same(self:ALFCallback, folder, saved, state):
+    "Is it the state of this step, of this model?"
+    if saved.step != state.global_step: raise RuntimeError(f"ALF state of step {saved.step} beside a Trainer state of step {state.global_step}: {folder.name} mixes two runs")
+    if saved.units != [(u.name, u.n_params) for u in self.units]:
+        was,now = ({n for n,_ in saved.units},set(self.names))
+        raise ValueError(f"the model has changed since {folder.name}: {len(saved.units)} units then, {len(self.units)} now" + (f", the first difference is {sorted(was ^ now)[0][:200]!r}" if was ^ now else ', with other sizes'))
+    if saved.weights != _fingerprint(self.layers): raise ValueError(f"the weights of this model are not those of {folder.name}: resume with trainer.train(resume_from_checkpoint=…) and the same model")
+
+@patch
+def _check_choice(self:ALFCallback, saved, state):
+    "Could the policy in force choose, if it has to? Asked with every score known"
+    step,policy = state.global_step,Policy.from_dict(saved.policy)
+    due = self._every and step < self.lock*state.max_steps or self._starting(step) is not None
+    if not due and not saved.again: return
+    every = Scores(saved.config.signal, dict.fromkeys(self.names, 1.))
+    policy.select(every if policy.needs_scores else None, self.units, step, saved.selection)
+
+@patch
+def _kept_states(self:ALFCallback, saved, tensors, params, trains):
+    "State of parameters at rest, and that of before the first step: parameter → entry → value of this process"
+    known,found = _safe_classes() | _state_classes(self._optimizer),[]
+    for word,plain,busy in (('parked', saved.parked, trains), ('first', saved.first, {})):
+        try: whole = _unpack_states(plain, {}, tensors, word, known)
+        except Exception as e:      # classes of others check what they are given in their own way
+            raise ValueError(f"{word} cannot be put together: {e if isinstance(e, ValueError) else repr(e)}") from None
+        _check_states(word, whole, params, busy, self._optimizer, saved.step)
+        found.append({k: {e: _piece(v, params[k]) for e,v in s.items()} for k,s in whole.items()})
+    return found
+
+@patch
+def _restore(self:ALFCallback, state, folder, saved, tensors, held, first):
+    "Continue from what `_load` returned"
+    was = asdict(saved.config)
+    if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != was[k]]: warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}{'; what trains is chosen anew' if {'policy', 'kinds'} & set(changed) else ''}")
+    self.run_id,self.selection = saved.run_id,saved.selection
+    params = self._all_params()
     _set_first_states(self._optimizer, {params[k]: s for k,s in first.items()})
     apply_selection(self.layers, self.selection.names, self._optimizer, None)      # the optimizer came back with the state of these units only
-    for k in data.get('made_up', ()): _pop_state(_states(self._optimizer), params.get(k))
-    was = data['config'].get('references', self.references)
-    if self.references != 'none' and (was == '8bit') == (self.references == '8bit'): restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
+    for k in saved.made_up: _pop_state(_states(self._optimizer), params[k])
+    if self.references != 'none' and (was['references'] == '8bit') == (self.references == '8bit'): restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
     self.parked.held = held
-    self.tracker.load_state_dict(data['tracker'])
-    self._marks = {k: tuple(v) for k,v in data['marks'].items()}
-    self._cum_lr,self.totals,self._new_state = data['cum_lr'],data['totals'],data['new_state']
-    if 'policy' not in changed and 'policy' in data:       # a policy chosen while training goes on; one given anew wins
-        self.policy,self._again = Policy.from_dict(data['policy']),data['again']
-    self._banned = set(data.get('banned', ())); self.policy = self._without_banned(self.policy)
-    if 'reach' in data: self._reach.load_state_dict(data['reach'])
+    self.tracker.load_state_dict(asdict(saved.tracker))
+    self._marks,self._cum_lr,self.totals,self._new_state = saved.marks,saved.cum_lr,asdict(saved.totals),saved.new_state
+    if 'policy' not in changed: self.policy,self._again = Policy.from_dict(saved.policy),saved.again      # a policy chosen while training goes on; one given anew wins
+    self._banned = set(saved.banned); self.policy = self._without_banned(self.policy)
+    self._reach.load_state_dict(asdict(saved.reach))
     self._seen = self._scores(state.global_step)
     if self.references != 'none':      # saved in another form, or not at all: such windows begin anew
         fresh = [n for n in self.selection.names if n not in self.snapshot.names]
         self.snapshot.take(fresh); self._mark(fresh, state.global_step)
     renew_buckets(self._ddp); self.guard.watch()
+    if self.log is not None and not (self.log.path.exists() and self.log.begin): self._write_begin(state)      # its log was deleted or rotated meanwhile
     self._event('resume', state.global_step, path=folder.name, run_id=self.run_id)
     if state.global_step >= state.max_steps: warnings.warn(f"all {state.max_steps} steps are made, nothing is left to resume, and Trainer makes one step more: give a larger max_steps, or take the model as it is")
     if {'policy', 'kinds'} & set(changed) and state.global_step < state.max_steps:      # a budget or a ban given anew holds from here on

@@ -184,9 +184,12 @@ def test_of_six_threads_that_start_at_once_one_starts(tmp_path):
         gate.wait()
         try: runs.append(train_in_background(shared))
         except RuntimeError as e: refused.append(str(e))
-    threads = [threading.Thread(target=start) for _ in range(6)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    threads, interval = [threading.Thread(target=start) for _ in range(6)], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)                                          # they meet wherever they can
+    try:
+        for t in threads: t.start()
+        for t in threads: t.join()
+    finally: sys.setswitchinterval(interval)
     assert len(runs) == 1 and len(refused) == 5 and all("this model is training" in r for r in refused)
     runs[0].stop(); assert runs[0].wait(timeout=60)
 

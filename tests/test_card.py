@@ -1,6 +1,7 @@
 "A delta with its card on the Hub: a real HTTP server speaks the Hub's calls, huggingface_hub's own client makes them."
 import base64
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -76,6 +77,26 @@ def test_a_delta_comes_back_from_the_hub(hub, delta, tmp_path):
 def test_a_refusal_is_told_and_nothing_is_lost(hub, delta):
     with pytest.raises(OSError, match="cannot push.*401.*Nothing is lost"): push_delta(delta[0], "me/delta", token="wrong", endpoint=f"http://127.0.0.1:{hub.server_port}")
     assert not hub.files and (delta[0]/"README.md").exists()
+
+
+@pytest.mark.parametrize("name", ["delta.json", "delta.safetensors"])
+@pytest.mark.parametrize("odd", ["link", "pipe"])
+def test_what_a_link_points_to_is_not_sent(hub, delta, tmp_path, name, odd):
+    folder, _ = delta
+    (tmp_path/"private").write_text("key"); (folder/name).unlink()
+    if odd == "link": (folder/name).symlink_to(tmp_path/"private")
+    else: os.mkfifo(folder/name)
+    with pytest.raises(ValueError, match=f"{name} is a {'named pipe' if odd == 'pipe' else odd}, not a file"): push_delta(folder, "me/delta", token="right", endpoint=f"http://127.0.0.1:{hub.server_port}")
+    assert not hub.files and not hub.made
+
+
+def test_a_card_is_not_written_through_a_link_and_what_it_points_to_is_not_sent(hub, delta, tmp_path):
+    folder, _ = delta
+    for target in (tmp_path/"private", tmp_path/"not there"):
+        (tmp_path/"private").write_text("key"); (folder/"README.md").unlink(missing_ok=True); (folder/"README.md").symlink_to(target)
+        push_delta(folder, "me/delta", token="right", endpoint=f"http://127.0.0.1:{hub.server_port}")
+        assert (tmp_path/"private").read_text() == "key" and not (tmp_path/"not there").exists() and not (folder/"README.md").is_symlink()
+        assert hub.files["README.md"].startswith(b"---") and set(hub.files) == {"delta.safetensors", "delta.json", "README.md"}
 
 
 def test_without_a_network_it_says_so(delta, monkeypatch):

@@ -1,5 +1,6 @@
 "What is written whole: killed at any moment there is the old or the new, what is left is cleared by the next writer, and the disk has everything before the name says so."
 import errno
+import json
 import os
 import shutil
 import signal
@@ -254,3 +255,19 @@ def test_two_processes_publish_one_cache(tmp_path):
     (tmp_path/"model"/"config.json").write_text("{")
     cache(tmp_path)
     assert _sealed(tmp_path/"model") and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_where_nothing_can_be_mounted_the_power_cut_says_so():
+    script = Path(__file__).resolve().parents[1]/"benchmarks"/"power_cut.py"
+    env = dict(os.environ, PATH="", PYTHONPATH=str(script.parents[1]))
+    p = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=env)
+    assert p.returncode and "no loop device can be mounted here (there is no mkfs.ext4): nothing was cut" in p.stderr and p.stdout == ""
+
+
+def test_the_rows_of_the_power_cut_say_what_is_promised():
+    "Made by benchmarks/power_cut.py: with the flushes each cut left a whole checkpoint, with the seal alone flushed none"
+    rows = [json.loads(l) for l in (Path(__file__).resolve().parents[1]/"benchmarks"/"results"/"power_cut.jsonl").read_text(encoding="utf-8").splitlines()]
+    cut = [r for r in rows if r["cuts_behind_the_seal"]]
+    assert {r["flushed"] for r in cut} == {"all", "seal"}
+    for r in cut:
+        assert (r["new_one_whole"], r["older_one_whole"]) == ((r["cuts_behind_the_seal"], r["cuts_before_it"]) if r["flushed"] == "all" else (0, 0))

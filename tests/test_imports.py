@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).resolve().parents[1]
-LIGHT = re.compile(r'alf_nb\.(files|records|policies|runlog|checkpoints|lock|plots|shift|reports|widgets.*)$')       # opens on a laptop without torch
+LIGHT = re.compile(r'alf_nb\.(foreign|files|records|policies|runlog|checkpoints|lock|plots|shift|reports|widgets.*)$')       # opens on a laptop without torch
 HEAVY = ('torch', 'transformers', 'triton', 'numba', 'accelerate', 'datasets', 'safetensors')
 NO_NOTEBOOK = {'alf_nb', 'alf_nb._modidx'}                                       # the package itself, and nbdev's index
 

@@ -143,3 +143,29 @@ def test_a_crash_in_lightning_is_written_down(tmp_path):
     with pytest.raises(RuntimeError, match="in tears"):
         L.Trainer(max_steps=8, accelerator="cpu", devices=1, callbacks=[lightning_callback(out=tmp_path, budget=.3)], logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(module, loader())
     assert RunLog(tmp_path).status == "failed" and all(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("mode", ["max_size_cycle", "min_size"])
+def test_lightning_prepares_the_batches_of_the_probe_and_joins_its_loaders(tmp_path, mode):
+    L = pytest.importorskip("lightning")
+
+    class Module(L.LightningModule):
+        def __init__(self): super().__init__(); torch.manual_seed(0); self.model, self.norm, self.seen = demo_model(), torch.nn.BatchNorm1d(1), []
+        def on_before_batch_transfer(self, batch, i): return [b["input_ids"] for b in batch.values()] if isinstance(batch, dict) and "a" in batch else [batch["input_ids"]]
+
+        def training_step(self, batch, i):
+            if i or not self.probing: self.seen.append(batch[0].tolist())
+            return sum(self.model(input_ids=ids, labels=ids).loss for ids in batch) + 0*self.norm(torch.ones(4, 1)).sum()
+        probing = True
+        def on_train_batch_start(self, batch, i): self.probing = False
+        def on_before_zero_grad(self, optimizer): self.probing = True
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+    def fit(*callbacks):
+        module, loaders = Module(), L.pytorch.utilities.CombinedLoader(dict(a=loader(16), b=loader(24)), mode)
+        L.Trainer(max_steps=8, accelerator="cpu", devices=1, callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(module, loaders)
+        return module
+    plain, alf = fit(), lightning_callback(out=tmp_path, budget=.3, interval=3, lock=1.)
+    module = fit(alf)
+    assert module.seen == plain.seen and len(plain.seen) == 8 and int(module.norm.num_batches_tracked) == int(plain.norm.num_batches_tracked) == 8
+    assert [(e["step"], e["batches"]) for e in RunLog(tmp_path).events("probe")] == [(0, 4 if mode == "min_size" else 6), (3, 2), (6, 2)]

@@ -1,7 +1,13 @@
 "A probe leaves nothing behind: a run with probes trains on the rows, the random numbers, the buffers and the gradients of a run without."
+import importlib
+import json
+import os
 import random
+import subprocess
+import sys
 from collections import deque, namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, default_data_collator
 
-from alf_nb.demo import demo_dataset, demo_model
+from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.layers import partition_layers
 from alf_nb.loop import ALFLoop
 from alf_nb.probe import _same_draws, _same_modules, probe_gradients
@@ -73,6 +79,7 @@ ROWS = [dict(r, number=i) for i, r in enumerate(demo_dataset(64))]
 
 
 PROBED = []      # rows of every loss of the last run that no training step asked for: what a Trainer notes while it is probed is put back
+GENERATED = []
 
 
 class Counting(Trainer):
@@ -155,12 +162,32 @@ class Masking:
         return batch
 
 
+class Mixed:
+    "Rows of two data sets of different columns, each batch of one of them"
+    def __getitem__(self, i): return ROWS[i] if i < 32 else {k: v for k, v in ROWS[i].items() if k != "attention_mask"}
+    def __len__(self): return 64
+
+
+class InTurns:
+    "Batches of one data set and of the other in turns, as sentence-transformers draws them"
+    generator, epoch = None, 0
+    def __len__(self): return 16
+    def set_epoch(self, epoch): self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = self.generator or torch.Generator()
+        self.generator.manual_seed(9 + self.epoch)
+        order = [torch.randperm(32, generator=self.generator).tolist(), [32+i for i in torch.randperm(32, generator=self.generator).tolist()]]
+        for k in range(16): yield order[k % 2][k//2*4:k//2*4+4]
+
+
 FIRST = [[4*i+j for j in range(4)] for i in range(16)]
 LOADERS = {
     "batches from the dataset": (lambda: DataLoader(Pages(), batch_size=None, shuffle=True), lambda b: b in FIRST),
     "packed": (lambda: DataLoader(Bins(), batch_sampler=[[[i, i+1], [i+2, i+3]] for i in range(0, 64, 4)], collate_fn=pack), lambda b: b in FIRST),
     "four of a class": (lambda: DataLoader(ROWS, batch_sampler=[[i, i+16, i+32, i+48] for i in range(16)], collate_fn=collate), lambda b: len({x % 16 for x in b}) == 1),
     "a sampler with a generator": (lambda: DataLoader(ROWS, batch_sampler=Drawing(), collate_fn=collate), lambda b: len({x % 16 for x in b}) == 1),
+    "two data sets": (lambda: DataLoader(Mixed(), batch_sampler=InTurns(), collate_fn=collate), lambda b: min(b) >= 32 or max(b) < 32),
     "weighted rows": (lambda: DataLoader(ROWS, batch_size=4, sampler=WeightedRandomSampler([0.]*32+[1.]*32, 64), collate_fn=collate), lambda b: min(b) >= 32),
     "no DataLoader": (Own, lambda b: b in FIRST),
     "a list": (lambda: [collate(ROWS[4*i:4*i+4]) for i in range(16)], lambda b: b in FIRST),
@@ -183,6 +210,82 @@ def test_the_probe_takes_batches_as_training_does_and_training_does_not_notice(t
     again = train(tmp_path/"again", make, probing())
     assert again.probed == probed.probed and losses(again) == losses(probed), "the same seed is the same run"
     if name in ("packed", "four of a class"): assert probed.probed[8:10] != probed.probed[10:12], "each probe sees other batches"
+
+
+def test_a_trainer_that_generates_its_batches_generates_for_the_probe_too(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+
+    def reward(completions, **kw):
+        GENERATED.append(len(completions))
+        return [len(set(c))/10 for c in completions]
+
+    def run(folder, alf=None):
+        torch.manual_seed(0); GENERATED.clear()
+        args = trl.GRPOConfig(str(folder), max_steps=6, per_device_train_batch_size=4, num_generations=2, max_completion_length=6, gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=1,
+                              report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no")
+        t = trl.GRPOTrainer(demo_model(blocks=2), reward, args, train_dataset=datasets.Dataset.from_dict(dict(prompt=[f"the {w} is" for w in "abcdefghijklmnop"])), processing_class=demo_tokenizer(), callbacks=[alf] if alf else [])
+        t.train()
+        return t, len(GENERATED)
+    (plain, n), (t, m) = run(tmp_path/"plain"), run(tmp_path/"alf", alf := probing(interval=2))
+    assert (n, m) == (6, 6 + 8 + 2*2), "a generation for each batch"
+    first = [[h for h in x.state.log_history if "reward" in h][0] for x in (plain, t)]
+    assert first[0]["reward"] == first[1]["reward"] and first[0]["num_tokens"] == first[1]["num_tokens"], "the first step trains on what it would have without a probe"
+    assert t._step == plain._step == 12 and alf.tracker.scores("gain").known
+    assert [len(x.state.log_history) for x in (plain, t)] == [7, 7] and not t._metrics["train"]
+
+
+def test_losses_of_several_data_sets_in_sentence_transformers(tmp_path):
+    st, datasets = pytest.importorskip("sentence_transformers"), pytest.importorskip("datasets")
+    loss = importlib.import_module("sentence_transformers.losses")
+    modules = st.models if hasattr(st, "models") else pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    demo_model("gpt2", blocks=2, resid_pdrop=.1).save_pretrained(tmp_path/"base"); demo_tokenizer().save_pretrained(tmp_path/"base")
+    letters = "abcdefghijklmnopqrstuvwxyzabcdef"
+    data = dict(pairs=datasets.Dataset.from_dict(dict(anchor=[f"what is {c}" for c in letters], positive=[f"{c} is a letter" for c in letters])),
+                scored=datasets.Dataset.from_dict(dict(sentence1=[f"{c} is small" for c in letters], sentence2=[f"{c} is big" for c in letters], score=[i/32 for i in range(32)])))
+
+    def run(folder, *callbacks):
+        torch.manual_seed(0)
+        model = st.SentenceTransformer(modules=[modules.Transformer(str(tmp_path/"base")), modules.Pooling(32)], device="cpu")
+        args = st.SentenceTransformerTrainingArguments(str(folder), max_steps=6, per_device_train_batch_size=4, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
+        t = st.SentenceTransformerTrainer(model, args, train_dataset=data, loss=dict(pairs=loss.MultipleNegativesRankingLoss(model), scored=loss.CoSENTLoss(model)), callbacks=list(callbacks))
+        t.train()
+        return t
+    plain, t = run(tmp_path/"plain"), run(tmp_path/"alf", alf := probing(interval=3))
+    assert losses(plain)[0] == losses(t)[0] and len(losses(t)) == 6 and alf.tracker.scores("gain").known
+
+
+SCRIPT = '''
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_probe as T
+from torch.utils.data import DataLoader
+rank, out, found = int(os.environ["RANK"]), Path(sys.argv[2]), {}
+pairs = lambda: DataLoader(T.ROWS, batch_sampler=[[i, i+32] for i in range(32)], collate_fn=T.collate)
+jobs = {"sampler": (T.Loading, pairs, {}), "dispatched sampler": (T.Loading, pairs, dict(dispatch_batches=True)), "stream": (T.Counting, None, {}), "stream in shares": (T.Counting, None, dict(dispatch_batches=False))}
+for name, (kind, make, how) in jobs.items():
+    for alf in (None, T.probing()):
+        data = T.ROWS if make else T.stream("an iterator")
+        t = T.train(out/name, make, alf, kind, data=data, per_device_train_batch_size=2, max_steps=8, ddp_find_unused_parameters=True, **(dict(accelerator_config=how) if how else {}))
+        found[f"{name}, {'probed' if alf else 'plain'}"] = dict(seen=t.seen, probed=t.probed, names=list(alf.selection) if alf else [])
+(out/f"rank{rank}.json").write_text(json.dumps(found))
+'''
+
+
+@pytest.mark.slow
+def test_two_processes_each_take_their_part(tmp_path):
+    (tmp_path/"job.py").write_text(SCRIPT)
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} | dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path/"job.py"), str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (json.loads((tmp_path/f"rank{i}.json").read_text()) for i in (0, 1))
+    for name in ("sampler", "dispatched sampler", "stream", "stream in shares"):
+        plain, probed = f"{name}, plain", f"{name}, probed"
+        assert a[probed]["names"] == b[probed]["names"] != []
+        for x in (a, b): assert x[probed]["seen"] == x[plain]["seen"] and len(x[probed]["probed"]) == 8 + 2
+        for mine, other in zip(a[probed]["probed"], b[probed]["probed"]):
+            assert len(mine) == len(other) == 2 and not set(mine) & set(other)
+            if "sampler" in name: assert [mine[1] - mine[0], other[1] - other[0]] == [32, 32]
 
 
 def test_rows_taken_by_chance_are_drawn_as_before(tmp_path):

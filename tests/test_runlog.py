@@ -1,6 +1,7 @@
 "What `RunLog` promises when many threads write, a process is killed, or the disk is full."
 import errno, json, os, subprocess, sys, threading, time
 import pytest
+from alf_nb import runlog
 from alf_nb.runlog import RunLog, survivors
 
 def run(code, *args): return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -150,12 +151,11 @@ def test_a_filter_does_not_parse_the_rest(tmp_path):
 class Counted:
     "Counts how often a file is opened for reading"
     def __init__(self, monkeypatch, path):
-        import builtins
-        self.n, real = 0, builtins.open
+        self.n, real = 0, os.open
         def counting(file, *args, **kw):
             self.n += str(file) == str(path)
             return real(file, *args, **kw)
-        monkeypatch.setattr(builtins, 'open', counting)
+        monkeypatch.setattr(os, 'open', counting)
 
 def test_a_report_reads_the_log_once(tmp_path, monkeypatch):
     from fake_run import fake_run
@@ -257,3 +257,34 @@ def test_a_reader_of_one_moment_does_not_mix_moments(tmp_path):
 def test_an_event_that_readers_would_pass_over_is_warned_about(tmp_path):
     with RunLog(tmp_path) as log, pytest.warns(UserWarning, match="'sample' takes 33 MiB"): log.write('sample', text='x'*(33 << 20))
     assert log.damaged == 1
+
+
+@pytest.mark.parametrize("clock", [lambda i: -1e6 + i, lambda i: 3e11 + i, lambda i: 1e9 - 3600*i, lambda i: (-1)**i * 1e9, lambda i: [0., 1e308, -1e308][i % 3]])
+def test_a_clock_that_is_wrong_costs_the_times_and_nothing_else(tmp_path, monkeypatch, clock):
+    "Before 1970, after 8307, backwards and to and fro: each event counts, and no duration is negative"
+    from alf_nb.reports import summarize, summary_table, write_report
+    from alf_nb.widgets.base import RunState
+    from alf_nb.widgets.dashboard import TrainingDashboard, _ticks
+    ticks = iter(range(99))
+    with monkeypatch.context() as m:
+        m.setattr(runlog.time, "time", lambda: clock(next(ticks)))
+        with RunLog(tmp_path) as log:
+            log.write("run_begin", step=0, run_id="a", max_steps=9, units=[], n_total=4, config={})
+            log.write("select", names=[], share=0., policy="full", reason="all")
+            for i in range(6): log.write("log", step=i+1, loss=2., seconds_per_step=.1)
+            log.write("pause", step=6); log.write("unpause", step=6, paused_s=1.)
+    log = RunLog(tmp_path)
+    assert len(log.events()) == 10 and log.damaged == 0 and log.series("log", "loss")[0] == [1, 2, 3, 4, 5, 6]
+    assert all(0 <= e["t"] < 2e11 for e in log.events() if "t" in e)
+    s = summarize(log)
+    assert (s["wall_s"] or 0) >= 0 and s["damaged_lines"] == 0 and summary_table(s) and write_report(log).exists()
+    spent = [x for _, x in _ticks(RunState(log.events()))]
+    assert all(x >= 0 for x in spent)
+    view = TrainingDashboard(log)
+    assert view.picture()
+    view.close()
+
+
+def test_a_time_that_is_no_number_is_still_damage(tmp_path):
+    (tmp_path/"events.jsonl").write_text('{"event":"log","step":1,"t":"noon"}\n{"event":"log","step":2,"t":-5}\n')
+    assert RunLog(tmp_path).damaged == 1 and [e["step"] for e in RunLog(tmp_path).events()] == [2]

@@ -8,10 +8,10 @@ Docs: https://example.github.io/alf_nb/widgets.attention.html.md"""
 __all__ = ['as_maps', 'head_change', 'head_sharpness', 'pool', 'token_text', 'square_map', 'head_grid', 'AttentionViewer']
 
 # %% ../../nbs/11e_widgets.attention.ipynb #b52832d4
-from html import escape
 import ipywidgets as W
 import numpy as np
 from fastcore.basics import patch
+from ..foreign import escape, visible
 from ..plots import *
 from .base import View, put
 
@@ -147,7 +147,7 @@ class AttentionViewer(View):
         self.head, self.head_slider = index('head', n_heads, head)
         drop = lambda what, options, value, px: W.Dropdown(options=options, value=value, description=what, layout=dict(width=px, max_width='100%'), style=dict(description_width='50px'))
         self.show = drop('show', ['before'] if after is None else ['difference', 'after', 'before'], 'before' if after is None else 'difference', '190px')
-        self.token = drop('token', [(f'{i}: {t}', i) for i,t in enumerate(self.tokens)], int(moved.argmax()), '230px')
+        self.token = drop('token', [(f'{i}: {visible(t)}', i) for i,t in enumerate(self.tokens)], int(moved.argmax()), '230px')
         pair = lambda *ws: W.HBox(ws, layout=dict(flex='1 1 240px', width='auto', align_items='center'))
         row = lambda *ws, **kw: W.HBox(ws, layout=dict(wide, flex_flow='row wrap', grid_gap='4px 16px', **kw))
         html = lambda **kw: W.HTML(layout=dict(wide, **kw))

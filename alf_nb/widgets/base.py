@@ -14,10 +14,10 @@ _require('ipywidgets')
 # %% ../../nbs/11a_widgets.base.ipynb #9e2f3047
 import math, os, threading, time, traceback, weakref
 from dataclasses import fields
-from html import escape
 from statistics import median
 import ipywidgets as W
 from traitlets import HasTraits
+from ..foreign import escape
 from ..records import Scores, Selection, UnitInfo
 from ..runlog import RunLog, survivors
 from ..plots import Picture, theme_css

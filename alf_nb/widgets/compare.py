@@ -8,9 +8,9 @@ Docs: https://example.github.io/alf_nb/widgets.compare.html.md"""
 __all__ = ['COLUMNS', 'CURVES', 'Followed', 'short_names', 'differences', 'CompareView']
 
 # %% ../../nbs/12a_widgets.compare.ipynb #d640ce3a
-from html import escape
 import ipywidgets as W
 from fastcore.basics import patch
+from ..foreign import escape, visible
 from ..runlog import RunLog
 from ..plots import *
 from ..reports import compare_runs, _flat
@@ -83,7 +83,7 @@ class CompareView(View):
         drop = lambda what, options, px: W.Dropdown(options=options, description=what, layout=dict(width=px, max_width='100%'), style=dict(description_width='initial'))
         self.by, self.order = drop('sort by', [('run', 'run')], '250px'), W.ToggleButtons(options=['ascending', 'descending'], layout=dict(width='auto'), style=dict(button_width='100px'))
         self.curve, self.over = drop('curve', list(CURVES), '250px'), W.ToggleButtons(options=['steps', 'seconds'], layout=dict(width='auto'), style=dict(button_width='100px'))
-        self.shown = [W.Checkbox(value=True, description=n, indent=False, layout=dict(width='auto', margin='0 14px 0 0')) for n in self.names]
+        self.shown = [W.Checkbox(value=True, description=visible(n), indent=False, layout=dict(width='auto', margin='0 14px 0 0')) for n in self.names]
         row = lambda *ws, **kw: W.HBox(ws, layout=dict(width='100%', flex_flow='row wrap', grid_gap='2px 10px', align_items='center', **kw))
         keys = [W.HBox([W.HTML(f'<i class="alf-key {self._look(i)[0]} alf-c{self._look(i)[1]}" aria-hidden="true"></i>'), c], layout=dict(width='auto', align_items='center')) for i,c in enumerate(self.shown)]
         wide = dict(width='100%')
@@ -142,7 +142,7 @@ def _sort_at_first(self:CompareView):
 def _options(self:CompareView):
     self._busy, keep = True, self.by.value
     try:
-        options = [(title, k) for k,(title,_,_) in self._known().items()]
+        options = [(visible(title), k) for k,(title,_,_) in self._known().items()]
         if list(self.by.options) != options: self.by.options = options; self.by.value = keep if keep in dict(map(reversed, options)) else 'run'
     finally: self._busy = False
 

@@ -10,10 +10,10 @@ __all__ = ['last_line', 'TrainingDashboard', 'clock', 'spent_s']
 # %% ../../nbs/11d_widgets.dashboard.ipynb #24a39fe4
 import math, re, time
 from datetime import datetime, timezone
-from html import escape
 from statistics import median
 import ipywidgets as W
 from fastcore.basics import patch
+from ..foreign import escape
 from ..plots import *
 from .base import RunState, View, put
 from .map import SelectionMap, axis_end, goes_on, last_t
@@ -30,7 +30,7 @@ def last_line(
     code = lines[at+1] if at+1 < len(lines)-1 and not set(lines[at+1]) <= set('^~ ') else ''
     return lines[at] + (f': {code}' if code else '')
 
-def _when(t): return datetime.fromtimestamp(t, timezone.utc).strftime('%Y-%m-%d %H:%M:%S UTC')
+def _when(t): return 'a time that no clock told' if not t else datetime.fromtimestamp(t, timezone.utc).strftime('%Y-%m-%d %H:%M:%S UTC')
 
 # %% ../../nbs/11d_widgets.dashboard.ipynb #62757746
 class TrainingDashboard(View):

@@ -9,9 +9,9 @@ __all__ = ['COLOURS', 'axis_end', 'last_t', 'is_silent', 'goes_on', 'map_rows', 
 
 # %% ../../nbs/11c_widgets.map.ipynb #3cef33db
 import time
-from html import escape
 import ipywidgets as W
 from fastcore.basics import patch
+from ..foreign import escape, visible
 from ..records import Scores
 from ..plots import *
 from .base import RunState, View, put
@@ -233,7 +233,9 @@ def draw(self:SelectionMap):
         self._busy, keep = True, self.zoom.value
         try:
             options = [_all, *([_kinds] if len({u.role for u in s.units if u.eligible}) > 1 else []), *(l for l in layers if len(map_rows(s, l)) > 1)]
-            put(self.zoom, options=options); put(self.zoom, value=keep if keep in options else _all)
+            labels = list(map(visible, options))      # the front end's messages are UTF-8
+            put(self.zoom, options=options if labels == options else list(zip(labels, options)))
+            put(self.zoom, value=keep if keep in options else _all)
         finally: self._busy = False
         self._shape = layers
     at = (s, len(s.selections), self.zoom.value, self.colour.value)

@@ -11,11 +11,11 @@ __all__ = ['ADAMW_BYTES', 'bytes_per_param', 'seconds_per_full_step', 'BarChart'
 import math, time
 from collections import namedtuple
 from dataclasses import fields, replace
-from html import escape
 from statistics import median
 import ipywidgets as W
 from fastcore.basics import patch
 from traitlets import Enum, Float, Instance
+from ..foreign import escape, visible
 from ..records import Scores, Selection
 from ..policies import *
 from ..plots import by_layer, human_bytes, human_count, human_time, num, percent
@@ -304,7 +304,7 @@ def draw(self:ThresholdPicker):
         self._chart, self._hovered = BarChart(shown), None
         put(self.legend, value=self._chart.legend() if shown else '')
         self._busy = True
-        try: put(self.unit, options=[('choose one to look at', ''), *((u.name, u.name) for u in shown)])
+        try: put(self.unit, options=[('choose one to look at', ''), *((visible(u.name), u.name) for u in shown)])
         finally: self._busy = False
     put(self.tiles, value=self._tiles())
     drawn = put(self.drawing, value=self._drawing(self.unit.value))
@@ -419,13 +419,13 @@ def _said(self:ThresholdPicker):
     c, sel = self._ctx, self.selection
     if c is None: return ''
     if not sel: return f'<p class="alf-said" role="status"><span class="bad">No selection:</span> {escape(self._why)}</p>'
-    said = f"with {escape(self._wish())} {{}} <b>{_units(len(sel))}</b> ({percent(sel.share)}): {escape(sel.reason)}."
-    if c.actual is None: said = said.format('it selects')
+    said = lambda does: f"with {escape(self._wish())} {does} <b>{_units(len(sel))}</b> ({percent(sel.share)}): {escape(sel.reason)}."
+    if c.actual is None: said = said('it selects')
     else:
         here, there = set(sel.names), set(c.actual.names)
         differ = 'the same' if here == there else f'{len(here & there)} the same, <b>{len(here - there)}</b> only here, <b>{len(there - here)}</b> only there'
-        if self._back(): said = f'At step {c.step}: ' + said.format('it would have chosen') + f" It did choose <b>{_units(len(there))}</b> ({percent(c.actual.share)}, {escape(c.actual.policy)}): {differ}."
-        else: said = said.format('it selects') + f" Since step {c.actual.step} <b>{_units(len(there))}</b> train ({percent(c.actual.share)}): " + (differ if here == there else f'{len(here - there)} would come, {len(there - here)} would go') + '.'
+        if self._back(): said = f'At step {c.step}: ' + said('it would have chosen') + f" It did choose <b>{_units(len(there))}</b> ({percent(c.actual.share)}, {escape(c.actual.policy)}): {differ}."
+        else: said = said('it selects') + f" Since step {c.actual.step} <b>{_units(len(there))}</b> train ({percent(c.actual.share)}): " + (differ if here == there else f'{len(here - there)} would come, {len(there - here)} would go') + '.'
     return f'<p class="alf-said" role="status">{said[0].upper()}{said[1:]}</p>'
 
 # %% ../../nbs/11b_widgets.picker.ipynb #b581dd0e
