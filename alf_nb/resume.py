@@ -186,7 +186,7 @@ class _Tracked:
 @dataclass(frozen=True)
 class _Reached:
     "Which units gradients reach."
-    dry:dict[_Unit, _Step]       # steps in a row in which a unit trained without a gradient
+    dry:dict[_Unit, _Count]      # steps and batches of probes in a row without a gradient for a unit
     out:dict[_Unit, _Count]      # step up to which a unit is left out
     got:list[_Unit]              # units with a gradient since the last count
     noted:_Step                  # steps since then
