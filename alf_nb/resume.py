@@ -339,7 +339,9 @@ def _check_references(tensors, form, params):
     "A ValueError where the references are not those of `params`, name → parameter; `form` as ALFCallback names it"
     found,expected = {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')},{}
     for k,p in params.items() if form != 'none' else ():
-        if form != '8bit': expected[k] = p.shape,p.dtype,p; continue
+        if form != '8bit':
+            expected[k] = p.shape,p.dtype,p
+            continue
         like = empty_reference(torch.empty(p.shape, device='meta'))
         expected[f'{k}/q'] = p.shape,like.q.dtype,p
         expected[f'{k}/scale'] = like.scale.shape,like.scale.dtype,p
@@ -369,7 +371,8 @@ def _first_state(optimizer, group, dim, dtype):
     "What a new optimizer of this class keeps for a parameter of `dim` dimensions; None where that cannot be tried"
     if (cls := _class_of_step(optimizer)) is None or dim > len(_SIDES): return None
     takes = [k for k in inspect.signature(cls).parameters if k in optimizer.defaults and k not in _HOW]
-    if optimizer.defaults.get('lr') is None: group = {**group, 'lr': None}      # a schedule has written one for the looks of it
+    # a schedule has written one for the looks of it
+    if optimizer.defaults.get('lr') is None: group = {**group, 'lr': None}
     def state(settings):
         p = torch.zeros(_SIDES[:dim], dtype=dtype, requires_grad=True)
         p.grad = torch.zeros_like(p)

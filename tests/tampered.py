@@ -328,7 +328,8 @@ class Resume:
 
 
 def try_checkpoint(folder, settings, about, whole=100):
-    "(tried, refused, what was not) over all ways to tamper with the checkpoint in `folder`; every `whole`-th through a Trainer"
+    """(tried, refused, what was not) over all ways to tamper with the checkpoint in `folder`; every `whole`-th
+    through a Trainer"""
     good, resume = folder.parent / "good", Resume(folder, settings)
     shutil.copytree(folder, good)
     if (why := resume.whole()) != "training began":
