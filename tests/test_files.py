@@ -18,7 +18,8 @@ from small_run import small_trainer
 from alf_nb import files
 from alf_nb.checkpoints import SEAL, check_checkpoint, seal_checkpoint
 from alf_nb.delta import fingerprint, save_delta
-from alf_nb.demo import demo_model
+from alf_nb.demo import demo_model, demo_tokenizer
+from alf_nb.finetune import finetune
 from alf_nb.reports import write_report
 from alf_nb.runlog import RunLog
 from alf_nb.sources import _publish, _sealed
@@ -294,6 +295,36 @@ def test_a_flush_that_fails_is_told_and_one_that_cannot_be_is_not(tmp_path, monk
     files.write_whole(tmp_path/"a", "new")
     monkeypatch.setattr(os, "fsync", real)
     assert (tmp_path/"a").read_text() == "new"
+
+
+@posix
+def test_what_was_left_is_not_counted_as_the_delta(tmp_path):
+    "A part beside the delta (of a live writer, so it stays) and a file of somebody's"
+    (tmp_path / "texts.jsonl").write_text(
+        "\n".join(
+            json.dumps(dict(text=f"the {w} fox and the {w} dog " * 12)) for w in ("red", "blue", "old", "quick") * 15
+        )
+    )
+    (folder := tmp_path/"run"/"delta").mkdir(parents=True)
+    files._part(folder/"delta.safetensors").write_bytes(bytes(10**6))
+    (folder/"notes.bin").write_bytes(bytes(10**6))
+    s = finetune(
+        (demo_model(), demo_tokenizer()),
+        tmp_path / "texts.jsonl",
+        tmp_path / "run",
+        other=tmp_path / "texts.jsonl",
+        steps=2,
+        length=32,
+        eval_blocks=1,
+        bf16=False,
+        progress=False,
+    )
+    assert (
+        s["delta_bytes"]
+        == sum((folder / n).stat().st_size for n in ("delta.safetensors", "delta.json", "README.md"))
+        < 10**6
+    )
+    assert len(parts(folder)) == 1
 
 
 def test_two_processes_publish_one_cache(tmp_path):
