@@ -439,10 +439,10 @@ def _is_masked(batch):
 def _why_odd(layers, odd, masked):
     "Why batches have a loss that is NaN or infinite"
     many = f"{odd} batch{'es'*(odd > 1)} of the probe left out"
-    if masked == odd: return f"{many}, with labels that are all masked (-100)"
+    if masked == odd: return f"{many}, with all labels masked (-100)"
     bad = [n for n in layers if not all(bool(local_tensor(p.detach()).isfinite().all()) for p in layers.params(n) if p.is_floating_point())]
     if bad: return f"{many}, with a loss that is NaN or infinite: weights of {bad[0]}{f' and {len(bad)-1} more units' if len(bad) > 1 else ''} hold NaN or infinity"
-    return f"{many}, with a loss that is NaN or infinite{f'; {masked} of them with labels that are all masked (-100)' if masked else ''}: look at the data, the loss and its dtype"
+    return f"{many}, with a loss that is NaN or infinite{f'; {masked} of them with all labels masked (-100)' if masked else ''}: look at the data, the loss and its dtype"
 
 def probe_gradients(
     layers:Layers,        # a model as units

@@ -187,12 +187,12 @@ class _Tracked:
 @dataclass(frozen=True)
 class _Reached:
     "Which units gradients reach."
-    dry:dict[_Unit, _Count]      # steps in a row in which a unit trained without a gradient
-    out:dict[_Unit, _Count]      # step up to which it is left out
-    got:list[_Unit]              # with a gradient since the last count
-    noted:_Count                 # steps since then
-    window:list[_Unit]           # with a gradient since windows ended
-    away:list[_Unit]             # left out of the selection in force
+    dry:dict[_Unit, _Count]      # steps and batches of probes in a row without a gradient for a unit
+    out:dict[_Unit, _Count]      # step up to which a unit is left out
+    got:list[_Unit]              # units with a gradient since the last count
+    noted:_Step                  # steps since then
+    window:list[_Unit]           # units with a gradient since windows ended
+    away:list[_Unit]             # units left out of the selection in force
 
 @dataclass(frozen=True)
 class _State:

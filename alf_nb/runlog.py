@@ -345,7 +345,7 @@ def _neighbours(self:RunLog):
 @patch
 def poll(self:RunLog)->list: # event dicts, oldest first
     "Events written since the last call; none before the file exists"
-    try: s = os.stat(self.path)
+    try: s = os.lstat(self.path)
     except (FileNotFoundError, NotADirectoryError): return []
     seen = (_place(s), s.st_size, s.st_mtime_ns)
     if seen == self._seen: return []

@@ -1275,7 +1275,8 @@ def on_save(self:ALFCallback, args, state, control, **kw):
         units=[(u.name, u.n_params) for u in self.units], selection=self.selection, tracker=self.tracker.state_dict(),
         marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain,
         optimizer=made_up or [k for k,p in params.items() if _state_of(states, p)], made_up=made_up, first=first,
-        policy=self.policy.to_dict(), reach=self._reach.state_dict(), again=self._again, banned=[n for n in self.names if n in self._banned])
+        policy=self.policy.to_dict(), reach=self._reach.state_dict(), again=self._again,
+        banned=[n for n in self.names if n in self._banned])
     with replacing(folder/'alf', durable=False) as part:      # the seal flushes all
         part.mkdir()
         save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')

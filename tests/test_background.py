@@ -177,19 +177,22 @@ def test_the_next_training_is_prepared_while_one_runs(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), run.trainer.model.state_dict().values()))
 
 
-def test_of_six_threads_that_start_at_once_one_starts(tmp_path):
+def test_of_six_threads_that_start_at_once_one_starts(tmp_path, monkeypatch):
     shared, gate, runs, refused = trainer(tmp_path, ALFCallback(budget=.3), Slow(), steps=400), threading.Barrier(6), [], []
+    begin = threading.Thread.start
+
+    def slowly(self):
+        if self.name == "alf_nb training": time.sleep(.2)                # so that all are there before the first has begun
+        begin(self)
+    monkeypatch.setattr(threading.Thread, "start", slowly)
 
     def start():
         gate.wait()
         try: runs.append(train_in_background(shared))
         except RuntimeError as e: refused.append(str(e))
-    threads, interval = [threading.Thread(target=start) for _ in range(6)], sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)                                          # they meet wherever they can
-    try:
-        for t in threads: t.start()
-        for t in threads: t.join()
-    finally: sys.setswitchinterval(interval)
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for t in threads: t.start()
+    for t in threads: t.join()
     assert len(runs) == 1 and len(refused) == 5 and all("this model is training" in r for r in refused)
     runs[0].stop(); assert runs[0].wait(timeout=60)
 

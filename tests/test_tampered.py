@@ -14,17 +14,19 @@ from alf_nb.trainer import ALFCallback
 
 
 @pytest.mark.parametrize("name", T.SETTINGS)
-def test_a_tampered_checkpoint_is_refused_in_words(tmp_path, name):
+def test_a_tampered_checkpoint_is_refused_in_words(tmp_path, name, record_property):
     about = ("state", "tensors", "optimizer", "files") if name == "v" else ("tensors",)
     tried, refused, odd = T.try_checkpoint(T.made(tmp_path, **T.SETTINGS[name]), T.SETTINGS[name], about)
     assert not odd
     assert tried == refused > (1000 if name == "v" else 76)
+    record_property("tried", tried)
 
 
-def test_a_tampered_state_of_a_loop_is_refused_in_words():
+def test_a_tampered_state_of_a_loop_is_refused_in_words(record_property):
     tried, refused, odd = T.try_loop()
     assert not odd
     assert tried == refused > 30
+    record_property("tried", tried)
 
 
 def test_the_settings_of_a_checkpoint_are_those_of_the_callback():
