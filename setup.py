@@ -11,12 +11,22 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
-statuses = ["0 - Unused", "1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
+statuses = [
+    "0 - Unused",
+    "1 - Planning",
+    "2 - Pre-Alpha",
+    "3 - Alpha",
+    "4 - Beta",
+    "5 - Production/Stable",
+    "6 - Mature",
+    "7 - Inactive",
+]
 init = (here / settings["lib_path"] / "__init__.py").read_text(encoding="utf-8")
 version = re.search(r'^__version__\s*=\s*"([^"]+)"', init, re.M).group(1)   # nbdev-bump-version edits this
 
 # The same sources give the same wheel, byte for byte, but for what the build's own setuptools and zlib sign
-os.environ.setdefault("SOURCE_DATE_EPOCH", "1580601600")        # as hatchling dates files: the same with and without a git history
+# as hatchling dates files: the same with and without a git history
+os.environ.setdefault("SOURCE_DATE_EPOCH", "1580601600")
 scratch = tempfile.TemporaryDirectory(prefix="alf_nb-build-")   # what an earlier build left in build/ stays out
 
 
@@ -33,15 +43,22 @@ def words(key): return settings.get(key, "").split()
 setup(
     version=version,
     keywords=words("keywords"),
-    classifiers=[f"Development Status :: {statuses[int(settings['status'])]}", f"Intended Audience :: {settings['audience']}",
-                 f"Natural Language :: {settings['language']}", "Programming Language :: Python :: 3", "Framework :: Jupyter",
-                 "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    classifiers=[
+        f"Development Status :: {statuses[int(settings['status'])]}",
+        f"Intended Audience :: {settings['audience']}",
+        f"Natural Language :: {settings['language']}",
+        "Programming Language :: Python :: 3",
+        "Framework :: Jupyter",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     cmdclass={"bdist_wheel": PlainRights},
     options={"build": {"build_base": scratch.name}},
     packages=find_packages(include=[settings["lib_path"], settings["lib_path"] + ".*"]),
     package_data={settings["lib_path"]: ["static/*", "data/*"]},
     install_requires=words("requirements"),
     extras_require={k: words(f"{k}_requirements") for k in ("dev", "offline", "colab")},
-    entry_points={"console_scripts": words("console_scripts"),
-                  "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"]},
+    entry_points={
+        "console_scripts": words("console_scripts"),
+        "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],
+    },
 )

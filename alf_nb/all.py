@@ -11,9 +11,41 @@ __all__ = []
 import importlib
 
 # %% ../nbs/99_all.ipynb #9c166c98
-_ROOMS = ('records', 'layers', 'shards', 'kernels', 'snapshots', 'tracker', 'probe', 'policies', 'optim', 'runlog', 'checkpoints', 'trainer', 'background', 'loop', 'delta', 'attention', 'plots', 'shift', 'reports', 'card', 'sources', 'finetune', 'compare', 'audit', 'efficiency')
+_ROOMS = (
+    'records',
+    'layers',
+    'shards',
+    'kernels',
+    'snapshots',
+    'tracker',
+    'probe',
+    'policies',
+    'optim',
+    'runlog',
+    'checkpoints',
+    'trainer',
+    'background',
+    'loop',
+    'delta',
+    'attention',
+    'plots',
+    'shift',
+    'reports',
+    'card',
+    'sources',
+    'finetune',
+    'compare',
+    'audit',
+    'efficiency',
+)
 
-_VIEWS = {'widgets.picker': 'ThresholdPicker', 'widgets.map': 'SelectionMap', 'widgets.dashboard': 'TrainingDashboard', 'widgets.attention': 'AttentionViewer', 'widgets.compare': 'CompareView'}
+_VIEWS = {
+    'widgets.picker': 'ThresholdPicker',
+    'widgets.map': 'SelectionMap',
+    'widgets.dashboard': 'TrainingDashboard',
+    'widgets.attention': 'AttentionViewer',
+    'widgets.compare': 'CompareView',
+}
 
 def _public(rooms):
     "name → object of every public name; a name that two rooms export is an error"
@@ -21,7 +53,8 @@ def _public(rooms):
     for r in rooms:
         m = importlib.import_module(f'alf_nb.{r}')
         for n in m.__all__:
-            if n in res and res[n] is not getattr(m, n): raise ImportError(f"{n} is exported by two rooms, the second is {r}")
+            if n in res and res[n] is not getattr(m, n):
+                raise ImportError(f"{n} is exported by two rooms, the second is {r}")
             res[n] = getattr(m, n)
     return res
 

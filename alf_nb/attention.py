@@ -25,8 +25,13 @@ from .records import AttentionComparison, AttentionShift
 def _bare(model):
     "The transformers model inside wrappers of torch and PEFT"
     for _ in range(8):
-        if getattr(getattr(model, 'active_peft_config', None), 'is_prompt_learning', False): raise ValueError("prompt learning changes no weights but the text: there is no attention of one text to compare")
-        inner = next((getattr(model, k) for k in ('_orig_mod', 'module') if isinstance(getattr(model, k, None), nn.Module)), None)
+        if getattr(getattr(model, 'active_peft_config', None), 'is_prompt_learning', False):
+            raise ValueError(
+                "prompt learning changes no weights but the text: there is no attention of one text to compare"
+            )
+        inner = next(
+            (getattr(model, k) for k in ('_orig_mod', 'module') if isinstance(getattr(model, k, None), nn.Module)), None
+        )
         if inner is None and hasattr(model, 'get_base_model'): inner = model.get_base_model()
         if inner is None: return model
         model = inner
@@ -45,15 +50,23 @@ def _configs(model):
 def _eager(model):
     "Within this context `model` evaluates with eager attention; afterwards it is as it was"
     bare = _bare(model)
-    if not hasattr(bare, 'set_attn_implementation'): raise ValueError(f"attention maps need a transformers model, got {type(bare).__name__}")
-    if getattr(bare.config, 'is_encoder_decoder', False): raise ValueError(f"{type(bare).__name__} is an encoder with a decoder: analyse model.get_encoder() or model.get_decoder()")
+    if not hasattr(bare, 'set_attn_implementation'):
+        raise ValueError(f"attention maps need a transformers model, got {type(bare).__name__}")
+    if getattr(bare.config, 'is_encoder_decoder', False):
+        raise ValueError(
+            f"{type(bare).__name__} is an encoder with a decoder: analyse model.get_encoder() or model.get_decoder()"
+        )
     modes,kept = [(m, m.training) for m in model.modules()],[(c, c._attn_implementation) for c in _configs(bare)]
     try:
         if any(v != 'eager' for _,v in kept):
             try: bare.set_attn_implementation('eager')
-            except (ValueError, ImportError) as e: raise ValueError(f"{type(bare).__name__} cannot show its attention: {e}") from e
+            except (ValueError, ImportError) as e:
+                raise ValueError(f"{type(bare).__name__} cannot show its attention: {e}") from e
         if bare.config._attn_implementation != 'eager':
-            raise ValueError(f"{type(bare).__name__} does not let its attention be switched: load it with attn_implementation='eager'")
+            raise ValueError(
+                f"{type(bare).__name__} does not let its attention be switched: load it with"
+                " attn_implementation='eager'"
+            )
         model.eval()
         with torch.no_grad(): yield bare
     finally:
@@ -61,15 +74,20 @@ def _eager(model):
         for m,was in modes: m.training = was
 
 def _attend(model, ids, mask):
-    "Attention of each layer [b, heads, n, n] for token ids [b, n]; `mask` [b, n] is 0 where there is padding, on either side"
+    """Attention of each layer [b, heads, n, n] for token ids [b, n]; `mask` [b, n] is 0 where there is padding, on
+    either side"""
     dev = next(model.parameters()).device
     ids,mask = ids.to(dev),mask.to(dev)
     kw = dict(use_cache=False) if hasattr(model.config, 'use_cache') else {}
-    if not bool(mask[:, 0].all()): kw['position_ids'] = (mask.cumsum(-1)-1).clamp_min(0)     # padded on the left: count from the first real token
+    # padded on the left: count from the first real token
+    if not bool(mask[:, 0].all()): kw['position_ids'] = (mask.cumsum(-1)-1).clamp_min(0)
     model = getattr(model, 'base_model', model)            # no head: logits would cost time and memory
     out = model(input_ids=ids, attention_mask=mask, output_attentions=True, **kw)
     maps = [a for a in (getattr(out, 'attentions', None) or ()) if a is not None and a.dim() == 4]
-    if not maps: raise ValueError(f"{type(model).__name__} gives no attention weights: it has no softmax attention that could be looked at")
+    if not maps:
+        raise ValueError(
+            f"{type(model).__name__} gives no attention weights: it has no softmax attention that could be looked at"
+        )
     return maps
 
 # %% ../nbs/10_attention.ipynb #68840316
@@ -80,8 +98,10 @@ def _rows(tokens):
         if 'input_ids' not in tokens: raise ValueError(f"tokens hold {', '.join(tokens.keys())}, but no input_ids")
         tokens,mask = tokens['input_ids'],tokens.get('attention_mask')
     try: ids = torch.as_tensor(tokens)
-    except (ValueError, TypeError) as e: raise ValueError(f"tokens are ids, for several texts padded to one length: {e}") from None
-    if ids.dim() not in (1, 2) or not ids.numel() or ids.is_floating_point(): raise ValueError(f"tokens are ids [n] or [texts, n], got {ids.dtype} of shape {list(ids.shape)}")
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"tokens are ids, for several texts padded to one length: {e}") from None
+    if ids.dim() not in (1, 2) or not ids.numel() or ids.is_floating_point():
+        raise ValueError(f"tokens are ids [n] or [texts, n], got {ids.dtype} of shape {list(ids.shape)}")
     one = ids.dim() == 1
     ids = ids[None] if one else ids
     mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).reshape(ids.shape)
@@ -95,7 +115,8 @@ def attention_maps(
     "What every head of every layer attends to; rows attend to columns"
     ids,mask,one = _rows(tokens)
     with _eager(model) as net: maps = [a.float().cpu() for a in _attend(net, ids, mask)]
-    if len({a.shape for a in maps}) > 1: raise ValueError(f"layers differ in their heads: {sorted({a.shape[1] for a in maps})}")
+    if len({a.shape for a in maps}) > 1:
+        raise ValueError(f"layers differ in their heads: {sorted({a.shape[1] for a in maps})}")
     res = [torch.stack([a[i][:, keep][:, :, keep] for a in maps]) for i,keep in enumerate(mask.cpu().bool())]
     return res[0] if one else res
 
@@ -111,7 +132,9 @@ def attention_entropy(
     "Entropy of what each token attends to"
     return torch.special.entr(_normal(maps)).sum(-1)+0.   # no −0
 
-def _distances(n, device): i = torch.arange(n, device=device); return (i[:, None]-i).abs()
+def _distances(n, device):
+    i = torch.arange(n, device=device)
+    return (i[:, None]-i).abs()
 
 def attention_distance(
     maps:Tensor # attention weights [..., n, n]
@@ -121,7 +144,8 @@ def attention_distance(
     return (p*_distances(p.shape[-1], p.device)).sum(-1)
 
 # %% ../nbs/10_attention.ipynb #c30351a2
-_apart = ((0xe00, 0xeff), (0x1000, 0x109f), (0x1780, 0x17ff), (0x3040, 0x30ff), (0x3400, 0x9fff), (0x20000, 0x3ffff))     # Thai to Khmer, kana, Han
+# Thai to Khmer, kana, Han
+_apart = ((0xe00, 0xeff), (0x1000, 0x109f), (0x1780, 0x17ff), (0x3040, 0x30ff), (0x3400, 0x9fff), (0x20000, 0x3ffff))
 
 @lru_cache(4096)
 def _class(c):
@@ -133,18 +157,26 @@ def _class(c):
 
 def _words(text):
     "(start, end, word in lower case) of each word of `text`"
-    return [(*m.span(), text[slice(*m.span())].casefold()) for m in re.finditer("cm*|w[wm]*(?:'w[wm]*)*", ''.join(map(_class, text)))]
+    return [
+        (*m.span(), text[slice(*m.span())].casefold())
+        for m in re.finditer("cm*|w[wm]*(?:'w[wm]*)*", ''.join(map(_class, text)))
+    ]
 
 def central_words(
     texts,           # strings; words are rare or frequent among these, so give at least a few
     share:float=.2   # of the different words of a text that count as central, above 0 and at most 1; at least one word
 )->list:             # for each text a list, most central first
     "Words of each text with the highest tf-idf"
-    if not 0 < share <= 1: raise ValueError(f"share={share}, but it is a fraction of the words of a text, above 0 and at most 1")
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}, but it is a fraction of the words of a text, above 0 and at most 1")
     counts = [Counter(w for _,_,w in _words(t)) for t in texts]
     df,res = Counter(w for c in counts for w in c),[]
     for c in counts:
-        score = {w: (1+math.log(n))*math.log((1+len(counts))/(1+df[w])) for w,n in c.items() if any(ch.isalpha() for ch in w)}
+        score = {
+            w: (1 + math.log(n)) * math.log((1 + len(counts)) / (1 + df[w]))
+            for w, n in c.items()
+            if any(ch.isalpha() for ch in w)
+        }
         best = sorted((w for w in score if score[w] > 0), key=lambda w: (-score[w], w))
         res.append(best[:max(1, round(share*len(c)))])
     return res
@@ -153,19 +185,32 @@ def central_words(
 _roles = ('first', 'special', 'punctuation', 'words', 'central')
 
 def _check_tokenizer(tokenizer):
-    if not getattr(tokenizer, 'is_fast', False): raise ValueError(f"words are found by the places of tokens in the text, which only a fast tokenizer knows; got {type(tokenizer).__name__}")
+    if not getattr(tokenizer, 'is_fast', False):
+        raise ValueError(
+            "words are found by the places of tokens in the text, which only a fast tokenizer knows; got"
+            f" {type(tokenizer).__name__}"
+        )
     return tokenizer
 
 def _encode(text, tokenizer, length):
     "What the tokenizer says of the first `length` tokens, and the part of the text that they cover"
-    enc = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    enc = tokenizer(
+        text,
+        truncation=True,
+        max_length=length,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
     return enc, text[:max((b for _,b in enc['offset_mapping']), default=0)]
 
 def _token_roles(enc, text, central, tokenizer):
     "Role of each token, as a number in `_roles`"
     ids,special = enc['input_ids'],set(tokenizer.all_special_ids)
-    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id): special.discard(tokenizer.unk_token_id)     # an unknown word is a word
-    owner = {}                                                                                    # character → is its word central?
+    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        # an unknown word is a word
+        special.discard(tokenizer.unk_token_id)
+    owner = {}  # character → is its word central?
     central = {c.casefold() for c in central}
     for a,b,w in _words(text): owner.update(dict.fromkeys(range(a, b), w in central))
     def role(i):
@@ -180,7 +225,8 @@ def _token_roles(enc, text, central, tokenizer):
 _stats = tuple(AttentionShift.statistics)
 
 def _reduce(maps, roles):
-    "[layers, heads, statistics], and the even share of central words, from the attention of one text; None where no token attends"
+    """[layers, heads, statistics], and the even share of central words, from the attention of one text; None where
+    no token attends"""
     role = torch.as_tensor(roles, device=maps[0].device).long()
     asks = (role >= 2).nonzero().flatten()
     if not len(asks): return None
@@ -197,8 +243,19 @@ def _reduce(maps, roles):
         ahead = ahead or bool((a.triu(1) > 0).any())
         walk,held = (p*far).sum((-1, -2)).double(),(p*(role >= 2)).sum((-1, -2)).double()
         tot = m[..., 3]+m[..., 4]
-        row = dict(entropy=attention_entropy(a[:, asks]).mean(-1).double(), distance=walk/held.clamp_min(1e-12), first=m[..., 0], special=m[..., 1], punctuation=m[..., 2], words=tot,
-                   central=m[..., 4]/tot.clamp_min(1e-12) if bool((role == 4).any()) and bool((role == 3).any()) else torch.full_like(tot, math.nan))
+        row = dict(
+            entropy=attention_entropy(a[:, asks]).mean(-1).double(),
+            distance=walk / held.clamp_min(1e-12),
+            first=m[..., 0],
+            special=m[..., 1],
+            punctuation=m[..., 2],
+            words=tot,
+            central=(
+                m[..., 4] / tot.clamp_min(1e-12)
+                if bool((role == 4).any()) and bool((role == 3).any())
+                else torch.full_like(tot, math.nan)
+            ),
+        )
         res.append(torch.stack([row[k] for k in _stats], -1))
     flat = torch.ones(n, n, device=role.device)
     e = where(_normal((flat if ahead else flat.tril())[None, asks]))[0]
@@ -208,20 +265,27 @@ def _reduce(maps, roles):
 def _model(m):
     "A model, or what a function returns that loads one"
     m = m if isinstance(m, nn.Module) or not callable(m) else m()
-    if not isinstance(m, nn.Module): raise ValueError(f"a model, or a function that returns one, was expected; got {type(m).__name__}")
+    if not isinstance(m, nn.Module):
+        raise ValueError(f"a model, or a function that returns one, was expected; got {type(m).__name__}")
     return m
 
 def _corpus(texts, tokenizer, central, share, length):
     "Sorted (ids, roles) of the texts that have a token which attends, and the most central word of each text"
     if isinstance(texts, str): raise ValueError("texts are a list of strings; for a single text give [text]")
     texts = list(texts)
-    if bad := [type(t).__name__ for t in texts if not isinstance(t, str)]: raise ValueError(f"texts are strings, got {bad[0]}")
-    if not isinstance(length, int) or length < 2: raise ValueError(f"length={length!r}, but it is tokens of a text, a whole number of at least 2")
+    if bad := [type(t).__name__ for t in texts if not isinstance(t, str)]:
+        raise ValueError(f"texts are strings, got {bad[0]}")
+    if not isinstance(length, int) or length < 2:
+        raise ValueError(f"length={length!r}, but it is tokens of a text, a whole number of at least 2")
     _check_tokenizer(tokenizer)
     seen = [_encode(t, tokenizer, length) for t in texts]
     if central is None: central = central_words([t for _,t in seen], share)        # of the part that is looked at
-    elif len(central := list(central)) != len(texts): raise ValueError(f"central holds words for {len(central)} texts, but there are {len(texts)} texts")
-    rows = [(np.array(enc['input_ids'], np.int32), np.array(_token_roles(enc, t, c, tokenizer), np.int8)) for (enc,t),c in zip(seen, central)]
+    elif len(central := list(central)) != len(texts):
+        raise ValueError(f"central holds words for {len(central)} texts, but there are {len(texts)} texts")
+    rows = [
+        (np.array(enc['input_ids'], np.int32), np.array(_token_roles(enc, t, c, tokenizer), np.int8))
+        for (enc, t), c in zip(seen, central)
+    ]
     rows = sorted((r for r in rows if (r[1] >= 2).any()), key=lambda r: (len(r[0]), r[0].tolist(), r[1].tolist()))
     if not rows: raise ValueError(f"none of the {len(texts)} texts has a token to look at")
     return rows, list(dict.fromkeys(c[0] for c in map(list, central) if c))
@@ -238,10 +302,15 @@ def _measure(model, rows, batch_size, pad, tick):
             maps = _attend(net, ids, mask)
             for j,(r,roles) in enumerate(part):
                 got,e,k = _reduce([a[j, :, :len(r), :len(r)] for a in maps], roles)
-                stats.append(got); even.append(e); n_tokens += k
+                stats.append(got)
+                even.append(e)
+                n_tokens += k
             del maps
             tick(len(part))
-    if not np.isfinite(np.delete(np.stack(stats), _stats.index('central'), -1)).all(): raise ValueError(f"{type(net).__name__} gives attention weights that are no numbers: its weights or its precision are broken")
+    if not np.isfinite(np.delete(np.stack(stats), _stats.index('central'), -1)).all():
+        raise ValueError(
+            f"{type(net).__name__} gives attention weights that are no numbers: its weights or its precision are broken"
+        )
     return np.stack(stats), np.array(even), n_tokens
 
 # %% ../nbs/10_attention.ipynb #eea4aa7c
@@ -286,7 +355,19 @@ def _shift(a, b, even, n_tokens, name, level, draws, seed):
             marked[k] = [divmod(int(j), n_heads) for j in _stand_out(d, draws, level, seed).nonzero()[0]]
         overall[k] = o
     ok = ~np.isnan(a[:, 0, 0, _stats.index('central')])
-    return AttentionShift(before, change, low, high, marked, overall, len(a), n_tokens, name, level, short(even[ok].mean()) if ok.any() else None)
+    return AttentionShift(
+        before,
+        change,
+        low,
+        high,
+        marked,
+        overall,
+        len(a),
+        n_tokens,
+        name,
+        level,
+        short(even[ok].mean()) if ok.any() else None,
+    )
 
 # %% ../nbs/10_attention.ipynb #b64f5a7e
 def passages(
@@ -296,16 +377,20 @@ def passages(
 )->list:            # of strings; fewer than `n` where there is less text
     "Passages from as many of the texts as possible, spread evenly over them"
     for k,v in dict(n=n, length=length).items():
-        if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{k}={v!r}, but it is a whole number of at least 1")
+        if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+            raise ValueError(f"{k}={v!r}, but it is a whole number of at least 1")
     if isinstance(texts, str): raise ValueError("texts are a list of strings; for a single text give [text]")
     def cut(text):
         part = ''
         for para in text.split('\n\n'):
-            if part.strip() and len(part)+len(para) > length: yield part; part = ''
+            if part.strip() and len(part)+len(para) > length:
+                yield part
+                part = ''
             part += '\n\n'*bool(part) + para
             while len(part) > 2*length:                            # a paragraph that is a book
                 at = max(part.rfind(' ', length//2, length), 0) or length
-                yield part[:at]; part = part[at:]
+                yield part[:at]
+                part = part[at:]
         if part.strip(): yield part
     res,rest = [],[iter(p for p in cut(t) if p.strip()) for t in texts]
     while rest and len(res) < n:
@@ -317,9 +402,11 @@ def passages(
 
 # %% ../nbs/10_attention.ipynb #48d2a535
 def _check_numbers(level, draws, batch_size):
-    if not .5 <= level < 1: raise ValueError(f"level={level}, but intervals hold a fraction of at least 0.5 and below 1")
+    if not .5 <= level < 1:
+        raise ValueError(f"level={level}, but intervals hold a fraction of at least 0.5 and below 1")
     for k,v,least in (('draws', draws, 100), ('batch_size', batch_size, 1)):
-        if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f"{k}={v!r}, but it is a whole number of at least {least}")
+        if isinstance(v, bool) or not isinstance(v, int) or v < least:
+            raise ValueError(f"{k}={v!r}, but it is a whole number of at least {least}")
 
 class AttentionSnapshot:
     "What attention of a model is over some texts, for comparing with what it becomes."
@@ -341,18 +428,35 @@ class AttentionSnapshot:
         _check_numbers(level, draws, batch_size)
         texts = list(texts) if not isinstance(texts, str) else texts
         self.rows,self.words = _corpus(texts, tokenizer, central, share, length)
-        if example is not None and not -len(texts) <= example < len(texts): raise ValueError(f"example={example}, but there are {len(texts)} texts, counted from 0")
-        shown = None if example is None else tokenizer(texts[example], truncation=True, max_length=min(length, example_tokens), verbose=False)['input_ids'] or None
+        if example is not None and not -len(texts) <= example < len(texts):
+            raise ValueError(f"example={example}, but there are {len(texts)} texts, counted from 0")
+        shown = (
+            None
+            if example is None
+            else tokenizer(texts[example], truncation=True, max_length=min(length, example_tokens), verbose=False)[
+                'input_ids'
+            ]
+            or None
+        )
         self.shown,self.pieces = shown,tuple(tokenizer.convert_ids_to_tokens(shown)) if shown else None
-        self.pad,self.batch_size,self.tick,self.chance = tokenizer.pad_token_id or 0,batch_size,tick,(level, draws, seed)
+        self.pad = tokenizer.pad_token_id or 0
+        self.batch_size = batch_size
+        self.tick = tick
+        self.chance = (level, draws, seed)
         self.stats,self.even,self.n_tokens,self.maps = self._look(model)
 
     def __len__(self): return len(self.rows)
-    def __repr__(self): return f"AttentionSnapshot({len(self)} texts, {self.n_tokens:,} tokens, {self.stats.shape[1]} layers × {self.stats.shape[2]} heads)"
+    def __repr__(self):
+        return (
+            f"AttentionSnapshot({len(self)} texts, {self.n_tokens:,} tokens, {self.stats.shape[1]} layers ×"
+            f" {self.stats.shape[2]} heads)"
+        )
 
     def _look(self, model):
         model = _model(model)
-        return *_measure(model, self.rows, self.batch_size, self.pad, self.tick), None if self.shown is None else attention_maps(model, self.shown).numpy()
+        return *_measure(model, self.rows, self.batch_size, self.pad, self.tick), (
+            None if self.shown is None else attention_maps(model, self.shown).numpy()
+        )
 
     def shift(self,
         model,           # model after, or a function that returns it
@@ -360,7 +464,11 @@ class AttentionSnapshot:
     )->AttentionShift:
         "How attention of `model` differs from what it was"
         now,_,_,maps = self._look(model)
-        if self.stats.shape != now.shape: raise ValueError(f"{name} has {now.shape[1]} layers of {now.shape[2]} heads, but the model before has {self.stats.shape[1]} of {self.stats.shape[2]}: compare a model with its own base")
+        if self.stats.shape != now.shape:
+            raise ValueError(
+                f"{name} has {now.shape[1]} layers of {now.shape[2]} heads, but the model before has"
+                f" {self.stats.shape[1]} of {self.stats.shape[2]}: compare a model with its own base"
+            )
         s = _shift(self.stats, now, self.even, self.n_tokens, str(name), *self.chance)
         if self.shown is not None: object.__setattr__(s, 'example', (self.maps, maps, self.pieces))
         return s
@@ -382,7 +490,8 @@ def compare_attention(
     **kw                 # further arguments of `AttentionSnapshot`
 )->AttentionComparison:
     "How attention of several fine-tuned models differs from one base, over the same texts"
-    if not isinstance(after, dict) or not after: raise ValueError("after is a dict of name → model, such as dict(full=…, LoRA=…, ALF=…)")
+    if not isinstance(after, dict) or not after:
+        raise ValueError("after is a dict of name → model, such as dict(full=…, LoRA=…, ALF=…)")
     texts = list(texts) if not isinstance(texts, str) else texts
     tick,close = _bar(len(texts)*(1+len(after)), progress)
     try:

@@ -33,7 +33,8 @@ def sample_units(
     seed:int=0      # of the start
 )->list:            # names in model order
     "A sample of eligible units, spread over roles and depth"
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"n={n!r}, but it is a number of units, at least 1")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n={n!r}, but it is a number of units, at least 1")
     units = sorted((u for u in layers.units if u.eligible), key=lambda u: (u.role, u.depth))
     if n < len(units):
         start,width = random.Random(f'{seed}/sample').random(),len(units)/n
@@ -51,7 +52,9 @@ def _untouched(model):
             for p,_,_ in params: p.grad = None
             yield
     finally:
-        for p,r,g in params: p.requires_grad_(r); p.grad = g
+        for p,r,g in params:
+            p.requires_grad_(r)
+            p.grad = g
 
 @contextmanager
 def _lent(model, params):
@@ -62,7 +65,9 @@ def _lent(model, params):
     try: yield kept
     finally:
         with torch.no_grad():
-            for p,k in zip(params, kept): p.copy_(k); p.grad = None
+            for p,k in zip(params, kept):
+                p.copy_(k)
+                p.grad = None
             for b,was in buffers: b.copy_(was)
 
 # %% ../nbs/14b_audit.ipynb #32bcfd94
@@ -73,7 +78,8 @@ class _Bench:
         self.device = next(model.parameters()).device
 
     def loss(self, batch):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16): return self.loss_of(self.model, batch).float()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.loss_of(self.model, batch).float()
 
     @torch.no_grad()
     def evaluate(self)->np.ndarray:
@@ -89,7 +95,9 @@ class _Bench:
         for b in batches:
             loss = self.loss(b)
             if not loss.requires_grad: return              # these parameters take no part
-            loss.backward(); opt.step(); opt.zero_grad(set_to_none=True)
+            loss.backward()
+            opt.step()
+            opt.zero_grad(set_to_none=True)
 
     def after(self, names, batches, seed)->np.ndarray:
         "Held-out losses after training just the units `names`, whose weights are then put back"
@@ -106,8 +114,17 @@ class _Bench:
             with _lent(self.model, [p for ps in params.values() for p in ps]) as kept:
                 self.train([p for ps in params.values() for p in ps], batches, seed)
                 it = iter(kept)
-                norms = delta_norms({n: [p.detach() for p in ps] for n,ps in params.items()}, {n: [next(it) for _ in ps] for n,ps in params.items()}, backend='torch')
-                tracker.update_from_norms(norms, dict.fromkeys(g, self.lr*len(batches)), {n: sum(p.numel() for p in ps) for n,ps in params.items()}, len(batches))
+                norms = delta_norms(
+                    {n: [p.detach() for p in ps] for n, ps in params.items()},
+                    {n: [next(it) for _ in ps] for n, ps in params.items()},
+                    backend='torch',
+                )
+                tracker.update_from_norms(
+                    norms,
+                    dict.fromkeys(g, self.lr * len(batches)),
+                    {n: sum(p.numel() for p in ps) for n, ps in params.items()},
+                    len(batches),
+                )
         return tuple(tracker.values.get(k, {}) for k in ('rate', 'coherence'))
 
 # %% ../nbs/14b_audit.ipynb #28451cef
@@ -127,7 +144,8 @@ def rank_correlation(
 )->float: # −1 … 1; 0 where one of them is constant
     "Spearman's rank correlation"
     a,b = np.asarray(a, float),np.asarray(b, float)
-    if a.shape != b.shape or a.ndim != 1: raise ValueError(f"two lists of the same length, got shapes {list(a.shape)} and {list(b.shape)}")
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"two lists of the same length, got shapes {list(a.shape)} and {list(b.shape)}")
     return float(_pearson(_ranks(a), _ranks(b))) if len(a) > 1 else 0.
 
 def _redrawn(xs, y, draws, seed):
@@ -160,8 +178,12 @@ class SignalAudit(Record):
     advice:str        # one plain sentence
     config:dict       # how it was measured
     def __post_init__(self):
-        object.__setattr__(self, 'units', tuple(u if isinstance(u, UnitInfo) else UnitInfo.from_dict(u) for u in self.units))
-        object.__setattr__(self, 'usefulness', {k: {**v, 'repeats': tuple(v['repeats'])} for k,v in self.usefulness.items()})
+        object.__setattr__(
+            self, 'units', tuple(u if isinstance(u, UnitInfo) else UnitInfo.from_dict(u) for u in self.units)
+        )
+        object.__setattr__(
+            self, 'usefulness', {k: {**v, 'repeats': tuple(v['repeats'])} for k, v in self.usefulness.items()}
+        )
     def __len__(self): return len(self.units)
 
     @property
@@ -172,26 +194,57 @@ class SignalAudit(Record):
     def _repr_markdown_(self):
         c,pm = self.config,lambda d,k: f"{d[k]:.2f} ({d[k+'_low']:.2f} … {d[k+'_high']:.2f})"
         kept = lambda v: '–' if v is None else f'{v:.0%}'
-        rows = [f"| {md_text(k) if k not in _controls else f'*control: {_controls[k]}*'} | {pm(d, 'per_param')} | {kept(d['kept'])} | {pm(d, 'total')} |" for k,d in ((k, self.agreement[k]) for k in [*self.ranked, *(k for k in _controls if k in self.agreement)])]
-        rows.append(f"| *control: random order* | 0 ({self.chance['per_param_low']:.2f} … {self.chance['per_param_high']:.2f}) | {kept(self.chance['kept'])} | 0 ({self.chance['total_low']:.2f} … {self.chance['total_high']:.2f}) |")
-        if self.repeats['total'] is not None: rows.append(f"| *usefulness in another repetition* | {self.repeats['per_param']:.2f} | – | {self.repeats['total']:.2f} |")
+        rows = [
+            f"| {md_text(k) if k not in _controls else f'*control: {_controls[k]}*'} | {pm(d, 'per_param')} |"
+            f" {kept(d['kept'])} | {pm(d, 'total')} |"
+            for k, d in ((k, self.agreement[k]) for k in [*self.ranked, *(k for k in _controls if k in self.agreement)])
+        ]
+        rows.append(
+            f"| *control: random order* | 0 ({self.chance['per_param_low']:.2f} … {self.chance['per_param_high']:.2f})"
+            f" | {kept(self.chance['kept'])} | 0 ({self.chance['total_low']:.2f} … {self.chance['total_high']:.2f}) |"
+        )
+        if self.repeats['total'] is not None:
+            rows.append(
+                f"| *usefulness in another repetition* | {self.repeats['per_param']:.2f} | – |"
+                f" {self.repeats['total']:.2f} |"
+            )
         best = sorted(self.usefulness, key=lambda n: -self.usefulness[n]['per_param'])
         show = lambda ns: ', '.join(f"{md_code(n)} ({self.usefulness[n]['total']:+.4f})" for n in ns)
-        return '\n'.join([f"**{md_text(self.advice)}**", "", f"| signal | agreement with usefulness per parameter ({c['level']:.0%} interval) | kept at {c['budget']:.0%} budget | agreement with total usefulness |", "|---|---|---|---|", *rows, "",
-                          f"{len(self)} units, each trained alone for {md_text(c['steps'])} steps at lr {c['lr']:g}, {'once' if c['repeats'] == 1 else md_text(c['repeats'])+' times'}; held-out loss {c['loss']:.3f} before. Most useful per parameter (decrease of the loss): {show(best[:3])}; least: {show(best[-2:])}."])
+        return '\n'.join(
+            [
+                f"**{md_text(self.advice)}**",
+                "",
+                (
+                    f"| signal | agreement with usefulness per parameter ({c['level']:.0%} interval) | kept at"
+                    f" {c['budget']:.0%} budget | agreement with total usefulness |"
+                ),
+                "|---|---|---|---|",
+                *rows,
+                "",
+                (
+                    f"{len(self)} units, each trained alone for {md_text(c['steps'])} steps at lr {c['lr']:g},"
+                    f" {'once' if c['repeats'] == 1 else md_text(c['repeats'])+' times'}; held-out loss {c['loss']:.3f}"
+                    f" before. Most useful per parameter (decrease of the loss): {show(best[:3])}; least:"
+                    f" {show(best[-2:])}."
+                ),
+            ]
+        )
 
 # %% ../nbs/14b_audit.ipynb #cbed19d7
 def _holm(ps):
     "Adjusted p of each"
     out,worst = {},0.
-    for i,(k,p) in enumerate(sorted(ps.items(), key=lambda kv: kv[1])): out[k] = worst = max(worst, min(1., p*(len(ps)-i)))
+    for i,(k,p) in enumerate(sorted(ps.items(), key=lambda kv: kv[1])):
+        out[k] = worst = max(worst, min(1., p*(len(ps)-i)))
     return out
 
 def _kept(order, useful, sizes, budget):
     "Usefulness of the units that a budget takes in `order`"
     left,got = budget*sizes.sum(),0.
     for i in order:
-        if sizes[i] <= left: left -= sizes[i]; got += useful[i]
+        if sizes[i] <= left:
+            left -= sizes[i]
+            got += useful[i]
     return got
 
 def _most(useful, sizes, budget):
@@ -199,7 +252,8 @@ def _most(useful, sizes, budget):
     left,got = budget*sizes.sum(),0.
     for i in np.argsort(-useful/sizes, kind='stable'):
         if useful[i] <= 0 or left <= 0: break
-        got += useful[i]*min(1., left/sizes[i]); left -= sizes[i]
+        got += useful[i]*min(1., left/sizes[i])
+        left -= sizes[i]
     return got
 
 def _agree(units, useful, signals, level, draws, budget, seed):
@@ -207,57 +261,100 @@ def _agree(units, useful, signals, level, draws, budget, seed):
     n,sizes,total = len(units),np.array([float(u.n_params) for u in units]),useful.mean(1)
     per = total/sizes
     names = [k for k,v in signals.items() if any(x is not None for x in v.values())]
-    xs = np.array([[-math.inf if (v := signals[k][u.name]) is None else v for u in units] for k in names])        # unknown: a policy would take it last
+    # unknown: a policy would take it last
+    xs = np.array([[-math.inf if (v := signals[k][u.name]) is None else v for u in units] for k in names])
     ends,null = [(1-level)/2, (1+level)/2],_chance(n, draws, seed)
-    got = {what: ([rank_correlation(x, y) for x in xs], _redrawn(xs, y, draws, seed)) for what,y in (('total', total), ('per_param', per))}
+    got = {
+        what: ([rank_correlation(x, y) for x in xs], _redrawn(xs, y, draws, seed))
+        for what, y in (('total', total), ('per_param', per))
+    }
     best = _most(total, sizes, budget)
     share = lambda order: None if best <= 0 else float(_kept(order, total, sizes, budget)/best)
     rng,agreement = np.random.default_rng(seed),{}
     for i,k in enumerate(names):
         d = {}
-        for what,(rho,boot) in got.items(): lo,hi = np.quantile(boot[i], ends); d |= {what: float(rho[i]), f'{what}_low': float(lo), f'{what}_high': float(hi)}
-        agreement[k] = d | dict(p=float((1+(null >= d['per_param']-1e-12).sum())/(1+draws)), kept=share(np.argsort(-xs[i], kind='stable')))
+        for what,(rho,boot) in got.items():
+            lo,hi = np.quantile(boot[i], ends)
+            d |= {what: float(rho[i]), f'{what}_low': float(lo), f'{what}_high': float(hi)}
+        agreement[k] = d | dict(
+            p=float((1 + (null >= d['per_param'] - 1e-12).sum()) / (1 + draws)),
+            kept=share(np.argsort(-xs[i], kind='stable')),
+        )
     lo,hi = (float(v) for v in np.quantile(null, ends))
     random_kept = [share(rng.permutation(n)) for _ in range(min(draws, 500))]
-    chance = dict(total_low=lo, total_high=hi, per_param_low=lo, per_param_high=hi, kept=None if best <= 0 else float(np.mean(random_kept)))
+    chance = dict(
+        total_low=lo,
+        total_high=hi,
+        per_param_low=lo,
+        per_param_high=hi,
+        kept=None if best <= 0 else float(np.mean(random_kept)),
+    )
     pairs = [(i, j) for i in range(useful.shape[1]) for j in range(i)]
     between = lambda y: float(np.mean([rank_correlation(y[:, i], y[:, j]) for i,j in pairs])) if pairs else None
     repeats = dict(total=between(useful), per_param=between(useful/sizes[:, None]))
     said = _advice(agreement, chance, repeats, dict(zip(names, got['per_param'][1])), n, level, total)
-    if 'gain' in names and (xs[names.index('gain')] < 0).sum() > n/2: said += " Most values of gain are below 0: the probe's batches contradict each other, and its order may be upside down; give it more or larger batches."
+    if 'gain' in names and (xs[names.index('gain')] < 0).sum() > n/2:
+        said += (
+            " Most values of gain are below 0: the probe's batches contradict each other, and its order may be upside"
+            " down; give it more or larger batches."
+        )
     return agreement, chance, repeats, said
 
 def _advice(agreement, chance, repeats, boot, n, level, total):
     "One plain sentence"
     tried = {k: d for k,d in agreement.items() if k not in _controls}
     if (total > 0).sum() < n/2:                            # then the order is one of harm, not of use
-        return f"Nothing to choose by: {(total <= 0).sum()} of {n} units do not lower the held-out loss when trained alone. Repeat the audit with a smaller learning rate, larger batches or other steps."
+        return (
+            f"Nothing to choose by: {(total <= 0).sum()} of {n} units do not lower the held-out loss when trained"
+            " alone. Repeat the audit with a smaller learning rate, larger batches or other steps."
+        )
     if repeats['per_param'] is not None and repeats['per_param'] < chance['per_param_high']:
-        return f"Too noisy to say: the order of usefulness agrees with itself between repetitions by only {repeats['per_param']:.2f}. Give more steps, larger batches or more held-out batches."
+        return (
+            "Too noisy to say: the order of usefulness agrees with itself between repetitions by only"
+            f" {repeats['per_param']:.2f}. Give more steps, larger batches or more held-out batches."
+        )
     if not tried: return "No signal is known for these units."
     holm = _holm({k: d['p'] for k,d in tried.items()})
     best = max(tried, key=lambda k: tried[k]['per_param'])
-    pm = f"{tried[best]['per_param']:.2f}, {level:.0%} interval {tried[best]['per_param_low']:.2f} … {tried[best]['per_param_high']:.2f}, over {n} units"
-    if holm[best] > 1-level: return f"No signal can be told from a random order here; the best is {best} ({pm}). A random choice, or more units in this audit, is as good an idea."
+    pm = (
+        f"{tried[best]['per_param']:.2f}, {level:.0%} interval {tried[best]['per_param_low']:.2f} …"
+        f" {tried[best]['per_param_high']:.2f}, over {n} units"
+    )
+    if holm[best] > 1-level:
+        return (
+            f"No signal can be told from a random order here; the best is {best} ({pm}). A random choice, or more units"
+            " in this audit, is as good an idea."
+        )
     lower = lambda other: np.quantile(boot[best]-boot[other], (1-level)/2)
     alike = [k for k in tried if k != best and holm[k] <= 1-level and lower(k) <= 0]
     more = f" {', '.join(alike)} cannot be told from it." if alike else ''
     if '1/n_params' in boot and lower('1/n_params') <= 0:
-        return f"Use {best}: its order agrees best with usefulness per parameter ({pm}), but not clearly better than taking the smallest units first ({agreement['1/n_params']['per_param']:.2f}).{more}"
+        return (
+            f"Use {best}: its order agrees best with usefulness per parameter ({pm}), but not clearly better than"
+            f" taking the smallest units first ({agreement['1/n_params']['per_param']:.2f}).{more}"
+        )
     return f"Use {best}: its order agrees best with usefulness per parameter ({pm}).{more}"
 
 # %% ../nbs/14b_audit.ipynb #66dccf51
 def _check(**kw):
     for k,(v,least) in kw.items():
-        if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f"{k}={v!r}, but it is a whole number of at least {least}")
+        if isinstance(v, bool) or not isinstance(v, int) or v < least:
+            raise ValueError(f"{k}={v!r}, but it is a whole number of at least {least}")
 
 def _prepare(model, data, tokenizer, column, length, seed, n_held):
     "Model, rows to train on, rows held out"
     if isinstance(model, tuple): model,tokenizer = model
     elif not isinstance(model, torch.nn.Module): model,tokenizer = load_model(model, progress=False)
-    is_rows = data is not None and not isinstance(data, str) and hasattr(data, '__len__') and len(data) and not isinstance(data[0], str)
+    is_rows = (
+        data is not None
+        and not isinstance(data, str)
+        and hasattr(data, '__len__')
+        and len(data)
+        and not isinstance(data[0], str)
+    )
     if not is_rows:
-        if tokenizer is None: raise ValueError("texts need the model's tokenizer: give tokenizer=, or (model, tokenizer) as the model")
+        if tokenizer is None:
+            raise ValueError("texts need the model's tokenizer: give tokenizer=, or (model, tokenizer) as the model")
         train,held = (token_blocks(t, tokenizer, length) for t in domain_split(load_texts(data, column), seed=seed))
         return model, list(train), list(held)[:n_held]
     order = list(range(len(data)))
@@ -268,13 +365,17 @@ def _batches(rows, n, size, collate, device, key):
     "`n` batches of rows drawn without replacement, anew when all are used up"
     pick,order = random.Random(key),[]
     while len(order) < n*size:
-        more = list(range(len(rows))); pick.shuffle(more); order += more
+        more = list(range(len(rows)))
+        pick.shuffle(more)
+        order += more
     dev = lambda b: {k: v.to(device) if hasattr(v, 'to') else v for k,v in b.items()}
     return [dev(collate([rows[j] for j in order[i*size:(i+1)*size]])) for i in range(n)]
 
 def audit_signals(
-    model=None,          # model that computes its loss; hub id or folder of a causal model; (model, tokenizer); None: SmolLM2-135M-Instruct
-    data=None,           # rows with labels for the model; or texts, as `load_texts` takes them; None: the Python language reference
+    # model that computes its loss; hub id or folder of a causal model; (model, tokenizer); None: SmolLM2-135M-Instruct
+    model=None,
+    # rows with labels for the model; or texts, as `load_texts` takes them; None: the Python language reference
+    data=None,
     n_units:int=24,      # units in the sample; all eligible ones where there are fewer
     names=None,          # or: these units
     repeats:int=3,       # times each unit is trained, each with other batches
@@ -284,7 +385,8 @@ def audit_signals(
     eval_batches:int=6,  # held-out batches
     probe_batches:int=8, # batches that gain and gradient norm come from, at least 2
     probe_steps:int=8,   # steps that rate and coherence come from
-    groups:int=1,        # 1: those steps train all units at once; n: one of n groups after the other, which needs less memory
+    # 1: those steps train all units at once; n: one of n groups after the other, which needs less memory
+    groups:int=1,
     pin=(),              # units that train along with each, such as a new head; what they do alone counts for none
     unit:str='module',   # 'module': weight matrices; 'block': whole blocks
     kinds=('matrix', 'block', 'adapter'), # kinds of units that are sampled
@@ -301,8 +403,20 @@ def audit_signals(
     progress:bool=True   # show a bar, and first how long it will take?
 )->SignalAudit:
     "Measure how useful units are, and which signal knows it; the model is left as it was"
-    _check(n_units=(n_units, 4), repeats=(repeats, 1), steps=(steps, 1), batch_size=(batch_size, 1), eval_batches=(eval_batches, 1), probe_batches=(probe_batches, 2), probe_steps=(probe_steps, 1), groups=(groups, 1), length=(length, 2), draws=(draws, 100))
-    if not (isinstance(lr, (int, float)) and 0 < lr < 1): raise ValueError(f"lr={lr!r}, but a learning rate is above 0 and below 1, such as 4e-4")
+    _check(
+        n_units=(n_units, 4),
+        repeats=(repeats, 1),
+        steps=(steps, 1),
+        batch_size=(batch_size, 1),
+        eval_batches=(eval_batches, 1),
+        probe_batches=(probe_batches, 2),
+        probe_steps=(probe_steps, 1),
+        groups=(groups, 1),
+        length=(length, 2),
+        draws=(draws, 100),
+    )
+    if not (isinstance(lr, (int, float)) and 0 < lr < 1):
+        raise ValueError(f"lr={lr!r}, but a learning rate is above 0 and below 1, such as 4e-4")
     for k,v in dict(budget=budget, level=level).items():
         if not 0 < v < 1: raise ValueError(f"{k}={v!r}, but it is a fraction, above 0 and below 1")
     model,train,held = _prepare(model, data, tokenizer, column, length, seed, eval_batches*batch_size)
@@ -311,14 +425,23 @@ def audit_signals(
     pin = [n for p in pin for n in (layers.by_layer.get(p) or [layers[p].name])]
     names = sample_units(layers, n_units, seed) if names is None else [layers[n].name for n in names]
     if both := [n for n in names if n in pin]: names = [n for n in names if n not in both]
-    if len(names) < 4: raise ValueError(f"an audit compares at least 4 units, but {len(names)} can be sampled; try unit='module' or other kinds")
+    if len(names) < 4:
+        raise ValueError(
+            f"an audit compares at least 4 units, but {len(names)} can be sampled; try unit='module' or other kinds"
+        )
     need = batch_size*max(steps, probe_batches, 2)
     if len(held) < eval_batches*batch_size or len(train) < need:
-        raise ValueError(f"too little data: {len(train)} rows to train on and {len(held)} held out, but {need} and {eval_batches*batch_size} are needed; give more, or smaller batch_size, steps, probe_batches or eval_batches")
+        raise ValueError(
+            f"too little data: {len(train)} rows to train on and {len(held)} held out, but {need} and"
+            f" {eval_batches*batch_size} are needed; give more, or smaller batch_size, steps, probe_batches or"
+            " eval_batches"
+        )
     device = next(model.parameters()).device
     bf16 = supports_bf16(device) if bf16 is None else bf16
     draw = lambda n,key: _batches(train, n, batch_size, collate, device, f'{seed}/{key}')
-    bench = _Bench(model, layers, _batches(held, eval_batches, batch_size, collate, device, f'{seed}/held'), float(lr), bf16, loss)
+    bench = _Bench(
+        model, layers, _batches(held, eval_batches, batch_size, collate, device, f'{seed}/held'), float(lr), bf16, loss
+    )
     work = len(names)*repeats
     tick = _Progress(progress, work, f"{len(names)} units × {repeats} × {steps} steps")
     try:
@@ -329,31 +452,79 @@ def audit_signals(
             t1 = time.perf_counter()
             start = bench.evaluate()
             t2 = time.perf_counter()
-            full = (t1-t0)/probe_batches                   # a step of one unit takes at most as long as a batch of this probe
+            full = (t1-t0)/probe_batches  # a step of one unit takes at most as long as a batch of this probe
             tick.estimate(work*(steps*full + t2-t1) + groups*probe_steps*full)
             every = [u.name for u in layers.units if u.eligible]
-            rate,coherence = bench.rates([every[i::groups] for i in range(groups) if every[i::groups]], draw(probe_steps, 'rate'), seed)
+            rate, coherence = bench.rates(
+                [every[i::groups] for i in range(groups) if every[i::groups]], draw(probe_steps, 'rate'), seed
+            )
             gains = np.empty((len(names), repeats, eval_batches))
             for r in range(repeats):
                 batches = draw(steps, f'train/{r}')
                 base = bench.after(pin, batches, seed+r) if pin else start
                 for i,n in enumerate(names):
                     after = bench.after([n, *pin], batches, seed+r)
-                    if not np.isfinite(after).all(): raise RuntimeError(f"the loss is no number after {steps} steps of training {n} at lr={lr:g}: try a smaller learning rate")
+                    if not np.isfinite(after).all():
+                        raise RuntimeError(
+                            f"the loss is no number after {steps} steps of training {n} at lr={lr:g}: try a smaller"
+                            " learning rate"
+                        )
                     gains[i, r] = base-after
                     tick()
     finally: tick.close()
     units = [layers[n] for n in names]
-    signals = dict(gain=probe.gain.values, grad_norm=probe.grad_norm.values, prior=prior_scores(layers).values, rate=rate, coherence=coherence)
+    signals = dict(
+        gain=probe.gain.values,
+        grad_norm=probe.grad_norm.values,
+        prior=prior_scores(layers).values,
+        rate=rate,
+        coherence=coherence,
+    )
     signals = {k: {n: v.get(n) for n in names} for k,v in signals.items()}
-    for v in (signals['gain'], signals['grad_norm']): v.update({n: 0. for n in names if v[n] is None})            # no gradient: nothing to gain
-    signals |= {'n_params': {u.name: float(u.n_params) for u in units}, '1/n_params': {u.name: 1/u.n_params for u in units}}
+    # no gradient: nothing to gain
+    for v in (signals['gain'], signals['grad_norm']): v.update({n: 0. for n in names if v[n] is None})
+    signals |= {
+        'n_params': {u.name: float(u.n_params) for u in units},
+        '1/n_params': {u.name: 1 / u.n_params for u in units},
+    }
     agreement,chance,again,advice = _agree(units, gains.mean(2), signals, level, draws, budget, seed)
     rng,flat = np.random.default_rng(seed),gains.reshape(len(names), -1)
-    ends = np.quantile(flat[:, rng.integers(0, flat.shape[1], (draws, flat.shape[1]))].mean(-1), [(1-level)/2, (1+level)/2], axis=1)
-    usefulness = {n: dict(total=float(flat[i].mean()), low=float(ends[0, i]), high=float(ends[1, i]), per_param=float(flat[i].mean()/units[i].n_params), repeats=gains[i].mean(-1).tolist()) for i,n in enumerate(names)}
-    config = dict(model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, unit=unit, steps=steps, lr=float(lr), repeats=repeats, batch_size=batch_size, eval_batches=eval_batches, probe_batches=probe_batches,
-                  probe_steps=probe_steps, groups=groups, pin=pin, budget=budget, level=level, draws=draws, seed=seed, bf16=bf16, loss=float(start.mean()), wall_s=time.perf_counter()-t0, n_eligible=len(every))
+    ends = np.quantile(
+        flat[:, rng.integers(0, flat.shape[1], (draws, flat.shape[1]))].mean(-1),
+        [(1 - level) / 2, (1 + level) / 2],
+        axis=1,
+    )
+    usefulness = {
+        n: dict(
+            total=float(flat[i].mean()),
+            low=float(ends[0, i]),
+            high=float(ends[1, i]),
+            per_param=float(flat[i].mean() / units[i].n_params),
+            repeats=gains[i].mean(-1).tolist(),
+        )
+        for i, n in enumerate(names)
+    }
+    config = dict(
+        model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__,
+        unit=unit,
+        steps=steps,
+        lr=float(lr),
+        repeats=repeats,
+        batch_size=batch_size,
+        eval_batches=eval_batches,
+        probe_batches=probe_batches,
+        probe_steps=probe_steps,
+        groups=groups,
+        pin=pin,
+        budget=budget,
+        level=level,
+        draws=draws,
+        seed=seed,
+        bf16=bf16,
+        loss=float(start.mean()),
+        wall_s=time.perf_counter() - t0,
+        n_eligible=len(every),
+    )
     return SignalAudit(tuple(units), usefulness, signals, agreement, chance, again, advice, config)
 
 class _Progress:
@@ -375,16 +546,48 @@ def _plot(self,
     if what not in ('per_param', 'total'): raise ValueError(f"what={what!r}; give 'per_param' or 'total'")
     n,deepest = len(self),max(u.depth for u in self.units) or 1
     rank = lambda d: _ranks(np.array([-math.inf if d[u.name] is None else d[u.name] for u in self.units])) + 1
-    y,words = rank({k: v[what] for k,v in self.usefulness.items()}),dict(per_param='usefulness per parameter', total='total usefulness')[what]
+    y = rank({k: v[what] for k,v in self.usefulness.items()})
+    words = dict(per_param='usefulness per parameter', total='total usefulness')[what]
     third = [min(2, 3*(u.depth-1)//deepest) if u.depth else 0 for u in self.units]
     out = []
     for k in [*self.ranked, 'n_params' if what == 'total' else '1/n_params']:
         d,x = self.agreement[k],rank(self.signals[k])
         name = k if k not in _controls else f'control: {_controls[k]}'
-        series = [dict(name='', x=[1, n], y=[1, n], c=4, kind='dash')] + [dict(name='', c=c, kind='dots', x=[float(a) for a,t in zip(x, third) if t == i], y=[float(b) for b,t in zip(y, third) if t == i]) for i,c in enumerate((1, 2, 3))]
-        label = f"{name}: rank correlation {d[what]:.2f} with {words}, interval {d[what+'_low']:.2f} to {d[what+'_high']:.2f}"
-        out.append(f'<div><p class="alf-head"><b>{escape(name)}</b>: {d[what]:.2f} ({d[what+"_low"]:.2f} … {d[what+"_high"]:.2f})</p>' + line_chart(series, label, height=190, x_range=(.2, n+.8), y_range=(.2, n+.8), x_name=f'rank by {name.removeprefix("control: ")}', n_ticks=4) + '</div>')
-    legend = ''.join(f'<li><i class="alf-key dots alf-c{c}" aria-hidden="true"></i>{t} third</li>' for t,c in (('bottom', 1), ('middle', 2), ('top', 3)))
-    return Picture(f'<p class="alf-said"><b>{escape(self.advice)}</b></p><ul class="alf-legend"><li>across: rank by the signal; up: rank by {words}; the higher the more</li>{legend}</ul><div class="alf-maps">{"".join(out)}</div>')
+        series = [dict(name='', x=[1, n], y=[1, n], c=4, kind='dash')] + [
+            dict(
+                name='',
+                c=c,
+                kind='dots',
+                x=[float(a) for a, t in zip(x, third) if t == i],
+                y=[float(b) for b, t in zip(y, third) if t == i],
+            )
+            for i, c in enumerate((1, 2, 3))
+        ]
+        label = (
+            f"{name}: rank correlation {d[what]:.2f} with {words}, interval {d[what+'_low']:.2f} to"
+            f" {d[what+'_high']:.2f}"
+        )
+        out.append(
+            f'<div><p class="alf-head"><b>{escape(name)}</b>: {d[what]:.2f} ({d[what+"_low"]:.2f} …'
+            f' {d[what+"_high"]:.2f})</p>'
+            + line_chart(
+                series,
+                label,
+                height=190,
+                x_range=(0.2, n + 0.8),
+                y_range=(0.2, n + 0.8),
+                x_name=f'rank by {name.removeprefix("control: ")}',
+                n_ticks=4,
+            )
+            + '</div>'
+        )
+    legend = ''.join(
+        f'<li><i class="alf-key dots alf-c{c}" aria-hidden="true"></i>{t} third</li>'
+        for t, c in (('bottom', 1), ('middle', 2), ('top', 3))
+    )
+    return Picture(
+        f'<p class="alf-said"><b>{escape(self.advice)}</b></p><ul class="alf-legend"><li>across: rank by the signal;'
+        f' up: rank by {words}; the higher the more</li>{legend}</ul><div class="alf-maps">{"".join(out)}</div>'
+    )
 
 SignalAudit.plot = _plot

@@ -31,22 +31,34 @@ def _keep_state(*states):
 
 class _Gate(TrainerCallback):
     "Holds or ends training between two steps"
-    def __init__(self, run): self.run,self.go = run,threading.Event(); self.go.set(); self.ending = False
+    def __init__(self, run):
+        self.run,self.go = run,threading.Event()
+        self.go.set()
+        self.ending = False
 
     def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kw):
-        _keep_state(self.run.trainer.accelerator.state, args.distributed_state, getattr(optimizer, 'accelerator_state', None), getattr(train_dataloader, 'state', None))
+        _keep_state(
+            self.run.trainer.accelerator.state,
+            args.distributed_state,
+            getattr(optimizer, 'accelerator_state', None),
+            getattr(train_dataloader, 'state', None),
+        )
         self._report(state)
 
     def on_step_end(self, args, state, control, **kw):
         self._report(state)
         if not self.go.is_set() and not self.ending and state.global_step < state.max_steps: self._hold(state)
-        if self.ending and state.global_step < state.max_steps: control.should_training_stop = control.should_save = True
+        if self.ending and state.global_step < state.max_steps:
+            control.should_training_stop = control.should_save = True
 
     def _hold(self, state):
         alf,t0 = self.run.callback,time.perf_counter()
-        alf._event('pause', state.global_step); self.run._status = 'paused'
-        while not self.go.wait(.05) and threading.main_thread().is_alive(): alf._settle(state)       # a choice made meanwhile becomes true at once; when a script is over, nobody is left to resume
-        alf._event('unpause', state.global_step, paused_s=time.perf_counter()-t0); alf._forget_pause()
+        alf._event('pause', state.global_step)
+        self.run._status = 'paused'
+        # a choice made meanwhile becomes true at once; when a script is over, nobody is left to resume
+        while not self.go.wait(.05) and threading.main_thread().is_alive(): alf._settle(state)
+        alf._event('unpause', state.global_step, paused_s=time.perf_counter()-t0)
+        alf._forget_pause()
         self.run._status = 'running'
 
     def _report(self, state):
@@ -61,7 +73,10 @@ class BackgroundRun:
         resume_from_checkpoint=None # as for `Trainer.train`
     ):
         found = [c for c in trainer.callback_handler.callbacks if isinstance(c, ALFCallback)]
-        if len(found) != 1: raise ValueError(f"this trainer has {len(found)} ALFCallbacks: give it one, Trainer(…, callbacks=[ALFCallback(…)])")
+        if len(found) != 1:
+            raise ValueError(
+                f"this trainer has {len(found)} ALFCallbacks: give it one, Trainer(…, callbacks=[ALFCallback(…)])"
+            )
         self.trainer,self.callback = trainer,found[0]
         self._resume = self._newest() if resume_from_checkpoint is True else resume_from_checkpoint
         self.log = RunLog(self.callback.out or trainer.args.output_dir)      # a reader of its own
@@ -69,7 +84,10 @@ class BackgroundRun:
         self.step,self.max_steps,self.activity,self._status,self._seen = 0,None,'starting','starting',False
         self._gate = _Gate(self)
         self._over,self._cancelled,self._pid = threading.Event(),False,os.getpid()
-        self._thread = threading.Thread(target=self._work, args=(torch.get_num_threads(),), name='alf_nb training', daemon=_in_kernel())     # a script waits for it, a kernel may be restarted
+        # a script waits for it, a kernel may be restarted
+        self._thread = threading.Thread(
+            target=self._work, args=(torch.get_num_threads(),), name='alf_nb training', daemon=_in_kernel()
+        )
 
     def _newest(self):
         "The newest whole checkpoint of the newest run"
@@ -80,7 +98,8 @@ class BackgroundRun:
     @property
     def alive(self)->bool:
         "Has it been started and not ended?"
-        return self in _AT_WORK and not self._over.is_set() and self._pid == os.getpid()      # not in a fork, which has no threads; the thread's own flag is lost when Ctrl-C meets a join, up to Python 3.12
+        # not in a fork, which has no threads; the thread's own flag is lost when Ctrl-C meets a join, up to Python 3.12
+        return self in _AT_WORK and not self._over.is_set() and self._pid == os.getpid()
 
     def _start(self):
         _AT_WORK.append(self)
@@ -107,13 +126,22 @@ class BackgroundRun:
 
     def _train(self, n_threads):
         torch.set_num_threads(n_threads)     # a new thread starts with torch's default
-        quiet = [c for c in self.trainer.callback_handler.callbacks if isinstance(c, (PrinterCallback, ProgressCallback)) or type(c).__name__ == 'NotebookProgressCallback']
-        for c in quiet: self.trainer.callback_handler.callbacks.remove(c)      # what a thread prints lands in whatever cell runs
+        quiet = [
+            c
+            for c in self.trainer.callback_handler.callbacks
+            if isinstance(c, (PrinterCallback, ProgressCallback)) or type(c).__name__ == 'NotebookProgressCallback'
+        ]
+        # what a thread prints lands in whatever cell runs
+        for c in quiet: self.trainer.callback_handler.callbacks.remove(c)
         self.trainer.add_callback(self._gate)
         probing,self.callback.on_probe = self.callback.on_probe,self._probing
         try:
             self.result = self.trainer.train(resume_from_checkpoint=self._resume)
-            self._status = 'stopped' if self._gate.ending and self.trainer.state.global_step < self.trainer.state.max_steps else 'complete'
+            self._status = (
+                'stopped'
+                if self._gate.ending and self.trainer.state.global_step < self.trainer.state.max_steps
+                else 'complete'
+            )
         except BaseException as e: self._fail(e)
         finally:
             self.callback._unlock()
@@ -125,12 +153,17 @@ class BackgroundRun:
     def _probing(self, done, total): self.activity = 'training' if done == total else f'probing {done}/{total}'
 
     def _fail(self, e):
-        self.error = e; self._status = 'failed'
+        self.error = e
+        self._status = 'failed'
         try:
             if not any(o.get('message') == str(e) for o in self.log.events('error')[-1:]):
-                with RunLock(self.callback.out or self.trainer.args.output_dir, 'a run in the background'), RunLog(self.log.path) as log:
+                with RunLock(self.callback.out or self.trainer.args.output_dir, 'a run in the background'), RunLog(
+                    self.log.path
+                ) as log:
                     log.write('error', step=self.step, type=type(e).__name__, message=str(e), traceback=self.traceback)
-        except (OSError, RuntimeError): pass      # the folder cannot be written, or it is another run's: the error itself is kept here
+        except (OSError, RuntimeError):
+            # the folder cannot be written, or it is another run's: the error itself is kept here
+            pass
 
     @property
     def traceback(self)->str:
@@ -139,7 +172,9 @@ class BackgroundRun:
 
     def __repr__(self):
         at = f", step {self.step} of {self.max_steps}" if self.max_steps else ''
-        return f"BackgroundRun({str(self.log.dir)!r}, {self.status}{at})" + (f"\n{self.traceback}" if self.error is not None else '')
+        return f"BackgroundRun({str(self.log.dir)!r}, {self.status}{at})" + (
+            f"\n{self.traceback}" if self.error is not None else ''
+        )
 
 def _in_kernel():
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
@@ -153,13 +188,15 @@ def _show_failures(run):
     def look(*args):
         if run.alive: return
         shell.events.unregister('post_run_cell', look)
-        if run.error is not None and not run._seen: print(f"Training in the background failed (step {run.step}):\n{run.traceback}", file=sys.stderr)
+        if run.error is not None and not run._seen:
+            print(f"Training in the background failed (step {run.step}):\n{run.traceback}", file=sys.stderr)
     shell.events.register('post_run_cell', look)
 
 _starting = threading.Lock()
 
 def _watch_trainers():
-    "From now on `Trainer.train` first looks whether its model is training in the background: a callback is asked too late, and a Trainer without ALF has none"
+    """From now on `Trainer.train` first looks whether its model is training in the background: a callback is asked
+    too late, and a Trainer without ALF has none"""
     if hasattr(Trainer.train, '_alf_looks'): return
     train = Trainer.train
     @functools.wraps(train)
@@ -179,7 +216,10 @@ def train_in_background(
         _watch_trainers()
         _refuse_beside(trainer.model, trainer, [run.callback])
         for other in filter(lambda o: o.alive and o.log.path.resolve() == run.log.path.resolve(), tuple(_AT_WORK)):
-            raise RuntimeError(f"another run in {other.log.dir} is training in the background: {other!r}. Wait for it, run.wait(), or end it first, run.stop()")
+            raise RuntimeError(
+                f"another run in {other.log.dir} is training in the background: {other!r}. Wait for it, run.wait(), or"
+                " end it first, run.stop()"
+            )
         run._start()
     _show_failures(run)
     return run
@@ -192,7 +232,8 @@ def wait(self:BackgroundRun,
     timeout:float|None=None # seconds; None: until it has ended
 )->bool:                    # has it ended?
     "Wait for the end; what went wrong in training is raised here"
-    if threading.current_thread() is self._thread: raise RuntimeError("a run cannot wait for its own end: call wait() outside its callbacks")
+    if threading.current_thread() is self._thread:
+        raise RuntimeError("a run cannot wait for its own end: call wait() outside its callbacks")
     t0 = time.monotonic()
     left = lambda: _GLANCE if timeout is None else timeout - (time.monotonic()-t0)
     with _pumping() as pump:
@@ -200,17 +241,26 @@ def wait(self:BackgroundRun,
             pump()
             time.sleep(max(0., min(_GLANCE, left())))      # no lock, which Ctrl-C could leave held
     if self.alive: return False
-    if self.error is not None: self._seen = True; raise self.error
+    if self.error is not None:
+        self._seen = True
+        raise self.error
     return True
 
 class _pumping:
-    "Where a busy kernel hears nothing (Colab, ipykernel 6), let it hear while it waits, if `jupyter_ui_poll` is installed"
+    """Where a busy kernel hears nothing (Colab, ipykernel 6), let it hear while it waits, if `jupyter_ui_poll` is
+    installed"""
     def __enter__(self):
         self._poll = None
-        if _in_kernel() and int(sys.modules['ipykernel'].__version__.split('.')[0]) < 7 and threading.current_thread() is threading.main_thread():
+        if (
+            _in_kernel()
+            and int(sys.modules['ipykernel'].__version__.split('.')[0]) < 7
+            and threading.current_thread() is threading.main_thread()
+        ):
             try: from jupyter_ui_poll import ui_events
             except ImportError: pass
-            else: self._events = ui_events(); self._poll = self._events.__enter__()
+            else:
+                self._events = ui_events()
+                self._poll = self._events.__enter__()
         return lambda: self._poll and self._poll(10)
     def __exit__(self, *args):
         if self._poll: self._events.__exit__(*args)
@@ -219,17 +269,21 @@ class _pumping:
 @patch
 def pause(self:BackgroundRun):
     "Hold training after the step under way"
-    self._must_live('pause'); self._gate.go.clear()
+    self._must_live('pause')
+    self._gate.go.clear()
 
 @patch
 def resume(self:BackgroundRun):
     "Go on after a pause"
-    self._must_live('resume'); self._gate.go.set()
+    self._must_live('resume')
+    self._gate.go.set()
 
 @patch
 def stop(self:BackgroundRun):
     "End training after the step under way, with a checkpoint; returns at once, see `wait`"
-    self._must_live('stop'); self._gate.ending = True; self._gate.go.set()
+    self._must_live('stop')
+    self._gate.ending = True
+    self._gate.go.set()
 
 @patch
 def choose(self:BackgroundRun,
@@ -239,7 +293,8 @@ def choose(self:BackgroundRun,
     now:bool=False             # re-select at once, not at the next re-selection
 ):
     "Ask for another choice of layers, see `ALFCallback.choose`"
-    self._must_live('choose'); return self.callback.choose(threshold=threshold, budget=budget, policy=policy, now=now)
+    self._must_live('choose')
+    return self.callback.choose(threshold=threshold, budget=budget, policy=policy, now=now)
 
 @patch
 def _must_live(self:BackgroundRun, what):

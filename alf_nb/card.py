@@ -25,7 +25,8 @@ def _base_id(name):
     "(what to call the base, is it an id on a hub?)"
     from huggingface_hub.utils import HFValidationError, validate_repo_id
     name = str(name)
-    if name.startswith(('/', '.', '~')) or '\\' in name or Path(name).exists(): return Path(name.replace('\\', '/')).name or 'model', False
+    if name.startswith(('/', '.', '~')) or '\\' in name or Path(name).exists():
+        return Path(name.replace('\\', '/')).name or 'model', False
     try: validate_repo_id(name)
     except HFValidationError: return name, False
     return name, '/' in name or name.islower()
@@ -39,12 +40,49 @@ def _about_run(run):
     s,units,ever = summarize(log),log.units,{n for x in log.selections() for n in x.names}
     layers = {}
     for u in units: layers.setdefault(u.layer, []).append(u.name in ever)
-    res = ["## Training", "", "| | |", "|---|---|", *_rows([("steps", s['steps']), ("policy", s['policy'] and _code(s['policy'])), ("importance by", s['signal'] and _code(s['signal'])), ("budget", percent(s['budget'])),
-           ("trained at any moment, mean", percent(s['trainable_share_mean'])), ("trained at any moment, most", percent(s['trainable_share_peak'])), ("selections", s['n_selections']), ("seed", None if s['seed'] is None else md_text(s['seed'])),
-           ("device", s['device'] and _code(s['device'])), ("versions", ', '.join(f"{_code(k)} {_code(v)}" for k,v in s['versions'].items())), ("status", _code(s['status']))])]
-    if losses := [(n, s.get(f'{n}_loss_before'), s.get(f'{n}_loss_after')) for n in s['evals'] if s.get(f'{n}_loss_before') is not None or s.get(f'{n}_loss_after') is not None]:
-        res += ["", "## Losses", "", "| held-out text | before | after |", "|---|---|---|", *(f"| {_code(n)} | {num(a)} | {num(b)} |" for n,a,b in losses)]
-    if ever: res += ["", "## What trained", "", "| layer | units that ever trained |", "|---|---|", *(f"| {_code(l)} | {sum(on)} of {len(on)} |" for l,on in layers.items() if any(on))]
+    res = [
+        "## Training",
+        "",
+        "| | |",
+        "|---|---|",
+        *_rows(
+            [
+                ("steps", s['steps']),
+                ("policy", s['policy'] and _code(s['policy'])),
+                ("importance by", s['signal'] and _code(s['signal'])),
+                ("budget", percent(s['budget'])),
+                ("trained at any moment, mean", percent(s['trainable_share_mean'])),
+                ("trained at any moment, most", percent(s['trainable_share_peak'])),
+                ("selections", s['n_selections']),
+                ("seed", None if s['seed'] is None else md_text(s['seed'])),
+                ("device", s['device'] and _code(s['device'])),
+                ("versions", ', '.join(f"{_code(k)} {_code(v)}" for k, v in s['versions'].items())),
+                ("status", _code(s['status'])),
+            ]
+        ),
+    ]
+    if losses := [
+        (n, s.get(f'{n}_loss_before'), s.get(f'{n}_loss_after'))
+        for n in s['evals']
+        if s.get(f'{n}_loss_before') is not None or s.get(f'{n}_loss_after') is not None
+    ]:
+        res += [
+            "",
+            "## Losses",
+            "",
+            "| held-out text | before | after |",
+            "|---|---|---|",
+            *(f"| {_code(n)} | {num(a)} | {num(b)} |" for n, a, b in losses),
+        ]
+    if ever:
+        res += [
+            "",
+            "## What trained",
+            "",
+            "| layer | units that ever trained |",
+            "|---|---|",
+            *(f"| {_code(l)} | {sum(on)} of {len(on)} |" for l, on in layers.items() if any(on)),
+        ]
     return res
 
 def card_text(
@@ -59,14 +97,48 @@ def card_text(
     from huggingface_hub import ModelCardData
     delta = read_delta(folder)
     base,on_hub = _base_id(delta.base)
-    meta = ModelCardData(base_model=base if on_hub else None, library_name='alf_nb', tags=['alf_nb', 'delta', 'fine-tuned'], datasets=[data] if isinstance(data, str) else data, license=license, language=language)
+    meta = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name='alf_nb',
+        tags=['alf_nb', 'delta', 'fine-tuned'],
+        datasets=[data] if isinstance(data, str) else data,
+        license=license,
+        language=language,
+    )
     plain = lambda s: json.dumps(str(s).replace('`', "'"))
-    lines = [f"# Delta for {_code(base)}", "", f"What fine-tuning changed in {_code(base)}: {len(delta)} of {delta.n_tensors} tensors, {delta.n_bytes:,} bytes instead of {delta.model_bytes:,} ({percent(delta.share)}). "
-             "The rest of the model is the base's, and is not in here.", "", "## Use", "", "```python", *(["from huggingface_hub import snapshot_download"] if repo_id else []), "from transformers import AutoModelForCausalLM",
-             "from alf_nb.delta import apply_delta", "", f"model = AutoModelForCausalLM.from_pretrained({plain(base)}, dtype={plain(delta.dtype if 'float' in delta.dtype else 'float32')})      # the class that it was trained as",
-             f"apply_delta(model, {f'snapshot_download({plain(repo_id)})' if repo_id else plain('folder of this delta')})", "```", "",
-             f"`apply_delta` checks every tensor of the base and refuses another one; SHA-256 of the right one: `{delta.base_digest}`.", "", *(_about_run(run) if run is not None else []),
-             "", f"Written by alf_nb {__version__}."]
+    lines = [
+        f"# Delta for {_code(base)}",
+        "",
+        (
+            f"What fine-tuning changed in {_code(base)}: {len(delta)} of {delta.n_tensors} tensors, {delta.n_bytes:,}"
+            f" bytes instead of {delta.model_bytes:,} ({percent(delta.share)}). The rest of the model is the base's,"
+            " and is not in here."
+        ),
+        "",
+        "## Use",
+        "",
+        "```python",
+        *(["from huggingface_hub import snapshot_download"] if repo_id else []),
+        "from transformers import AutoModelForCausalLM",
+        "from alf_nb.delta import apply_delta",
+        "",
+        (
+            f"model = AutoModelForCausalLM.from_pretrained({plain(base)},"
+            f" dtype={plain(delta.dtype if 'float' in delta.dtype else 'float32')})      # the class that it was"
+            " trained as"
+        ),
+        f"apply_delta(model, {f'snapshot_download({plain(repo_id)})' if repo_id else plain('folder of this delta')})",
+        "```",
+        "",
+        (
+            "`apply_delta` checks every tensor of the base and refuses another one; SHA-256 of the right one:"
+            f" `{delta.base_digest}`."
+        ),
+        "",
+        *(_about_run(run) if run is not None else []),
+        "",
+        f"Written by alf_nb {__version__}.",
+    ]
     return f"---\n{meta.to_yaml()}\n---\n\n" + '\n'.join(lines) + '\n'
 
 def write_card(
@@ -75,7 +147,8 @@ def write_card(
     overwrite=False, # replace a README.md that is there
     **about          # further arguments of `card_text`
 )->Path:
-    "Write README.md beside a delta; one that is there stays, as somebody may have written in it, and a link in its place is replaced"
+    """Write README.md beside a delta; one that is there stays, as somebody may have written in it, and a link in its
+    place is replaced"""
     file = Path(read_delta(folder).path)/'README.md'
     if overwrite or not file.is_file() or file.is_symlink(): write_whole(file, card_text(folder, run, **about))
     return file
@@ -100,14 +173,22 @@ def push_delta(
     for n in names:
         if os.path.lexists(where/n): open_plain(where/n).close()       # what a link points to is not sent
     api = HfApi(endpoint=endpoint, token=token)
-    cannot = lambda why: OSError(f"cannot push '{where}' to {repo_id}: {why}. Nothing is lost: the folder is ready to be pushed again")
+    cannot = lambda why: OSError(
+        f"cannot push '{where}' to {repo_id}: {why}. Nothing is lost: the folder is ready to be pushed again"
+    )
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=str(where), allow_patterns=names, commit_message=f"Delta by alf_nb {__version__}")
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(where),
+            allow_patterns=names,
+            commit_message=f"Delta by alf_nb {__version__}",
+        )
     except OfflineModeIsEnabled: raise cannot("HF_HUB_OFFLINE is set") from None
     except LocalTokenNotFoundError: raise cannot("there is no token: `hf auth login`, or token=…") from None
     except HfHubHTTPError as e: raise cannot(' '.join(str(e).split())[:300]) from e
-    except (OSError, *_network_errors()) as e: raise cannot(f"{api.endpoint} cannot be reached ({type(e).__name__})") from e
+    except (OSError, *_network_errors()) as e:
+        raise cannot(f"{api.endpoint} cannot be reached ({type(e).__name__})") from e
     return str(url)
 
 def _network_errors():

@@ -25,7 +25,11 @@ def _crc(path):
 
 def _files(folder):
     "What a seal vouches for"
-    left_out = lambda p: p.name.startswith(SEAL) or re.fullmatch(r'rng_state_\d+\.pth', p.name) or any(map(is_part, p.relative_to(folder).parts))
+    left_out = (
+        lambda p: p.name.startswith(SEAL)
+        or re.fullmatch(r'rng_state_\d+\.pth', p.name)
+        or any(map(is_part, p.relative_to(folder).parts))
+    )
     return sorted(p for p in folder.rglob('*') if stat.S_ISREG(p.lstat().st_mode) and not left_out(p))
 
 def seal_checkpoint(
@@ -38,7 +42,8 @@ def seal_checkpoint(
     if durable: sync_tree(folder)
     files = {p.relative_to(folder).as_posix(): [p.stat().st_size, _crc(p)] for p in _files(folder)}
     write_whole(folder/SEAL, json.dumps(dict(version=1, files=files)))
-    for above in folder.absolute().parents[:2] if durable else (): sync(above)      # output_dir names the checkpoint, and its folder names output_dir
+    # output_dir names the checkpoint, and its folder names output_dir
+    for above in folder.absolute().parents[:2] if durable else (): sync(above)
     return folder/SEAL
 
 # %% ../nbs/08a_checkpoints.ipynb #f2486b89
@@ -58,12 +63,16 @@ def check_checkpoint(
     folder = Path(folder)
     if odd := odd_inside(folder): return odd
     try:
-        if (folder/SEAL).stat().st_size > 64 << 20: return f'its {SEAL} cannot be read'      # a line per file: no checkpoint has that many
+        # a line per file: no checkpoint has that many
+        if (folder/SEAL).stat().st_size > 64 << 20: return f'its {SEAL} cannot be read'
         data = json.loads(read_plain(folder/SEAL))
     except FileNotFoundError: return 'its writing was cut off' if folder.is_dir() else 'there is no such folder'
     except (OSError, ValueError, RecursionError): return f'its {SEAL} cannot be read'
     files = data.get('files') if isinstance(data, dict) and data.get('version') == 1 else None
-    if not isinstance(files, dict) or not all(isinstance(v, list) and len(v) == 2 and all(type(n) is int for n in v) for v in files.values()): return f'its {SEAL} is not one that this alf_nb reads'
+    if not isinstance(files, dict) or not all(
+        isinstance(v, list) and len(v) == 2 and all(type(n) is int for n in v) for v in files.values()
+    ):
+        return f'its {SEAL} is not one that this alf_nb reads'
     here = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
     marks = _marks([*here.values(), folder/SEAL])
     if full and marks and _whole.get(folder.resolve()) == marks: return ''
@@ -73,7 +82,9 @@ def check_checkpoint(
             if here[name].stat().st_size != size: return f'{name} has {here[name].stat().st_size:,} bytes, not {size:,}'
             if full and _crc(here[name]) != crc: return f'{name} is damaged'
         except (OSError, ValueError) as e: return f'{name} cannot be read ({getattr(e, "strerror", e)})'
-    if full: _whole.clear(); _whole[folder.resolve()] = marks
+    if full:
+        _whole.clear()
+        _whole[folder.resolve()] = marks
     return ''
 
 # %% ../nbs/08a_checkpoints.ipynb #9b1f0c01
@@ -99,12 +110,17 @@ def _other_run(checkpoint, run):
     return f'of run {of}, and the newest run is {run}' if of is not None and run is not None and of != run else ''
 
 def _set_aside(folder, names, run=None):
-    "Move what an earlier run left to `earlier/<run id>`; `run` for what does not tell its own. Returns where the last one is now, None: nothing was there"
+    """Move what an earlier run left to `earlier/<run id>`; `run` for what does not tell its own. Returns where the
+    last one is now, None: nothing was there"""
     found,where = [Path(folder)/n for n in names if os.path.lexists(Path(folder)/n)],None
     for path in found:
         of = run or _run_of(path) or ''
         of = of if re.fullmatch(r'[\w-]{1,64}', of) else 'unknown'       # it comes from a file
-        where = next(w for n in itertools.count() if not os.path.lexists((w := Path(folder)/'earlier'/(f'{of}-{n+1}' if n else of))/path.name))
+        where = next(
+            w
+            for n in itertools.count()
+            if not os.path.lexists((w := Path(folder) / 'earlier' / (f'{of}-{n+1}' if n else of)) / path.name)
+        )
         where.mkdir(parents=True, exist_ok=True)
         os.replace(path, where/path.name)
     return where
@@ -112,21 +128,49 @@ def _set_aside(folder, names, run=None):
 # %% ../nbs/08a_checkpoints.ipynb #8ca86f6b
 def find_checkpoint(
     folder, # a Trainer's output_dir, with `checkpoint-<step>` folders
-    run=None # id of the run it has to belong to; None: the newest one in the folder's log, or without a log that of the checkpoint written last
-)->str:    # path of the newest whole checkpoint, as `Trainer.train(resume_from_checkpoint=…)` takes it; None: there is none
-    "The newest whole checkpoint of the newest run; what has a larger number and is damaged, or another run's, is named in a warning"
-    found = sorted((p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name) and p.is_dir()), key=lambda p: -int(p.name.split('-')[1]))
-    run = run or _newest_run(folder) or _run_of(max((p for p in found if (p/SEAL).is_file()), key=lambda p: (p/SEAL).stat().st_mtime_ns, default=folder))
+    # id of the run it has to belong to; None: the newest one in the folder's log, or without a log that of the
+    # checkpoint written last
+    run=None
+)->str:
+    # path of the newest whole checkpoint, as `Trainer.train(resume_from_checkpoint=…)` takes it; None: there is none
+    """The newest whole checkpoint of the newest run; what has a larger number and is damaged, or another run's, is
+    named in a warning"""
+    found = sorted(
+        (p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name) and p.is_dir()),
+        key=lambda p: -int(p.name.split('-')[1]),
+    )
+    run = (
+        run
+        or _newest_run(folder)
+        or _run_of(
+            max((p for p in found if (p / SEAL).is_file()), key=lambda p: (p / SEAL).stat().st_mtime_ns, default=folder)
+        )
+    )
     passed = []
     for p in found:
-        if not (why := ('it is a link, not a folder' if p.is_symlink() else '') or _other_run(p, run) or check_checkpoint(p)): break
+        if not (
+            why := ('it is a link, not a folder' if p.is_symlink() else '') or _other_run(p, run) or check_checkpoint(p)
+        ):
+            break
         passed.append(f'{p.name} ({why})')
     else: p = None
-    if passed: warnings.warn(f"passed over {', '.join(passed)}: " + (f"going on from {p.name}" if p else f"no whole checkpoint in {folder}"), stacklevel=2)
+    if passed:
+        warnings.warn(
+            f"passed over {', '.join(passed)}: "
+            + (f"going on from {p.name}" if p else f"no whole checkpoint in {folder}"),
+            stacklevel=2,
+        )
     return str(p) if p else None
 
 def _why_none(folder, run):
     "Why there is nothing to go on from"
-    others = [f'{p.name} is of run {of}' for p in sorted(Path(folder).glob('checkpoint-*')) if (of := _run_of(p)) not in (None, run)]
+    others = [
+        f'{p.name} is of run {of}'
+        for p in sorted(Path(folder).glob('checkpoint-*'))
+        if (of := _run_of(p)) not in (None, run)
+    ]
     if run is None or not others: return f'no whole checkpoint in {folder}'
-    return f'the newest run in {folder}, {run}, has no whole checkpoint yet, and {", ".join(others[:3])}: start anew, or name one of those folders to go on with that run'
+    return (
+        f'the newest run in {folder}, {run}, has no whole checkpoint yet, and {", ".join(others[:3])}: start anew, or'
+        ' name one of those folders to go on with that run'
+    )

@@ -20,75 +20,218 @@ _PRESETS = ('default', 'quick', 'paper', 'lisa', 'badam', 'grass', 'static-top',
 
 def _what(p, model=True, other=False):
     "The options that say what a command works on, with the same words everywhere"
-    says = dict(model='hub id or folder of a causal language model (default: SmolLM2-135M-Instruct)', data='text file, folder of texts, .jsonl, .csv, or the name of a dataset (default: the Python language reference)',
-                column='column of the text in structured data (default: text)', other='unrelated text to measure forgetting on, as --data (default: a sample of GSM8K)')
+    says = dict(
+        model='hub id or folder of a causal language model (default: SmolLM2-135M-Instruct)',
+        data=(
+            'text file, folder of texts, .jsonl, .csv, or the name of a dataset (default: the Python language'
+            ' reference)'
+        ),
+        column='column of the text in structured data (default: text)',
+        other='unrelated text to measure forgetting on, as --data (default: a sample of GSM8K)',
+    )
     for k,text in says.items():
         if dict(model=model, other=other).get(k, True): p.add_argument(f'--{k}', help=text, default=argparse.SUPPRESS)
 
 def _parser():
-    p = argparse.ArgumentParser(prog='alf', description='Which layers of my model should learn? Adaptive layer-wise fine-tuning of Hugging Face models.')
+    p = argparse.ArgumentParser(
+        prog='alf',
+        description='Which layers of my model should learn? Adaptive layer-wise fine-tuning of Hugging Face models.',
+    )
     p.add_argument('--version', action='version', version=f'alf_nb {__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    f = sub.add_parser('finetune', help='fine-tune a model on a text and write a report', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                       description='Fine-tune a model with ALF. Without arguments: SmolLM2-135M on the Python language reference.')
+    f = sub.add_parser(
+        'finetune',
+        help='fine-tune a model on a text and write a report',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='Fine-tune a model with ALF. Without arguments: SmolLM2-135M on the Python language reference.',
+    )
     a = f.add_argument_group('what')
     _what(a, other=True)
-    a.add_argument('--prompt', help='beginning of the sample continuation (default: a held-out text)', default=argparse.SUPPRESS)
+    a.add_argument(
+        '--prompt', help='beginning of the sample continuation (default: a held-out text)', default=argparse.SUPPRESS
+    )
     a.add_argument('--out', default='runs/demo', help='run folder: events.jsonl, summary.json, report.html, delta/')
     b = f.add_argument_group('which layers learn')
-    b.add_argument('--budget', type=float, help='fraction of the parameters that may train, above 0 and at most 1 (default: 0.25)', default=argparse.SUPPRESS)
-    b.add_argument('--threshold', type=float, help='instead of a budget: least importance that trains, 0 to 1', default=argparse.SUPPRESS)
-    b.add_argument('--preset', choices=_PRESETS, default='default', help='arguments with a name: ours, the paper\'s, the peers\'')
-    b.add_argument('--policy', choices=_POLICIES, help='how scores become a selection (default: budget, or threshold)', default=argparse.SUPPRESS)
-    b.add_argument('--signal', choices=('rate', 'coherence', 'gain', 'grad_norm', 'prior'), help='which signal is importance (default: gain)', default=argparse.SUPPRESS)
-    b.add_argument('--unit', choices=('module', 'block'), help='what is chosen as one: a weight matrix or a block (default: module)', default=argparse.SUPPRESS)
-    b.add_argument('--interval', type=int, help='steps between selections, 0: never again (default: a third of the run, 32 to 256)', default=argparse.SUPPRESS)
-    b.add_argument('--pin', action='append', metavar='PATTERN', help='unit or layer that always trains, exact name or glob; may be repeated', default=argparse.SUPPRESS)
-    b.add_argument('--ban', action='append', metavar='PATTERN', help='unit or layer that never trains', default=argparse.SUPPRESS)
-    b.add_argument('--references', choices=('device', 'host', '8bit', 'none'), help='reference weights: where, or a quarter of the memory, or none (default: device)', default=argparse.SUPPRESS)
+    b.add_argument(
+        '--budget',
+        type=float,
+        help='fraction of the parameters that may train, above 0 and at most 1 (default: 0.25)',
+        default=argparse.SUPPRESS,
+    )
+    b.add_argument(
+        '--threshold',
+        type=float,
+        help='instead of a budget: least importance that trains, 0 to 1',
+        default=argparse.SUPPRESS,
+    )
+    b.add_argument(
+        '--preset', choices=_PRESETS, default='default', help='arguments with a name: ours, the paper\'s, the peers\''
+    )
+    b.add_argument(
+        '--policy',
+        choices=_POLICIES,
+        help='how scores become a selection (default: budget, or threshold)',
+        default=argparse.SUPPRESS,
+    )
+    b.add_argument(
+        '--signal',
+        choices=('rate', 'coherence', 'gain', 'grad_norm', 'prior'),
+        help='which signal is importance (default: gain)',
+        default=argparse.SUPPRESS,
+    )
+    b.add_argument(
+        '--unit',
+        choices=('module', 'block'),
+        help='what is chosen as one: a weight matrix or a block (default: module)',
+        default=argparse.SUPPRESS,
+    )
+    b.add_argument(
+        '--interval',
+        type=int,
+        help='steps between selections, 0: never again (default: a third of the run, 32 to 256)',
+        default=argparse.SUPPRESS,
+    )
+    b.add_argument(
+        '--pin',
+        action='append',
+        metavar='PATTERN',
+        help='unit or layer that always trains, exact name or glob; may be repeated',
+        default=argparse.SUPPRESS,
+    )
+    b.add_argument(
+        '--ban', action='append', metavar='PATTERN', help='unit or layer that never trains', default=argparse.SUPPRESS
+    )
+    b.add_argument(
+        '--references',
+        choices=('device', 'host', '8bit', 'none'),
+        help='reference weights: where, or a quarter of the memory, or none (default: device)',
+        default=argparse.SUPPRESS,
+    )
     c = f.add_argument_group('how')
     c.add_argument('--steps', type=int, default=120, help='optimizer steps')
     c.add_argument('--lr', type=float, default=4e-4, help='peak learning rate; selective training likes more than full')
     c.add_argument('--batch-size', type=int, default=3, help='sequences per step')
     c.add_argument('--length', type=int, default=256, help='tokens per sequence')
-    c.add_argument('--eval-blocks', type=int, default=24, help='held-out sequences of each kind that losses are measured on')
-    c.add_argument('--attention', type=int, default=0, metavar='N', help='held-out passages on which the change of attention is measured for the report, such as 16; 0: none')
+    c.add_argument(
+        '--eval-blocks', type=int, default=24, help='held-out sequences of each kind that losses are measured on'
+    )
+    c.add_argument(
+        '--attention',
+        type=int,
+        default=0,
+        metavar='N',
+        help='held-out passages on which the change of attention is measured for the report, such as 16; 0: none',
+    )
     c.add_argument('--seed', type=int, default=0, help='the same seed gives the same result')
     c.add_argument('--save-steps', type=int, default=0, help='checkpoint every so many steps, 0: none')
     c.add_argument('--resume', action='store_true', help='continue from the last checkpoint in --out')
     c.add_argument('--fp32', action='store_true', help='no bf16 autocast, even where it is faster')
     c.add_argument('--quiet', action='store_true', help='no progress bars')
-    d = sub.add_parser('audit', help='which signal knows which units are worth training, on your model and data', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                       description='Train a sample of units one at a time, and compare what that gained with what each signal said before. The model is left as it was.')
+    d = sub.add_parser(
+        'audit',
+        help='which signal knows which units are worth training, on your model and data',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=(
+            'Train a sample of units one at a time, and compare what that gained with what each signal said before. The'
+            ' model is left as it was.'
+        ),
+    )
     _what(d)
     d.add_argument('--out', default='runs/audit', help='folder for audit.json and audit.html')
-    d.add_argument('--units', type=int, default=24, help='units in the sample'); d.add_argument('--repeats', type=int, default=3, help='times each unit is trained')
-    d.add_argument('--steps', type=int, default=4, help='optimizer steps each time'); d.add_argument('--lr', type=float, default=4e-4, help='learning rate')
-    d.add_argument('--length', type=int, default=128, help='tokens per sequence'); d.add_argument('--seed', type=int, default=0, help='decides sample and batches')
+    d.add_argument('--units', type=int, default=24, help='units in the sample')
+    d.add_argument('--repeats', type=int, default=3, help='times each unit is trained')
+    d.add_argument('--steps', type=int, default=4, help='optimizer steps each time')
+    d.add_argument('--lr', type=float, default=4e-4, help='learning rate')
+    d.add_argument('--length', type=int, default=128, help='tokens per sequence')
+    d.add_argument('--seed', type=int, default=0, help='decides sample and batches')
     d.add_argument('--quiet', action='store_true', help='no progress bar')
-    t = sub.add_parser('attention', help='what fine-tuning did to attention: several tuned models against one base', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                       description='Entropy, distance and the attention on central words, per layer and head, before and after, with intervals over texts. One model is in memory at a time.')
-    t.add_argument('tuned', nargs='+', metavar='TUNED', help='folder of a tuned model: a run or its delta, a PEFT adapter, or a saved model; NAME=FOLDER names it')
-    t.add_argument('--base', help='hub id or folder of the model before (default: SmolLM2-135M-Instruct)', default=argparse.SUPPRESS)
+    t = sub.add_parser(
+        'attention',
+        help='what fine-tuning did to attention: several tuned models against one base',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=(
+            'Entropy, distance and the attention on central words, per layer and head, before and after, with intervals'
+            ' over texts. One model is in memory at a time.'
+        ),
+    )
+    t.add_argument(
+        'tuned',
+        nargs='+',
+        metavar='TUNED',
+        help='folder of a tuned model: a run or its delta, a PEFT adapter, or a saved model; NAME=FOLDER names it',
+    )
+    t.add_argument(
+        '--base',
+        help='hub id or folder of the model before (default: SmolLM2-135M-Instruct)',
+        default=argparse.SUPPRESS,
+    )
     _what(t, model=False)
-    t.add_argument('--all', action='store_true', help='use all texts of --data; without it, those that finetune with the same --seed holds out')
-    t.add_argument('--texts', type=int, default=32, help='passages, from as many texts as possible; 6 or more give intervals')
+    t.add_argument(
+        '--all',
+        action='store_true',
+        help='use all texts of --data; without it, those that finetune with the same --seed holds out',
+    )
+    t.add_argument(
+        '--texts', type=int, default=32, help='passages, from as many texts as possible; 6 or more give intervals'
+    )
     t.add_argument('--length', type=int, default=256, help='tokens of a passage; memory grows with the square')
-    t.add_argument('--out', default='runs/attention', help='folder for attention.json and attention.html'); t.add_argument('--seed', type=int, default=0, help='decides which texts are held out, and the draws of the intervals')
+    t.add_argument('--out', default='runs/attention', help='folder for attention.json and attention.html')
+    t.add_argument(
+        '--seed', type=int, default=0, help='decides which texts are held out, and the draws of the intervals'
+    )
     t.add_argument('--quiet', action='store_true', help='no progress bar')
-    m = sub.add_parser('compare', help='several methods on your model and data under one rule, with tuned rates, seeds and controls', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                       description='Every method tries its learning rates with the first seed and repeats the best with the others. Each run is appended to policies.jsonl; called again, the comparison goes on where it was.')
+    m = sub.add_parser(
+        'compare',
+        help='several methods on your model and data under one rule, with tuned rates, seeds and controls',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=(
+            'Every method tries its learning rates with the first seed and repeats the best with the others. Each run'
+            ' is appended to policies.jsonl; called again, the comparison goes on where it was.'
+        ),
+    )
     _what(m, other=True)
-    m.add_argument('--methods', nargs='+', metavar='METHOD', default=['full', 'alf', 'random', 'lora'], help='names; a wrong one lists them all')
-    m.add_argument('--rule', choices=('steps', 'tokens', 'wall'), default='steps', help='what every method gets the same of; wall: seconds'); m.add_argument('--amount', type=float, default=120, help='how much of it')
-    m.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of order and draws; the first chooses the learning rate')
-    m.add_argument('--lrs', type=float, nargs='+', help="learning rates for all methods (default: each method's own)", default=argparse.SUPPRESS)
-    m.add_argument('--extend', type=int, default=2, help='times a method may go beyond its rates while the best is at the edge')
-    m.add_argument('--batch-size', type=int, default=3, help='sequences per step'); m.add_argument('--length', type=int, default=256, help='tokens per sequence')
+    m.add_argument(
+        '--methods',
+        nargs='+',
+        metavar='METHOD',
+        default=['full', 'alf', 'random', 'lora'],
+        help='names; a wrong one lists them all',
+    )
+    m.add_argument(
+        '--rule',
+        choices=('steps', 'tokens', 'wall'),
+        default='steps',
+        help='what every method gets the same of; wall: seconds',
+    )
+    m.add_argument('--amount', type=float, default=120, help='how much of it')
+    m.add_argument(
+        '--seeds',
+        type=int,
+        nargs='+',
+        default=[0, 1, 2],
+        help='of order and draws; the first chooses the learning rate',
+    )
+    m.add_argument(
+        '--lrs',
+        type=float,
+        nargs='+',
+        help="learning rates for all methods (default: each method's own)",
+        default=argparse.SUPPRESS,
+    )
+    m.add_argument(
+        '--extend', type=int, default=2, help='times a method may go beyond its rates while the best is at the edge'
+    )
+    m.add_argument('--batch-size', type=int, default=3, help='sequences per step')
+    m.add_argument('--length', type=int, default=256, help='tokens per sequence')
     m.add_argument('--eval-blocks', type=int, default=24, help='held-out sequences of each kind')
     m.add_argument('--out', default='runs/compare', help='folder for policies.jsonl and comparison.html, .md, .ipynb')
-    m.add_argument('--fp32', action='store_true', help='no bf16 autocast, even where it is faster'); m.add_argument('--quiet', action='store_true', help='no progress bar')
-    r = sub.add_parser('report', help='write report.html of a run folder anew', description='Write report.html of a recorded run; needs no torch.')
+    m.add_argument('--fp32', action='store_true', help='no bf16 autocast, even where it is faster')
+    m.add_argument('--quiet', action='store_true', help='no progress bar')
+    r = sub.add_parser(
+        'report',
+        help='write report.html of a run folder anew',
+        description='Write report.html of a recorded run; needs no torch.',
+    )
     r.add_argument('run', help='run folder with events.jsonl')
     for s in (f, d, t, m, r): s.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return p
@@ -96,28 +239,43 @@ def _parser():
 # %% ../nbs/15_cli.ipynb #5cee8793
 def _finetune(a):
     from transformers.utils import logging as hf_logging
-    hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     from alf_nb.finetune import finetune
     from alf_nb.reports import summary_table
     summary = finetune(bf16=False if a.pop('fp32') else None, progress=not a.pop('quiet'), **a)
     print(summary_table(summary))
-    print(f"\nReport: {Path(a['out'])/'report.html'}\nDelta:  {Path(a['out'])/'delta'}  (apply_delta(model, path) turns the base into the tuned model)")
+    print(
+        f"\nReport: {Path(a['out'])/'report.html'}\nDelta:  {Path(a['out'])/'delta'}  (apply_delta(model, path) turns"
+        " the base into the tuned model)"
+    )
 
 def _audit(a):
     from alf_nb.audit import audit_signals
-    out = Path(a.pop('out')); out.mkdir(parents=True, exist_ok=True)
+    out = Path(a.pop('out'))
+    out.mkdir(parents=True, exist_ok=True)
     audit = audit_signals(n_units=a.pop('units'), progress=not a.pop('quiet'), **a)
     write_whole(out/'audit.json', audit.to_json()+'\n')
-    write_whole(out/'audit.html', f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Signal audit</title>{audit.plot()._repr_html_()}</html>\n')
-    print(audit._repr_markdown_()); print(f"\nPicture: {out/'audit.html'}")
+    write_whole(
+        out / 'audit.html',
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Signal'
+        f' audit</title>{audit.plot()._repr_html_()}</html>\n',
+    )
+    print(audit._repr_markdown_())
+    print(f"\nPicture: {out/'audit.html'}")
 
 def _names(tuned):
-    "Name → folder, from FOLDER or NAME=FOLDER; a run's delta/ is named after the run, and what would be named twice by its whole path"
+    """Name → folder, from FOLDER or NAME=FOLDER; a run's delta/ is named after the run, and what would be named
+    twice by its whole path"""
     res,paths = {},[]
     for t in tuned:
         name,sep,path = t.partition('=')
         paths.append(('', t) if not sep or not name or Path(t).exists() else (name, path))
-    short = [name or (Path(path).resolve().parent.name if Path(path).resolve().name == 'delta' else Path(path).resolve().name) for name,path in paths]
+    short = [
+        name
+        or (Path(path).resolve().parent.name if Path(path).resolve().name == 'delta' else Path(path).resolve().name)
+        for name, path in paths
+    ]
     for (name,path),s in zip(paths, short):
         key = s if short.count(s) == 1 else name or path
         if key in res: raise ValueError(f"{key!r} is given twice: name the models apart with NAME=FOLDER")
@@ -127,7 +285,8 @@ def _names(tuned):
 def _attention(a):
     import torch
     from transformers.utils import logging as hf_logging
-    hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     from alf_nb.attention import AttentionSnapshot, _bar, passages
     from alf_nb.finetune import load_tuned, tuned_kind
     from alf_nb.records import AttentionComparison
@@ -136,7 +295,8 @@ def _attention(a):
     from alf_nb.sources import domain_split, load_model, load_texts
     tuned,out,base,seed,length,quiet = _names(a['tuned']),Path(a['out']),a.get('base'),a['seed'],a['length'],a['quiet']
     if length < 2: raise ValueError(f"length={length}, but it is tokens of a passage, at least 2")
-    kinds = {name: tuned_kind(path)[0] for name,path in tuned.items()}     # a wrong folder is told before anything is loaded
+    # a wrong folder is told before anything is loaded
+    kinds = {name: tuned_kind(path)[0] for name,path in tuned.items()}
     texts = load_texts(a.get('data'), a.get('column'))
     texts = passages(texts if a['all'] else domain_split(texts, seed=seed)[1], a['texts'], 4*length)
     net,tokenizer = load_model(base, progress=not quiet)
@@ -144,7 +304,8 @@ def _attention(a):
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     def load(name):
         model,own = load_tuned(tuned[name], base)
-        if own is not None and spell(own) != spell(tokenizer): raise ValueError(f"{name} has another tokenizer than the base: name its base with --base")
+        if own is not None and spell(own) != spell(tokenizer):
+            raise ValueError(f"{name} has another tokenizer than the base: name its base with --base")
         return model.to(device)
     tick,close = _bar(len(texts)*(1+len(tuned)), not quiet)
     try:
@@ -155,23 +316,40 @@ def _attention(a):
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out/'attention.json', got.to_json()+'\n')
     what = dict(delta='a delta of alf_nb', adapter='a PEFT adapter', model='a whole model')
-    page = write_attention(got, out/'attention.html', seen.words, f"Base: {base or 'SmolLM2-135M-Instruct'}; {', '.join(f'{n}: {what[k]}' for n,k in kinds.items())}. Texts: {a.get('data') or 'the Python language reference'}, {'all' if a['all'] else f'held out with seed {seed}'}.")
-    print(got._repr_markdown_()); print(f"\n{visible(shift_verdict(got))}\n\nPage: {page}\nData: {out/'attention.json'}")
+    page = write_attention(
+        got,
+        out / 'attention.html',
+        seen.words,
+        f"Base: {base or 'SmolLM2-135M-Instruct'}; {', '.join(f'{n}: {what[k]}' for n,k in kinds.items())}. Texts:"
+        f" {a.get('data') or 'the Python language reference'}, {'all' if a['all'] else f'held out with seed {seed}'}.",
+    )
+    print(got._repr_markdown_())
+    print(f"\n{visible(shift_verdict(got))}\n\nPage: {page}\nData: {out/'attention.json'}")
 
 def _compare(a):
     from transformers.utils import logging as hf_logging
-    hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     from alf_nb.compare import compare_policies
     out = Path(a.pop('out'))
-    found = compare_policies(a.pop('model', None), a.pop('data', None), out=out/'policies.jsonl', bf16=False if a.pop('fp32') else None, progress=not a.pop('quiet'), **a)
-    print(found._repr_markdown_()); print(f"\nPage: {out/'comparison.html'}\nRuns: {out/'policies.jsonl'}")
+    found = compare_policies(
+        a.pop('model', None),
+        a.pop('data', None),
+        out=out / 'policies.jsonl',
+        bf16=False if a.pop('fp32') else None,
+        progress=not a.pop('quiet'),
+        **a
+    )
+    print(found._repr_markdown_())
+    print(f"\nPage: {out/'comparison.html'}\nRuns: {out/'policies.jsonl'}")
 
 def _report(a):
     from alf_nb.reports import write_report
     print(write_report(a['run']))
 
 def _import_quietly():
-    "Import Trainer, which imports PEFT, which imports bitsandbytes, which may log that it lacks a kernel that nothing here asks for"
+    """Import Trainer, which imports PEFT, which imports bitsandbytes, which may log that it lacks a kernel that
+    nothing here asks for"""
     log = logging.getLogger('bitsandbytes')
     level = log.level
     log.setLevel(logging.ERROR)
@@ -189,9 +367,16 @@ def main(
         _import_quietly()
     try: dict(finetune=_finetune, audit=_audit, attention=_attention, compare=_compare, report=_report)[command](a)
     except KeyboardInterrupt:
-        print(f"\nalf: interrupted; what was logged is kept in {a.get('out', a.get('run'))}", file=sys.stderr); return 130
+        print(f"\nalf: interrupted; what was logged is kept in {a.get('out', a.get('run'))}", file=sys.stderr)
+        return 130
     except (ValueError, OSError, RuntimeError, ImportError) as e:
         if debug: raise
-        said = f"{e.strerror}{f': {e.filename!r}' if e.filename is not None else ''}" if isinstance(e, OSError) and e.strerror else e      # no [Errno 2] before it
-        print(f"alf: error: {visible(said)}", file=sys.stderr); return 2
+        # no [Errno 2] before it
+        said = (
+            f"{e.strerror}{f': {e.filename!r}' if e.filename is not None else ''}"
+            if isinstance(e, OSError) and e.strerror
+            else e
+        )
+        print(f"alf: error: {visible(said)}", file=sys.stderr)
+        return 2
     return 0

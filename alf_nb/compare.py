@@ -47,8 +47,13 @@ class Task:
     pin:tuple=()          # units that train in every method, such as a new head: names or globs
     def __post_init__(self):
         for k in ('train', 'held'):
-            if not len(rows := getattr(self, k)): raise ValueError(f"the task has no rows to {dict(train='train on', held='evaluate on')[k]}")
-            if 'input_ids' not in rows[0]: raise ValueError(f"rows hold {', '.join(rows[0])}, but no input_ids: methods are compared on tokens, which are counted")
+            if not len(rows := getattr(self, k)):
+                raise ValueError(f"the task has no rows to {dict(train='train on', held='evaluate on')[k]}")
+            if 'input_ids' not in rows[0]:
+                raise ValueError(
+                    f"rows hold {', '.join(rows[0])}, but no input_ids: methods are compared on tokens, which are"
+                    " counted"
+                )
         if self.bf16 is None: self.bf16 = supports_bf16(self.device)
         self.pin = (self.pin,) if isinstance(self.pin, str) else tuple(self.pin)
 
@@ -69,7 +74,8 @@ class Task:
                 row = rows[i]
                 ids,labels = torch.as_tensor(row['input_ids']).tolist(),row.get('labels', row.get('label'))
                 h.update(json.dumps(ids).encode())
-                if labels is not None and (labels := torch.as_tensor(labels).tolist()) != ids: h.update(json.dumps(labels).encode())
+                if labels is not None and (labels := torch.as_tensor(labels).tolist()) != ids:
+                    h.update(json.dumps(labels).encode())
         for p in self.model.parameters(): h.update(p.detach().flatten()[:8].float().cpu().numpy().tobytes())
         return f"{self.name}|{self.data}|b{self.batch_size}|{h.hexdigest()[:8]}"
 
@@ -80,11 +86,16 @@ class Task:
         model.eval()
         total = right = n = labelled = 0
         try:
-            for b in DataLoader(rows, batch_size=self.batch_size, collate_fn=self.collate, generator=torch.Generator()):      # a generator of its own: evaluation draws nothing from training's
+            # a generator of its own: evaluation draws nothing from training's
+            for b in DataLoader(rows, batch_size=self.batch_size, collate_fn=self.collate, generator=torch.Generator()):
                 b = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k,v in b.items()}
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16): out = model(**b)
-                k = len(b['labels']); n += k; total += float(out.loss)*k
-                if b['labels'].dim() == 1 and not b['labels'].is_floating_point(): right += int((out.logits.argmax(-1) == b['labels']).sum()); labelled += k
+                k = len(b['labels'])
+                n += k
+                total += float(out.loss)*k
+                if b['labels'].dim() == 1 and not b['labels'].is_floating_point():
+                    right += int((out.logits.argmax(-1) == b['labels']).sum())
+                    labelled += k
         finally: model.train(was)
         return dict(loss=total/n, **(dict(accuracy=right/labelled) if labelled else {}))
 
@@ -108,7 +119,19 @@ def text_task(
     train, held, unrelated = (token_blocks(t, tokenizer, length) for t in (*domain_split(texts), others))
     pick = lambda blocks: blocks.select(range(min(eval_blocks, len(blocks))))
     said = getattr(net.config, '_name_or_path', '') or type(net).__name__
-    return Task(net, train, pick(held), pick(unrelated), name or Path(said).name, data_name or ('python-reference' if data is None else Path(data).stem if isinstance(data, (str, os.PathLike)) else 'texts'), batch_size=batch_size, bf16=bf16)
+    return Task(
+        net,
+        train,
+        pick(held),
+        pick(unrelated),
+        name or Path(said).name,
+        data_name
+        or (
+            'python-reference' if data is None else Path(data).stem if isinstance(data, (str, os.PathLike)) else 'texts'
+        ),
+        batch_size=batch_size,
+        bf16=bf16,
+    )
 
 # %% ../nbs/14a_compare.ipynb #e076a6df
 @dataclass(frozen=True)
@@ -122,13 +145,18 @@ class Method:
     selects:bool=False # chooses by a measurement
     def __post_init__(self):
         lrs = tuple(map(float, self.lrs))
-        if not lrs or not all(0 < v < 1 for v in lrs): raise ValueError(f"{self.name}: lrs={self.lrs!r}, but learning rates are above 0 and below 1, such as (2e-4, 4e-4)")
+        if not lrs or not all(0 < v < 1 for v in lrs):
+            raise ValueError(
+                f"{self.name}: lrs={self.lrs!r}, but learning rates are above 0 and below 1, such as (2e-4, 4e-4)"
+            )
         object.__setattr__(self, 'lrs', tuple(sorted(set(lrs))))
 
     def arguments(self, steps, blocks, pin=()):
         "Arguments of `ALFCallback`, with the task's pins beside those of preset and policy; None: no callback"
         kw = self.alf(steps, blocks) if callable(self.alf) else self.alf
-        return kw if kw is None or not pin else {**kw, 'pin': tuple(dict.fromkeys([*ALFCallback(**kw).policy.pin, *pin]))}
+        return (
+            kw if kw is None or not pin else {**kw, 'pin': tuple(dict.fromkeys([*ALFCallback(**kw).policy.pin, *pin]))}
+        )
 
 def alf_method(
     name:str,            # in tables
@@ -139,14 +167,23 @@ def alf_method(
 )->Method:
     "A method from arguments of `ALFCallback`; wrong ones are refused now"
     ALFCallback(**alf)
-    return Method(name, about or 'ALF with ' + (', '.join(f'{k}={v!r}' for k,v in alf.items()) or 'its defaults'), tuple(lrs), alf, None, selects)
+    return Method(
+        name,
+        about or 'ALF with ' + (', '.join(f'{k}={v!r}' for k, v in alf.items()) or 'its defaults'),
+        tuple(lrs),
+        alf,
+        None,
+        selects,
+    )
 
 def _freeze_low(share):
     def prepare(model, task):
         layers = partition_layers(model, 'block')
         blocks = [u for u in layers.units if u.kind == 'block']
         pinned = {n for p in task.pin for n in match_units(p, layers.units)}
-        for n in {u.name for u in (*blocks[:round(share*len(blocks))], *(u for u in layers.units if u.kind == 'embedding'))} - pinned:
+        for n in {
+            u.name for u in (*blocks[: round(share * len(blocks))], *(u for u in layers.units if u.kind == 'embedding'))
+        } - pinned:
             for p in layers.params(n): p.requires_grad_(False)
         return model
     return prepare
@@ -156,46 +193,165 @@ def _adapter(**kw):
         try: from peft import LoraConfig, get_peft_model
         except ImportError: raise ImportError("LoRA needs the package peft: pip install peft") from None
         layers = partition_layers(model)
-        pinned = {k.rsplit('.', 1)[0] for p in task.pin for n in match_units(p, layers.units) for k in layers.named_params(n)}
+        pinned = {
+            k.rsplit('.', 1)[0] for p in task.pin for n in match_units(p, layers.units) for k in layers.named_params(n)
+        }
         head = getattr(model, 'get_output_embeddings', lambda: None)()
-        linear = sorted(n for n,m in model.named_modules() if type(m) is torch.nn.Linear and n not in pinned and m is not head)
-        return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0., target_modules=linear, modules_to_save=sorted(pinned) or None, **kw))
+        linear = sorted(
+            n for n, m in model.named_modules() if type(m) is torch.nn.Linear and n not in pinned and m is not head
+        )
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=16,
+                lora_alpha=32,
+                lora_dropout=0.0,
+                target_modules=linear,
+                modules_to_save=sorted(pinned) or None,
+                **kw
+            ),
+        )
     return prepare
 
-_free = dict(strata=0)                                      # the best of all, wherever they are: what signals are compared in
-_short = dict(interval=0, probe_batches=2, references='none', reach=.8, **_free)      # a choice that runs of minutes can pay
+_free = dict(strata=0)  # the best of all, wherever they are: what signals are compared in
+# a choice that runs of minutes can pay
+_short = dict(interval=0, probe_batches=2, references='none', reach=.8, **_free)
 _peer = dict(references='none', measure_every=10**6)        # what a peer does not measure costs it nothing
 
 def _methods():
     low, mid, high, lora = (5e-5, 1e-4, 2e-4), (1e-4, 2e-4, 4e-4), (2e-4, 4e-4, 8e-4), (5e-4, 1e-3, 2e-3)
-    static = lambda where, unit='block': dict(policy=dict(policy='static', where=where, budget=.25), unit=unit, interval=0, **_peer)
-    return (Method('full', 'every parameter trains', low),
-        alf_method('alf', "ALF's default: gain, matrices, every role in every third of the depth with its share, re-selected", high, **PRESETS['default']),
+    static = lambda where, unit='block': dict(
+        policy=dict(policy='static', where=where, budget=0.25), unit=unit, interval=0, **_peer
+    )
+    return (
+        Method('full', 'every parameter trains', low),
+        alf_method(
+            'alf',
+            "ALF's default: gain, matrices, every role in every third of the depth with its share, re-selected",
+            high,
+            **PRESETS['default']
+        ),
         alf_method('alf-free', 'the same, but the highest gain of all, wherever it is', high, **_free),
         alf_method('alf-static', 'matrices by gain before the first step, kept to the end', high, interval=0, **_free),
-        alf_method('alf-quick', 'matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left out', high, **_short),
-        alf_method('alf-strata', 'the same, every role in every third of the depth with its share', high, **_short | dict(strata=3)),
+        alf_method(
+            'alf-quick',
+            'matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left out',
+            high,
+            **_short
+        ),
+        alf_method(
+            'alf-strata',
+            'the same, every role in every third of the depth with its share',
+            high,
+            **_short | dict(strata=3)
+        ),
         alf_method('alf-grad_norm', 'matrices by gradient norm', high, signal='grad_norm', **_free),
         alf_method('alf-prior', 'matrices by the prior 1/RMS(W)', high, signal='prior', interval=0, **_free),
-        alf_method('alf-rate', 'matrices by change rate, after a rotating start within the budget', high, signal='rate', start='rotate', **_free),
-        alf_method('alf-coherence', 'matrices by coherence of change, after a rotating start', high, signal='coherence', start='rotate', **_free),
-        alf_method('random', 'random matrices within the same budget, kept to the end: the control', high, False, **static('random', 'module')),
-        alf_method('random-strata', "ALF's preset for short runs, `quick`: random matrices, every role in every third of the depth with its share, the lowest fifth of the blocks left out; the control of alf-strata", high, False, preset='quick'),
-        alf_method('rotate', 'random matrices within the same budget, drawn anew when ALF selects anew', high, False, policy='rotate', **_peer),
+        alf_method(
+            'alf-rate',
+            'matrices by change rate, after a rotating start within the budget',
+            high,
+            signal='rate',
+            start='rotate',
+            **_free
+        ),
+        alf_method(
+            'alf-coherence',
+            'matrices by coherence of change, after a rotating start',
+            high,
+            signal='coherence',
+            start='rotate',
+            **_free
+        ),
+        alf_method(
+            'random',
+            'random matrices within the same budget, kept to the end: the control',
+            high,
+            False,
+            **static('random', 'module')
+        ),
+        alf_method(
+            'random-strata',
+            "ALF's preset for short runs, `quick`: random matrices, every role in every third of the depth with its"
+            " share, the lowest fifth of the blocks left out; the control of alf-strata",
+            high,
+            False,
+            preset='quick',
+        ),
+        alf_method(
+            'rotate',
+            'random matrices within the same budget, drawn anew when ALF selects anew',
+            high,
+            False,
+            policy='rotate',
+            **_peer
+        ),
         alf_method('inverted', 'matrices with the lowest gain', high, policy='inverted'),
         alf_method('first', 'the first blocks within the budget', mid, False, **static('first')),
         alf_method('last', 'the last blocks within the budget', mid, False, **static('last')),
         alf_method('spread', 'blocks spread over the depth, within the budget', mid, False, **static('spread')),
-        Method('freeze-25', 'embeddings and the lowest 25 % of the blocks frozen', low, prepare=_freeze_low(.25)),
-        Method('freeze-50', 'embeddings and the lowest 50 % of the blocks frozen', low, prepare=_freeze_low(.5)),
+        Method('freeze-25', 'embeddings and the lowest 25 % of the blocks frozen', low, prepare=_freeze_low(0.25)),
+        Method('freeze-50', 'embeddings and the lowest 50 % of the blocks frozen', low, prepare=_freeze_low(0.5)),
         Method('lora', 'LoRA, rank 16 on all linear layers, PEFT', lora, prepare=_adapter()),
-        Method('lora-reach', 'the same LoRA, but the lowest fifth of the blocks stays as it is and backward ends above: ALF over PEFT, nothing chosen by a measurement', lora, dict(policy='full', reach=.8, interval=0, references='none'), _adapter()),
-        Method('alf-lora', 'the same, and of the adapters above the lowest fifth only the half with the highest gain', lora, dict(_short, budget=.4), _adapter(), True),
-        Method('pissa', 'LoRA that starts from the largest singular values (PiSSA, https://arxiv.org/abs/2404.02948), rank 16, PEFT', (2e-4, 4e-4, 8e-4), prepare=_adapter(init_lora_weights='pissa_niter_4')),
-        alf_method('lisa', 'two random blocks anew every 20 steps, embeddings and head always (https://arxiv.org/abs/2403.17919)', mid, False, preset='lisa', **_peer),
-        alf_method('badam', 'one block at a time for 50 steps, state dropped (https://arxiv.org/abs/2404.02827)', mid, False, preset='badam', **_peer),
-        Method('badam-sweep', 'as badam, but so short that every block has one turn', mid, lambda steps, blocks: dict(preset='badam', policy=dict(policy='badam', interval=max(1, steps//blocks)), interval=max(1, steps//blocks), **_peer)),
-        alf_method('grass', 'blocks drawn by gradient norm every 50 steps (https://arxiv.org/abs/2604.07808)', mid, True, preset='grass', **_peer))
+        Method(
+            'lora-reach',
+            'the same LoRA, but the lowest fifth of the blocks stays as it is and backward ends above: ALF over PEFT,'
+            ' nothing chosen by a measurement',
+            lora,
+            dict(policy='full', reach=0.8, interval=0, references='none'),
+            _adapter(),
+        ),
+        Method(
+            'alf-lora',
+            'the same, and of the adapters above the lowest fifth only the half with the highest gain',
+            lora,
+            dict(_short, budget=0.4),
+            _adapter(),
+            True,
+        ),
+        Method(
+            'pissa',
+            'LoRA that starts from the largest singular values (PiSSA, https://arxiv.org/abs/2404.02948), rank 16,'
+            ' PEFT',
+            (2e-4, 4e-4, 8e-4),
+            prepare=_adapter(init_lora_weights='pissa_niter_4'),
+        ),
+        alf_method(
+            'lisa',
+            'two random blocks anew every 20 steps, embeddings and head always (https://arxiv.org/abs/2403.17919)',
+            mid,
+            False,
+            preset='lisa',
+            **_peer
+        ),
+        alf_method(
+            'badam',
+            'one block at a time for 50 steps, state dropped (https://arxiv.org/abs/2404.02827)',
+            mid,
+            False,
+            preset='badam',
+            **_peer
+        ),
+        Method(
+            'badam-sweep',
+            'as badam, but so short that every block has one turn',
+            mid,
+            lambda steps, blocks: dict(
+                preset='badam',
+                policy=dict(policy='badam', interval=max(1, steps // blocks)),
+                interval=max(1, steps // blocks),
+                **_peer
+            ),
+        ),
+        alf_method(
+            'grass',
+            'blocks drawn by gradient norm every 50 steps (https://arxiv.org/abs/2604.07808)',
+            mid,
+            True,
+            preset='grass',
+            **_peer
+        ),
+    )
 
 METHODS = {m.name: m for m in _methods()}
 
@@ -203,11 +359,16 @@ def _as_methods(methods):
     out = []
     for m in [methods] if isinstance(methods, (str, Method)) else methods:
         if isinstance(m, str):
-            if m not in METHODS: raise ValueError(f"unknown method {m!r}; methods are {', '.join(METHODS)}, or give a `Method`")
+            if m not in METHODS:
+                raise ValueError(f"unknown method {m!r}; methods are {', '.join(METHODS)}, or give a `Method`")
             m = METHODS[m]
-        elif not isinstance(m, Method): raise ValueError(f"a method is a name or a `Method` such as alf_method('mine', budget=.3), got {type(m).__name__}")
+        elif not isinstance(m, Method):
+            raise ValueError(
+                f"a method is a name or a `Method` such as alf_method('mine', budget=.3), got {type(m).__name__}"
+            )
         out.append(m)
-    if len({m.name for m in out}) < len(out) or not out: raise ValueError(f"methods need different names, and at least one: got {[m.name for m in out]}")
+    if len({m.name for m in out}) < len(out) or not out:
+        raise ValueError(f"methods need different names, and at least one: got {[m.name for m in out]}")
     return out
 
 # %% ../nbs/14a_compare.ipynb #7deb70da
@@ -218,35 +379,62 @@ class _Counting(Trainer):
     def training_step(self, model, inputs, *args, **kw):
         ids = inputs['input_ids']
         self.tokens += int(inputs['attention_mask'].sum()) if 'attention_mask' in inputs else ids.numel()
-        if self.batches < 16: self.data_order = hashlib.sha256(self.data_order.encode() + ids.detach().cpu().numpy().tobytes()).hexdigest()[:12]
+        if self.batches < 16:
+            self.data_order = hashlib.sha256(
+                self.data_order.encode() + ids.detach().cpu().numpy().tobytes()
+            ).hexdigest()[:12]
         self.batches += 1
         return super().training_step(model, inputs, *args, **kw)
     def create_scheduler(self, num_training_steps, optimizer=None):
         "Under equal time the learning rate follows the clock, so that every schedule is through when time is up"
         if not self.meter.limit: return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, lambda step: _cosine(max(self.meter.spent/self.meter.limit, step/num_training_steps)))
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: _cosine(max(self.meter.spent / self.meter.limit, step / num_training_steps)),
+        )
         return self.lr_scheduler
 
-def _cosine(done, warm_up=.05): return done/warm_up if done < warm_up else .5*(1 + math.cos(math.pi*min(1., (done-warm_up)/(1-warm_up))))
+def _cosine(done, warm_up=.05):
+    return done/warm_up if done < warm_up else .5*(1 + math.cos(math.pi*min(1., (done-warm_up)/(1-warm_up))))
 
 class _Meter(TrainerCallback):
     "Losses while training, time that training itself took, bytes of its state"
-    def __init__(self, task, alf, points, added, limit): self.task,self.alf,self.points,self.added,self.limit,self.off,self.curve,self.bytes,self.step_s = task,alf,sorted(points),added,limit,0.,[],0,[]
+    def __init__(self, task, alf, points, added, limit):
+        self.task = task
+        self.alf = alf
+        self.points = sorted(points)
+        self.added = added
+        self.limit = limit
+        self.off = 0.
+        self.curve = []
+        self.bytes = 0
+        self.step_s = []
     def start(self, before): self.t0 = time.perf_counter()-before
     @property
     def spent(self): return time.perf_counter()-self.t0-self.off
     def on_train_begin(self, args, state, control, **kw): self.t = time.perf_counter()
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
-        if state.global_step < 2: self.bytes = max(self.bytes, gradient_bytes(model) + optimizer_bytes(optimizer) + self.added)
+        if state.global_step < 2:
+            self.bytes = max(self.bytes, gradient_bytes(model) + optimizer_bytes(optimizer) + self.added)
     def on_step_end(self, args, state, control, model=None, **kw):
-        now = time.perf_counter(); self.step_s.append(now-self.t); self.t = now
+        now = time.perf_counter()
+        self.step_s.append(now-self.t)
+        self.t = now
         spent = self.spent
-        if self.limit and spent + self.step_s[-1] > self.limit: control.should_training_stop = True      # there is no time for one more
-        if control.should_training_stop or state.global_step == state.max_steps or not self.points or (spent if self.limit else state.global_step) < self.points[0]: return
+        # there is no time for one more
+        if self.limit and spent + self.step_s[-1] > self.limit: control.should_training_stop = True
+        if (
+            control.should_training_stop
+            or state.global_step == state.max_steps
+            or not self.points
+            or (spent if self.limit else state.global_step) < self.points[0]
+        ):
+            return
         self.points.pop(0)
         loss = self.task.evaluate(model, self.task.held)['loss']
         self.curve.append([state.global_step, spent, self.trainer.tokens, _finite(loss)])
-        self.t = time.perf_counter(); self.off += self.t-now
+        self.t = time.perf_counter()
+        self.off += self.t-now
         if self.alf is not None: self.alf._forget_pause()
 
 def _finite(v): return v if v is not None and math.isfinite(v) else None
@@ -283,11 +471,35 @@ def _train(task, method, lr, seed, steps, points=(), limit=None):
     added = sum(p.numel()*p.element_size() for p in model.parameters()) - before      # adapters exist for training only
     meter = _Meter(task, alf, points, added, limit)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        args = TrainingArguments(output_dir=folder, max_steps=steps, per_device_train_batch_size=task.batch_size, learning_rate=lr, lr_scheduler_type='cosine', warmup_steps=max(1, steps//20), weight_decay=0., logging_steps=max(1, steps//10),
-                                 save_strategy='no', bf16=task.bf16, seed=seed, data_seed=seed, report_to=[], disable_tqdm=True, use_cpu=task.device.type == 'cpu', remove_unused_columns=False, label_names=['labels'])
-        trainer = meter.trainer = _Counting(model, args, train_dataset=task.train, data_collator=task.collate, callbacks=[*([alf] if alf else []), meter])
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=task.batch_size,
+            learning_rate=lr,
+            lr_scheduler_type='cosine',
+            warmup_steps=max(1, steps // 20),
+            weight_decay=0.0,
+            logging_steps=max(1, steps // 10),
+            save_strategy='no',
+            bf16=task.bf16,
+            seed=seed,
+            data_seed=seed,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=task.device.type == 'cpu',
+            remove_unused_columns=False,
+            label_names=['labels'],
+        )
+        trainer = meter.trainer = _Counting(
+            model,
+            args,
+            train_dataset=task.train,
+            data_collator=task.collate,
+            callbacks=[*([alf] if alf else []), meter],
+        )
         trainer.remove_callback(PrinterCallback)
-        trainer.meter = meter; meter.start(prepare_s)
+        trainer.meter = meter
+        meter.start(prepare_s)
         trainer.train()
         wall, done = meter.spent, trainer.state.global_step
         if alf: picked = [(s.step, s.names) for s in RunLog(folder).selections()]
@@ -297,14 +509,43 @@ def _train(task, method, lr, seed, steps, points=(), limit=None):
     if alf:
         s = alf.summary()
         part = alf.n_total/layers.total      # ALF over adapters knows shares of the adapters
-        figures = dict(importance_s=s['importance_s'], **{k: s[k]*part for k in ('trainable_share_mean', 'trainable_share_peak')}, state_bytes_peak=s['state_bytes_peak']+added, map=_layer_map(alf.units, picked, done), n_total=layers.total)
+        figures = dict(
+            importance_s=s['importance_s'],
+            **{k: s[k] * part for k in ('trainable_share_mean', 'trainable_share_peak')},
+            state_bytes_peak=s['state_bytes_peak'] + added,
+            map=_layer_map(alf.units, picked, done),
+            n_total=layers.total
+        )
     else:
         share = sum(own.values())/layers.total
         trained = [n for n in layers if any(id(p) in own for p in layers.params(n))]
-        figures = dict(importance_s=0., trainable_share_mean=share, trainable_share_peak=share, state_bytes_peak=meter.bytes, map=None if added else _layer_map(layers.units, [(0, trained)], done), n_total=layers.total)
+        figures = dict(
+            importance_s=0.0,
+            trainable_share_mean=share,
+            trainable_share_peak=share,
+            state_bytes_peak=meter.bytes,
+            map=None if added else _layer_map(layers.units, [(0, trained)], done),
+            n_total=layers.total,
+        )
     losses = [h['loss'] for h in trainer.state.log_history if 'loss' in h]
-    return dict(figures, steps=done, steps_planned=steps, tokens=trainer.tokens, wall_s=wall, prepare_s=prepare_s, seconds_per_step=wall/done, step_s_median=statistics.median(meter.step_s), task_loss=_finite(held['loss']), task_accuracy=held.get('accuracy'),
-                other_loss=_finite(other), curve=[*meter.curve, [done, wall, trainer.tokens, _finite(held['loss'])]], data_order=trainer.data_order, rss_bytes_peak=peak, stopped_early=done < steps and not limit, diverged=not all(map(math.isfinite, [held['loss'], *losses])))
+    return dict(
+        figures,
+        steps=done,
+        steps_planned=steps,
+        tokens=trainer.tokens,
+        wall_s=wall,
+        prepare_s=prepare_s,
+        seconds_per_step=wall / done,
+        step_s_median=statistics.median(meter.step_s),
+        task_loss=_finite(held['loss']),
+        task_accuracy=held.get('accuracy'),
+        other_loss=_finite(other),
+        curve=[*meter.curve, [done, wall, trainer.tokens, _finite(held['loss'])]],
+        data_order=trainer.data_order,
+        rss_bytes_peak=peak,
+        stopped_early=done < steps and not limit,
+        diverged=not all(map(math.isfinite, [held['loss'], *losses])),
+    )
 
 # %% ../nbs/14a_compare.ipynb #5dbdc159
 def _next(found, grid, seeds, extend):
@@ -314,7 +555,8 @@ def _next(found, grid, seeds, extend):
     tried = sorted(lr for lr,s in found if s == seeds[0])
     best = min(tried, key=lambda lr: found[lr, seeds[0]])
     if not math.isfinite(found[best, seeds[0]]): return None
-    if len(grid) > 1 and len(tried) < len(grid)+extend and best in (tried[0], tried[-1]): return float(f'{best*2 if best == tried[-1] else best/2:.6g}'), seeds[0]
+    if len(grid) > 1 and len(tried) < len(grid)+extend and best in (tried[0], tried[-1]):
+        return float(f'{best*2 if best == tried[-1] else best/2:.6g}'), seeds[0]
     return next(((best, s) for s in seeds[1:] if (best, s) not in found), None)
 
 # %% ../nbs/14a_compare.ipynb #5f3607a0
@@ -325,8 +567,12 @@ def _steps_for(task, method, rule, amount):
     if rule == 'steps': return int(amount)
     if rule == 'tokens': return max(1, round(amount/task.tokens_per_step))
     r = _train(task, method, method.lrs[len(method.lrs)//2], 0, 16)
-    once = max(0., r['wall_s']-16*r['step_s_median'])*(1.5 if r['importance_s'] else 1.)      # later selections probe, too
-    if amount < once + 4*r['step_s_median']: raise ValueError(f"{method.name} makes fewer than 4 steps in {amount:g} s: it needs {once:.3g} s to begin and {r['step_s_median']:.3g} s per step; give more time")
+    once = max(0., r['wall_s']-16*r['step_s_median'])*(1.5 if r['importance_s'] else 1.)  # later selections probe, too
+    if amount < once + 4*r['step_s_median']:
+        raise ValueError(
+            f"{method.name} makes fewer than 4 steps in {amount:g} s: it needs {once:.3g} s to begin and"
+            f" {r['step_s_median']:.3g} s per step; give more time"
+        )
     return int(1.2*(amount-once)/r['step_s_median'])      # an upper bound: the clock ends the run
 
 def device_name(
@@ -334,9 +580,11 @@ def device_name(
     model=False  # with the model of the processor, where the system tells
 )->str:
     "Where the numbers of a run come from"
-    if torch.cuda.is_available() if device is None else torch.device(device).type != 'cpu': return torch.cuda.get_device_name(device)
+    if torch.cuda.is_available() if device is None else torch.device(device).type != 'cpu':
+        return torch.cuda.get_device_name(device)
     cpu,info = platform.processor() or platform.machine(),Path('/proc/cpuinfo')
-    if model and info.exists(): cpu = next((l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')), cpu)
+    if model and info.exists():
+        cpu = next((l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')), cpu)
     return f'{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()}'
 
 def _append(path, row):
@@ -353,7 +601,15 @@ def _described(m, steps, blocks, pin):
     "What a row says about a method; its settings tell two of one name apart"
     kw = m.arguments(steps, blocks, pin)
     c = None if kw is None else ALFCallback(**kw)
-    return dict(method=m.name, about=m.about, selects=m.selects, settings=json.dumps(kw or {}, sort_keys=True, default=str), signal=c.signal if c and c.policy.needs_scores else None, unit=c and c.unit, budget=c and getattr(c.policy, 'budget', None))
+    return dict(
+        method=m.name,
+        about=m.about,
+        selects=m.selects,
+        settings=json.dumps(kw or {}, sort_keys=True, default=str),
+        signal=c.signal if c and c.policy.needs_scores else None,
+        unit=c and c.unit,
+        budget=c and getattr(c.policy, 'budget', None),
+    )
 
 def compare_policies(
     task=None,             # `Task`; or a model as `text_task` takes it; None: SmolLM2-135M-Instruct
@@ -373,55 +629,127 @@ def compare_policies(
     _one_process('compare_policies()')
     methods = _as_methods(methods)
     if rule not in _rules: raise ValueError(f"rule={rule!r}; rules are {', '.join(_rules)}")
-    if not amount > 0 or rule == 'steps' and amount != int(amount): raise ValueError(f"amount={amount!r}, but it is above 0{', in whole steps' if rule == 'steps' else ''}")
+    if not amount > 0 or rule == 'steps' and amount != int(amount):
+        raise ValueError(f"amount={amount!r}, but it is above 0{', in whole steps' if rule == 'steps' else ''}")
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds={seeds!r}: at least one, each once")
-    if not isinstance(lrs, dict): lrs = {} if lrs is None else {m.name: (lrs,) if isinstance(lrs, (int, float)) else tuple(lrs) for m in methods}
-    if odd := set(lrs) - {m.name for m in methods}: raise ValueError(f"learning rates for {', '.join(sorted(odd))}, which is not among the methods")
+    if not isinstance(lrs, dict):
+        lrs = {} if lrs is None else {m.name: (lrs,) if isinstance(lrs, (int, float)) else tuple(lrs) for m in methods}
+    if odd := set(lrs) - {m.name for m in methods}:
+        raise ValueError(f"learning rates for {', '.join(sorted(odd))}, which is not among the methods")
     grids = {m.name: Method(m.name, '', lrs.get(m.name, m.lrs)).lrs for m in methods}
     out = Path(out)
     with RunLock(out if out.suffix == '.jsonl' else out.parent, 'compare_policies()'):
         if not isinstance(task, Task): task = text_task(task, data, progress=progress, **kw)
-        elif data is not None or kw: raise ValueError(f"{', '.join([*(['data'] if data is not None else []), *kw])} given beside a ready task")
+        elif data is not None or kw:
+            raise ValueError(f"{', '.join([*(['data'] if data is not None else []), *kw])} given beside a ready task")
         name, layers = f"{task.key}|{rule} {amount:g}", partition_layers(task.model)
         for p in task.pin: match_units(p, layers.units)
-        described = {m.name: _described(m, int(amount) if rule == 'steps' else 1000, layers.n_blocks, task.pin) for m in methods}
+        described = {
+            m.name: _described(m, int(amount) if rule == 'steps' else 1000, layers.n_blocks, task.pin) for m in methods
+        }
         rows = [r for r in (read_results(out) if os.path.lexists(out) else ()) if r['task'] == name]
-        if any(r.get('bf16', task.bf16) != task.bf16 for r in rows): raise ValueError(f"{out} holds runs of this task with bf16={not task.bf16}, and this would be bf16={task.bf16}: the two cannot be compared, give another out")
+        if any(r.get('bf16', task.bf16) != task.bf16 for r in rows):
+            raise ValueError(
+                f"{out} holds runs of this task with bf16={not task.bf16}, and this would be bf16={task.bf16}: the two"
+                " cannot be compared, give another out"
+            )
         keep = ('task_loss_before', 'other_loss_before')
         if rows: base = {k: rows[0][k] for k in keep}
         else:
             net = copy.deepcopy(task.model).to(task.device)
-            base = dict(zip(keep, [None if r is None else task.evaluate(net, r)['loss'] for r in (task.held, task.other)]))
-        shared = dict(task=name, model=task.name, data=task.data, rule=rule, amount=amount, batch_size=task.batch_size, length=round(task.tokens_per_step/task.batch_size), bf16=task.bf16, device=device_name(), versions=versions(), **base)
+            base = dict(
+                zip(keep, [None if r is None else task.evaluate(net, r)['loss'] for r in (task.held, task.other)])
+            )
+        shared = dict(
+            task=name,
+            model=task.name,
+            data=task.data,
+            rule=rule,
+            amount=amount,
+            batch_size=task.batch_size,
+            length=round(task.tokens_per_step / task.batch_size),
+            bf16=task.bf16,
+            device=device_name(),
+            versions=versions(),
+            **base
+        )
         mine = lambda m: [r for r in rows if all(r[k] == described[m.name][k] for k in ('method', 'settings'))]
         loss = lambda r: math.inf if r.get('diverged') or r.get('task_loss') is None else r['task_loss']
         planned, failed, fresh = {}, set(), 0
-        bar = tqdm(total=sum(len(grids[m.name])+len(seeds)-1 for m in methods), unit='run', disable=not progress, dynamic_ncols=True)
-        beyond = lambda r, m: r['seed'] == seeds[0] and r['lr'] not in grids[m.name]      # the grid was widened: one run more than planned
+        bar = tqdm(
+            total=sum(len(grids[m.name]) + len(seeds) - 1 for m in methods),
+            unit='run',
+            disable=not progress,
+            dynamic_ncols=True,
+        )
+        # the grid was widened: one run more than planned
+        beyond = lambda r, m: r['seed'] == seeds[0] and r['lr'] not in grids[m.name]
         bar.total += sum(beyond(r, m) for m in methods for r in mine(m))
         bar.update(min(bar.total, sum(not r.get('error') for m in methods for r in mine(m))))
         try:
             waiting = list(methods)
             while waiting:
-                for m in list(waiting):                           # one run of each in turn: what slows the machine slows all
-                    todo = None if m.name in failed else _next({(r['lr'], r['seed']): loss(r) for r in mine(m) if not r.get('error')}, grids[m.name], seeds, extend)
-                    if todo is None: waiting.remove(m); continue
+                for m in list(waiting):  # one run of each in turn: what slows the machine slows all
+                    todo = (
+                        None
+                        if m.name in failed
+                        else _next(
+                            {(r['lr'], r['seed']): loss(r) for r in mine(m) if not r.get('error')},
+                            grids[m.name],
+                            seeds,
+                            extend,
+                        )
+                    )
+                    if todo is None:
+                        waiting.remove(m)
+                        continue
                     lr, seed = todo
                     row = described[m.name] | shared | dict(lr=lr, seed=seed)
-                    bar.total += beyond(row, m); bar.set_postfix_str(f'{m.name}, lr {lr:g}, seed {seed}')
-                    row['key'] = hashlib.sha256(f"{name}|{m.name}|{row['settings']}|{lr:g}|{seed}".encode()).hexdigest()[:16]
+                    bar.total += beyond(row, m)
+                    bar.set_postfix_str(f'{m.name}, lr {lr:g}, seed {seed}')
+                    row['key'] = hashlib.sha256(
+                        f"{name}|{m.name}|{row['settings']}|{lr:g}|{seed}".encode()
+                    ).hexdigest()[:16]
                     try:
-                        if m.name not in planned: planned[m.name] = next((r['steps_planned'] for r in mine(m) if r.get('steps_planned')), None) or _steps_for(task, m, rule, amount)
+                        if m.name not in planned:
+                            planned[m.name] = next(
+                                (r['steps_planned'] for r in mine(m) if r.get('steps_planned')), None
+                            ) or _steps_for(task, m, rule, amount)
                         steps = planned[m.name]
-                        row |= _train(task, m, lr, seed, steps, {(amount if rule == 'wall' else steps)*(i+1)/(points+1) for i in range(points)}, amount if rule == 'wall' else None)
+                        row |= _train(
+                            task,
+                            m,
+                            lr,
+                            seed,
+                            steps,
+                            {(amount if rule == 'wall' else steps) * (i + 1) / (points + 1) for i in range(points)},
+                            amount if rule == 'wall' else None,
+                        )
                     except (RuntimeError, ValueError, ImportError, ArithmeticError) as e:
-                        row |= dict(diverged=True, task_loss=None) if 'NaN or infinity' in str(e) else dict(error=f'{type(e).__name__}: {e}'[:500], task_loss=None)
+                        row |= (
+                            dict(diverged=True, task_loss=None)
+                            if 'NaN or infinity' in str(e)
+                            else dict(error=f'{type(e).__name__}: {e}'[:500], task_loss=None)
+                        )
                         if row.get('error'): failed.add(m.name)
                     row['date'] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
-                    _append(out, row); rows = [r for r in rows if r['key'] != row['key']] + [row]; fresh += 1
+                    _append(out, row)
+                    rows = [r for r in rows if r['key'] != row['key']] + [row]
+                    fresh += 1
                     bar.update(1)
-                    if progress: bar.write(f"{m.name}, lr {lr:g}, seed {seed}: " + (row.get('error') or ('diverged' if row['task_loss'] is None else f"{row['task_loss']:.4f} in {row['wall_s']:.0f} s")))
+                    if progress:
+                        bar.write(
+                            f"{m.name}, lr {lr:g}, seed {seed}: "
+                            + (
+                                row.get('error')
+                                or (
+                                    'diverged'
+                                    if row['task_loss'] is None
+                                    else f"{row['task_loss']:.4f} in {row['wall_s']:.0f} s"
+                                )
+                            )
+                        )
         finally:
             bar.close()
             if fresh: write_comparison(out, tasks=[name])

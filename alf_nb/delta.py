@@ -26,8 +26,29 @@ from .layers import _clean
 from .records import Record
 
 # %% ../nbs/09a_delta.ipynb #1bfc4ccd
-_DTYPES = {getattr(torch, k):v for k,v in dict(float64='F64', float32='F32', float16='F16', bfloat16='BF16', int64='I64', int32='I32', int16='I16', int8='I8', uint8='U8', bool='BOOL',
-           uint16='U16', uint32='U32', uint64='U64', complex64='C64', float8_e4m3fn='F8_E4M3', float8_e5m2='F8_E5M2').items() if hasattr(torch, k)} # safetensors' names
+# safetensors' names
+_DTYPES = {
+    getattr(torch, k): v
+    for k, v in dict(
+        float64='F64',
+        float32='F32',
+        float16='F16',
+        bfloat16='BF16',
+        int64='I64',
+        int32='I32',
+        int16='I16',
+        int8='I8',
+        uint8='U8',
+        bool='BOOL',
+        uint16='U16',
+        uint32='U32',
+        uint64='U64',
+        complex64='C64',
+        float8_e4m3fn='F8_E4M3',
+        float8_e5m2='F8_E5M2',
+    ).items()
+    if hasattr(torch, k)
+}
 _TORCH = {v:k for k,v in _DTYPES.items()}
 
 def _state(model):
@@ -41,16 +62,29 @@ def _state(model):
 def _bytes(name, t):
     "The raw bytes of tensor `t` as a memoryview"
     if t.device.type == 'meta': raise ValueError(f"{name!r} has no values (meta device): load the weights first")
-    if hasattr(t, 'full_tensor'): raise ValueError(f"{name!r} is a shard: gather the whole model first, for instance with get_model_state_dict(…, full_state_dict=True)")
-    if is_traceable_wrapper_subclass(t): raise ValueError(f"{name!r} is a {type(t).__name__}, made of several tensors, which a delta cannot hold; dequantize it first")
-    if t.layout != torch.strided or t.dtype not in _DTYPES: raise ValueError(f"{name!r} is a {t.dtype} tensor of layout {t.layout}, which a delta cannot hold; dequantize or densify it first")
+    if hasattr(t, 'full_tensor'):
+        raise ValueError(
+            f"{name!r} is a shard: gather the whole model first, for instance with get_model_state_dict(…,"
+            " full_state_dict=True)"
+        )
+    if is_traceable_wrapper_subclass(t):
+        raise ValueError(
+            f"{name!r} is a {type(t).__name__}, made of several tensors, which a delta cannot hold; dequantize it first"
+        )
+    if t.layout != torch.strided or t.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name!r} is a {t.dtype} tensor of layout {t.layout}, which a delta cannot hold; dequantize or densify it"
+            " first"
+        )
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
-def _describe(name, t): return (_DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape), hashlib.sha256(_bytes(name, t)).hexdigest())
+def _describe(name, t):
+    return (_DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape), hashlib.sha256(_bytes(name, t)).hexdigest())
 
 def _describe_all(tensors):
     "name → (dtype, shape, sha256); hashing releases the interpreter, so a few threads help"
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool: return dict(zip(tensors, pool.map(_describe, tensors, tensors.values())))
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(tensors, pool.map(_describe, tensors, tensors.values())))
 
 # %% ../nbs/09a_delta.ipynb #0945f249
 @dataclass(frozen=True)
@@ -59,7 +93,8 @@ class BaseFingerprint(Record):
     name:str            # what a person calls this model, such as its hub name
     tensors:dict        # tensor name → (dtype, shape, sha256)
     config_hash:str=''  # SHA-256 of the transformers config; for a person, not for the check
-    def __post_init__(self): object.__setattr__(self, 'tensors', {k:(d, tuple(s), h) for k,(d,s,h) in self.tensors.items()})
+    def __post_init__(self):
+        object.__setattr__(self, 'tensors', {k:(d, tuple(s), h) for k,(d,s,h) in self.tensors.items()})
     def __len__(self): return len(self.tensors)
 
     @property
@@ -80,8 +115,13 @@ def fingerprint(
     name:str=None   # what to call it; None: its `name_or_path`, else its class
 )->BaseFingerprint:
     "Remember what `model` is now, for `save_delta` to compare with later"
-    if not isinstance(model, (nn.Module, dict)): raise ValueError(f"fingerprint takes a torch module or a state dict; got {type(model).__name__}")
-    tensors = _state(model)[0] if isinstance(model, nn.Module) else {_clean(k):t for k,t in model.items() if isinstance(t, torch.Tensor)}
+    if not isinstance(model, (nn.Module, dict)):
+        raise ValueError(f"fingerprint takes a torch module or a state dict; got {type(model).__name__}")
+    tensors = (
+        _state(model)[0]
+        if isinstance(model, nn.Module)
+        else {_clean(k): t for k, t in model.items() if isinstance(t, torch.Tensor)}
+    )
     if not tensors: raise ValueError(f"no tensors in this {type(model).__name__}: nothing to remember")
     name = name or str(getattr(model, 'name_or_path', '') or type(model).__name__)
     return BaseFingerprint(name, _describe_all(tensors), _config_hash(model))
@@ -110,7 +150,8 @@ def _layout(tensors):
 
 def _entry(dtype, shape, sha):
     "A line of the description as (dtype, shape, sha256), if it can be one"
-    if dtype not in _TORCH or len(shape) > 32 or not all(type(s) is int and 0 <= s < 1<<48 for s in shape): raise ValueError('no such tensor')
+    if dtype not in _TORCH or len(shape) > 32 or not all(type(s) is int and 0 <= s < 1<<48 for s in shape):
+        raise ValueError('no such tensor')
     return dtype, tuple(shape), str(sha)
 
 def _damaged(path, why): return ValueError(f"{path} is damaged or not a delta: {why}")
@@ -119,7 +160,8 @@ def _read_info(f, path):
     "The description in the header of open file `f`, and where its data begin"
     size = os.fstat(f.fileno()).st_size
     n = int.from_bytes(f.read(8), 'little')
-    if not 2 <= n <= min(size-8, _MAX_HEADER): raise _damaged(path, f"its header claims {n:,} bytes, the file has {size:,}")
+    if not 2 <= n <= min(size-8, _MAX_HEADER):
+        raise _damaged(path, f"its header claims {n:,} bytes, the file has {size:,}")
     raw = f.read(n)
     try:
         head = json.loads(raw)
@@ -127,12 +169,21 @@ def _read_info(f, path):
         if info['format'] != _FORMAT: raise NotImplementedError
         info['base'] = {k:_entry(*v) for k,v in info['base'].items()}
         tensors = {k:info['base'][k] for k in info['changed']}
-        if not all(isinstance(info[k], t) for k,t in dict(base_name=str, config_hash=str, alf_nb=str, metadata=dict, changed=dict).items()): raise ValueError('a field of another type')
+        if not all(
+            isinstance(info[k], t)
+            for k, t in dict(base_name=str, config_hash=str, alf_nb=str, metadata=dict, changed=dict).items()
+        ):
+            raise ValueError('a field of another type')
         good = raw == _header(info, _layout(tensors))
-    except NotImplementedError: raise ValueError(f"{path} has format {info['format']!r}; this alf_nb ({__version__}) reads format {_FORMAT}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise _damaged(path, f"its header cannot be read ({type(e).__name__})") from None
+    except NotImplementedError:
+        raise ValueError(
+            f"{path} has format {info['format']!r}; this alf_nb ({__version__}) reads format {_FORMAT}"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise _damaged(path, f"its header cannot be read ({type(e).__name__})") from None
     if not good: raise _damaged(path, "its header does not match its own hash")
-    if (want := 8+n+sum(_nbytes(*t[:2]) for t in tensors.values())) != size: raise _damaged(path, f"it should have {want:,} bytes and has {size:,}")
+    if (want := 8+n+sum(_nbytes(*t[:2]) for t in tensors.values())) != size:
+        raise _damaged(path, f"it should have {want:,} bytes and has {size:,}")
     return info, 8+n
 
 # %% ../nbs/09a_delta.ipynb #8a7fba27
@@ -158,19 +209,33 @@ class Delta(Record):
         return self.n_bytes / self.model_bytes if self.model_bytes else 0.
 
     def _repr_markdown_(self):
-        return f"**{len(self)} of {md_text(self.n_tensors)} tensors changed**: {self.n_bytes:,} bytes instead of {self.model_bytes:,} ({self.share:.1%}), for base {md_code(self.base)}"
+        return (
+            f"**{len(self)} of {md_text(self.n_tensors)} tensors changed**: {self.n_bytes:,} bytes instead of"
+            f" {self.model_bytes:,} ({self.share:.1%}), for base {md_code(self.base)}"
+        )
 
 def _delta(path, info, n_bytes):
     tensors = info['base']
     kinds = Counter(tensors[k][0] for k in info['changed']).most_common(1)
-    return Delta(str(path), info['base_name'], tuple(sorted(info['changed'])), len(tensors), n_bytes, sum(_nbytes(*t[:2]) for t in tensors.values()),
-                 info['metadata'], info['alf_nb'], BaseFingerprint(info['base_name'], tensors).digest, str(_TORCH[kinds[0][0]]).removeprefix('torch.') if kinds else '')
+    return Delta(
+        str(path),
+        info['base_name'],
+        tuple(sorted(info['changed'])),
+        len(tensors),
+        n_bytes,
+        sum(_nbytes(*t[:2]) for t in tensors.values()),
+        info['metadata'],
+        info['alf_nb'],
+        BaseFingerprint(info['base_name'], tensors).digest,
+        str(_TORCH[kinds[0][0]]).removeprefix('torch.') if kinds else '',
+    )
 
 def _file(path):
     "The delta file that `path`, a folder or the file itself, stands for"
     path = Path(path)
     file = path/_FILE if path.is_dir() else path
-    if not os.path.lexists(file): raise ValueError(f"no delta at '{path}': expected a folder with {_FILE} in it, as save_delta writes it")
+    if not os.path.lexists(file):
+        raise ValueError(f"no delta at '{path}': expected a folder with {_FILE} in it, as save_delta writes it")
     return file
 
 def read_delta(
@@ -186,20 +251,35 @@ def _compare(model, base):
     "(base fingerprint for the tensors of `model`, tensors, what they are now)"
     tensors,aliases = _state(model)
     if not isinstance(base, (BaseFingerprint, nn.Module, dict)):
-        raise ValueError(f"base is a model, a state dict or what fingerprint(model) returned before training; got {type(base).__name__}")
+        raise ValueError(
+            "base is a model, a state dict or what fingerprint(model) returned before training; got"
+            f" {type(base).__name__}"
+        )
     if not isinstance(base, BaseFingerprint): base = fingerprint(base)
-    if new := [k for k in tensors if k not in base.tensors]: raise ValueError(f"the base has no tensor {new[0]!r} ({len(new)} such): take the fingerprint after adding modules or adapters, before training")
-    if gone := [k for k in base.tensors if k not in aliases]: raise ValueError(f"the base has a tensor {gone[0]!r} that this model lacks ({len(gone)} such): is it the same model?")
+    if new := [k for k in tensors if k not in base.tensors]:
+        raise ValueError(
+            f"the base has no tensor {new[0]!r} ({len(new)} such): take the fingerprint after adding modules or"
+            " adapters, before training"
+        )
+    if gone := [k for k in base.tensors if k not in aliases]:
+        raise ValueError(
+            f"the base has a tensor {gone[0]!r} that this model lacks ({len(gone)} such): is it the same model?"
+        )
     now = _describe_all(tensors)
     for k,(dtype,shape,_) in now.items():
-        if (dtype, shape) != base.tensors[k][:2]: raise ValueError(f"{k!r} is {dtype} {shape} now, {' '.join(map(str, base.tensors[k][:2]))} in the base: a delta keeps dtype and shape")
+        if (dtype, shape) != base.tensors[k][:2]:
+            raise ValueError(
+                f"{k!r} is {dtype} {shape} now, {' '.join(map(str, base.tensors[k][:2]))} in the base: a delta keeps"
+                " dtype and shape"
+            )
     return BaseFingerprint(base.name, {k:base.tensors[k] for k in now}, base.config_hash), tensors, now
 
 def _matching(patterns, names):
     "Names that match one of the glob patterns; a pattern that matches nothing is an error"
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for p in patterns:
-        if not any(fnmatchcase(n, p) for n in names): raise ValueError(f"also={p!r} matches no tensor of this model; names are like {next(iter(names))!r}")
+        if not any(fnmatchcase(n, p) for n in names):
+            raise ValueError(f"also={p!r} matches no tensor of this model; names are like {next(iter(names))!r}")
     return {n for n in names if any(fnmatchcase(n, p) for p in patterns)}
 
 def save_delta(
@@ -210,29 +290,58 @@ def save_delta(
     also=()             # globs of tensors to save although unchanged
 )->Delta:
     "Save the tensors of `model` that differ from `base` in at least one bit"
-    if not isinstance(model, nn.Module): raise ValueError(f"save_delta takes a torch module; got {type(model).__name__}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"save_delta takes a torch module; got {type(model).__name__}")
     try: metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))
     except (TypeError, ValueError) as e: raise ValueError(f"metadata must be plain JSON values: {e}") from None
     base,tensors,now = _compare(model, base)
     keep = _matching(also, now)
     changed = {k:now[k][2] for k in now if now[k] != base.tensors[k] or k in keep}
-    info = dict(format=_FORMAT, alf_nb=__version__, base_name=base.name, config_hash=base.config_hash, base=base.tensors, changed=changed, metadata=metadata)
+    info = dict(
+        format=_FORMAT,
+        alf_nb=__version__,
+        base_name=base.name,
+        config_hash=base.config_hash,
+        base=base.tensors,
+        changed=changed,
+        metadata=metadata,
+    )
     head = _header(info, _layout({k:now[k] for k in changed}))
-    if len(head) > _MAX_HEADER: raise ValueError(f"the description of {len(now):,} tensors needs {len(head):,} bytes; a delta allows {_MAX_HEADER:,}")
+    if len(head) > _MAX_HEADER:
+        raise ValueError(
+            f"the description of {len(now):,} tensors needs {len(head):,} bytes; a delta allows {_MAX_HEADER:,}"
+        )
     file = Path(path)/_FILE
     def data():
         for k in sorted(changed):
             b = _bytes(k, tensors[k])
-            if hashlib.sha256(b).hexdigest() != changed[k]: raise RuntimeError(f"{k!r} changed while it was saved: pause training, then save")
+            if hashlib.sha256(b).hexdigest() != changed[k]:
+                raise RuntimeError(f"{k!r} changed while it was saved: pause training, then save")
             yield b
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, chain([len(head).to_bytes(8, 'little'), head], data()))
         res = _delta(file.parent, info, file.stat().st_size)
-        note = dict(base=base.name, base_digest=res.base_digest, config_hash=base.config_hash, alf_nb=__version__, changed={k:dict(dtype=now[k][0], shape=now[k][1], base_sha256=base.tensors[k][2], sha256=h) for k,h in changed.items()},
-                    bytes=res.n_bytes, model_bytes=res.model_bytes, metadata=metadata, describes=json.loads(head)['__metadata__']['sha256'])
+        note = dict(
+            base=base.name,
+            base_digest=res.base_digest,
+            config_hash=base.config_hash,
+            alf_nb=__version__,
+            changed={
+                k: dict(dtype=now[k][0], shape=now[k][1], base_sha256=base.tensors[k][2], sha256=h)
+                for k, h in changed.items()
+            },
+            bytes=res.n_bytes,
+            model_bytes=res.model_bytes,
+            metadata=metadata,
+            describes=json.loads(head)['__metadata__']['sha256'],
+        )
         write_whole(file.with_name('delta.json'), json.dumps(note, indent=1))
-    except OSError as e: raise OSError(e.errno, f"cannot write a delta to '{path}': {e.strerror or e}; choose a folder that can be written and has room") from e
+    except OSError as e:
+        raise OSError(
+            e.errno,
+            f"cannot write a delta to '{path}': {e.strerror or e}; choose a folder that can be written and has room",
+        ) from e
     return res
 
 # %% ../nbs/09a_delta.ipynb #6804eca0
@@ -243,7 +352,8 @@ def _read_tensors(f, start, info, path):
         a,b = entry['data_offsets']
         f.seek(start+a)
         buf = bytearray(b-a)
-        if f.readinto(buf) != b-a or hashlib.sha256(buf).hexdigest() != info['changed'][k]: raise _damaged(path, f"the bytes of {k!r} do not match their hash")
+        if f.readinto(buf) != b-a or hashlib.sha256(buf).hexdigest() != info['changed'][k]:
+            raise _damaged(path, f"the bytes of {k!r} do not match their hash")
         dtype = _TORCH[entry['dtype']]
         res[k] = (torch.frombuffer(buf, dtype=dtype) if buf else torch.empty(0, dtype=dtype)).reshape(entry['shape'])
     return res
@@ -252,11 +362,17 @@ def _some(names): return ', '.join(map(repr, names[:3])) + (f' and {len(names)-3
 
 def _refuse_other_layout(tensors, want, who):
     "Error unless the model has the tensors of the base, with their dtypes and shapes"
-    if lack := [k for k in want if k not in tensors]: raise ValueError(f"wrong base: the delta is for {who}, and this model lacks {_some(lack)}")
-    if extra := [k for k in tensors if k not in want]: raise ValueError(f"wrong base: the delta is for {who}, which has no {_some(extra)}")
+    if lack := [k for k in want if k not in tensors]:
+        raise ValueError(f"wrong base: the delta is for {who}, and this model lacks {_some(lack)}")
+    if extra := [k for k in tensors if k not in want]:
+        raise ValueError(f"wrong base: the delta is for {who}, which has no {_some(extra)}")
     for k,t in tensors.items():
         have = _DTYPES.get(t.dtype, str(t.dtype)),tuple(t.shape)
-        if have != want[k][:2]: raise ValueError(f"wrong base: {k!r} is {have[0]} {have[1]} here, {want[k][0]} {want[k][1]} in {who}; load the base with the dtype and sizes it was trained from")
+        if have != want[k][:2]:
+            raise ValueError(
+                f"wrong base: {k!r} is {have[0]} {have[1]} here, {want[k][0]} {want[k][1]} in {who}; load the base with"
+                " the dtype and sizes it was trained from"
+            )
 
 def apply_delta(
     model:nn.Module,    # the base, as it was before training
@@ -264,7 +380,8 @@ def apply_delta(
     strict:bool=True    # must the tensors that get replaced be the base's, too?
 )->Delta:
     "Turn the base into the trained model, bit by bit; change nothing unless everything fits"
-    if not isinstance(model, nn.Module): raise ValueError(f"apply_delta takes a torch module; got {type(model).__name__}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"apply_delta takes a torch module; got {type(model).__name__}")
     file,tensors = _file(path),_state(model)[0]
     with open_plain(file) as f:
         info,start = _read_info(f, file)
@@ -275,7 +392,10 @@ def apply_delta(
     kept = [k for k in now if k not in new and now[k] != want[k]]
     if kept: raise ValueError(f"wrong base: {_some(kept)} differ from {who}, which this delta was made for")
     if differ := [k for k in now if k in new and now[k][2] not in (want[k][2], new[k])]:
-        raise ValueError(f"wrong base: {_some(differ)} differ from {who}. These the delta would replace, all others match: if they were drawn at random (a fresh head, fresh adapters), strict=False accepts them")
+        raise ValueError(
+            f"wrong base: {_some(differ)} differ from {who}. These the delta would replace, all others match: if they"
+            " were drawn at random (a fresh head, fresh adapters), strict=False accepts them"
+        )
     with torch.no_grad():
         for k,t in data.items(): tensors[k].copy_(t)
     return _delta(file.parent, info, file.stat().st_size)

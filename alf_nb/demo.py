@@ -9,14 +9,38 @@ __all__ = ['demo_model', 'demo_tokenizer', 'demo_dataset']
 
 # %% ../nbs/00_demo.ipynb #2f76d9fd
 import random, torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast, BertConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast, BertConfig, GPT2Config, LlamaConfig,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 # %% ../nbs/00_demo.ipynb #1b784230
 _families = dict(
-    llama=(AutoModelForCausalLM, LlamaConfig, lambda n: dict(hidden_size=32, num_hidden_layers=n, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=512)),
-    gpt2 =(AutoModelForCausalLM, GPT2Config,  lambda n: dict(n_embd=32, n_layer=n, n_head=4, n_positions=512)),
-    bert =(AutoModelForMaskedLM, BertConfig,  lambda n: dict(hidden_size=32, num_hidden_layers=n, num_attention_heads=4, intermediate_size=64, max_position_embeddings=512)))
+    llama=(
+        AutoModelForCausalLM,
+        LlamaConfig,
+        lambda n: dict(
+            hidden_size=32,
+            num_hidden_layers=n,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=512,
+        ),
+    ),
+    gpt2=(AutoModelForCausalLM, GPT2Config, lambda n: dict(n_embd=32, n_layer=n, n_head=4, n_positions=512)),
+    bert=(
+        AutoModelForMaskedLM,
+        BertConfig,
+        lambda n: dict(
+            hidden_size=32,
+            num_hidden_layers=n,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=512,
+        ),
+    ),
+)
 
 def demo_model(
     family:str='llama',  # `llama`, `gpt2` or `bert`
@@ -28,9 +52,26 @@ def demo_model(
     "A tiny model with random weights, fp32 on the CPU, in training mode without dropout"
     if family not in _families: raise ValueError(f"unknown family {family!r}; families are {', '.join(_families)}")
     auto, cls, sizes = _families[family]
-    no_dropout = {} if family == 'llama' else dict.fromkeys(
-        ('resid_pdrop', 'embd_pdrop', 'attn_pdrop') if family == 'gpt2' else ('hidden_dropout_prob', 'attention_probs_dropout_prob'), 0.)
-    cfg = cls(**{**sizes(blocks), **no_dropout, **dict(vocab_size=vocab_size, initializer_range=.08, pad_token_id=0, bos_token_id=1, eos_token_id=1), **config})
+    no_dropout = (
+        {}
+        if family == 'llama'
+        else dict.fromkeys(
+            (
+                ('resid_pdrop', 'embd_pdrop', 'attn_pdrop')
+                if family == 'gpt2'
+                else ('hidden_dropout_prob', 'attention_probs_dropout_prob')
+            ),
+            0.0,
+        )
+    )
+    cfg = cls(
+        **{
+            **sizes(blocks),
+            **no_dropout,
+            **dict(vocab_size=vocab_size, initializer_range=0.08, pad_token_id=0, bos_token_id=1, eos_token_id=1),
+            **config,
+        }
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto.from_config(cfg, dtype=torch.float32).train()
@@ -40,8 +81,11 @@ def demo_tokenizer()->PreTrainedTokenizerFast:
     "A byte-level tokenizer with the ids of `demo_model`"
     vocab = {t: i for i,t in enumerate(['<pad>', '<eos>', *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='<eos>', clean_up_tokenization_spaces=False)
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token='<pad>', eos_token='<eos>', clean_up_tokenization_spaces=False
+    )
 
 # %% ../nbs/00_demo.ipynb #c22ced3b
 def demo_dataset(
@@ -50,7 +94,8 @@ def demo_dataset(
     seed:int=0       # of starts and strides
 )->list:             # dicts of `input_ids`, `attention_mask`, `labels`
     "Sequences that count round a ring of ids: a tiny model learns them in some 50 steps"
-    if n < 1 or length < 2: raise ValueError(f"n={n}, length={length}: a dataset needs at least 1 sequence of at least 2 tokens")
+    if n < 1 or length < 2:
+        raise ValueError(f"n={n}, length={length}: a dataset needs at least 1 sequence of at least 2 tokens")
     rng = random.Random(seed)
     def row(start, stride):
         ids = [2+(start+i*stride)%61 for i in range(length)]

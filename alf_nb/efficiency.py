@@ -31,8 +31,10 @@ class EnergyMeter:
         self.zones = {}                # folder → joules at which its counter wraps
         for d in sorted(Path(root).glob('intel-rapl:*')):      # `intel-rapl-mmio` counts the same packages again
             try:
-                if not (d/'name').read_text().startswith(('package', 'dram')): continue     # `core` and `uncore` are part of a package
-                int((d/'energy_uj').read_text()); self.zones[d] = int((d/'max_energy_range_uj').read_text())/1e6
+                # `core` and `uncore` are part of a package
+                if not (d/'name').read_text().startswith(('package', 'dram')): continue
+                int((d/'energy_uj').read_text())
+                self.zones[d] = int((d/'max_energy_range_uj').read_text())/1e6
             except (OSError, ValueError): pass                 # not for everybody to read
         self.gpus = self._find_gpus()
         self.last,self.total = self._read(),0.
@@ -48,13 +50,15 @@ class EnergyMeter:
             return gpus
         except Exception: return ()                            # no library, or a GPU without the counter
 
-    def _read(self): return [int((d/'energy_uj').read_text())/1e6 for d in self.zones] + [self._joules(g) for g in self.gpus]
+    def _read(self):
+        return [int((d/'energy_uj').read_text())/1e6 for d in self.zones] + [self._joules(g) for g in self.gpus]
 
     def read(self)->float|None:
         "Joules since the meter was made; None where nothing can be read. Read at least once a minute, counters wrap"
         if not self.last: return None
         now,wrap = self._read(),[*self.zones.values(), *(0. for _ in self.gpus)]
-        self.total += sum(b-a if b >= a else b-a+w for a,b,w in zip(self.last, now, wrap)); self.last = now
+        self.total += sum(b-a if b >= a else b-a+w for a,b,w in zip(self.last, now, wrap))
+        self.last = now
         return self.total
 
 # %% ../nbs/14c_efficiency.ipynb #ce457282
@@ -140,10 +144,21 @@ def _saved_bytes(model, forward):
     def pack(x):
         s = x.untyped_storage()
         if s.data_ptr() in own: return x
-        # a copy has no history, or comes straight from its weight; an activation that happens to have its shape does not
+        # a copy has no history, or comes straight from its weight; an activation that happens to have its shape does
+        # not
         f = x.grad_fn
-        while f is not None and f.next_functions and type(f).__name__ in ('TBackward0', 'ToCopyBackward0', 'TransposeBackward0'): f = f.next_functions[0][0]
-        copy = x.dim() == 2 and x.dtype not in dtypes and tuple(sorted(x.shape)) in shapes and (f is None or hasattr(f, 'variable'))
+        while (
+            f is not None
+            and f.next_functions
+            and type(f).__name__ in ('TBackward0', 'ToCopyBackward0', 'TransposeBackward0')
+        ):
+            f = f.next_functions[0][0]
+        copy = (
+            x.dim() == 2
+            and x.dtype not in dtypes
+            and tuple(sorted(x.shape)) in shapes
+            and (f is None or hasattr(f, 'variable'))
+        )
         kept[s.data_ptr()] = (s.nbytes(), copy)
         return x.detach()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): loss = forward()
@@ -165,16 +180,24 @@ class StepMeter:
         self.model,self.batch,self.bf16 = model.train(),batch,bf16
         self.params = [p for p in model.parameters() if p.requires_grad]
         if not self.params: raise ValueError("nothing to train: no parameter requires grad")
-        if references not in ('device', 'host', '8bit'): raise ValueError(f"references={references!r}; give one of 'device', 'host', '8bit'")
+        if references not in ('device', 'host', '8bit'):
+            raise ValueError(f"references={references!r}; give one of 'device', 'host', '8bit'")
         self.device = self.params[0].device
-        self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=0., fused=self.device.type in ('cpu', 'cuda', 'xpu'))
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=lr, weight_decay=0.0, fused=self.device.type in ('cpu', 'cuda', 'xpu')
+        )
         self.energy = EnergyMeter()
-        self.times = {k: [] for k in ('forward_s', 'backward_s', 'optimizer_s', 'measure_s', 'probe_s', 'select_s', 'energy_j')}
+        self.times = {
+            k: [] for k in ('forward_s', 'backward_s', 'optimizer_s', 'measure_s', 'probe_s', 'select_s', 'energy_j')
+        }
         self.bytes = dict(gradient_bytes=0, optimizer_bytes=0, reference_bytes=0, probe_bytes=0)
         self.layers = self.names = self.snapshot = None
         if names is not None:
             self.layers,self.names = partition_layers(model),tuple(names)
-            self.snapshot,self.host = Snapshot(self.layers, device='cpu' if references == 'host' else None, bits=8 if references == '8bit' else 32),references == 'host'
+            self.snapshot = Snapshot(
+                self.layers, device='cpu' if references == 'host' else None, bits=8 if references == '8bit' else 32
+            )
+            self.host = references == 'host'
             self.guard,self.parked = FrozenGuard(self.layers),ParkedStates('v')
 
     def _now(self):
@@ -200,7 +223,8 @@ def select(self:StepMeter):
     t = self._now()
     self.snapshot.drop(self.snapshot.names)
     apply_selection(self.layers, self.names, self.optimizer, self.parked)
-    self.snapshot.take(self.names); self.guard.watch()
+    self.snapshot.take(self.names)
+    self.guard.watch()
     self.times['select_s'].append(self._now()-t)
     self.bytes['reference_bytes'] = 0 if self.host else self.snapshot.nbytes
 
@@ -211,17 +235,26 @@ def step(self:StepMeter,
     "One training step"
     if self.names is not None and not self.snapshot.names: self.select()
     e,t0 = self.energy.read(),self._now()
-    loss = self._loss(self.model, self.batch); t1 = self._now()
-    loss.backward(); t2 = self._now()
+    loss = self._loss(self.model, self.batch)
+    t1 = self._now()
+    loss.backward()
+    t2 = self._now()
     spent = 0.
     self.bytes['gradient_bytes'] = max(self.bytes['gradient_bytes'], gradient_bytes(self.model))
-    if measure: t = self._now(); self.snapshot.measure(refresh=True); spent += self._now()-t
+    if measure:
+        t = self._now()
+        self.snapshot.measure(refresh=True)
+        spent += self._now()-t
     t3 = self._now()
-    torch.nn.utils.clip_grad_norm_(self.params, 1.); self.optimizer.step(); t4 = self._now()
+    torch.nn.utils.clip_grad_norm_(self.params, 1.)
+    self.optimizer.step()
+    t4 = self._now()
     self.bytes['optimizer_bytes'] = max(self.bytes['optimizer_bytes'], optimizer_bytes(self.optimizer))
     if measure:
         t = self._now()
-        self.snapshot.measure(dot={n: [p.grad for p in self.layers.params(n)] for n in self.names}); self.guard.check(); check_state(self.layers, self.optimizer)
+        self.snapshot.measure(dot={n: [p.grad for p in self.layers.params(n)] for n in self.names})
+        self.guard.check()
+        check_state(self.layers, self.optimizer)
         self.times['measure_s'].append(spent + self._now()-t)
     for p in self.params: p.grad = None
     for k,v in dict(forward_s=t1-t0, backward_s=t2-t1, optimizer_s=t4-t3).items(): self.times[k].append(v)
@@ -237,11 +270,24 @@ def costs(self:StepMeter)->StepCosts:
     "What was measured so far"
     if not self.times['forward_s']: raise RuntimeError("nothing was measured yet: call step() first")
     activation,cast = _saved_bytes(self.model, lambda: self._loss(self.model, self.batch))
-    ps = list(self.model.parameters()); t = {k: statistics.median(v) if v else 0. for k,v in self.times.items()}
-    energy = self.times['energy_j'] and statistics.fmean(self.times['energy_j']); del t['energy_j']
+    ps = list(self.model.parameters())
+    t = {k: statistics.median(v) if v else 0. for k,v in self.times.items()}
+    energy = self.times['energy_j'] and statistics.fmean(self.times['energy_j'])
+    del t['energy_j']
     peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == 'cuda' else peak_rss_bytes()
-    return StepCosts(_size(self.model), sum(p.numel() for p in ps if p.requires_grad), len(self.times['forward_s']), next(iter(self.batch.values())).numel(), **t, weight_bytes=sum(p.nbytes for p in ps),
-                     **self.bytes, activation_bytes=activation, cast_bytes=cast, peak_bytes=peak, energy_j=energy or None)
+    return StepCosts(
+        _size(self.model),
+        sum(p.numel() for p in ps if p.requires_grad),
+        len(self.times['forward_s']),
+        next(iter(self.batch.values())).numel(),
+        **t,
+        weight_bytes=sum(p.nbytes for p in ps),
+        **self.bytes,
+        activation_bytes=activation,
+        cast_bytes=cast,
+        peak_bytes=peak,
+        energy_j=energy or None
+    )
 
 def measure_step(
     model,         # in fp32 or bf16; what requires grad trains
@@ -251,11 +297,18 @@ def measure_step(
     **kw           # `bf16`, `lr` and `references` of `StepMeter`
 )->StepCosts:
     "Train for some steps and say what one costs; weights change, and what `names` leaves out is frozen"
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1: raise ValueError(f"steps={steps!r}, but it is a whole number of at least 1")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r}, but it is a whole number of at least 1")
     meter = StepMeter(model, batch, names, **kw)
-    if names is not None: meter.probe(); meter.select()
-    meter.step(); meter.forget()
-    if names is not None: meter.probe(); meter.select()      # the first ones compile and touch new memory
+    if names is not None:
+        meter.probe()
+        meter.select()
+    meter.step()
+    meter.forget()
+    if names is not None:
+        # the first ones compile and touch new memory
+        meter.probe()
+        meter.select()
     for i in range(steps): meter.step(measure=names is not None)
     return meter.costs()
 
@@ -273,7 +326,8 @@ class ModelShape(Record):
     tied:bool=False     # head and embeddings share weights?
     def __post_init__(self):
         for k in ('hidden', 'blocks', 'heads', 'kv_heads', 'intermediate', 'vocab'):
-            if isinstance(v := getattr(self, k), bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{k}={v!r}, but it is a whole number of at least 1")
+            if isinstance(v := getattr(self, k), bool) or not isinstance(v, int) or v < 1:
+                raise ValueError(f"{k}={v!r}, but it is a whole number of at least 1")
         if self.hidden % self.heads: raise ValueError(f"hidden={self.hidden} is no multiple of heads={self.heads}")
 
     @classmethod
@@ -283,10 +337,25 @@ class ModelShape(Record):
     )->'ModelShape':
         "The shape that a transformers config describes"
         head_dim = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
-        if head_dim*config.num_attention_heads != config.hidden_size or getattr(config, 'attention_bias', False) or getattr(config, 'mlp_bias', False):
-            raise ValueError(f"a {type(config).__name__} with biases, or with heads that do not add up to hidden_size, has another shape than the Llama family")
-        return cls(name or getattr(config, '_name_or_path', '') or type(config).__name__, config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads,
-                   config.intermediate_size, config.vocab_size, bool(config.tie_word_embeddings))
+        if (
+            head_dim * config.num_attention_heads != config.hidden_size
+            or getattr(config, 'attention_bias', False)
+            or getattr(config, 'mlp_bias', False)
+        ):
+            raise ValueError(
+                f"a {type(config).__name__} with biases, or with heads that do not add up to hidden_size, has another"
+                " shape than the Llama family"
+            )
+        return cls(
+            name or getattr(config, '_name_or_path', '') or type(config).__name__,
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.intermediate_size,
+            config.vocab_size,
+            bool(config.tie_word_embeddings),
+        )
 
     @property
     def kv(self)->int:
@@ -297,11 +366,28 @@ class ModelShape(Record):
     def units(self)->tuple:
         "Its `UnitInfo`s, in the order and with the names of `partition_layers`"
         h,f,kv = self.hidden,self.intermediate,self.kv
-        inside = dict(self_attn=dict(q_proj=(h, h), k_proj=(kv, h), v_proj=(kv, h), o_proj=(h, h)), mlp=dict(gate_proj=(f, h), up_proj=(f, h), down_proj=(h, f)))
-        def unit(layer, path, kind, shape, depth): return UnitInfo(f'{layer}.{path}', layer, kind, path.rpartition('.')[2], math.prod(shape), depth, (shape,), kind == 'matrix')
+        inside = dict(
+            self_attn=dict(q_proj=(h, h), k_proj=(kv, h), v_proj=(kv, h), o_proj=(h, h)),
+            mlp=dict(gate_proj=(f, h), up_proj=(f, h), down_proj=(h, f)),
+        )
+        def unit(layer, path, kind, shape, depth):
+            return UnitInfo(
+                f'{layer}.{path}',
+                layer,
+                kind,
+                path.rpartition('.')[2],
+                math.prod(shape),
+                depth,
+                (shape,),
+                kind == 'matrix',
+            )
         res = [unit('embeddings', 'embed_tokens', 'embedding', (self.vocab, h), 0)]
         for i in range(self.blocks):
-            res += [unit(f'block.{i}', f'{m}.{n}', 'matrix', s, i+1) for m,mats in inside.items() for n,s in mats.items()]
+            res += [
+                unit(f'block.{i}', f'{m}.{n}', 'matrix', s, i + 1)
+                for m, mats in inside.items()
+                for n, s in mats.items()
+            ]
             res += [unit(f'block.{i}', n, 'norm', (h,), i+1) for n in ('input_layernorm', 'post_attention_layernorm')]
         res.append(unit('head', 'norm', 'norm', (h,), self.blocks+1))
         return tuple(res if self.tied else [*res, unit('head', 'lm_head', 'head', (self.vocab, h), self.blocks+1)])
@@ -320,21 +406,60 @@ SHAPES = {s.name: s for s in (
 
 # %% ../nbs/14c_efficiency.ipynb #a1235020
 ASSUMPTIONS = dict(
-    optimizer="AdamW keeps two moments in the dtype of the weights and one 4-byte step count for each tensor. Gradients have the dtype of the weights; both are freed with their unit.",
-    weights="`mixed`: fp32 weights, gradients, moments and references, matrix products in bf16 under autocast. `bf16`: everything in bf16, so small updates are rounded away. `fp32`: no autocast. LoRA's adapters are fp32 always, as PEFT makes them.",
-    selection="Without names, units are spread evenly over the depth until the budget is full, so that backward has to reach the bottom. A policy that stays near the top is cheaper; one that trains the lowest block is not dearer.",
-    references="ALF keeps a copy of the weights that train: in their dtype, or in 8 bits with an fp32 scale for every 256. With references on the host or none, these bytes are 0 here.",
-    probe="A probe holds one gradient at a time, the largest counts, and a sign bit for every eligible parameter. It costs as much as forward, backward and the gradients of all eligible units. Optimizer and references exist meanwhile.",
-    parked="Second moments of units that were frozen wait on the host: at most 4 (bf16: 2) bytes for each eligible parameter, not counted here.",
-    activations="Kept by autograd of transformers' Llama with SDPA attention, no gradient checkpointing, no dropout, no padding: exact when everything trains. For ALF and LoRA all of it is counted from the lowest block that trains upwards; frozen weights keep no input, so less is measured.",
-    casts="Autocast makes bf16 copies of matrices and autograd keeps them from the lowest block that trains upwards: the lowest block and the head are counted whole.",
-    flops="Matrix products and attention over all pairs of tokens, masked ones too; norms, activations, softmax and the optimizer's arithmetic are left out. Nothing is computed twice.",
-    optimizer_traffic="Clipping reads gradients twice and writes them once, AdamW reads four tensors and writes three: ten passes over what trains. A window reads weights and references and writes them anew, and its descent reads three more: six passes.",
-    importance="Defaults of ALFCallback: a window every 10 steps, a probe of 8 batches at the start and of 2 at each re-selection; the fewer steps a run has, the more they weigh.",
-    device="One device, nothing sharded, nothing off-loaded; allocator, libraries and fragmentation are not counted.")
+    optimizer=(
+        "AdamW keeps two moments in the dtype of the weights and one 4-byte step count for each tensor. Gradients have"
+        " the dtype of the weights; both are freed with their unit."
+    ),
+    weights=(
+        "`mixed`: fp32 weights, gradients, moments and references, matrix products in bf16 under autocast. `bf16`:"
+        " everything in bf16, so small updates are rounded away. `fp32`: no autocast. LoRA's adapters are fp32 always,"
+        " as PEFT makes them."
+    ),
+    selection=(
+        "Without names, units are spread evenly over the depth until the budget is full, so that backward has to reach"
+        " the bottom. A policy that stays near the top is cheaper; one that trains the lowest block is not dearer."
+    ),
+    references=(
+        "ALF keeps a copy of the weights that train: in their dtype, or in 8 bits with an fp32 scale for every 256."
+        " With references on the host or none, these bytes are 0 here."
+    ),
+    probe=(
+        "A probe holds one gradient at a time, the largest counts, and a sign bit for every eligible parameter. It"
+        " costs as much as forward, backward and the gradients of all eligible units. Optimizer and references exist"
+        " meanwhile."
+    ),
+    parked=(
+        "Second moments of units that were frozen wait on the host: at most 4 (bf16: 2) bytes for each eligible"
+        " parameter, not counted here."
+    ),
+    activations=(
+        "Kept by autograd of transformers' Llama with SDPA attention, no gradient checkpointing, no dropout, no"
+        " padding: exact when everything trains. For ALF and LoRA all of it is counted from the lowest block that"
+        " trains upwards; frozen weights keep no input, so less is measured."
+    ),
+    casts=(
+        "Autocast makes bf16 copies of matrices and autograd keeps them from the lowest block that trains upwards: the"
+        " lowest block and the head are counted whole."
+    ),
+    flops=(
+        "Matrix products and attention over all pairs of tokens, masked ones too; norms, activations, softmax and the"
+        " optimizer's arithmetic are left out. Nothing is computed twice."
+    ),
+    optimizer_traffic=(
+        "Clipping reads gradients twice and writes them once, AdamW reads four tensors and writes three: ten passes"
+        " over what trains. A window reads weights and references and writes them anew, and its descent reads three"
+        " more: six passes."
+    ),
+    importance=(
+        "Defaults of ALFCallback: a window every 10 steps, a probe of 8 batches at the start and of 2 at each"
+        " re-selection; the fewer steps a run has, the more they weigh."
+    ),
+    device="One device, nothing sharded, nothing off-loaded; allocator, libraries and fragmentation are not counted.",
+)
 
 _WIDTH = dict(mixed=4, fp32=4, bf16=2)
-# bytes per token that autograd keeps of transformers' Llama: of a block as (hidden, kv, intermediate), behind the last block as (hidden,)
+# bytes per token that autograd keeps of transformers' Llama: of a block as (hidden, kv, intermediate), behind the last
+# block as (hidden,)
 _KEPT = dict(fp32=((32, 8, 16), 12), mixed=((30, 4, 8), 10), bf16=((20, 4, 8), 8))
 
 @dataclass(frozen=True)
@@ -379,7 +504,11 @@ def extrapolate(
     steps:int=1000          # of the run; decides how much probes weigh
 )->Estimate:
     "Bytes and FLOPs of a training step by arithmetic; what is assumed stands in `ASSUMPTIONS`"
-    for k,v,ok in (('method', method, ('full', 'alf', 'lora')), ('weights', weights, tuple(_WIDTH)), ('references', references, ('device', '8bit', 'host', 'none'))):
+    for k, v, ok in (
+        ('method', method, ('full', 'alf', 'lora')),
+        ('weights', weights, tuple(_WIDTH)),
+        ('references', references, ('device', '8bit', 'host', 'none')),
+    ):
         if v not in ok: raise ValueError(f"{k}={v!r}; give one of {', '.join(map(repr, ok))}")
     units,w,T = shape.units,_WIDTH[weights],length*batch_size
     if method == 'alf':
@@ -392,23 +521,56 @@ def extrapolate(
     low = min((u.depth for u in (adapted or trains)), default=shape.blocks+2)
     n,n_tensors,aw = (extra,2*len(adapted),4) if method == 'lora' else (_sizes(trains),len(trains),w)
     # bytes
-    matrices = [u for u in units if u.kind in ('matrix', 'head')] + ([UnitInfo('head.tied', 'head', 'head', 'tied', shape.vocab*shape.hidden, shape.blocks+1)] if shape.tied else [])
+    matrices = [u for u in units if u.kind in ('matrix', 'head')] + (
+        [UnitInfo('head.tied', 'head', 'head', 'tied', shape.vocab * shape.hidden, shape.blocks + 1)]
+        if shape.tied
+        else []
+    )
     eligible = [u for u in units if u.eligible] if method == 'alf' else []
-    ref = dict(device=n*w, **{'8bit': sum(u.n_params + 4*-(-u.n_params//256) for u in trains)}).get(references, 0) if method == 'alf' else 0
+    ref = (
+        dict(device=n * w, **{'8bit': sum(u.n_params + 4 * -(-u.n_params // 256) for u in trains)}).get(references, 0)
+        if method == 'alf'
+        else 0
+    )
     above = [u for u in matrices if u.depth >= low]
     (a,b,c),d = _KEPT[weights]
     n_above = max(0, shape.blocks + 1 - max(low, 1))
-    kept = T*n_above*(a*shape.hidden + b*shape.kv + c*shape.intermediate + 4*shape.heads + 8) + T*(d*shape.hidden + 4*shape.vocab + 20) + 4 + (2*length*shape.hidden//shape.heads*(2 if weights == 'bf16' else 4) if n_above else 0)
+    kept = (
+        T * n_above * (a * shape.hidden + b * shape.kv + c * shape.intermediate + 4 * shape.heads + 8)
+        + T * (d * shape.hidden + 4 * shape.vocab + 20)
+        + 4
+        + (2 * length * shape.hidden // shape.heads * (2 if weights == 'bf16' else 4) if n_above else 0)
+    )
     # FLOPs
     attention = 4*length*shape.hidden
     forward = 2*_sizes(matrices) + shape.blocks*attention + 2*extra
-    own = lambda us: sum(2*u.n_params for u in us if u.kind in ('matrix', 'head')) + (2*shape.vocab*shape.hidden if shape.tied and any(u.kind == 'embedding' for u in us) else 0)
-    inward = lambda low: 2*_sizes(u for u in matrices if u.depth >= low) + 2*attention*max(0, shape.blocks + 1 - max(low, 1))
+    own = lambda us: sum(2 * u.n_params for u in us if u.kind in ('matrix', 'head')) + (
+        2 * shape.vocab * shape.hidden if shape.tied and any(u.kind == 'embedding' for u in us) else 0
+    )
+    inward = lambda low: 2 * _sizes(u for u in matrices if u.depth >= low) + 2 * attention * max(
+        0, shape.blocks + 1 - max(low, 1)
+    )
     backward = inward(low) + own(trains) + 4*extra
     probed = (probe_batches(steps)/steps)*(forward + inward(1) + own(eligible)) if method == 'alf' else 0.
-    return Estimate(shape.name, method, shape.n_params+extra, n, T, shape.n_params*w + 4*extra, n*aw, 2*n*aw + 4*n_tensors, ref,
-                    max((u.n_params for u in eligible), default=0)*w + sum(-(-u.n_params//8) for u in eligible), kept, 2*_sizes(above) if weights == 'mixed' else 0,
-                    T*forward, T*backward, T*probed, 10*n*aw, 6*n*aw/10 if method == 'alf' else 0.)
+    return Estimate(
+        shape.name,
+        method,
+        shape.n_params + extra,
+        n,
+        T,
+        shape.n_params * w + 4 * extra,
+        n * aw,
+        2 * n * aw + 4 * n_tensors,
+        ref,
+        max((u.n_params for u in eligible), default=0) * w + sum(-(-u.n_params // 8) for u in eligible),
+        kept,
+        2 * _sizes(above) if weights == 'mixed' else 0,
+        T * forward,
+        T * backward,
+        T * probed,
+        10 * n * aw,
+        6 * n * aw / 10 if method == 'alf' else 0.0,
+    )
 
 # %% ../nbs/14c_efficiency.ipynb #67b9adc3
 @dataclass(frozen=True)
@@ -424,11 +586,19 @@ class Speed(Record):
         "The speed of all these steps together"
         pairs = list(pairs)
         if not pairs: raise ValueError("no measured step to fit a speed to")
-        return cls(sum(e.forward_flops + e.backward_flops for _,e in pairs)/sum(c.forward_s + c.backward_s for c,_ in pairs), sum(e.optimizer_traffic for _,e in pairs)/sum(c.optimizer_s for c,_ in pairs))
+        return cls(
+            sum(e.forward_flops + e.backward_flops for _, e in pairs)
+            / sum(c.forward_s + c.backward_s for c, _ in pairs),
+            sum(e.optimizer_traffic for _, e in pairs) / sum(c.optimizer_s for c, _ in pairs),
+        )
 
     def seconds(self,
         e:Estimate # what is to be done
     )->dict:
         "Predicted seconds of the parts of a step"
-        return dict(forward_s=e.forward_flops/self.flops_per_s, backward_s=e.backward_flops/self.flops_per_s, optimizer_s=e.optimizer_traffic/self.bytes_per_s,
-                    importance_s=e.importance_flops/self.flops_per_s + e.importance_traffic/self.bytes_per_s)
+        return dict(
+            forward_s=e.forward_flops / self.flops_per_s,
+            backward_s=e.backward_flops / self.flops_per_s,
+            optimizer_s=e.optimizer_traffic / self.bytes_per_s,
+            importance_s=e.importance_flops / self.flops_per_s + e.importance_traffic / self.bytes_per_s,
+        )

@@ -19,11 +19,16 @@ _DAY = 86_400
 
 @functools.cache
 def _machine():
-    "Eight hex digits for where a process number means something: this machine, since it was started, and this container"
+    """Eight hex digits for where a process number means something: this machine, since it was started, and this
+    container"""
     def read(f, *args):
         try: return f(*args)
         except OSError: return ''
-    known = socket.gethostname(), read(Path('/proc/sys/kernel/random/boot_id').read_text), read(os.readlink, '/proc/self/ns/pid')
+    known = (
+        socket.gethostname(),
+        read(Path('/proc/sys/kernel/random/boot_id').read_text),
+        read(os.readlink, '/proc/self/ns/pid'),
+    )
     return hashlib.sha256(repr(known).encode()).hexdigest()[:8]
 
 def _begun(pid):
@@ -50,7 +55,9 @@ def is_part(
     "Is it something unfinished, of a process that writes now or was killed?"
     return _PART.fullmatch(os.path.basename(name)) is not None
 
-def _part(path): return path.with_name(f'.{path.name[:50]}.part-{_machine()}-{os.getpid()}-{_begun(os.getpid())}-{next(_count)}')      # 50 letters: with four bytes each still below the 255 of a name
+def _part(path):
+    # 50 letters: with four bytes each still below the 255 of a name
+    return path.with_name(f'.{path.name[:50]}.part-{_machine()}-{os.getpid()}-{_begun(os.getpid())}-{next(_count)}')
 
 # %% ../nbs/00a_files.ipynb #ce97eee6
 def _remove(path):

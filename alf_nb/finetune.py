@@ -30,7 +30,8 @@ from .plots import human_bytes
 from .reports import summarize, write_report
 from .runlog import RunLog
 from .shards import _one_process
-from .sources import _check_causal, _check_text, _first, _hub, continuation, domain_split, evaluate_loss, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
+from .sources import _check_causal, _check_text, _first, _hub, continuation, domain_split, evaluate_loss
+from .sources import load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
 from .trainer import ALFCallback, peak_rss_bytes
 
 # %% ../nbs/14_finetune.ipynb #be8169e9
@@ -38,21 +39,33 @@ class _Bar(TrainerCallback):
     "Progress bar with loss and trainable share"
     def __init__(self, alf, disable=False): self.alf,self.disable,self.bar,self.loss = alf,disable,None,None
     def open(self, total, done=0):
-        if self.bar is None: self.bar = tqdm(total=total, initial=done, unit='step', desc='training', disable=self.disable, dynamic_ncols=True)
-    def probing(self, done, total): self.bar and self.bar.set_description_str('training' if done == total else f'probing {done}/{total}')
+        if self.bar is None:
+            self.bar = tqdm(
+                total=total, initial=done, unit='step', desc='training', disable=self.disable, dynamic_ncols=True
+            )
+    def probing(self, done, total):
+        self.bar and self.bar.set_description_str('training' if done == total else f'probing {done}/{total}')
     def on_log(self, args, state, control, logs=None, **kw): self.loss = (logs or {}).get('loss', self.loss)
     def on_step_end(self, args, state, control, **kw):
         self.open(state.max_steps, state.global_step-1)
         self.bar.update(1)
-        self.bar.set_postfix_str(f"loss {self.loss:.3f}, trains {self.alf.selection.share:.1%}" if self.loss is not None else f"trains {self.alf.selection.share:.1%}")
+        self.bar.set_postfix_str(
+            f"loss {self.loss:.3f}, trains {self.alf.selection.share:.1%}"
+            if self.loss is not None
+            else f"trains {self.alf.selection.share:.1%}"
+        )
     def close(self): self.bar and self.bar.close()
 
 class _Opening(TrainerCallback):
-    "When a run begins anew: is there room for it, where does the one before it go, and what was measured before training"
+    """When a run begins anew: is there room for it, where does the one before it go, and what was measured before
+    training"""
     def __init__(self, alf, out, events): self.alf,self.out,self.events = alf,out,events
     def on_train_begin(self, args, state, control, **kw):
         if state.global_step > 0: return
-        _check_room(self.out, 0, _bytes_of(self.alf.layers, self.alf.selection.names)//2, 'the delta of what is selected')     # half: not all of it has to move
+        # half: not all of it has to move
+        _check_room(
+            self.out, 0, _bytes_of(self.alf.layers, self.alf.selection.names) // 2, 'the delta of what is selected'
+        )
         _keep_results(self.out)
         for e in self.events: self.alf._event(step=0, **e)
 
@@ -63,12 +76,16 @@ def _check_output(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         check_writable(out)
-    except OSError as e: raise OSError(f"cannot write to the output folder {out}: {e.strerror or e}; give another one with out=") from None
+    except OSError as e:
+        raise OSError(
+            f"cannot write to the output folder {out}: {e.strerror or e}; give another one with out="
+        ) from None
     return out
 
 def _whole(**kw):
     for k,v in kw.items():
-        if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{k}={v!r}, but it is a whole number of at least 1")
+        if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+            raise ValueError(f"{k}={v!r}, but it is a whole number of at least 1")
 
 # %% ../nbs/14_finetune.ipynb #7b2d0e02
 def _json(path):
@@ -88,7 +105,9 @@ def _keep_results(out):
     if not names: return
     run = _metadata(out/'delta').get('run_id') or _json(out/'summary.json').get('run_id')
     where = _set_aside(out, names, run if isinstance(run, str) else 'unknown')
-    warnings.warn(f"{out} was used before: {', '.join(names)} of that run {'are' if len(names) > 1 else 'is'} in {where} now")
+    warnings.warn(
+        f"{out} was used before: {', '.join(names)} of that run {'are' if len(names) > 1 else 'is'} in {where} now"
+    )
 
 def _has(log, steps, kind, **where):
     "Has the newest run in the log an event behind its last step?"
@@ -99,8 +118,12 @@ def _is_written(out, run, steps):
     "Is everything there that the run leaves?"
     made,summary,log = dict(run_id=run, steps=steps),_json(out/'summary.json'),RunLog(out)
     noted = _json(out/'delta'/'delta.json').get('metadata')
-    return (all(d.get(k) == v for d in (summary, noted if isinstance(noted, dict) else {}) for k,v in made.items()) and (out/'report.html').is_file()
-            and _has(log, steps, 'run_end') and _has(log, steps, 'save', path='delta'))
+    return (
+        all(d.get(k) == v for d in (summary, noted if isinstance(noted, dict) else {}) for k, v in made.items())
+        and (out / 'report.html').is_file()
+        and _has(log, steps, 'run_end')
+        and _has(log, steps, 'save', path='delta')
+    )
 
 def _resume_point(out, steps):
     "(checkpoint to train on from, None), or (None, folder with the weights of the run whose steps are all made)"
@@ -108,10 +131,21 @@ def _resume_point(out, steps):
     of = _metadata(out/'delta')
     if run is not None and (of.get('run_id'), of.get('steps')) == (run, steps):
         if not _is_written(out, run, steps): return None, str(out/'delta')
-        raise ValueError(f"nothing to resume: the run in {out} has made {steps} steps, and its delta is written, with report and summary; a larger steps= goes on from there, if there is a checkpoint")
+        raise ValueError(
+            f"nothing to resume: the run in {out} has made {steps} steps, and its delta is written, with report and"
+            " summary; a larger steps= goes on from there, if there is a checkpoint"
+        )
     last = find_checkpoint(out, run)
-    if last is None: raise ValueError(f"nothing to resume: {_why_none(out, run)}; without save_steps= (--save-steps) there are none, and a run ends with its delta")
-    if step_of(last) > steps: raise ValueError(f"nothing to resume: the run in {out} has made {step_of(last)} steps, and steps={steps}; a larger one goes on from there")
+    if last is None:
+        raise ValueError(
+            f"nothing to resume: {_why_none(out, run)}; without save_steps= (--save-steps) there are none, and a run"
+            " ends with its delta"
+        )
+    if step_of(last) > steps:
+        raise ValueError(
+            f"nothing to resume: the run in {out} has made {step_of(last)} steps, and steps={steps}; a larger one goes"
+            " on from there"
+        )
     return (last, None) if step_of(last) < steps else (None, last)
 
 # %% ../nbs/14_finetune.ipynb #7b2d0e04
@@ -120,16 +154,32 @@ def _bytes_of(layers, names): return sum(p.numel()*p.element_size() for n in nam
 def _check_room(out, need, least, what):
     "An error where less than `least` bytes are free, a warning below `need`"
     free = shutil.disk_usage(out).free
-    if free < least: raise OSError(errno.ENOSPC, f"no room for {what}: it takes at least {human_bytes(least)}, and {human_bytes(free)} are free. Make room, or give a folder on another disk with out=", str(out))
-    if free < need: warnings.warn(f"the disk of {out} may be too small: {what} may take {human_bytes(need)}, and {human_bytes(free)} are free")
+    if free < least:
+        raise OSError(
+            errno.ENOSPC,
+            f"no room for {what}: it takes at least {human_bytes(least)}, and {human_bytes(free)} are free. Make room,"
+            " or give a folder on another disk with out=",
+            str(out),
+        )
+    if free < need:
+        warnings.warn(
+            f"the disk of {out} may be too small: {what} may take {human_bytes(need)}, and {human_bytes(free)} are free"
+        )
 
 def _check_plan(out, net, callback, names, steps, save_steps):
-    "Is there room for delta and checkpoints of this run? A checkpoint holds the model, and of what trains two numbers of the optimizer and a reference"
+    """Is there room for delta and checkpoints of this run? A checkpoint holds the model, and of what trains two
+    numbers of the optimizer and a reference"""
     layers = partition_layers(net, unit=callback.unit, kinds=callback.kinds)
     whole,chosen = _bytes_of(layers, layers),_bytes_of(layers, names)
     there = len(list(Path(out).glob('checkpoint-*')))
-    n = min(-(-steps//save_steps), max(1, 3-there)) if save_steps else 0      # two are kept, and a third is there while it is written
-    _check_room(out, chosen + n*(whole + 3*chosen), whole if save_steps else 0, 'the delta' + f" and {n} checkpoint{'s'*(n > 1)}"*(n > 0))
+    # two are kept, and a third is there while it is written
+    n = min(-(-steps//save_steps), max(1, 3-there)) if save_steps else 0
+    _check_room(
+        out,
+        chosen + n * (whole + 3 * chosen),
+        whole if save_steps else 0,
+        'the delta' + f" and {n} checkpoint{'s'*(n > 1)}" * (n > 0),
+    )
 
 def _changed_bytes(net, base):
     "Bytes of the tensors that a delta holds"
@@ -141,7 +191,9 @@ def _save_anywhere(net, base, out, metadata):
     why = None
     try:
         free = shutil.disk_usage(out).free
-        if free < sum(p.numel()*p.element_size() for p in net.parameters()): _check_room(out, 0, _changed_bytes(net, base), 'the delta')      # look closer
+        if free < sum(p.numel()*p.element_size() for p in net.parameters()):
+            # look closer
+            _check_room(out, 0, _changed_bytes(net, base), 'the delta')
         save_delta(net, base, out/'delta', metadata)
         return out/'delta', None
     except OSError as e: why = e
@@ -163,11 +215,13 @@ def _full(e, net, text):
     return res
 
 # %% ../nbs/14_finetune.ipynb #103ff6ac
-_looked_at = 256    # tokens of a passage at most: all maps of one passage are in memory at once, and grow with the square
+_looked_at = 256  # tokens of a passage at most: all maps of one passage are in memory at once, and grow with the square
 
 class _Job:
     "The model of a run, and the texts that it learns from and is measured on"
-    def __init__(self, net, tokenizer, texts, others, batch_size, length, eval_blocks, prompt, attention, bf16, seed, progress):
+    def __init__(
+        self, net, tokenizer, texts, others, batch_size, length, eval_blocks, prompt, attention, bf16, seed, progress
+    ):
         self.net,self.tokenizer,self.batch_size,self.progress = net,tokenizer,batch_size,progress
         train_texts,held_texts = domain_split(texts, seed=seed)
         self.train,held,unrelated = (token_blocks(t, tokenizer, length) for t in (train_texts, held_texts, others))
@@ -176,17 +230,26 @@ class _Job:
         self.bf16 = supports_bf16(next(net.parameters()).device) if bf16 is None else bf16
         self.prompt = prompt if prompt is not None else _prompt(held_texts)
         wide = max(2, min(length, _looked_at))
-        self.seen = AttentionSnapshot(net, passages(held_texts, attention, 4*wide), tokenizer, length=wide, example=None) if attention else None
+        self.seen = (
+            AttentionSnapshot(net, passages(held_texts, attention, 4 * wide), tokenizer, length=wide, example=None)
+            if attention
+            else None
+        )
         self.base = fingerprint(net, name=getattr(net.config, '_name_or_path', '') or type(net).__name__)
 
     def losses(self, when, names):
         "Losses of evaluation sets as events"
         for n in names:
             title = f'{n} loss {when}' if self.progress else None
-            loss,tokens = evaluate_loss(self.net, self.sets[n], batch_size=self.batch_size, autocast=self.bf16, progress=title)
+            loss, tokens = evaluate_loss(
+                self.net, self.sets[n], batch_size=self.batch_size, autocast=self.bf16, progress=title
+            )
             yield dict(event='eval', name=n, when=when, loss=loss, tokens=tokens)
 
-    def sample(self, when): return dict(event='sample', when=when, prompt=self.prompt, text=continuation(self.net, self.tokenizer, self.prompt))
+    def sample(self, when):
+        return dict(
+            event='sample', when=when, prompt=self.prompt, text=continuation(self.net, self.tokenizer, self.prompt)
+        )
 
     def before(self):
         "What is known of the base, as events"
@@ -196,13 +259,21 @@ class _Job:
         "Is the model the one that the run began with?"
         try: known = {e['base'] for e in log.events('eval', when='before') if isinstance(e.get('base'), str)}
         except FileNotFoundError: return
-        if known - {self.base.digest}: raise ValueError(f"the model given is not the one that the run in {log.dir} began with: give that one again, untrained; its hub id or folder loads it anew")
+        if known - {self.base.digest}:
+            raise ValueError(
+                f"the model given is not the one that the run in {log.dir} began with: give that one again, untrained;"
+                " its hub id or folder loads it anew"
+            )
 
     def after(self, log, steps):
         "Measure what the log lacks behind the last step"
-        for e in self.losses('after', [n for n in self.sets if not _has(log, steps, 'eval', when='after', name=n)]): log.write(**e, step=steps)
+        for e in self.losses('after', [n for n in self.sets if not _has(log, steps, 'eval', when='after', name=n)]):
+            log.write(**e, step=steps)
         if not _has(log, steps, 'sample', when='after'): log.write(**self.sample('after'), step=steps)
-        if self.seen and not _has(log, steps, 'attention'): log.write('attention', step=steps, shift=self.seen.shift(self.net, 'after training'), words=self.seen.words[:16])
+        if self.seen and not _has(log, steps, 'attention'):
+            log.write(
+                'attention', step=steps, shift=self.seen.shift(self.net, 'after training'), words=self.seen.words[:16]
+            )
 
     def load(self, folder, trainer):
         "The weights of the finished training"
@@ -210,7 +281,8 @@ class _Job:
         else: trainer._load_from_checkpoint(folder)
 
 def _figures(log, folder, callback):
-    "What the last line of a run says, when the run was killed before it: from its checkpoint or delta, else from its log"
+    """What the last line of a run says, when the run was killed before it: from its checkpoint or delta, else from
+    its log"""
     totals = _json(Path(folder)/'alf'/'state.json').get('totals')
     if totals:
         callback.totals = totals
@@ -218,14 +290,23 @@ def _figures(log, folder, callback):
     known = _metadata(folder).get('figures')
     if isinstance(known, dict): return known
     s = summarize(log)
-    return {k: s[k] for k in ('wall_s', 'trainable_share_mean', 'trainable_share_peak', 'state_bytes_peak', 'rss_bytes_peak') if s[k] is not None}
+    return {
+        k: s[k]
+        for k in ('wall_s', 'trainable_share_mean', 'trainable_share_peak', 'state_bytes_peak', 'rss_bytes_peak')
+        if s[k] is not None
+    }
 
 def _save(job, out, metadata):
     "The delta, or an OSError that says where else it is"
     if _json(out/'delta'/'delta.json').get('metadata') == metadata == _metadata(out/'delta'): return
     where,why = _save_anywhere(job.net, job.base, out, metadata)
     if why is None: return
-    kept = f"the delta was written to {where} instead: make room, move that folder to {out/'delta'}, and finetune(…, resume=True) finishes the run" if where else "there was no other place with room: the trained model is this error's .model"
+    kept = (
+        f"the delta was written to {where} instead: make room, move that folder to {out/'delta'}, and finetune(…,"
+        " resume=True) finishes the run"
+        if where
+        else "there was no other place with room: the trained model is this error's .model"
+    )
     raise _full(why, job.net, f"the training is not lost, {kept}") from why
 
 def _train(job, trainer, checkpoint, out, callback, metadata):
@@ -236,9 +317,19 @@ def _train(job, trainer, checkpoint, out, callback, metadata):
         if not made or made < steps and (not isinstance(e, OSError) or find_checkpoint(out, callback.run_id)):
             e.model = job.net
             raise
-        where,_ = _save_anywhere(job.net, job.base, out, dict(run_id=callback.run_id, **metadata | dict(steps=made), figures=callback.summary()))
-        if where == out/'delta' and made == steps: text = "all steps are made and the delta is written: finetune(…, resume=True) finishes the run"
-        elif where: text = f"what was learnt in {made} of {steps} steps is kept as a delta in {where}" + f"; moved to {out/'delta'}, finetune(…, resume=True) finishes the run"*(made == steps)
+        where, _ = _save_anywhere(
+            job.net,
+            job.base,
+            out,
+            dict(run_id=callback.run_id, **metadata | dict(steps=made), figures=callback.summary()),
+        )
+        if where == out/'delta' and made == steps:
+            text = "all steps are made and the delta is written: finetune(…, resume=True) finishes the run"
+        elif where:
+            text = (
+                f"what was learnt in {made} of {steps} steps is kept as a delta in {where}"
+                + f"; moved to {out/'delta'}, finetune(…, resume=True) finishes the run" * (made == steps)
+            )
         else: text = f"what was learnt in {made} of {steps} steps is this error's .model"
         raise _full(e, job.net, text) from e
 
@@ -252,10 +343,20 @@ def _write(job, out, metadata, known):
             if not _has(log, steps, 'save', path='delta'): log.write('save', step=steps, path='delta')
             end = log.events('run_end')[-1]
             files = ('delta.safetensors', 'delta.json', 'README.md')
-            summary = {**summarize(log), **{k: end[k] for k in ('measure_s', 'probe_s', 'select_s') if k in end}, **known(), 'delta_bytes': sum((out/'delta'/n).stat().st_size for n in files)}
+            summary = {
+                **summarize(log),
+                **{k: end[k] for k in ('measure_s', 'probe_s', 'select_s') if k in end},
+                **known(),
+                'delta_bytes': sum((out / 'delta' / n).stat().st_size for n in files),
+            }
         write_report(out)
         write_whole(out/'summary.json', json.dumps(summary, indent=2, allow_nan=False)+'\n')
-    except OSError as e: raise _full(e, job.net, f"the training is done and its delta is in {out/'delta'}: finetune(…, resume=True) finishes the run") from e
+    except OSError as e:
+        raise _full(
+            e,
+            job.net,
+            f"the training is done and its delta is in {out/'delta'}: finetune(…, resume=True) finishes the run",
+        ) from e
     return summary
 
 def finetune(
@@ -276,17 +377,21 @@ def finetune(
     bf16:bool|None=None,         # bf16 autocast; default where it is faster
     seed:int=0,                  # decides split, order, draws
     save_steps:int=0,            # checkpoint every so many steps; 0: none
-    attention:int=0,             # held-out passages on which the change of attention is measured; 6 or more give intervals, 0: not measured
+    # held-out passages on which the change of attention is measured; 6 or more give intervals, 0: not measured
+    attention:int=0,
     resume:bool=False,           # continue from the last checkpoint in `out`
     progress:bool=True,          # show bars
     **alf                        # further arguments of `ALFCallback`
 )->dict:
-    "Fine-tune with ALF and write `events.jsonl`, `summary.json`, `report.html` and `delta/` to `out`; returns the summary"
+    """Fine-tune with ALF and write `events.jsonl`, `summary.json`, `report.html` and `delta/` to `out`; returns the
+    summary"""
     t0 = time.perf_counter()
     _one_process('finetune()')
     _whole(steps=steps, batch_size=batch_size, length=length, eval_blocks=eval_blocks)
-    if isinstance(attention, bool) or not isinstance(attention, int) or attention < 0: raise ValueError(f"attention={attention!r}, but it is a number of passages, or 0")
-    if not (isinstance(lr, (int, float)) and 0 < lr < 1): raise ValueError(f"lr={lr!r}, but a learning rate is above 0 and below 1, such as 4e-4")
+    if isinstance(attention, bool) or not isinstance(attention, int) or attention < 0:
+        raise ValueError(f"attention={attention!r}, but it is a number of passages, or 0")
+    if not (isinstance(lr, (int, float)) and 0 < lr < 1):
+        raise ValueError(f"lr={lr!r}, but a learning rate is above 0 and below 1, such as 4e-4")
     out = _check_output(out)
     callback = ALFCallback(budget=budget, threshold=threshold, preset=preset, seed=seed, out=str(out), **alf)
     with RunLock(out, 'finetune()'):
@@ -295,24 +400,53 @@ def finetune(
         texts = load_texts(data, column)
         others = load_texts(other, column) if other is not None else unrelated_texts()
         net,tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)
-        if torch.cuda.is_available(): net.to('cuda')      # where Trainer will put it: before and after are measured on one device
-        chosen = callback.preview(net).names      # settings that do not fit this model are refused now, not after the first evaluation
+        # where Trainer will put it: before and after are measured on one device
+        if torch.cuda.is_available(): net.to('cuda')
+        # settings that do not fit this model are refused now, not after the first evaluation
+        chosen = callback.preview(net).names
         if not done: _check_plan(out, net, callback, chosen, steps, save_steps)
-        job = _Job(net, tokenizer, texts, others, batch_size, length, eval_blocks, prompt, attention, bf16, seed, progress)
+        job = _Job(
+            net, tokenizer, texts, others, batch_size, length, eval_blocks, prompt, attention, bf16, seed, progress
+        )
         if resume: job.check_base(RunLog(out))
         opening = [] if resume else job.before()
-        args = TrainingArguments(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=float(lr), lr_scheduler_type='cosine',
-                                 warmup_steps=max(1, steps//20), weight_decay=0., logging_steps=max(1, steps//60), save_strategy='steps' if save_steps else 'no', save_steps=save_steps or 500,
-                                 bf16=job.bf16, seed=seed, report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(), include_num_input_tokens_seen='all', save_total_limit=2)
-        bar = _Bar(callback, disable=not progress); callback.on_probe = bar.probing
-        trainer = Trainer(net, args, train_dataset=job.train, data_collator=default_data_collator, callbacks=[callback, _Opening(callback, out, opening), bar])
+        args = TrainingArguments(
+            output_dir=str(out),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=float(lr),
+            lr_scheduler_type='cosine',
+            warmup_steps=max(1, steps // 20),
+            weight_decay=0.0,
+            logging_steps=max(1, steps // 60),
+            save_strategy='steps' if save_steps else 'no',
+            save_steps=save_steps or 500,
+            bf16=job.bf16,
+            seed=seed,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            include_num_input_tokens_seen='all',
+            save_total_limit=2,
+        )
+        bar = _Bar(callback, disable=not progress)
+        callback.on_probe = bar.probing
+        trainer = Trainer(
+            net,
+            args,
+            train_dataset=job.train,
+            data_collator=default_data_collator,
+            callbacks=[callback, _Opening(callback, out, opening), bar],
+        )
         for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
         if done:
             run = _newest_run(out)
             job.load(done, trainer)
             with RunLog(out) as log:
-                if (name := Path(done).name) != 'delta' and not _has(log, steps, 'save', path=name): log.write('save', step=steps, path=name)
-                if not _has(log, steps, 'run_end'): log.write('run_end', step=steps, **_figures(log, done, callback), stopped=False)
+                if (name := Path(done).name) != 'delta' and not _has(log, steps, 'save', path=name):
+                    log.write('save', step=steps, path=name)
+                if not _has(log, steps, 'run_end'):
+                    log.write('run_end', step=steps, **_figures(log, done, callback), stopped=False)
         else:
             bar.open(steps, 0 if checkpoint is None else int(checkpoint.rsplit('-', 1)[-1]))
             try: _train(job, trainer, checkpoint, out, callback, dict(steps=steps, seed=seed))
@@ -320,7 +454,15 @@ def finetune(
             run = callback.run_id
         metadata = dict(run_id=run, steps=steps, seed=seed)
         _save(job, out, metadata)
-        known = lambda: {'total_s': time.perf_counter()-t0, 'rss_bytes_peak': peak_rss_bytes(), 'bf16': job.bf16, 'batch_size': batch_size, 'length': length, 'lr': float(lr), 'threads': torch.get_num_threads()}
+        known = lambda: {
+            'total_s': time.perf_counter() - t0,
+            'rss_bytes_peak': peak_rss_bytes(),
+            'bf16': job.bf16,
+            'batch_size': batch_size,
+            'length': length,
+            'lr': float(lr),
+            'threads': torch.get_num_threads(),
+        }
         return _write(job, out, metadata, known)
 
 def _prompt(texts):
@@ -335,26 +477,53 @@ def tuned_kind(
 )->tuple: # `delta`, `adapter` or `model`, and its folder
     "What a folder of a tuned model holds"
     path = Path(path)
-    if not path.is_dir(): raise ValueError(f"no folder '{path}': give the folder of a run or its delta, of a PEFT adapter, or of a saved model")
-    for kind,where,file in (('delta', path, 'delta.safetensors'), ('delta', path/'delta', 'delta.safetensors'), ('adapter', path, 'adapter_config.json'), ('model', path, 'config.json')):
-        if kind == 'delta' and where.is_symlink() and where != path and where.is_dir(): raise ValueError(f"{where} is a link, not a folder: name the folder that it points to")
+    if not path.is_dir():
+        raise ValueError(
+            f"no folder '{path}': give the folder of a run or its delta, of a PEFT adapter, or of a saved model"
+        )
+    for kind, where, file in (
+        ('delta', path, 'delta.safetensors'),
+        ('delta', path / 'delta', 'delta.safetensors'),
+        ('adapter', path, 'adapter_config.json'),
+        ('model', path, 'config.json'),
+    ):
+        if kind == 'delta' and where.is_symlink() and where != path and where.is_dir():
+            raise ValueError(f"{where} is a link, not a folder: name the folder that it points to")
         if (where/file).is_file(): return kind, where
-    near = sorted(d.name for d in path.iterdir() if d.is_dir() and any((d/f).is_file() for f in ('delta.safetensors', 'adapter_config.json', 'config.json')))
-    why = f"; there is something to load in {', '.join(near[:3])}" if near else "; the run in it has no delta yet: it did not end" if (path/'events.jsonl').is_file() else ''
-    raise ValueError(f"'{path}' holds no tuned model: expected delta.safetensors or delta/ (alf_nb), adapter_config.json (PEFT) or config.json (a saved model){why}")
+    near = sorted(
+        d.name
+        for d in path.iterdir()
+        if d.is_dir() and any((d / f).is_file() for f in ('delta.safetensors', 'adapter_config.json', 'config.json'))
+    )
+    why = (
+        f"; there is something to load in {', '.join(near[:3])}"
+        if near
+        else "; the run in it has no delta yet: it did not end" if (path / 'events.jsonl').is_file() else ''
+    )
+    raise ValueError(
+        f"'{path}' holds no tuned model: expected delta.safetensors or delta/ (alf_nb), adapter_config.json (PEFT) or"
+        f" config.json (a saved model){why}"
+    )
 
 def _with_adapter(model, where):
     "`model` with the PEFT adapter in folder `where`"
     try: from peft import PeftModel, get_peft_model_state_dict
-    except ImportError: raise ImportError(f"'{where}' is a PEFT adapter, which needs the package peft: pip install peft") from None
+    except ImportError:
+        raise ImportError(f"'{where}' is a PEFT adapter, which needs the package peft: pip install peft") from None
     from peft.utils import load_peft_weights
     refuse = lambda why: ValueError(f"the adapter in '{where}' cannot be put on this base: {why}")
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore'); warnings.filterwarnings('error', message='.*missing adapter keys')      # would leave a part as it was drawn
+        # would leave a part as it was drawn
+        warnings.simplefilter('ignore')
+        warnings.filterwarnings('error', message='.*missing adapter keys')
         try:
             model = PeftModel.from_pretrained(model, str(where))
-            left = sorted(set(load_peft_weights(str(where), device='cpu')) - set(get_peft_model_state_dict(model, save_embedding_layers=True)))
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError, UserWarning) as e: raise refuse(' '.join(str(e).split())[:300]) from e
+            left = sorted(
+                set(load_peft_weights(str(where), device='cpu'))
+                - set(get_peft_model_state_dict(model, save_embedding_layers=True))
+            )
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, UserWarning) as e:
+            raise refuse(' '.join(str(e).split())[:300]) from e
     if left: raise refuse(f"it has {left[0]}, for which there is no place ({len(left)} such)")
     return model
 
@@ -365,11 +534,14 @@ def load_tuned(
 )->tuple:              # model, and its tokenizer; None where a saved model has none
     "The fine-tuned model in a folder"
     kind,where = tuned_kind(path)
-    if kind != 'delta' and (odd := odd_inside(where, links=False)): raise ValueError(f"the {kind} in '{where}' is not loaded: {odd}")
+    if kind != 'delta' and (odd := odd_inside(where, links=False)):
+        raise ValueError(f"the {kind} in '{where}' is not loaded: {odd}")
     if kind == 'model':
-        if any((where/f).is_file() for f in ('tokenizer.json', 'tokenizer_config.json')): return load_model(where, progress=progress)
+        if any((where/f).is_file() for f in ('tokenizer.json', 'tokenizer_config.json')):
+            return load_model(where, progress=progress)
         try:
-            with _hub(True, progress): model,info = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
+            with _hub(True, progress):
+                model,info = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
         except (OSError, ValueError) as e: raise ValueError(f"cannot load the model in '{where}': {_first(e)}") from e
         _check_causal(model, info, str(where))
         return model, None

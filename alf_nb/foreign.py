@@ -12,8 +12,11 @@ import html, os, re, stat
 from pathlib import Path
 
 # %% ../nbs/00b_foreign.ipynb #17912953
-# controls but tab and line ends, separators, direction marks that reach beyond their word, what has no width, lone surrogates, tags
-_UNSEEN = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]|\r(?!\n)')
+# controls but tab and line ends, separators, direction marks that reach beyond their word, what has no width, lone
+# surrogates, tags
+_UNSEEN = re.compile(
+    '[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]|\r(?!\n)'
+)
 
 def _spelt(m):
     n = ord(m[0])
@@ -33,12 +36,17 @@ def escape(
     return html.escape(visible(x))
 
 # %% ../nbs/00b_foreign.ipynb #4c237763
-_MARKUP = re.compile(r'(?P<math>[\\$]+)|[&<>\[\]{}*~|`#@^]|(?<!\w)_+|_+(?!\w)|:(?=//)|(?<=\bwww)\.|={2,}|^(?:[-+=:.]+|\d+[.)])(?=\s|$)', re.I)       # the last: what starts a list, a rule or a heading above it
+# the last: what starts a list, a rule or a heading above it
+_MARKUP = re.compile(
+    r'(?P<math>[\\$]+)|[&<>\[\]{}*~|`#@^]|(?<!\w)_+|_+(?!\w)|:(?=//)|(?<=\bwww)\.|={2,}|^(?:[-+=:.]+|\d+[.)])(?=\s|$)',
+    re.I,
+)
 
 def _inert(m):
     if not m['math']: return ''.join(f'&#{ord(c)};' if not c.isalnum() else c for c in m[0])
     res,after_code = '',False
-    for part in re.split(r'(?<=\$)(?=\$)', m[0]):      # nbconvert looks for `$$ … $$` before code spans; two spans do not touch
+    # nbconvert looks for `$$ … $$` before code spans; two spans do not touch
+    for part in re.split(r'(?<=\$)(?=\$)', m[0]):
         if after_code: res,part = res + '&#36;',part[1:]
         if part: res += f'`{part}`'
         after_code = bool(part)
@@ -57,21 +65,32 @@ def md_code(
     x,            # what to show, such as the name of a unit
     most:int=1000 # characters of it
 )->str:
-    "Text for Markdown as a code span on one line; text that would end the span, a table's cell or more comes as `md_text`"
+    """Text for Markdown as a code span on one line; text that would end the span, a table's cell or more comes as
+    `md_text`"""
     text = ' '.join(visible(x).split())
     return f'`{text[:most]}`' if text and not re.search(r'[`|\\$<&]', text) else md_text(text, most)
 
 # %% ../nbs/00b_foreign.ipynb #ad4ed79d
-_KINDS = {stat.S_IFLNK: 'a link', stat.S_IFIFO: 'a named pipe', stat.S_IFSOCK: 'a socket', stat.S_IFDIR: 'a folder', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device'}
+_KINDS = {
+    stat.S_IFLNK: 'a link',
+    stat.S_IFIFO: 'a named pipe',
+    stat.S_IFSOCK: 'a socket',
+    stat.S_IFDIR: 'a folder',
+    stat.S_IFCHR: 'a device',
+    stat.S_IFBLK: 'a device',
+}
 
 def _not_plain(path, mode):
     "The error that says what lies at `path`, if that is no plain file"
     if stat.S_ISREG(mode): return None
     what = _KINDS.get(stat.S_IFMT(mode), 'something else')
-    return ValueError(f"{path} is {what}, not a file" + ('; put a copy of the file in its place' if what == 'a link' else ''))
+    return ValueError(
+        f"{path} is {what}, not a file" + ('; put a copy of the file in its place' if what == 'a link' else '')
+    )
 
 def _blob(path):
-    "Where a file of a snapshot in the Hub's cache lies: among the blobs of the same repository; elsewhere `path` itself"
+    """Where a file of a snapshot in the Hub's cache lies: among the blobs of the same repository; elsewhere `path`
+    itself"""
     try:
         folder,real = path.parent.resolve(),path.resolve()
         repo = next((d.parent.parent for d in (folder, *folder.parents) if d.parent.name == 'snapshots'), None)
@@ -91,7 +110,8 @@ def plain_fd(
     for k in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_NOCTTY', 'O_BINARY'): flags |= getattr(os, k, 0)
     fd = os.open(where, flags, 0o666)
     if e := _not_plain(path, os.fstat(fd).st_mode):    # put there since
-        os.close(fd); raise e
+        os.close(fd)
+        raise e
     return fd
 
 def open_plain(

@@ -40,7 +40,8 @@ except Exception as e: # no wheel for macOS and Windows, or too old
 
 def _triton_jit(f): return triton.jit(f, do_not_specialize=['n_slots']) if triton else f
 
-_interpreted = bool(triton) and os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'on', 'yes') # Triton reads it at its import, too
+# Triton reads it at its import, too
+_interpreted = bool(triton) and os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'on', 'yes')
 
 # %% ../nbs/03_kernels.ipynb #d170197f
 _ROW, _PIECE = 1024, 2**20 # elements
@@ -55,9 +56,19 @@ def _torch_stats(
     dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in (w, r, g)) else torch.float32
     w, r = w.to(dtype), r.to(dtype)
     d, n = w - r, len(w)//_ROW*_ROW
-    def total(x, y): x = x*y; return x[:n].view(-1, _ROW).sum(1).sum() + x[n:].sum()
+    def total(x, y):
+        x = x*y
+        return x[:n].view(-1, _ROW).sum(1).sum() + x[n:].sum()
     zero = d.new_zeros(())
-    return torch.stack([total(d, d), total(r, r), d.abs().amax(), zero if g is None else total(g.to(dtype), d), zero if e is None else total(e, e)])
+    return torch.stack(
+        [
+            total(d, d),
+            total(r, r),
+            d.abs().amax(),
+            zero if g is None else total(g.to(dtype), d),
+            zero if e is None else total(e, e),
+        ]
+    )
 
 # %% ../nbs/03_kernels.ipynb #b3fdc31d
 def _pieces(tensors, n=_PIECE):
@@ -77,7 +88,8 @@ class _TorchSweep:
         owners, stats = [], []
         for owner,w,r,g in self.items:
             for a,b,*c in _pieces([t for t in (w, r, g) if t is not None]):
-                owners.append(owner); stats.append(_torch_stats(a.reshape(-1), b.reshape(-1), *(x.reshape(-1) for x in c)))
+                owners.append(owner)
+                stats.append(_torch_stats(a.reshape(-1), b.reshape(-1), *(x.reshape(-1) for x in c)))
                 if refresh: b.copy_(a)
         return owners, _as_rows(stats)
 
@@ -93,10 +105,14 @@ def _quantize(x):
     "1-d weights → int8 codes and fp32 scales"
     x, n = torch.nn.functional.pad(x.float(), (0, -len(x)%_GROUP)).view(-1, _GROUP), len(x)
     top = x.abs().amax(1, keepdim=True)
-    inv = torch.where(top >= _TINY, torch.full_like(top, 127).div(top), 0.) # `127/top` would be a reciprocal first: rounded twice
-    return torch.where(inv > 0, x*inv, 0.).round().to(torch.int8).view(-1)[:n], torch.where(top < _TINY, 0., top*_INV127).view(-1)
+    # `127/top` would be a reciprocal first: rounded twice
+    inv = torch.where(top >= _TINY, torch.full_like(top, 127).div(top), 0.)
+    return torch.where(inv > 0, x * inv, 0.0).round().to(torch.int8).view(-1)[:n], torch.where(
+        top < _TINY, 0.0, top * _INV127
+    ).view(-1)
 
-def _dequantize(q, scale): return torch.nn.functional.pad(q, (0, -len(q)%_GROUP)).view(-1, _GROUP).float().mul(scale[:,None]).view(-1)[:len(q)]
+def _dequantize(q, scale):
+    return torch.nn.functional.pad(q, (0, -len(q)%_GROUP)).view(-1, _GROUP).float().mul(scale[:,None]).view(-1)[:len(q)]
 
 class Reference8:
     "A reference in 8 bits: int8 codes times one fp32 scale per 256 consecutive elements."
@@ -106,8 +122,17 @@ class Reference8:
         error=0.    # Σ(w−q·scale)² when it was taken
     ):
         n = -(-q.numel()//_GROUP)
-        if q.dtype != torch.int8 or scale.dtype != torch.float32 or scale.shape != (n,) or q.device != scale.device or not (q.is_contiguous() and scale.is_contiguous()):
-            raise ValueError(f"an 8-bit reference of shape {tuple(q.shape)} takes contiguous int8 codes and {n} fp32 scales on one device; got {q.dtype} on {q.device} and {tuple(scale.shape)} {scale.dtype} on {scale.device}")
+        if (
+            q.dtype != torch.int8
+            or scale.dtype != torch.float32
+            or scale.shape != (n,)
+            or q.device != scale.device
+            or not (q.is_contiguous() and scale.is_contiguous())
+        ):
+            raise ValueError(
+                f"an 8-bit reference of shape {tuple(q.shape)} takes contiguous int8 codes and {n} fp32 scales on one"
+                f" device; got {q.dtype} on {q.device} and {tuple(scale.shape)} {scale.dtype} on {scale.device}"
+            )
         self.q, self.scale, self.error = q, scale, float(error)
     @property
     def shape(self): return self.q.shape
@@ -116,13 +141,16 @@ class Reference8:
     def dequantize(self)->torch.Tensor:
         "What it stands for, fp32"
         return _dequantize(self.q.view(-1), self.scale).view(self.shape)
-    def __repr__(self): return f"Reference8{tuple(self.shape)}: {self.nbytes:,} bytes, rounding error {math.sqrt(self.error):.3g}"
+    def __repr__(self):
+        return f"Reference8{tuple(self.shape)}: {self.nbytes:,} bytes, rounding error {math.sqrt(self.error):.3g}"
 
 def empty_reference(
     w # weights to make room for
 )->Reference8:
     "An 8-bit reference of zeros; a refresh fills it"
-    return Reference8(torch.zeros(w.shape, dtype=torch.int8, device=w.device), torch.zeros(-(-w.numel()//_GROUP), device=w.device))
+    return Reference8(
+        torch.zeros(w.shape, dtype=torch.int8, device=w.device), torch.zeros(-(-w.numel() // _GROUP), device=w.device)
+    )
 
 # %% ../nbs/03_kernels.ipynb #0b9de798
 class _TorchSweep8:
@@ -138,8 +166,13 @@ class _TorchSweep8:
                 x, old = w[at], _dequantize(q[at], r.scale[blocks])
                 if refresh:
                     q[at], r.scale[blocks] = _quantize(x)
-                    e = x - _dequantize(q[at], r.scale[blocks]) if x.dtype == torch.float64 else x.float() - _dequantize(q[at], r.scale[blocks])
-                owners.append(owner); stats.append(_torch_stats(x, old, g if g is None else g[at], e))
+                    e = (
+                        x - _dequantize(q[at], r.scale[blocks])
+                        if x.dtype == torch.float64
+                        else x.float() - _dequantize(q[at], r.scale[blocks])
+                    )
+                owners.append(owner)
+                stats.append(_torch_stats(x, old, g if g is None else g[at], e))
         return owners, _as_rows(stats)
 
 # %% ../nbs/03_kernels.ipynb #88462f17
@@ -154,12 +187,18 @@ def _chunks(
     return np.repeat(np.arange(len(n)), n), np.arange(n.sum()) - np.repeat(n.cumsum() - n, n)
 
 # %% ../nbs/03_kernels.ipynb #c99399b6
-_TAGS = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16), torch.float16: np.empty(0, np.int16)}
+_TAGS = {
+    torch.float32: np.empty(0, np.float32),
+    torch.bfloat16: np.empty(0, np.uint16),
+    torch.float16: np.empty(0, np.int16),
+}
 
 def _has_half():
     "Does this CPU convert fp16 in hardware, and may numba use it?"
     import platform, llvmlite.binding as llvm
-    return not numba.config.CPU_NAME and (platform.machine().lower() in ('arm64', 'aarch64') or bool(llvm.get_host_cpu_features().get('f16c')))
+    return not numba.config.CPU_NAME and (
+        platform.machine().lower() in ('arm64', 'aarch64') or bool(llvm.get_host_cpu_features().get('f16c'))
+    )
 
 if numba and not _has_half(): del _TAGS[torch.float16]
 
@@ -185,14 +224,16 @@ def _as_u32(typingctx, x):
 def _half_to_f32(typingctx, bits):
     "int16 pattern of an fp16 → fp32"
     from llvmlite.ir import HalfType
-    def codegen(ctx, builder, sig, args): return builder.fpext(builder.bitcast(args[0], HalfType()), ctx.get_value_type(sig.return_type))
+    def codegen(ctx, builder, sig, args):
+        return builder.fpext(builder.bitcast(args[0], HalfType()), ctx.get_value_type(sig.return_type))
     return numba.types.float32(numba.types.int16), codegen
 
 @_intrinsic
 def _f32_to_half(typingctx, x):
     "fp32 → int16 pattern of the nearest fp16, ties to even"
     from llvmlite.ir import HalfType
-    def codegen(ctx, builder, sig, args): return builder.bitcast(builder.fptrunc(args[0], HalfType()), ctx.get_value_type(sig.return_type))
+    def codegen(ctx, builder, sig, args):
+        return builder.bitcast(builder.fptrunc(args[0], HalfType()), ctx.get_value_type(sig.return_type))
     return numba.types.int16(numba.types.float32), codegen
 
 # %% ../nbs/03_kernels.ipynb #a5ae74b6
@@ -213,7 +254,9 @@ def _store_impl(x, f, tag):
     def to_bf16(x, f, tag):
         u = _as_u32(f)
         rounded = np.uint32(u + np.uint32(0x7fff) + ((u >> np.uint32(16)) & np.uint32(1)))
-        return np.uint16((u | np.uint32(0x400000) if u & np.uint32(0x7fffffff) > np.uint32(0x7f800000) else rounded) >> np.uint32(16))
+        return np.uint16(
+            (u | np.uint32(0x400000) if u & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000) else rounded) >> np.uint32(16)
+        )
     return to_bf16
 
 # %% ../nbs/03_kernels.ipynb #b6aba38a
@@ -236,31 +279,48 @@ def _numba_sweep(
     refresh          # None, or True: write the weights into the references
 ):
     for c in range(lo, hi):
-        t = tensor[c]; start = index[c]*chunk; left = min(chunk, numels[t] - start)
-        d2 = 0.; r2 = 0.; gd = 0.; top = np.uint32(0)
+        t = tensor[c]
+        start = index[c]*chunk
+        left = min(chunk, numels[t] - start)
+        d2 = 0.
+        r2 = 0.
+        gd = 0.
+        top = np.uint32(0)
         for b in range(0, left, 4096):
             n = min(4096, left - b)
             w = numba.carray(_pointer(ws[t] + (start + b)*wtag.itemsize, wtag), (n,))
             r = numba.carray(_pointer(rs[t] + (start + b)*rtag.itemsize, rtag), (n,))
             if gs is not None: g = numba.carray(_pointer(gs[t] + (start + b)*gtag.itemsize, gtag), (n,))
-            dd = np.float32(0); rr = np.float32(0); dot = np.float32(0)
+            dd = np.float32(0)
+            rr = np.float32(0)
+            dot = np.float32(0)
             for i in range(n):
-                x = _load(w[i]); y = _load(r[i]); d = x - y
-                dd += d*d; rr += y*y
+                x = _load(w[i])
+                y = _load(r[i])
+                d = x - y
+                dd += d*d
+                rr += y*y
                 top = max(top, _as_u32(d) & np.uint32(0x7fffffff)) # as bits: a NaN is the largest
                 if gs is not None: dot += _load(g[i])*d
                 if refresh is not None: r[i] = _store(w[i], x, rtag)
-            d2 += dd; r2 += rr; gd += dot
-        part[c,0] = d2; part[c,1] = r2; part[c,2] = _as_f32(top); part[c,3] = gd
+            d2 += dd
+            r2 += rr
+            gd += dot
+        part[c,0] = d2
+        part[c,1] = r2
+        part[c,2] = _as_f32(top)
+        part[c,3] = gd
 
 # %% ../nbs/03_kernels.ipynb #fc053327
 @_intrinsic
 def _rint(typingctx, x):
     "fp32 → nearest integer, ties to even, as fp32"
-    def codegen(ctx, builder, sig, args): return builder.call(builder.module.declare_intrinsic('llvm.rint', [args[0].type]), args)
+    def codegen(ctx, builder, sig, args):
+        return builder.call(builder.module.declare_intrinsic('llvm.rint', [args[0].type]), args)
     return numba.types.float32(numba.types.float32), codegen
 
-def _exact(f): return numba.njit(fastmath=False, error_model='numpy')(f) if numba else f # with `reassoc`, inherited unless refused, x*(127/a) would become (127*x)/a
+# with `reassoc`, inherited unless refused, x*(127/a) would become (127*x)/a
+def _exact(f): return numba.njit(fastmath=False, error_model='numpy')(f) if numba else f
 
 @_exact
 def _code(x, inv): return _rint(x*inv)
@@ -271,36 +331,61 @@ _TAG8, _TAG32 = np.empty(0, np.int8), np.empty(0, np.float32)
 def _numba_sweep8(ws, qs, ss, gs, numels, tensor, index, part, lo, hi, chunk, wtag, qtag, stag, gtag, refresh):
     "As `_numba_sweep`, references as addresses of codes and scales; part[:,4] is Σe² of the new ones"
     for c in range(lo, hi):
-        t = tensor[c]; start = index[c]*chunk; left = min(chunk, numels[t] - start)
-        d2 = 0.; r2 = 0.; gd = 0.; e2 = 0.; top = np.uint32(0)
+        t = tensor[c]
+        start = index[c]*chunk
+        left = min(chunk, numels[t] - start)
+        d2 = 0.
+        r2 = 0.
+        gd = 0.
+        e2 = 0.
+        top = np.uint32(0)
         scale = numba.carray(_pointer(ss[t] + start//_GROUP*stag.itemsize, stag), ((left + _GROUP - 1)//_GROUP,))
         for b in range(0, left, _GROUP):
-            n = min(_GROUP, left - b); s = scale[b//_GROUP]
+            n = min(_GROUP, left - b)
+            s = scale[b//_GROUP]
             w = numba.carray(_pointer(ws[t] + (start + b)*wtag.itemsize, wtag), (n,))
             q = numba.carray(_pointer(qs[t] + start + b, qtag), (n,))
             if gs is not None: g = numba.carray(_pointer(gs[t] + (start + b)*gtag.itemsize, gtag), (n,))
-            dd = np.float32(0); rr = np.float32(0); dot = np.float32(0); high = np.uint32(0)
+            dd = np.float32(0)
+            rr = np.float32(0)
+            dot = np.float32(0)
+            high = np.uint32(0)
             for i in range(n):
-                x = _load(w[i]); y = np.float32(q[i])*s; d = x - y
-                dd += d*d; rr += y*y
+                x = _load(w[i])
+                y = np.float32(q[i])*s
+                d = x - y
+                dd += d*d
+                rr += y*y
                 top = max(top, _as_u32(d) & np.uint32(0x7fffffff))
                 if gs is not None: dot += _load(g[i])*d
                 if refresh is not None: high = max(high, _as_u32(x) & np.uint32(0x7fffffff))
-            d2 += dd; r2 += rr; gd += dot
+            d2 += dd
+            r2 += rr
+            gd += dot
             if refresh is not None:
-                a = _as_f32(high); ee = np.float32(0)
+                a = _as_f32(high)
+                ee = np.float32(0)
                 new = np.float32(0) if a < np.float32(_TINY) else a*np.float32(_INV127)
                 inv = np.float32(127)/a if a >= np.float32(_TINY) else np.float32(0)
                 if inv > np.float32(0):
                     for i in range(n):
-                        x = _load(w[i]); k = _code(x, inv); d = x - k*new
-                        q[i] = np.int8(k); ee += d*d
+                        x = _load(w[i])
+                        k = _code(x, inv)
+                        d = x - k*new
+                        q[i] = np.int8(k)
+                        ee += d*d
                 else: # all zero, or not finite: then `new` is not either
                     for i in range(n):
                         d = _load(w[i]) - new
-                        q[i] = np.int8(0); ee += d*d
-                scale[b//_GROUP] = new; e2 += ee
-        part[c,0] = d2; part[c,1] = r2; part[c,2] = _as_f32(top); part[c,3] = gd; part[c,4] = e2
+                        q[i] = np.int8(0)
+                        ee += d*d
+                scale[b//_GROUP] = new
+                e2 += ee
+        part[c,0] = d2
+        part[c,1] = r2
+        part[c,2] = _as_f32(top)
+        part[c,3] = gd
+        part[c,4] = e2
 
 # %% ../nbs/03_kernels.ipynb #50633523
 _pools, _pools_lock = {}, threading.Lock()
@@ -321,7 +406,8 @@ def _in_threads(
     helpers = []
     if n_helpers > 0:
         key = os.getpid(), n_threads # a forked child inherits no threads
-        with _pools_lock: pool = _pools.get(key) or _pools.setdefault(key, ThreadPoolExecutor(n_threads-1, 'alf_nb.kernels'))
+        with _pools_lock:
+            pool = _pools.get(key) or _pools.setdefault(key, ThreadPoolExecutor(n_threads-1, 'alf_nb.kernels'))
         try: helpers += [pool.submit(work) for _ in range(n_helpers)]
         except RuntimeError: pass # the interpreter is shutting down: work alone
     work()
@@ -349,13 +435,28 @@ class _NumbaSweep:
         if isinstance(rs[0], Reference8):
             self.sweep, self.tags = _numba_sweep8, (tag(ws), _TAG8, _TAG32, tag(gs))
             self.tables = _addresses(ws), _addresses(r.q for r in rs), _addresses(r.scale for r in rs), g
-        else: self.sweep, self.tags, self.tables = _numba_sweep, (tag(ws), tag(rs), tag(gs)), (_addresses(ws), _addresses(rs), g)
+        else:
+            self.sweep = _numba_sweep
+            self.tags = (tag(ws), tag(rs), tag(gs))
+            self.tables = (_addresses(ws), _addresses(rs), g)
         self.numels = np.array([w.numel() for w in ws], np.int64)
         self.tensor, self.index = _chunks(self.numels)
         self.owners = np.array(self.owner)[self.tensor]
     def __call__(self, refresh):
         part = np.zeros((len(self.tensor), 5))
-        def f(lo, hi): self.sweep(*self.tables, self.numels, self.tensor, self.index, part, lo, hi, _CHUNK, *self.tags, True if refresh else None)
+        def f(lo, hi):
+            self.sweep(
+                *self.tables,
+                self.numels,
+                self.tensor,
+                self.index,
+                part,
+                lo,
+                hi,
+                _CHUNK,
+                *self.tags,
+                True if refresh else None
+            )
         _first_call(self.sweep, lambda: f(0, 0))
         _in_threads(f, len(part), torch.get_num_threads())
         return self.owners, torch.from_numpy(part)
@@ -390,7 +491,8 @@ def _delta_partials(
     n_slots,                # int32
     W_TY:tl.constexpr, R_TY:tl.constexpr, G_TY:tl.constexpr, W_BF16:tl.constexpr, R_BF16:tl.constexpr, G_BF16:tl.constexpr,
     SAME:tl.constexpr, DOT:tl.constexpr, # equal dtypes? are there gradients?
-    W_ALIGN:tl.constexpr, R_ALIGN:tl.constexpr, G_ALIGN:tl.constexpr, # bytes that every address is promised to be a multiple of
+    # bytes that every address is promised to be a multiple of
+    W_ALIGN:tl.constexpr, R_ALIGN:tl.constexpr, G_ALIGN:tl.constexpr,
     CHUNK:tl.constexpr, BLOCK:tl.constexpr, REFRESH:tl.constexpr):
     "Σ(w−r)², Σr², max|w−r| and Σg·(w−r) of one chunk of one tensor"
     pid = tl.program_id(0)
@@ -460,7 +562,22 @@ def _lanes(x): # [R,256] → [R,32]
     return tl.sum(tl.reshape(x, [x.shape[0], 32, 8]), 2)
 
 @_triton_jit
-def _rows8(wp, qp, sp, gp, offs, m, row, has, W_BF16:tl.constexpr, G_BF16:tl.constexpr, DOT:tl.constexpr, REFRESH:tl.constexpr, TINY:tl.constexpr, INV127:tl.constexpr):
+def _rows8(
+    wp,
+    qp,
+    sp,
+    gp,
+    offs,
+    m,
+    row,
+    has,
+    W_BF16: tl.constexpr,
+    G_BF16: tl.constexpr,
+    DOT: tl.constexpr,
+    REFRESH: tl.constexpr,
+    TINY: tl.constexpr,
+    INV127: tl.constexpr,
+):
     "Five statistics of rows of 256, one number per lane, and their new scales"
     w = _to_f32(tl.load(wp + offs, mask=m, other=0), W_BF16)
     r = tl.load(qp + offs, mask=m, other=0).to(tl.float32)*tl.load(sp + row, mask=has, other=0)
@@ -509,7 +626,9 @@ def _delta_partials8(
     scales = tl.zeros([ROWS, 32], tl.float32)
     for i in range(0, whole, ROWS):
         has = i + row < whole
-        a, b, x, g, e, new = _rows8(wp, qp, sp, gp, (i + row)*256 + col, has, i + row, has, W_BF16, G_BF16, DOT, REFRESH, TINY, INV127)
+        a, b, x, g, e, new = _rows8(
+            wp, qp, sp, gp, (i + row) * 256 + col, has, i + row, has, W_BF16, G_BF16, DOT, REFRESH, TINY, INV127
+        )
         d2 += a
         r2 += b
         top = tl.maximum(top, x)
@@ -520,7 +639,9 @@ def _delta_partials8(
     if REFRESH: tl.store(sp + lane*ROWS + row, scales, mask=lane*ROWS + row < whole)
     last = whole + tl.zeros([1, 1], tl.int32) # a last row of fewer
     o = last*256 + col
-    a, b, x, g, e, new = _rows8(wp, qp, sp, gp, o, o < left, last, last*256 < left, W_BF16, G_BF16, DOT, REFRESH, TINY, INV127)
+    a, b, x, g, e, new = _rows8(
+        wp, qp, sp, gp, o, o < left, last, last * 256 < left, W_BF16, G_BF16, DOT, REFRESH, TINY, INV127
+    )
     if REFRESH: tl.store(sp + last, new, mask=last*256 < left)
     slot = part + tl.load(slots + t) + c
     tl.store(slot, tl.sum(d2) + tl.sum(a))
@@ -530,22 +651,31 @@ def _delta_partials8(
     tl.store(slot + 4*n_slots, tl.sum(e2) + tl.sum(e))
 
 # %% ../nbs/03_kernels.ipynb #780405cf
-_TRITON_TYPES = {torch.float32: (tl.float32, False), torch.float16: (tl.float16, False), torch.bfloat16: (tl.uint16, True)} if triton else {}
+_TRITON_TYPES = (
+    {torch.float32: (tl.float32, False), torch.float16: (tl.float16, False), torch.bfloat16: (tl.uint16, True)}
+    if triton
+    else {}
+)
 
 class _TritonSweep:
-    "Tensors of one GPU, fp32, fp16 and bf16, contiguous, references plain or in 8 bits: one launch per combination of dtypes and alignment, one to finish"
+    """Tensors of one GPU, fp32, fp16 and bf16, contiguous, references plain or in 8 bits: one launch per combination
+    of dtypes and alignment, one to finish"""
     name = 'triton'
     def __init__(self, items, chunk=_CHUNK):
         self.chunk, self.device, self.keep = chunk, items[0][1].device, items
         self.block = 2048 if torch.version.hip else 1024 # 16 bytes of bf16 for each of 4 warps of 32 or 64 lanes
-        owner = np.array([u for u,*_ in items]); self.owners = np.unique(owner)
-        n = -(-np.array([w.numel() for _,w,*_ in items], np.int64)//chunk); slots = n.cumsum() - n
+        owner = np.array([u for u,*_ in items])
+        self.owners = np.unique(owner)
+        n = -(-np.array([w.numel() for _,w,*_ in items], np.int64)//chunk)
+        slots = n.cumsum() - n
         self.n_slots = int(n.sum())
-        if 5*self.n_slots >= 2**31: raise ValueError(f"{self.n_slots} chunks of {chunk} elements; one plan takes fewer than {2**31//5}")
+        if 5*self.n_slots >= 2**31:
+            raise ValueError(f"{self.n_slots} chunks of {chunk} elements; one plan takes fewer than {2**31//5}")
         self.start = self._table([*slots[np.searchsorted(owner, self.owners)], self.n_slots], torch.int32)
         keys = {}
         for i,(_,w,r,g) in enumerate(items):
-            eight = isinstance(r, Reference8); ts = [w, r.q if eight else r, *([] if g is None else [g])]
+            eight = isinstance(r, Reference8)
+            ts = [w, r.q if eight else r, *([] if g is None else [g])]
             keys.setdefault((eight, *(t.dtype for t in ts), all(t.data_ptr()%16 == 0 for t in ts)), []).append(i)
         self.launches = [self._launch(key, [items[i] for i in idx], slots[idx]) for key,idx in keys.items()]
 
@@ -553,21 +683,49 @@ class _TritonSweep:
 
     def _launch(self, key, items, slots):
         (eight, *dtypes, aligned), (_, ws, rs, gs) = key, zip(*items)
-        numels = [w.numel() for w in ws]; tensor, index = _chunks(numels, self.chunk); dot = len(dtypes) == 3
-        per = 8 if eight else 16//max(d.itemsize for d in dtypes) # elements of one access; of 8-bit references a row of 256 is one warp's
+        numels = [w.numel() for w in ws]
+        tensor, index = _chunks(numels, self.chunk)
+        dot = len(dtypes) == 3
+        # elements of one access; of 8-bit references a row of 256 is one warp's
+        per = 8 if eight else 16//max(d.itemsize for d in dtypes)
         streams = [ws, *(([r.q for r in rs], [r.scale for r in rs]) if eight else [rs]), gs if dot else ws]
-        tables = [*(self._table(_addresses(x), torch.int64) for x in streams), self._table(numels, torch.int64), self._table(slots, torch.int32), self._table(tensor, torch.int32), self._table(index, torch.int32)]
+        tables = [
+            *(self._table(_addresses(x), torch.int64) for x in streams),
+            self._table(numels, torch.int64),
+            self._table(slots, torch.int32),
+            self._table(tensor, torch.int32),
+            self._table(index, torch.int32),
+        ]
         wd, rd, gd = (*dtypes, None)[:3]
         (w_ty, w_bf16), (r_ty, r_bf16), (g_ty, g_bf16) = (_TRITON_TYPES.get(d, (None, False)) for d in (wd, rd, gd))
         align = lambda d: min(16, per*d.itemsize) if aligned else d.itemsize
-        consts = dict(W_TY=w_ty, G_TY=g_ty, W_BF16=w_bf16, G_BF16=g_bf16, DOT=dot, W_ALIGN=align(wd), R_ALIGN=align(rd), G_ALIGN=align(gd or wd), CHUNK=self.chunk, BLOCK=self.block)
-        return len(tensor), tables, consts | (dict(TINY=_TINY, INV127=_INV127) if eight else dict(R_TY=r_ty, R_BF16=r_bf16, SAME=wd == rd)), _delta_partials8 if eight else _delta_partials
+        consts = dict(
+            W_TY=w_ty,
+            G_TY=g_ty,
+            W_BF16=w_bf16,
+            G_BF16=g_bf16,
+            DOT=dot,
+            W_ALIGN=align(wd),
+            R_ALIGN=align(rd),
+            G_ALIGN=align(gd or wd),
+            CHUNK=self.chunk,
+            BLOCK=self.block,
+        )
+        return (
+            len(tensor),
+            tables,
+            consts | (dict(TINY=_TINY, INV127=_INV127) if eight else dict(R_TY=r_ty, R_BF16=r_bf16, SAME=wd == rd)),
+            _delta_partials8 if eight else _delta_partials,
+        )
 
     def __call__(self, refresh):
         part = torch.empty(5, self.n_slots, dtype=torch.float32, device=self.device)
         out = torch.empty(len(self.owners), 5, dtype=torch.float64, device=self.device)
         with torch.cuda.device(self.device) if self.device.type == 'cuda' else nullcontext():
-            for n,tables,consts,kernel in self.launches: kernel[(n,)](*tables, part, self.n_slots, **consts, REFRESH=bool(refresh), num_warps=4, enable_fp_fusion=True)
+            for n,tables,consts,kernel in self.launches:
+                kernel[(n,)](
+                    *tables, part, self.n_slots, **consts, REFRESH=bool(refresh), num_warps=4, enable_fp_fusion=True
+                )
             _delta_finish[(len(self.owners), 5)](part, self.start, out, self.n_slots, BLOCK=1024)
         return self.owners, out
 
@@ -580,7 +738,8 @@ def available_backends()->dict: # backend name → True, or the reason why not
 
 # %% ../nbs/03_kernels.ipynb #5fd71a76
 def _in_memory_order(w, r, g=None):
-    "Weights, reference and gradient as flat views in the order of their memory, or None if they have gaps or different orders"
+    """Weights, reference and gradient as flat views in the order of their memory, or None if they have gaps or
+    different orders"""
     ts = [t for t in (w, r, g) if isinstance(t, torch.Tensor)]
     if not all(t.is_contiguous() for t in ts):
         if isinstance(r, Reference8): return None
@@ -596,13 +755,27 @@ def _checked(name, i, w, r, g):
     for t,of in ((w, 'weights'), (r, 'reference'), (g, 'gradient')):
         if t is None and of == 'gradient': continue
         if isinstance(t, Reference8) and of == 'reference': t = t.q
-        elif not isinstance(t, torch.Tensor): raise ValueError(f"{what}: the {of} are a {type(t).__name__}; give a torch.Tensor")
-        elif is_traceable_wrapper_subclass(t): raise ValueError(f"{what}: the {of} are a {type(t).__name__}; give its plain local tensor, such as `.to_local()`")
-        elif t.layout != torch.strided or not t.is_floating_point(): raise ValueError(f"{what}: the {of} are {t.dtype}, {t.layout}; give dense floating-point tensors")
-        if t.is_meta or (t.numel() and not t.data_ptr()): raise ValueError(f"{what}: the {of} have no memory (device {t.device}); materialize them first")
-        if t.shape != w.shape: raise ValueError(f"{what}: weights of shape {tuple(w.shape)}, {of} of shape {tuple(t.shape)}; they must be equal")
-        if t.device != w.device: raise ValueError(f"{what}: weights on {w.device}, {of} on {t.device}; move one to the other's device")
-    if w.numel() and _parts(r)[0].data_ptr() == w.data_ptr(): raise ValueError(f"{what}: the reference shares its memory with the weights, so nothing would ever move; give a copy: `.clone()`")
+        elif not isinstance(t, torch.Tensor):
+            raise ValueError(f"{what}: the {of} are a {type(t).__name__}; give a torch.Tensor")
+        elif is_traceable_wrapper_subclass(t):
+            raise ValueError(
+                f"{what}: the {of} are a {type(t).__name__}; give its plain local tensor, such as `.to_local()`"
+            )
+        elif t.layout != torch.strided or not t.is_floating_point():
+            raise ValueError(f"{what}: the {of} are {t.dtype}, {t.layout}; give dense floating-point tensors")
+        if t.is_meta or (t.numel() and not t.data_ptr()):
+            raise ValueError(f"{what}: the {of} have no memory (device {t.device}); materialize them first")
+        if t.shape != w.shape:
+            raise ValueError(
+                f"{what}: weights of shape {tuple(w.shape)}, {of} of shape {tuple(t.shape)}; they must be equal"
+            )
+        if t.device != w.device:
+            raise ValueError(f"{what}: weights on {w.device}, {of} on {t.device}; move one to the other's device")
+    if w.numel() and _parts(r)[0].data_ptr() == w.data_ptr():
+        raise ValueError(
+            f"{what}: the reference shares its memory with the weights, so nothing would ever move; give a copy:"
+            " `.clone()`"
+        )
 
 def _parts(r): return (r.q, r.scale) if isinstance(r, Reference8) else (r,)
 
@@ -615,18 +788,32 @@ class DeltaPlan:
         dot:dict|None=None  # the same units, lists of gradients of any float dtype; None among them counts as zeros
     ):
         known = available_backends()
-        if backend != 'auto' and backend not in known: raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(known)}")
+        if backend != 'auto' and backend not in known:
+            raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(known)}")
         if backend != 'auto' and known[backend] is not True and not (backend == 'triton' and _interpreted):
-            raise ValueError(f"backend {backend!r} does not work here: {known[backend]}; backend='auto' takes what does")
+            raise ValueError(
+                f"backend {backend!r} does not work here: {known[backend]}; backend='auto' takes what does"
+            )
         for other,of in ((ref, 'references'), (dot, 'gradients')):
             if other is None and of == 'gradients': continue
             if list(now) != list(other) and set(now) != set(other):
-                raise ValueError(f"weights and {of} are of different units: {', '.join(sorted(map(repr, set(now) ^ set(other)))[:5])} only in one of them")
+                raise ValueError(
+                    f"weights and {of} are of different units:"
+                    f" {', '.join(sorted(map(repr, set(now) ^ set(other)))[:5])} only in one of them"
+                )
             for name in now:
-                if any(isinstance(x[name], (torch.Tensor, Reference8)) for x in (now, other)): raise ValueError(f"unit {name!r}: give a list of tensors, [tensor] for a single one")
-                if len(now[name]) != len(other[name]): raise ValueError(f"unit {name!r}: {len(now[name])} weight tensors, {len(other[name])} {of}; give one per tensor")
+                if any(isinstance(x[name], (torch.Tensor, Reference8)) for x in (now, other)):
+                    raise ValueError(f"unit {name!r}: give a list of tensors, [tensor] for a single one")
+                if len(now[name]) != len(other[name]):
+                    raise ValueError(
+                        f"unit {name!r}: {len(now[name])} weight tensors, {len(other[name])} {of}; give one per tensor"
+                    )
         self.names, self.backend, self.dot, self.n_builds = tuple(now), backend, dot is not None, 0
-        self._rows = [(u, name, i, *row) for u,name in enumerate(now) for i,row in enumerate(zip(now[name], ref[name], dot[name] if dot else [None]*len(now[name])))]
+        self._rows = [
+            (u, name, i, *row)
+            for u, name in enumerate(now)
+            for i, row in enumerate(zip(now[name], ref[name], dot[name] if dot else [None] * len(now[name])))
+        ]
         self._unit = np.array([u for u,*_ in self._rows], np.int64)
         self._eights = [(k, r) for k,(*_,r,_) in enumerate(self._rows) if isinstance(r, Reference8)]
         self._tensors = [t for *_,w,r,g in self._rows for t in (w, *_parts(r), g) if t is not None]
@@ -635,8 +822,13 @@ class DeltaPlan:
     def _backend_of(self, device):
         "The fast backend for a device"
         if self.backend == 'torch': return 'torch'
-        fits = dict(cpu='triton' if self.backend == 'triton' and _interpreted else 'numba', cuda='triton').get(device.type, 'torch')
-        if self.backend not in ('auto', fits): raise ValueError(f"backend {self.backend!r} does not take tensors on {device}; there {fits!r} or 'auto' works")
+        fits = dict(cpu='triton' if self.backend == 'triton' and _interpreted else 'numba', cuda='triton').get(
+            device.type, 'torch'
+        )
+        if self.backend not in ('auto', fits):
+            raise ValueError(
+                f"backend {self.backend!r} does not take tensors on {device}; there {fits!r} or 'auto' works"
+            )
         return fits if self.backend != 'auto' or available_backends()[fits] is True else 'torch'
 
     def _memory(self): return [(t.data_ptr(), t.dtype) for t in self._tensors]
@@ -649,18 +841,32 @@ class DeltaPlan:
             if not w.numel(): continue
             w, r, g = (t.detach() if isinstance(t, torch.Tensor) else t for t in (w, r, g))
             if w.device not in fast: fast[w.device] = self._backend_of(w.device)
-            flat, eight, types = _in_memory_order(w, r, g), isinstance(r, Reference8), dict(numba=_TAGS, triton=_TRITON_TYPES).get(fast[w.device], ())
+            flat = _in_memory_order(w, r, g)
+            eight = isinstance(r, Reference8)
+            types = dict(numba=_TAGS, triton=_TRITON_TYPES).get(fast[w.device], ())
             takes = flat and all(t is None or t.dtype in types for t in (w, None if eight else r, g))
             key = fast[w.device] if takes else 'torch', w.device, eight
-            groups.setdefault(key + ((w.dtype, None if eight else r.dtype, g if g is None else g.dtype) if key[0] == 'numba' else ()), []).append((k, *flat) if flat else (k, w, r, g))
-        sweep = lambda name, eight: dict(torch=_TorchSweep8 if eight else _TorchSweep, numba=_NumbaSweep, triton=_TritonSweep)[name]
+            groups.setdefault(
+                key + ((w.dtype, None if eight else r.dtype, g if g is None else g.dtype) if key[0] == 'numba' else ()),
+                [],
+            ).append((k, *flat) if flat else (k, w, r, g))
+        sweep = lambda name, eight: dict(
+            torch=_TorchSweep8 if eight else _TorchSweep, numba=_NumbaSweep, triton=_TritonSweep
+        )[name]
         self._sweeps = [(key[1], sweep(key[0], key[2])(items)) for key,items in groups.items()]
-        self.n_tensors = {name: sum(len(items) for key,items in groups.items() if key[0] == name) for name in sorted({k[0] for k in groups})}
+        self.n_tensors = {
+            name: sum(len(items) for key, items in groups.items() if key[0] == name)
+            for name in sorted({k[0] for k in groups})
+        }
         self.n_bytes = sum(t.nbytes for t in self._tensors)
-        self._built_for = self._memory(); self.n_builds += 1
+        self._built_for = self._memory()
+        self.n_builds += 1
 
     def __repr__(self):
-        return f"DeltaPlan({len(self.names)} units, {self.n_bytes:,} bytes to read; tensors by backend: {', '.join(f'{k} {v}' for k,v in self.n_tensors.items()) or 'none'})"
+        return (
+            f"DeltaPlan({len(self.names)} units, {self.n_bytes:,} bytes to read; tensors by backend:"
+            f" {', '.join(f'{k} {v}' for k,v in self.n_tensors.items()) or 'none'})"
+        )
 
 # %% ../nbs/03_kernels.ipynb #a08c75b2
 @patch
@@ -679,9 +885,12 @@ def run(self:DeltaPlan,
     sums, tops = np.zeros((5, len(self._rows))), np.zeros(len(self._rows)) # per tensor
     for device in dict.fromkeys(d for d,_ in self._sweeps):
         owners, stats = zip(*(sweep(refresh) for d,sweep in self._sweeps if d == device))
-        owner, stats = np.concatenate(owners), (torch.cat(stats) if len(stats) > 1 else stats[0]).cpu().numpy() # the one copy to the host
-        for i in (0, 1, *([3] if self.dot else []), *([4] if self._eights and refresh else [])): sums[i] += np.bincount(owner, stats[:,i], len(tops))
-        with np.errstate(invalid='ignore'): np.maximum.at(tops, owner, stats[:,2]) # a NaN is an answer here, not a surprise
+        # the one copy to the host
+        owner, stats = np.concatenate(owners), (torch.cat(stats) if len(stats) > 1 else stats[0]).cpu().numpy()
+        for i in (0, 1, *([3] if self.dot else []), *([4] if self._eights and refresh else [])):
+            sums[i] += np.bincount(owner, stats[:,i], len(tops))
+        # a NaN is an answer here, not a surprise
+        with np.errstate(invalid='ignore'): np.maximum.at(tops, owner, stats[:,2])
     (d2, r2, _, dot, _), top = (np.bincount(self._unit, x, len(self.names)) for x in sums), np.zeros(len(self.names))
     with np.errstate(invalid='ignore'): np.maximum.at(top, self._unit, tops)
     top[np.isnan(d2)] = np.nan # a GPU's maximum drops NaN, a sum never does
@@ -692,8 +901,22 @@ def run(self:DeltaPlan,
         if refresh: r.error = float(sums[4,k])
     if self._eights:
         with np.errstate(invalid='ignore'): d2 = np.maximum(d2 - error, 0)
-    tell = {} if not split else dict(deltas=self._by_unit(np.sqrt(np.maximum(apart[0], 0))), dots=self._by_unit(apart[1]) if self.dot else ())
-    return DeltaNorms(self.names, np.sqrt(d2).tolist(), np.sqrt(r2).tolist(), top.tolist(), dot.tolist() if self.dot else (), np.sqrt(error).tolist() if self._eights else (), **tell)
+    tell = (
+        {}
+        if not split
+        else dict(
+            deltas=self._by_unit(np.sqrt(np.maximum(apart[0], 0))), dots=self._by_unit(apart[1]) if self.dot else ()
+        )
+    )
+    return DeltaNorms(
+        self.names,
+        np.sqrt(d2).tolist(),
+        np.sqrt(r2).tolist(),
+        top.tolist(),
+        dot.tolist() if self.dot else (),
+        np.sqrt(error).tolist() if self._eights else (),
+        **tell
+    )
 
 # %% ../nbs/03_kernels.ipynb #93ba6aed
 def delta_norms(
@@ -712,7 +935,8 @@ def quantize_reference(
     backend:str='auto' # `auto`, `torch`, `numba` or `triton`
 )->Reference8:         # codes, scales and the error of rounding them
     "An 8-bit reference of the weights as they are now"
-    r = empty_reference(w); DeltaPlan({'': [w]}, {'': [r]}, backend).run(refresh=True)
+    r = empty_reference(w)
+    DeltaPlan({'': [w]}, {'': [r]}, backend).run(refresh=True)
     return r
 
 # %% ../nbs/03_kernels.ipynb #f9641843

@@ -32,20 +32,36 @@ def _shape(
     m=None,   # the module that holds it
     name=''   # its name in there
 )->tuple:
-    "Shape of what `p` stands for: a packed weight (4-bit of bitsandbytes, HQQ, GPTQ, AWQ, MXFP4) keeps several numbers in one element"
+    """Shape of what `p` stands for: a packed weight (4-bit of bitsandbytes, HQQ, GPTQ, AWQ, MXFP4) keeps several
+    numbers in one element"""
     if (packed := getattr(getattr(p, 'quant_state', None), 'shape', None)) is not None: return tuple(packed)
     if m is None or p.is_floating_point() or p.is_complex(): return tuple(p.shape)
-    if name.endswith('_blocks') and name[:-6] + 'scales' in m._parameters: return (*p.shape[:-2], 2*math.prod(p.shape[-2:]))
+    if name.endswith('_blocks') and name[:-6] + 'scales' in m._parameters:
+        return (*p.shape[:-2], 2*math.prod(p.shape[-2:]))
     sides = getattr(m, 'out_features', None), getattr(m, 'in_features', None)
-    largest = max((q for q in m._parameters.values() if q is not None and not q.is_floating_point()), key=lambda q: q.numel()*q.element_size())
-    return sides if p is largest and all(type(n) is int for n in sides) and math.prod(sides) > p.numel() else tuple(p.shape)
+    largest = max(
+        (q for q in m._parameters.values() if q is not None and not q.is_floating_point()),
+        key=lambda q: q.numel() * q.element_size(),
+    )
+    return (
+        sides
+        if p is largest and all(type(n) is int for n in sides) and math.prod(sides) > p.numel()
+        else tuple(p.shape)
+    )
 
 def _size(*modules):
     "Numbers that the parameters of `modules` stand for"
-    shapes = {id(p): _shape(p, sub, k) for m in modules for sub in m.modules() for k,p in sub._parameters.items() if p is not None}
+    shapes = {
+        id(p): _shape(p, sub, k)
+        for m in modules
+        for sub in m.modules()
+        for k, p in sub._parameters.items()
+        if p is not None
+    }
     return sum(map(math.prod, shapes.values()))
 
-def _is_list(m): return isinstance(m, nn.ModuleList) or type(m) is nn.Sequential # a subclass of Sequential is a block of its own
+# a subclass of Sequential is a block of its own
+def _is_list(m): return isinstance(m, nn.ModuleList) or type(m) is nn.Sequential
 
 def _holds(m): return m is not None and next(m.parameters(), None) is not None
 
@@ -68,19 +84,24 @@ def _composite(m): return next(_parts(m), None) is not None
 
 # %% ../nbs/02_layers.ipynb #d0ce6aac
 class _Ref:
-    "What an expression may stand for: a module (or a function, bound to one), and the child of the root that it is part of"
+    """What an expression may stand for: a module (or a function, bound to one), and the child of the root that it is
+    part of"""
     def __init__(self, it, child=None, whole=False, owner=None, cls=None):
-        self.it, self.child, self.whole = it, child, whole      # whole: the child itself, or an item of it where it is a list
-        self.owner, self.cls = owner, cls                       # of a method: the module as `_Ref`, and the class that defines it
+        # whole: the child itself, or an item of it where it is a list
+        self.it, self.child, self.whole = it, child, whole
+        self.owner, self.cls = owner, cls  # of a method: the module as `_Ref`, and the class that defines it
 
     def __eq__(self, o): return self.it is o.it and self.child == o.child
     def __hash__(self): return hash((id(self.it), self.child))
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_CALLED, _PART, _LEAF, _WEIGHT, _NAMED = 4, 3, 2, 1, 0      # how a child is used: called; a large part of it is; a small one, such as an embedding; a weight of it is read; it is named
+# how a child is used: called; a large part of it is; a small one, such as an embedding; a weight of it is read; it is
+# named
+_CALLED, _PART, _LEAF, _WEIGHT, _NAMED = 4, 3, 2, 1, 0
 _PASSING = {'enumerate', 'zip', 'reversed', 'list', 'tuple', 'iter', 'next', 'partial', 'sorted', 'islice', 'chain'}
 _ASKING = {'isinstance', 'hasattr', 'len', 'id', 'type', 'print', 'str', 'repr', 'callable', 'issubclass', 'setattr'}
-_ACCESSORS = {'get_input_embeddings', 'get_output_embeddings', 'get_encoder', 'get_decoder'}     # of transformers: they look a module up
+# of transformers: they look a module up
+_ACCESSORS = {'get_input_embeddings', 'get_output_embeddings', 'get_encoder', 'get_decoder'}
 _ITEMS = {'values', 'children', 'items', 'named_children', 'modules', 'named_modules'}
 
 @functools.lru_cache(maxsize=1024)
@@ -91,7 +112,9 @@ def _tree(f):
     for text in source, 'if 1:\n' + source:
         try: tree = ast.parse(text)
         except (SyntaxError, ValueError, RecursionError): continue
-        return next((n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))), None)
+        return next(
+            (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))), None
+        )
 
 def _method(cls, name, after=None):
     "(function, class that defines it) that `name` stands for in `cls`, or behind `after` in its order of classes"
@@ -128,7 +151,8 @@ class _Uses:
 
     def follow(self, f, cls, owner, args, kwargs, closure=None):
         "Read a function whose arguments are known as far as they are modules; what it returns"
-        if isinstance(f, (staticmethod, classmethod)): f, owner = f.__func__, None if isinstance(f, staticmethod) else owner
+        if isinstance(f, (staticmethod, classmethod)):
+            f, owner = f.__func__, None if isinstance(f, staticmethod) else owner
         node = f if isinstance(f, ast.AST) else _tree(inspect.unwrap(f))
         if node is None:
             for name in getattr(getattr(inspect.unwrap(f), '__code__', None), 'co_names', ()): self.named(owner, name)
@@ -205,15 +229,30 @@ class _Uses:
 
     def items(self, refs):
         "What a loop over these gives"
-        return _union(*((_Ref(m, r.child, r.whole) for m in r.it._modules.values() if m is not None) if isinstance(r.it, _LISTS) else (r,) for r in refs))
+        return _union(
+            *(
+                (
+                    (_Ref(m, r.child, r.whole) for m in r.it._modules.values() if m is not None)
+                    if isinstance(r.it, _LISTS)
+                    else (r,)
+                )
+                for r in refs
+            )
+        )
 
     # expressions
     def eval(self, node, env):
         "What an expression may stand for; the calls in it are noted in the order in which Python makes them"
         self.room -= 1
-        if node is None or self.room <= 0 or isinstance(node, (ast.Constant, ast.expr_context, ast.operator, ast.cmpop, ast.unaryop)): return ()
+        if (
+            node is None
+            or self.room <= 0
+            or isinstance(node, (ast.Constant, ast.expr_context, ast.operator, ast.cmpop, ast.unaryop))
+        ):
+            return ()
         if isinstance(node, ast.Name): return env.get(node.id, ()) if node.id else ()
-        if isinstance(node, ast.Attribute): return _union(*(self.attribute(r, node.attr) for r in self.eval(node.value, env)))
+        if isinstance(node, ast.Attribute):
+            return _union(*(self.attribute(r, node.attr) for r in self.eval(node.value, env)))
         if isinstance(node, ast.Call): return self.call(node, env)
         if isinstance(node, ast.Lambda): return (_Ref(node, cls=dict(env)),)
         if isinstance(node, ast.NamedExpr):
@@ -234,10 +273,22 @@ class _Uses:
             self.eval(node.slice, env)
             if isinstance(node.slice, ast.Slice): return base
             key = str(node.slice.value) if isinstance(node.slice, ast.Constant) else None
-            return _union(*(self.items([r]) if key is None or not isinstance(r.it, _LISTS) or r.it._modules.get(key) is None
-                            else (_Ref(r.it._modules[key], r.child, r.whole),) for r in base))
+            return _union(
+                *(
+                    (
+                        self.items([r])
+                        if key is None or not isinstance(r.it, _LISTS) or r.it._modules.get(key) is None
+                        else (_Ref(r.it._modules[key], r.child, r.whole),)
+                    )
+                    for r in base
+                )
+            )
         found = [self.eval(k, env) for k in ast.iter_child_nodes(node)]
-        return _union(*found) if isinstance(node, (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.BoolOp, ast.Starred, ast.Await)) else ()
+        return (
+            _union(*found)
+            if isinstance(node, (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.BoolOp, ast.Starred, ast.Await))
+            else ()
+        )
 
     def attribute(self, r, name):
         "What attribute `name` of a module stands for"
@@ -257,22 +308,29 @@ class _Uses:
         if cls is nn.Module: return ()
         if isinstance(f, (property, functools.cached_property)):
             return self.follow(f.fget if isinstance(f, property) else f.func, cls, r, (), {})
-        return (_Ref(f, r.child, owner=r, cls=cls),) if inspect.isfunction(f) or isinstance(f, (staticmethod, classmethod)) else ()
+        return (
+            (_Ref(f, r.child, owner=r, cls=cls),)
+            if inspect.isfunction(f) or isinstance(f, (staticmethod, classmethod))
+            else ()
+        )
 
     def call(self, node, env):
         f = node.func
         name = f.id if isinstance(f, ast.Name) else f.attr if isinstance(f, ast.Attribute) else ''
         if name == 'super' and isinstance(f, ast.Name): return (_Ref('super', owner=env[''][1], cls=env[''][2]),)
         inner = f.value if isinstance(f, ast.Attribute) else None
-        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == 'super': refs = self.inherited(name, env)
+        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == 'super':
+            refs = self.inherited(name, env)
         else: refs = self.eval(f, env)
         args = tuple(self.eval(a, env) for a in node.args)
         kwargs = {k.arg: self.eval(k.value, env) for k in node.keywords}
         if refs: return _union(*(self.apply(r, args, kwargs) for r in refs))
         if not any((*args, *kwargs.values())) or name in _ASKING: return ()
-        if name == 'getattr' and len(node.args) > 1: return _union(*(self.named_attribute(r, node.args[1], env) for r in args[0]), *args[2:])
+        if name == 'getattr' and len(node.args) > 1:
+            return _union(*(self.named_attribute(r, node.args[1], env) for r in args[0]), *args[2:])
         if name in _PASSING: return _union(*args)
-        if 'checkpoint' in name or name in ('map', 'apply'): return _union(*(self.apply(r, args[1:], kwargs) for r in _union(*args[:1], *kwargs.values())))
+        if 'checkpoint' in name or name in ('map', 'apply'):
+            return _union(*(self.apply(r, args[1:], kwargs) for r in _union(*args[:1], *kwargs.values())))
         g = env[''][0].get(name) if isinstance(f, ast.Name) else None
         return self.follow(g, None, None, args, kwargs) if inspect.isfunction(g) else ()
 
@@ -302,7 +360,11 @@ class _Uses:
         if isinstance(r.it, ast.AST): return self.follow(r.it, None, None, args, kwargs, r.cls)
         if r.owner is None: return ()
         name = getattr(r.it, '__name__', '')
-        return self.looked_up(r.owner, name, args, kwargs) if name in _ACCESSORS else self.follow(r.it, r.cls, r.owner, args, kwargs)
+        return (
+            self.looked_up(r.owner, name, args, kwargs)
+            if name in _ACCESSORS
+            else self.follow(r.it, r.cls, r.owner, args, kwargs)
+        )
 
     def looked_up(self, owner, name, args, kwargs):
         "What an accessor of transformers returns"
@@ -314,7 +376,7 @@ class _Uses:
             if c is not None and any(m is x for x in c.modules()): return (_Ref(m, k, c is m),)
         return ()
 
-_read = weakref.WeakKeyDictionary()     # module → its class and members when it was read, and the places of its children
+_read = weakref.WeakKeyDictionary()  # module → its class and members when it was read, and the places of its children
 
 def _uses(m):
     "Places of the children and parameters of `m` in the order of their use"
@@ -335,7 +397,8 @@ def _is_stack(m, total):
     items, n = list(_items(m)), 0
     comp = [(k,b) for k,b in items if _composite(b)]
     seen = Counter(type(b) for _,b in comp)
-    if type(m) is nn.Sequential: comp = [(k,b) for k,b in comp if seen[type(b)] > 1] # may also hold an embedding, a norm, a head
+    # may also hold an embedding, a norm, a head
+    if type(m) is nn.Sequential: comp = [(k,b) for k,b in comp if seen[type(b)] > 1]
     elif len(comp) < len(items): return []
     if not comp: return []
     common = set.intersection(*({k for k,c in b.named_children() if _holds(c)} for _,b in comp))
@@ -353,21 +416,24 @@ def _lists(m, path):
     "Outermost lists of composite modules inside `m`"
     for k,c in m._modules.items():
         if not _holds(c): continue
-        if _is_list(c) and all(_composite(b) for _,b in _items(c)): yield [(_join(path, k, k2), b) for k2,b in _items(c)]
+        if _is_list(c) and all(_composite(b) for _,b in _items(c)):
+            yield [(_join(path, k, k2), b) for k2,b in _items(c)]
         else: yield from _lists(c, _join(path, k))
 
 def _stages(m, path, blocks):
     "The stacks inside the stages of a pyramid, empty if `blocks` are blocks already"
     if not _is_pyramid(blocks): return []
     inner = [s for k,b in blocks for s in _lists(b, _join(path, k))]
-    rich = lambda b: any(_composite(c) or all(p.dim() < 2 for p in c.parameters()) for c in _parts(b)) # an expert has neither parts nor a norm
+    # an expert has neither parts nor a norm
+    rich = lambda b: any(_composite(c) or all(p.dim() < 2 for p in c.parameters()) for c in _parts(b))
     known = {type(b) for s in inner for _,b in s if len(s) > 1 and type(s[0][1]) is type(s[-1][1]) and rich(b)}
     inner = [s for s in inner if {type(b) for _,b in s} <= known]
     return inner if 3*_size(*(b for s in inner for _,b in s)) >= 2*_size(m) else []
 
 def _stacks(m, path, total):
     "Stacks below `m` in the order they run, each a list of (path, block)"
-    if _is_list(m) and (blocks := _is_stack(m, total)): return _stages(m, path, blocks) or [[(_join(path, k), b) for k,b in blocks]]
+    if _is_list(m) and (blocks := _is_stack(m, total)):
+        return _stages(m, path, blocks) or [[(_join(path, k), b) for k,b in blocks]]
     res = []
     for k,c in m._modules.items():
         if c is None or not (new := _stacks(c, _join(path, k), total)): continue
@@ -401,7 +467,8 @@ class _Places:
                 for j in range(len(ps)): self.inside.setdefault('.'.join(ps[:j]), []).append((ps[j], s, depth))
         self.n_blocks,self.root,self.seen = depth,'',{}
         m = model # without stacks: names start below wrappers, modules with one composite child and nothing else
-        while not depth and len(kids := list(m._modules.items())) == 1 and not m._parameters and kids[0][1]._modules: self.root,m = _join(self.root, kids[0][0]),kids[0][1]
+        while not depth and len(kids := list(m._modules.items())) == 1 and not m._parameters and kids[0][1]._modules:
+            self.root,m = _join(self.root, kids[0][0]),kids[0][1]
 
     def __call__(self, path, name):
         "(order, layer, rest of the module's path, zone, depth) of parameter `name` of the module at `path`"
@@ -427,10 +494,18 @@ class _Places:
         if below and above:
             k = list(m._modules).index(name) if child is not None else -1
             return (below[-1][0],3,k), _join(label, name), rest.partition('.')[2], 'between', below[-1][1]
-        if child is not None and _composite(child) and name == ('head' if below else 'embeddings'): rest = rest.partition('.')[2] # not said twice
+        if child is not None and _composite(child) and name == ('head' if below else 'embeddings'):
+            # not said twice
+            rest = rest.partition('.')[2]
         if not below: return (above[0][0],0,len(up)), _join(label, 'embeddings'), rest, 'embedding', above[0][1]-1
         last = below[-1][0] == len(self.stacks)-1
-        return (below[-1][0],2,-len(up)), _join(label, 'head'), rest, 'head' if last else 'between', self.n_blocks+1 if last else below[-1][1]
+        return (
+            (below[-1][0], 2, -len(up)),
+            _join(label, 'head'),
+            rest,
+            'head' if last else 'between',
+            self.n_blocks + 1 if last else below[-1][1],
+        )
 
     def _shared(self, of, up):
         "Label of some of the stacks together"
@@ -451,7 +526,11 @@ def _unknown(what, name, names, hint=''):
     names = list(names)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=.6)
     shown = ', '.join(names[:6]) + (f', … {names[-1]} ({len(names)} in all)' if len(names) > 6 else '')
-    return ValueError(f"unknown {what} {name!r}{hint}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else '') + f" This model has {shown}")
+    return ValueError(
+        f"unknown {what} {name!r}{hint}"
+        + (f"; did you mean {' or '.join(map(repr, near))}?" if near else '')
+        + f" This model has {shown}"
+    )
 
 class Layers:
     "A model as named layers and units; every parameter in exactly one unit, tied weights in the first."
@@ -470,7 +549,11 @@ class Layers:
     def __len__(self): return len(self.units)
     def __iter__(self): return iter(self._by_name)
     def __contains__(self, name): return name in self._by_name
-    def __repr__(self): return f"Layers({len(self)} units, {self.n_blocks} blocks, {self.total:,} parameters that can train, unit={self.unit!r})"
+    def __repr__(self):
+        return (
+            f"Layers({len(self)} units, {self.n_blocks} blocks, {self.total:,} parameters that can train,"
+            f" unit={self.unit!r})"
+        )
 
     def __getitem__(self,
         name:str # exact unit name
@@ -501,7 +584,8 @@ class Layers:
         return list(self.named_params(name).values())
 
     def unit_of(self,
-        param_name:str # full parameter name, as in `model.named_parameters()`; the other names of a tied weight work too
+        # full parameter name, as in `model.named_parameters()`; the other names of a tied weight work too
+        param_name:str
     )->str:
         "Name of the unit that holds this parameter"
         if param_name in self._aliases: return self._aliases[param_name]
@@ -537,7 +621,8 @@ def _classify(m, pname, p, zone, head):
 
 # %% ../nbs/02_layers.ipynb #f77998cc
 def _roles(rests):
-    "Shortest ending of each path that tells it from the others, whatever the numbers inside: `k_proj`, `mlp.c_proj`, `fc1.bias`, `net.0`"
+    """Shortest ending of each path that tells it from the others, whatever the numbers inside: `k_proj`,
+    `mlp.c_proj`, `fc1.bias`, `net.0`"""
     mask = {}
     for r in rests:
         parts = r.split('.')
@@ -554,33 +639,50 @@ def _roles(rests):
 def _tuner(tuners, path):
     "Path of the PEFT layer that keeps the parameter at `path` as an adapter, or None"
     parts = path.split('.')
-    return next((up for j in range(len(parts)-1, -1, -1) if parts[j] in tuners.get(up := '.'.join(parts[:j]), ())), None)
+    return next(
+        (up for j in range(len(parts) - 1, -1, -1) if parts[j] in tuners.get(up := '.'.join(parts[:j]), ())), None
+    )
 
 def _adapts(mods, at):
-    "Path of what the PEFT layer at `at` adapts; one that adapts a parameter of its base (fused experts) says which, and may be wrapped by others"
+    """Path of what the PEFT layer at `at` adapts; one that adapts a parameter of its base (fused experts) says
+    which, and may be wrapped by others"""
     if not isinstance(name := getattr(mods[at], 'parameter_name', None), str): return at
-    while (up := at.removesuffix('.base_layer')) != at and isinstance(getattr(mods.get(up), 'parameter_name', None), str): at = up
+    while (up := at.removesuffix('.base_layer')) != at and isinstance(
+        getattr(mods.get(up), 'parameter_name', None), str
+    ):
+        at = up
     return at if name == 'weight' else _join(at, name)
 
 def _check(model, unit, kinds):
     "Arguments as they should be, or an error that says what would work"
-    if not isinstance(model, nn.Module): raise ValueError(f"partition_layers takes a torch module, such as a transformers model; got {type(model).__name__}")
-    if unit not in ('module', 'block'): raise ValueError(f"unknown unit {unit!r}; 'module' (a weight matrix) and 'block' (a transformer block) are known")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"partition_layers takes a torch module, such as a transformers model; got {type(model).__name__}"
+        )
+    if unit not in ('module', 'block'):
+        raise ValueError(
+            f"unknown unit {unit!r}; 'module' (a weight matrix) and 'block' (a transformer block) are known"
+        )
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for k in kinds:
         if k not in KINDS: raise ValueError(f"unknown kind {k!r}; kinds are {', '.join(KINDS)}")
     params = list(model.parameters())
     if not params: raise ValueError(f"{type(model).__name__} has no parameters: nothing to train")
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in params): raise ValueError("some parameters have no shape yet (lazy modules): run one batch through the model first")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in params):
+        raise ValueError("some parameters have no shape yet (lazy modules): run one batch through the model first")
     if not any(p.requires_grad for p in params):
-        raise ValueError(f"all {len(params)} parameters of {type(model).__name__} are frozen: model.requires_grad_(True) thaws them, then freeze what must stay as it is")
+        raise ValueError(
+            f"all {len(params)} parameters of {type(model).__name__} are frozen: model.requires_grad_(True) thaws them,"
+            " then freeze what must stay as it is"
+        )
     return kinds
 
 def partition_layers(
-    model:nn.Module,          # any transformers model, PEFT-wrapped, compiled or in DDP if you like; or any torch module
+    # any transformers model, PEFT-wrapped, compiled or in DDP if you like; or any torch module
+    model:nn.Module,
     unit:str='module',        # what trains as one: 'module', a weight matrix, or 'block', a whole block
     kinds=('matrix', 'block', 'adapter') # kinds that a policy may choose; the others stay frozen
-)->Layers:                    # every parameter in exactly one unit
+)->Layers:  # every parameter in exactly one unit
     "A model as named layers and units, found from its module tree"
     kinds,places,head = _check(model, unit, kinds),_Places(model),_own_head(model)
     mods = dict(model.named_modules(remove_duplicate=False))
@@ -599,14 +701,24 @@ def partition_layers(
         else:
             kind,whole = _classify(m, pname, p, zone, head)
             rest,key = (rest,path) if whole else (_join(rest, pname),_join(path, pname))
-        g = groups.setdefault((layer, key, p.requires_grad), dict(order=order, layer=layer, rest=rest, kind=kind, depth=depth, key=key, of=order[:2], params={}, shapes=[]))
-        g['params'][full] = p; g['shapes'].append(_shape(p, m, pname))
+        g = groups.setdefault(
+            (layer, key, p.requires_grad),
+            dict(
+                order=order, layer=layer, rest=rest, kind=kind, depth=depth, key=key, of=order[:2], params={}, shapes=[]
+            ),
+        )
+        g['params'][full] = p
+        g['shapes'].append(_shape(p, m, pname))
         for _,_,path2,_,pname2 in spots: where[_join(path2, pname2)] = g
     return _finish(model, groups, where, unit, kinds, places.n_blocks)
 
 def _finish(model, groups, where, unit, kinds, n_blocks):
     "Give each group a unique name and make the units"
-    count = Counter(_join(g['layer'], g['rest']) for (_,_,grad),g in groups.items() if grad or (g['layer'], g['key'], True) not in groups)
+    count = Counter(
+        _join(g['layer'], g['rest'])
+        for (_, _, grad), g in groups.items()
+        if grad or (g['layer'], g['key'], True) not in groups
+    )
     rests = {} # paths inside the blocks of one stack, or inside another layer
     for g in groups.values(): rests.setdefault(g['of'], set()).add(g['rest'] or g['layer'].rpartition('.')[2])
     roles = {k:_roles(v) for k,v in rests.items()}
@@ -616,11 +728,24 @@ def _finish(model, groups, where, unit, kinds, n_blocks):
         if count[name] > 1: name = _join(layer, _clean(key))
         if not grad and (layer, key, True) in groups: name = _join(name, 'frozen')
         g['name'],params[name] = name,g['params']
-        units.append(UnitInfo(name, layer, g['kind'], roles[g['of']][g['rest'] or layer.rpartition('.')[2]], sum(map(math.prod, g['shapes'])), g['depth'],
-                              tuple(g['shapes']), eligible=grad and g['kind'] in kinds))
+        units.append(
+            UnitInfo(
+                name,
+                layer,
+                g['kind'],
+                roles[g['of']][g['rest'] or layer.rpartition('.')[2]],
+                sum(map(math.prod, g['shapes'])),
+                g['depth'],
+                tuple(g['shapes']),
+                eligible=grad and g['kind'] in kinds,
+            )
+        )
     if not any(u.eligible for u in units):
         can = sorted({g['kind'] for (_,_,grad),g in groups.items() if grad}, key=KINDS.index)
-        raise ValueError(f"no unit of kind {' or '.join(kinds) or '(none given)'} can train here; this model could train kinds=({', '.join(map(repr, can))},)")
+        raise ValueError(
+            f"no unit of kind {' or '.join(kinds) or '(none given)'} can train here; this model could train"
+            f" kinds=({', '.join(map(repr, can))},)"
+        )
     return Layers(model, tuple(units), params, {k:g['name'] for k,g in where.items()}, unit, n_blocks)
 
 # %% ../nbs/02_layers.ipynb #1fdf8293
@@ -638,7 +763,11 @@ def _layers_markdown(self):
         us = [self[n] for n in names]
         kinds = ', '.join(f'{n} {k}' for k,n in Counter(u.kind for u in us).items())
         rows.append((layer, kinds, sum(u.n_params for u in us), sum(u.eligible for u in us)))
-    lines = [f"| {md_text(name)} | {kinds} | {n:,}{' each' if k > 1 else ''} | {k*n/sum(u.n_params for u in self.units):.1%} | {k*e} |" for name,k,kinds,n,e in _fold(rows)]
+    lines = [
+        f"| {md_text(name)} | {kinds} | {n:,}{' each' if k > 1 else ''} | {k*n/sum(u.n_params for u in self.units):.1%}"
+        f" | {k*e} |"
+        for name, k, kinds, n, e in _fold(rows)
+    ]
     return '\n'.join([f"**{len(self)} units in {len(rows)} layers, {self.total:,} parameters that can train**", '',
                       "| layer | units | parameters | share | eligible |", "|---|---|---|---|---|", *lines])
 

@@ -23,7 +23,9 @@ def _boot():
 def _me(what):
     "This process as the owner of a lock"
     now = time.strftime('%Y-%m-%d %H:%M:%S')
-    return dict(host=socket.gethostname(), boot=_boot(), pid=os.getpid(), started=_begun(os.getpid()), what=what, since=now)
+    return dict(
+        host=socket.gethostname(), boot=_boot(), pid=os.getpid(), started=_begun(os.getpid()), what=what, since=now
+    )
 
 def _owner(fd):
     "Who is written in an open lock file; empty: nobody"
@@ -110,9 +112,14 @@ class RunLock:
                 if thread is here:
                     if not scope: del held.users[user]      # it has failed, else its thread would not be here
                 elif not thread.is_alive() or at_work is not None and not at_work(): del held.users[user]
-                else: raise RuntimeError(f"{what} in thread {thread.name!r} of this process is writing to {self.path.parent}: wait for it, end it, or give another folder")
+                else:
+                    raise RuntimeError(
+                        f"{what} in thread {thread.name!r} of this process is writing to {self.path.parent}: wait for"
+                        " it, end it, or give another folder"
+                    )
             held.users[id(self)] = here,self._what,self._is_scope,self._at_work
-            self._end = weakref.finalize(self, _give_back, self.path, id(self))      # also when the process ends without release()
+            # also when the process ends without release()
+            self._end = weakref.finalize(self, _give_back, self.path, id(self))
         return self
 
     def release(self)->None:
@@ -130,7 +137,8 @@ class RunLock:
             fd = self._open()
             try:
                 got = _grab(fd)
-                if got is not False and not _same_file(fd, self.path): continue      # its owner has removed it since it was opened
+                # its owner has removed it since it was opened
+                if got is not False and not _same_file(fd, self.path): continue
                 owner = _owner(fd)
                 gone = not owner or _is_here(owner) and (got or process_ended(owner['pid'], owner['started']))
                 if got is False or not gone: raise RuntimeError(self._refusal(owner))
@@ -142,10 +150,19 @@ class RunLock:
             except OSError as e: raise self._unwritable(e) from None
             finally:
                 if fd is not None: os.close(fd)
-        raise RuntimeError(f"{self.path} is taken and given back all the time: is something else started again and again in this folder?")
+        raise RuntimeError(
+            f"{self.path} is taken and given back all the time: is something else started again and again in this"
+            " folder?"
+        )
 
     def _open(self):
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+        flags = (
+            os.O_RDWR
+            | os.O_CREAT
+            | getattr(os, 'O_NOFOLLOW', 0)
+            | getattr(os, 'O_NONBLOCK', 0)
+            | getattr(os, 'O_BINARY', 0)
+        )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(self.path, flags, 0o644)
@@ -154,11 +171,28 @@ class RunLock:
         os.close(fd)
         raise self._unwritable(OSError(errno.EINVAL, 'it is no plain file'))
 
-    def _unwritable(self, e): return type(e)(e.errno, f"cannot write the lock of the folder ({e.strerror or e}); choose another folder than", str(self.path))
+    def _unwritable(self, e):
+        return type(e)(
+            e.errno,
+            f"cannot write the lock of the folder ({e.strerror or e}); choose another folder than",
+            str(self.path),
+        )
 
     def _refusal(self, owner):
         "Why it cannot be taken, and what to do"
-        who = f"process {owner['pid']} on {owner['host']} ({owner['what']}, since {owner['since']})" if owner else 'another process'
-        if not owner or _is_here(owner): todo = "wait for it, end it, or give another folder. A notebook gives the folder back when its training ends or its kernel is restarted"
-        else: todo = f"that is another machine, which cannot be asked from here. Wait for it, or give another folder; if that process is gone, delete {self.path}"
+        who = (
+            f"process {owner['pid']} on {owner['host']} ({owner['what']}, since {owner['since']})"
+            if owner
+            else 'another process'
+        )
+        if not owner or _is_here(owner):
+            todo = (
+                "wait for it, end it, or give another folder. A notebook gives the folder back when its training ends"
+                " or its kernel is restarted"
+            )
+        else:
+            todo = (
+                "that is another machine, which cannot be asked from here. Wait for it, or give another folder; if"
+                f" that process is gone, delete {self.path}"
+            )
         return f"{who} is writing to {self.path.parent}: {todo}"

@@ -31,7 +31,8 @@ def _loader(batches):
     "What the probe draws from, as a DataLoader"
     loader,given = batches,batches
     if isinstance(batches, DataLoader): given = _base(batches).dataset
-    elif hasattr(batches, '__len__') and hasattr(batches, '__getitem__'): return DataLoader(batches, batch_size=1, collate_fn=_only)
+    elif hasattr(batches, '__len__') and hasattr(batches, '__getitem__'):
+        return DataLoader(batches, batch_size=1, collate_fn=_only)
     else: loader = DataLoader(_Stream(batches), batch_size=1, collate_fn=_only)
     lent,sure = (True, True) if hasattr(batches, '__next__') else _lend(loader) or (False, False)
     words = (f"{type(given).__name__} can be read only once, and the probe would take batches from training: "
@@ -46,43 +47,76 @@ class ALFLoop:
     def __init__(self,
         model,             # any torch module
         optimizer,         # its optimizer, over all parameters
-        batches,           # what the probe draws from: the DataLoader, a list of batches, or an iterable that can be begun anew
+        # what the probe draws from: the DataLoader, a list of batches, or an iterable that can be begun anew
+        batches,
         max_steps:int,     # optimizer steps of the run
         out=None,          # folder of the run log; None: none is written
         loss=None,         # loss(model, batch) → scalar tensor; None: `model(**batch).loss`
-        resume:dict=None,  # `state_dict()` of the run that goes on; model and optimizer hold their weights and states already
+        # `state_dict()` of the run that goes on; model and optimizer hold their weights and states already
+        resume:dict=None,
         seed:int=0,        # decides the draws of policy and probe
         **alf              # further arguments of `ALFCallback`, such as budget=.25
     ):
-        if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1: raise ValueError(f"max_steps={max_steps!r}, but it is the number of optimizer steps, at least 1")
-        if (n := _n_started()) > 1: raise ValueError(f"ALFLoop runs in one process, and here are several ({n}): use ALFCallback in a Trainer, whose processes agree on what trains")
+        if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(f"max_steps={max_steps!r}, but it is the number of optimizer steps, at least 1")
+        if (n := _n_started()) > 1:
+            raise ValueError(
+                f"ALFLoop runs in one process, and here are several ({n}): use ALFCallback in a Trainer, whose"
+                " processes agree on what trains"
+            )
         self._loader = _loader(batches)
         self.model,self.callback = model,ALFCallback(seed=seed, **alf)
         self.callback._batch_loss = loss or _model_loss
         self._optimizer = SimpleNamespace(optimizer=optimizer, step_was_skipped=False)
         where = str(out) if out is not None else ''
-        self._args = SimpleNamespace(output_dir=where, deepspeed=None, fsdp=None, world_size=1, process_index=0, ddp_find_unused_parameters=None, save_total_limit=None, save_strategy='no', save_only_model=False,
-                                     resume_from_checkpoint=None, device=next(model.parameters()).device, seed=seed, per_device_train_batch_size=None)
-        self._state = SimpleNamespace(global_step=0, max_steps=max_steps, is_world_process_zero=out is not None, num_input_tokens_seen=0)
+        self._args = SimpleNamespace(
+            output_dir=where,
+            deepspeed=None,
+            fsdp=None,
+            world_size=1,
+            process_index=0,
+            ddp_find_unused_parameters=None,
+            save_total_limit=None,
+            save_strategy='no',
+            save_only_model=False,
+            resume_from_checkpoint=None,
+            device=next(model.parameters()).device,
+            seed=seed,
+            per_device_train_batch_size=None,
+        )
+        self._state = SimpleNamespace(
+            global_step=0, max_steps=max_steps, is_world_process_zero=out is not None, num_input_tokens_seen=0
+        )
         self._stage = 'ready'
         if resume is None: self._begin()
         else: self._resume(resume)
 
-    def _begin(self): self.callback.on_train_begin(self._args, self._state, None, model=self.model, optimizer=self._optimizer, train_dataloader=self._loader)
+    def _begin(self):
+        self.callback.on_train_begin(
+            self._args, self._state, None, model=self.model, optimizer=self._optimizer, train_dataloader=self._loader
+        )
     def _must_be(self, stage, instead):
-        if self._stage != stage: raise RuntimeError('this run has ended: make a new ALFLoop' if self._stage == 'ended' else instead)
+        if self._stage != stage:
+            raise RuntimeError('this run has ended: make a new ALFLoop' if self._stage == 'ended' else instead)
 
     def before_step(self)->None:
         "Behind the backward pass, before `optimizer.step()`"
         self._must_be('ready', "before_step() came twice: after_step() belongs behind optimizer.step()")
-        if self.steps >= self.max_steps: raise RuntimeError(f"all {self.max_steps} steps are made: end the loop at alf.done, or give a larger max_steps")
+        if self.steps >= self.max_steps:
+            raise RuntimeError(
+                f"all {self.max_steps} steps are made: end the loop at alf.done, or give a larger max_steps"
+            )
         self._stage = 'stepping'
         self.callback.on_pre_optimizer_step(self._args, self._state, None, model=self.model)
 
     def after_step(self, skipped:bool=False)->None:
         "Behind `optimizer.step()`, before the scheduler; clears the gradients, and selects again when it is time"
-        self._must_be('stepping', "after_step() without before_step(): it belongs behind the backward pass, before optimizer.step()")
-        self._stage = 'ready'; self._optimizer.step_was_skipped = skipped
+        self._must_be(
+            'stepping',
+            "after_step() without before_step(): it belongs behind the backward pass, before optimizer.step()",
+        )
+        self._stage = 'ready'
+        self._optimizer.step_was_skipped = skipped
         self.callback.on_optimizer_step(self._args, self._state, None, model=self.model, optimizer=self._optimizer)
         trained = [p for g in self._optimizer.optimizer.param_groups for p in g['params']]
         for p in (*self.model.parameters(), *trained): p.grad = None
@@ -91,7 +125,9 @@ class ALFLoop:
 
     def step(self)->None:
         "`before_step()`, `optimizer.step()`, `after_step()`"
-        self.before_step(); self._optimizer.optimizer.step(); self.after_step()
+        self.before_step()
+        self._optimizer.optimizer.step()
+        self.after_step()
 
     @property
     def steps(self)->int:
@@ -112,12 +148,18 @@ class ALFLoop:
 @patch
 def log_loss(self:ALFLoop,
     loss,       # of the last step, or a mean since the last call
-    **metrics   # further numbers, such as grad_norm=…; eval_domain_loss=… is the loss of an evaluation set `eval_domain`
+    # further numbers, such as grad_norm=…; eval_domain_loss=… is the loss of an evaluation set `eval_domain`
+    **metrics
 )->None:
     "Write a loss into the run log, with learning rate and speed"
     rate = self.callback._shown_rate()
     now = dict(loss=loss, **({} if rate is None else dict(learning_rate=rate)), **metrics)
-    self.callback.on_log(self._args, self._state, None, logs={k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k,v in now.items()})
+    self.callback.on_log(
+        self._args,
+        self._state,
+        None,
+        logs={k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in now.items()},
+    )
 
 @patch
 def metrics(self:ALFLoop)->dict: # name → number
@@ -136,7 +178,8 @@ def close(self:ALFLoop, error=None)->dict:
         if error is None: self.callback.on_train_end(self._args, self._state, None, model=self.model)
         else:
             self.callback._event('error', self.steps, type=type(error).__name__, message=str(error))
-            self.callback._training = False; _thaw_leftovers(self.model)
+            self.callback._training = False
+            _thaw_leftovers(self.model)
             if self.log is not None: self.log.close()
             self.callback._unlock()
         self._stage = 'ended'
@@ -155,8 +198,17 @@ def state_dict(self:ALFLoop)->dict: # file name → its bytes, uint8
     with tempfile.TemporaryDirectory() as tmp:
         (folder := Path(tmp)/f'checkpoint-{self.steps}').mkdir()
         args = SimpleNamespace(**{**vars(self._args), 'output_dir': tmp, 'durable': False})
-        self.callback.on_save(args, SimpleNamespace(**{**vars(self._state), 'is_world_process_zero': True}), None, model=self.model, optimizer=self._optimizer)
-        files = {f.name: torch.frombuffer(bytearray(f.read_bytes()), dtype=torch.uint8) for f in sorted((folder/'alf').iterdir())}
+        self.callback.on_save(
+            args,
+            SimpleNamespace(**{**vars(self._state), 'is_world_process_zero': True}),
+            None,
+            model=self.model,
+            optimizer=self._optimizer,
+        )
+        files = {
+            f.name: torch.frombuffer(bytearray(f.read_bytes()), dtype=torch.uint8)
+            for f in sorted((folder / 'alf').iterdir())
+        }
     return dict(step=self.steps, max_steps=self.max_steps, files=files)
 
 def _check_saved(saved):
@@ -165,9 +217,11 @@ def _check_saved(saved):
     if not isinstance(saved, dict) or set(saved) != {'step', 'max_steps', 'files'}:
         raise ValueError(f"{given}, a dict of step, max_steps and files")
     for k in ('step', 'max_steps'):
-        if type(saved[k]) is not int or not 0 <= saved[k] <= 1 << 53: raise ValueError(f"{given}, and its {k} is no count of steps")
+        if type(saved[k]) is not int or not 0 <= saved[k] <= 1 << 53:
+            raise ValueError(f"{given}, and its {k} is no count of steps")
     files,names = saved['files'],('state.json', 'tensors.safetensors')
-    if not isinstance(files, dict) or set(files) != set(names): raise ValueError(f"{given}, and its files are {' and '.join(names)}")
+    if not isinstance(files, dict) or set(files) != set(names):
+        raise ValueError(f"{given}, and its files are {' and '.join(names)}")
     for k,data in files.items():
         if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8 or data.dim() != 1:
             raise ValueError(f"{given}, and its {k} is no row of bytes")
@@ -199,7 +253,10 @@ def _lightning_loss(module, batch):
         batch = module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
         out = module.training_step(module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0), 0)
     loss = out.get('loss') if isinstance(out, dict) else out
-    if loss is None: raise ValueError("training_step returned no loss, so there is nothing to probe: give start='prior', reprobe_batches=0")
+    if loss is None:
+        raise ValueError(
+            "training_step returned no loss, so there is nothing to probe: give start='prior', reprobe_batches=0"
+        )
     return loss
 
 class _Joined:
@@ -227,25 +284,47 @@ def lightning_callback(
 
     class LightningALF(Callback):
         "Adaptive layer-wise fine-tuning for Lightning's Trainer."
-        loop = _saved = _hook = None; _logged = 0
+        loop = _saved = _hook = None
+        _logged = 0
         def on_train_start(self, trainer, pl_module):
-            if not pl_module.automatic_optimization or len(trainer.optimizers) != 1: raise ValueError("ALF needs automatic optimization with one optimizer: use ALFLoop in a manual training_step")
-            if trainer.world_size > 1: raise ValueError(f"ALF under Lightning runs in one process, and here are {trainer.world_size}: give devices=1, or use ALFCallback in a transformers Trainer")
+            if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
+                raise ValueError(
+                    "ALF needs automatic optimization with one optimizer: use ALFLoop in a manual training_step"
+                )
+            if trainer.world_size > 1:
+                raise ValueError(
+                    f"ALF under Lightning runs in one process, and here are {trainer.world_size}: give devices=1, or"
+                    " use ALFCallback in a transformers Trainer"
+                )
             optimizer,steps = trainer.optimizers[0],int(min(trainer.estimated_stepping_batches, 2**53))
-            self.loop = ALFLoop(pl_module, optimizer, _lightning_batches(trainer), steps, out=out or trainer.default_root_dir, loss=_lightning_loss, resume=self._saved, **alf)
-            self._hook = optimizer.register_step_post_hook(lambda *a: self.loop.after_step())      # before the scheduler moves on
+            self.loop = ALFLoop(
+                pl_module,
+                optimizer,
+                _lightning_batches(trainer),
+                steps,
+                out=out or trainer.default_root_dir,
+                loss=_lightning_loss,
+                resume=self._saved,
+                **alf
+            )
+            # before the scheduler moves on
+            self._hook = optimizer.register_step_post_hook(lambda *a: self.loop.after_step())
         def on_before_backward(self, trainer, pl_module, loss): self.loop.callback._keep_loss(loss)
         def on_before_optimizer_step(self, trainer, pl_module, optimizer): self.loop.before_step()
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             step,loss = self.loop.steps,outputs.get('loss') if isinstance(outputs, dict) else outputs
             if loss is None or step == self._logged or step % trainer.log_every_n_steps: return
-            self.loop.log_loss(loss); self._logged = step
+            self.loop.log_loss(loss)
+            self._logged = step
             for logger in trainer.loggers: logger.log_metrics(self.loop.metrics(), step=step)
         def on_train_end(self, trainer, pl_module): self._end()
         def on_exception(self, trainer, pl_module, exception): self._end(exception)
         def _end(self, error=None):
-            if self._hook is not None: self._hook.remove(); self._hook = None
+            if self._hook is not None:
+                self._hook.remove()
+                self._hook = None
             if self.loop is not None: self.loop.close(error)
-        def state_dict(self): return self.loop.state_dict() if self.loop is not None and self.loop._stage == 'ready' else {}
+        def state_dict(self):
+            return self.loop.state_dict() if self.loop is not None and self.loop._stage == 'ready' else {}
         def load_state_dict(self, state_dict): self._saved = state_dict or None
     return LightningALF()

@@ -30,7 +30,11 @@ def unwrap_optimizer(
 
 def _is_optimizer(x):
     "Does `x` step parameter groups?"
-    return isinstance(x, torch.optim.Optimizer) or callable(getattr(x, 'step', None)) and isinstance(getattr(x, 'param_groups', None), list)
+    return (
+        isinstance(x, torch.optim.Optimizer)
+        or callable(getattr(x, 'step', None))
+        and isinstance(getattr(x, 'param_groups', None), list)
+    )
 
 _NOT_INSIDE = ('state', 'param_groups', 'defaults')     # attributes of an optimizer in which no other is looked for
 
@@ -78,16 +82,28 @@ def _holder(
     p:Tensor   # a parameter
 )->tuple:      # (member, parameter group)
     "Who trains `p`"
-    return next((m, m.param_groups[i]) for m,i in _groups(optimizer) if any(p is q for q in m.param_groups[i]['params']))
+    return next(
+        (m, m.param_groups[i]) for m, i in _groups(optimizer) if any(p is q for q in m.param_groups[i]['params'])
+    )
 
-_OPAQUE = (torch.nn.Parameter, torch.nn.Module, torch.optim.Optimizer, torch.Generator, type, types.ModuleType, types.FunctionType, types.MethodType)
+_OPAQUE = (
+    torch.nn.Parameter,
+    torch.nn.Module,
+    torch.optim.Optimizer,
+    torch.Generator,
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.MethodType,
+)
 
 def _is_object(x):
     "Is `x` an object that may hold tensors, such as GaLore's projector?"
     return not isinstance(x, (*_OPAQUE, Tensor, str, bytes, int, float, complex)) and hasattr(x, '__dict__')
 
 def _is_wrapper(x):
-    "Is `x` a tensor made of other tensors, such as an 8-bit moment? One in pieces (a `DTensor`) is seen through its local piece"
+    """Is `x` a tensor made of other tensors, such as an 8-bit moment? One in pieces (a `DTensor`) is seen through
+    its local piece"""
     return is_traceable_wrapper_subclass(x) and not is_sharded(x)
 
 def _tensors(x, seen=None):
@@ -95,7 +111,9 @@ def _tensors(x, seen=None):
     seen = set() if seen is None else seen
     if isinstance(x, Tensor):
         x = local_tensor(x)
-        if not _is_wrapper(x): yield x; return
+        if not _is_wrapper(x):
+            yield x
+            return
         inner = [getattr(x, k) for k in x.__tensor_flatten__()[0]]
     elif isinstance(x, Mapping): inner = list(x.values())
     elif isinstance(x, (list, tuple)): inner = x
@@ -107,7 +125,8 @@ def _tensors(x, seen=None):
 
 def _nbytes(x):
     "Bytes of the tensors in one entry of a state; of weights in pieces, what this process holds"
-    return sum(t.element_size()*(1 if t.numel() and not any(t.stride()) else t.numel()) for t in _tensors(x))     # a number repeated by its strides is held once
+    # a number repeated by its strides is held once
+    return sum(t.element_size()*(1 if t.numel() and not any(t.stride()) else t.numel()) for t in _tensors(x))
 
 def optimizer_bytes(
     optimizer # any torch optimizer
@@ -127,14 +146,21 @@ def _check_chain(optimizer, layers, params):
     "Refuse a chain whose members cannot be told apart, or that steps without being asked"
     whole = _members(optimizer)[-1]
     if not any(id(p) in params for g in whole.param_groups for p in g['params']) and len(_members(optimizer)) > 1:
-        raise ValueError(f"{type(whole).__name__} holds none of the model's parameters and leaves them to optimizers that step on their own, such as during the backward pass: ALF measures around one step. "
-                         "Take an optimizer that steps all of them at once (optim='galore_adamw', not 'galore_adamw_layerwise')")
+        raise ValueError(
+            f"{type(whole).__name__} holds none of the model's parameters and leaves them to optimizers that step on"
+            " their own, such as during the backward pass: ALF measures around one step. Take an optimizer that steps"
+            " all of them at once (optim='galore_adamw', not 'galore_adamw_layerwise')"
+        )
     ends,owner = [m for m in _members(optimizer) if len(_members(m)) == 1],{}
     for m in ends:
         for p in (p for g in m.param_groups for p in g['params'] if id(p) in params):
             if owner.setdefault(id(p), m) is not m:
                 name = next(k for n in layers for k,q in layers.named_params(n).items() if q is p)
-                raise ValueError(f"{name} is in two of the optimizers that {type(whole).__name__} chains, {type(owner[id(p)]).__name__} and {type(m).__name__}: its learning rate cannot be told. Give every parameter to one of them")
+                raise ValueError(
+                    f"{name} is in two of the optimizers that {type(whole).__name__} chains,"
+                    f" {type(owner[id(p)]).__name__} and {type(m).__name__}: its learning rate cannot be told. Give"
+                    " every parameter to one of them"
+                )
 
 def check_optimizer(
     layers:Layers,  # a model as units
@@ -147,15 +173,18 @@ def check_optimizer(
     _check_chain(optimizer, layers, params)
     names = [u.name for u in layers.units if u.eligible] if names is None else names
     if missing := [n for n in names if any(id(p) not in held for p in layers.params(n))]:
-        raise RuntimeError(f"{len(missing)} units are not in the optimizer and could never move, the first is {missing[0]!r}: "
-                           "build the optimizer while all parameters require grad, then let ALF freeze them")
+        raise RuntimeError(
+            f"{len(missing)} units are not in the optimizer and could never move, the first is {missing[0]!r}: "
+            "build the optimizer while all parameters require grad, then let ALF freeze them"
+        )
 
 # %% ../nbs/07_optim.ipynb #727bc6af
 FIRST_MOMENTS = ('exp_avg', 'momentum_buffer')
 STATE_MODES = ('v', 'full', 'drop')
 
 def _mapped(x, move, seen=None):
-    "A copy of one entry of a state with `move` applied to every ordinary tensor in it; what holds no tensor is not copied"
+    """A copy of one entry of a state with `move` applied to every ordinary tensor in it; what holds no tensor is not
+    copied"""
     seen = {} if seen is None else seen
     again = lambda v: v if isinstance(v, _OPAQUE) else _mapped(v, move, seen)
     if isinstance(x, Tensor):
@@ -196,7 +225,8 @@ class ParkedStates:
     def __init__(self,
         state:str='v' # what to keep: 'v', 'full' or 'drop'
     ):
-        if state not in STATE_MODES: raise ValueError(f"state={state!r}; give one of {', '.join(map(repr, STATE_MODES))}")
+        if state not in STATE_MODES:
+            raise ValueError(f"state={state!r}; give one of {', '.join(map(repr, STATE_MODES))}")
         self.state,self.held = state,{}
 
     @property
@@ -217,7 +247,8 @@ class ParkedStates:
             plain = not _is_wrapper(local_tensor(v)) and (p is None or v.shape == p.shape)
             zero = torch.zeros((), dtype=v.dtype) if plain else _zeros_like(v)      # one number that says: zeros
             if zero is not None: empty[k] = zero
-        if len(empty) < len(state): self.held[name] = {k: empty[k] if k in empty else _host_copy(v) for k,v in state.items()}
+        if len(empty) < len(state):
+            self.held[name] = {k: empty[k] if k in empty else _host_copy(v) for k,v in state.items()}
 
     def fetch(self,
         name:str,    # full parameter name
@@ -225,9 +256,13 @@ class ParkedStates:
     )->dict|None:
         "State of a parameter that returns, on its device; None if none was kept"
         if (kept := self.held.pop(name, None)) is None: return None
-        # a step count lives on the host in plain Adam, beside the weights in fused and capturable ones: torch moves it when needed
+        # a step count lives on the host in plain Adam, beside the weights in fused and capturable ones: torch moves it
+        # when needed
         zeros = lambda k, v: isinstance(v, Tensor) and not v.dim() and _entry(k) in FIRST_MOMENTS and p.dim()
-        return {k: torch.zeros_like(p, dtype=v.dtype, requires_grad=False) if zeros(k, v) else _beside(v, p) for k,v in kept.items()}
+        return {
+            k: torch.zeros_like(p, dtype=v.dtype, requires_grad=False) if zeros(k, v) else _beside(v, p)
+            for k, v in kept.items()
+        }
 
 def _entry(key):
     "Name of an entry, whichever member of a chain it is of"
@@ -237,7 +272,8 @@ def _beside(x, p):
     "An entry from host memory on the device of parameter `p`, nothing of it repeated by its strides"
     whole = lambda t: t.contiguous() if t.numel() > 1 and not any(t.stride()) else t
     if isinstance(x, Tensor) and not _is_wrapper(x): return as_shard(whole(x.to(p.device)), p) if x.dim() else x
-    x = _mapped(x, lambda t: whole(t.to(p.device)) if t.dim() or isinstance(x, Tensor) else t)      # a tensor made of tensors has one device
+    # a tensor made of tensors has one device
+    x = _mapped(x, lambda t: whole(t.to(p.device)) if t.dim() or isinstance(x, Tensor) else t)
     return as_shard(x, p) if isinstance(x, Tensor) else x
 
 # %% ../nbs/07_optim.ipynb #7c1e5a33
@@ -278,22 +314,38 @@ def _pack(
 ):            # plain values, for JSON
     "An entry taken apart; a TypeError says what cannot be"
     again = lambda v: _pack(v, tensors, name)
-    def put(t): key = f'{name}/{len(tensors)}'; tensors[key] = t; return key
+    def put(t):
+        key = f'{name}/{len(tensors)}'
+        tensors[key] = t
+        return key
     if type(x) in _PLAIN: return x
     if isinstance(x, Tensor) and _is_wrapper(x):
         keys,context = x.__tensor_flatten__()
-        return dict(kind='wrapper', of=_class_name(type(x)), parts={k: again(getattr(x, k)) for k in keys}, context=again(context), shape=list(x.shape), stride=list(x.stride()))
+        return dict(
+            kind='wrapper',
+            of=_class_name(type(x)),
+            parts={k: again(getattr(x, k)) for k in keys},
+            context=again(context),
+            shape=list(x.shape),
+            stride=list(x.stride()),
+        )
     if isinstance(x, torch.nn.Parameter): raise TypeError('a parameter')
-    if isinstance(x, Tensor) and x.numel() > 1 and not any(x.stride()): return dict(kind='repeated', tensor=put(x.reshape(-1)[0]), shape=list(x.shape))
+    if isinstance(x, Tensor) and x.numel() > 1 and not any(x.stride()):
+        return dict(kind='repeated', tensor=put(x.reshape(-1)[0]), shape=list(x.shape))
     if isinstance(x, Tensor):       # a product depends on the order of memory in its last bits
         order = sorted(range(x.dim()), key=lambda i: -x.stride(i))
-        return dict(kind='tensor', tensor=put(x), **({} if x.is_contiguous() or not x.permute(order).is_contiguous() else dict(order=order)))
+        return dict(
+            kind='tensor',
+            tensor=put(x),
+            **({} if x.is_contiguous() or not x.permute(order).is_contiguous() else dict(order=order))
+        )
     if isinstance(x, torch.dtype): return dict(kind='dtype', of=str(x).rpartition('.')[2])
     if isinstance(x, torch.Size): return dict(kind='size', items=list(x))
     if type(x) in (list, tuple): return dict(kind=type(x).__name__, items=[again(v) for v in x])
     if type(x) is dict: return dict(kind='dict', items=[[again(k), again(v)] for k,v in x.items()])
     if isinstance(x, torch.Generator): return dict(kind='generator', tensor=put(x.get_state()), of=str(x.device))
-    if _is_object(x) and not hasattr(type(x), '__slots__'): return dict(kind='object', of=_class_name(type(x)), parts={k: again(v) for k,v in vars(x).items()})
+    if _is_object(x) and not hasattr(type(x), '__slots__'):
+        return dict(kind='object', of=_class_name(type(x)), parts={k: again(v) for k,v in vars(x).items()})
     raise TypeError(_class_name(type(x)))
 
 def _unpack(
@@ -306,24 +358,39 @@ def _unpack(
     if type(d) in _PLAIN: return d
     kind = d['kind']
     if kind in ('wrapper', 'object'):
-        if d['of'] not in known: raise ValueError(f"it holds an object of class {d['of']}, which is not loaded unless you say so: torch.serialization.add_safe_globals([{d['of'].rpartition('.')[2]}])")
+        if d['of'] not in known:
+            raise ValueError(
+                f"it holds an object of class {d['of']}, which is not loaded unless you say so:"
+                f" torch.serialization.add_safe_globals([{d['of'].rpartition('.')[2]}])"
+            )
         cls,parts = known[d['of']],{str(k): again(v) for k,v in d['parts'].items()}
         if kind == 'wrapper':
             if not hasattr(cls, '__tensor_unflatten__'): raise ValueError(f"{d['of']} is no class of tensors")
             x = cls.__tensor_unflatten__(parts, again(d['context']), torch.Size(d['shape']), tuple(d['stride']))
-            if list(x.shape) != d['shape']: raise ValueError(f"a {d['of']} of shape {tuple(x.shape)} that says {tuple(d['shape'])}")
+            if list(x.shape) != d['shape']:
+                raise ValueError(f"a {d['of']} of shape {tuple(x.shape)} that says {tuple(d['shape'])}")
             return x
         if issubclass(cls, _OPAQUE): raise ValueError(f"{d['of']} is no class of objects in a state")
-        x = object.__new__(cls); vars(x).update(parts)
+        x = object.__new__(cls)
+        vars(x).update(parts)
         return x
     if kind == 'repeated': return tensors[d['tensor']].expand(d['shape'])
-    if kind == 'tensor' and 'order' in d: return (t := tensors[d['tensor']]).permute(d['order']).contiguous().permute(sorted(range(t.dim()), key=d['order'].__getitem__))
+    if kind == 'tensor' and 'order' in d:
+        return (
+            (t := tensors[d['tensor']])
+            .permute(d['order'])
+            .contiguous()
+            .permute(sorted(range(t.dim()), key=d['order'].__getitem__))
+        )
     if kind == 'tensor': return tensors[d['tensor']]
     if kind == 'dtype' and isinstance(x := getattr(torch, d['of'], None), torch.dtype): return x
     if kind == 'size': return torch.Size(d['items'])
     if kind in ('list', 'tuple'): return dict(list=list, tuple=tuple)[kind](map(again, d['items']))
     if kind == 'dict': return {again(k): again(v) for k,v in d['items']}
-    if kind == 'generator': g = torch.Generator(d['of']); g.set_state(tensors[d['tensor']]); return g
+    if kind == 'generator':
+        g = torch.Generator(d['of'])
+        g.set_state(tensors[d['tensor']])
+        return g
     raise ValueError(f"it holds a {kind!r}, which is unknown")
 
 def _pack_states(
@@ -332,18 +399,28 @@ def _pack_states(
     tensors, # name → tensor, for safetensors; those of the states are added
     word     # where their names begin
 )->tuple:    # (parameter name → entry → plain value, parameter name → class that cannot be taken apart)
-    "States for a checkpoint: ordinary tensors as `word/parameter/entry`, numbers as they are, all else taken apart. Weights in pieces are gathered, and every process has to call this"
+    """States for a checkpoint: ordinary tensors as `word/parameter/entry`, numbers as they are, all else taken
+    apart. Weights in pieces are gathered, and every process has to call this"""
     plain,lost = {},{}
     for k,s in held.items():
         mine,apart = {},{}
         try:
             for e,v in s.items():
-                if isinstance(v, Tensor) and not _is_wrapper(v) and (is_sharded(params[k]) or not _is_repeated(v)) and isinstance(e, str) and '/' not in e:
+                if (
+                    isinstance(v, Tensor)
+                    and not _is_wrapper(v)
+                    and (is_sharded(params[k]) or not _is_repeated(v))
+                    and isinstance(e, str)
+                    and '/' not in e
+                ):
                     mine[f'{word}/{k}/{e}'] = gathered(v.contiguous(), params[k]) if v.dim() else v
                 elif type(v) in _PLAIN and isinstance(e, str): plain.setdefault(k, {})[e] = v
                 elif is_sharded(params[k]) or not isinstance(e, str): raise TypeError(_class_name(type(v)))
                 else: plain.setdefault(k, {})[e] = _pack(v, apart, f'{word}-parts/{k}/{e}')
-        except (TypeError, RecursionError) as e: lost[k] = str(e); plain.pop(k, None); continue
+        except (TypeError, RecursionError) as e:
+            lost[k] = str(e)
+            plain.pop(k, None)
+            continue
         tensors.update(mine | apart)
     return plain, lost
 
@@ -400,8 +477,18 @@ def _first_states(optimizer):
     key = _members(optimizer)[0]
     if key not in _FIRST:
         states,params = _states(optimizer),dict.fromkeys(p for s in _states(optimizer) for p in s)
-        filled = any(m.state and _begins_filled(m) for m in _members(optimizer) if isinstance(getattr(m, 'state', None), Mapping))
-        _FIRST[key] = {p: {k: _mapped(_host_copy(v), _folded) for k,v in s.items()} for p in params if (s := _state_of(states, p))} if filled else {}
+        filled = any(
+            m.state and _begins_filled(m) for m in _members(optimizer) if isinstance(getattr(m, 'state', None), Mapping)
+        )
+        _FIRST[key] = (
+            {
+                p: {k: _mapped(_host_copy(v), _folded) for k, v in s.items()}
+                for p in params
+                if (s := _state_of(states, p))
+            }
+            if filled
+            else {}
+        )
     return _FIRST[key]
 
 def _set_first_states(optimizer, first):
@@ -417,7 +504,10 @@ def apply_selection(
 )->tuple:
     "Freeze all but `names`; returns (units that entered, units that left), in model order"
     wanted = set(names)
-    if unknown := wanted - set(layers): raise ValueError(f"unknown unit {sorted(unknown)[0]!r} (this model has {', '.join(list(layers)[:4])} … {len(layers)} units)")
+    if unknown := wanted - set(layers):
+        raise ValueError(
+            f"unknown unit {sorted(unknown)[0]!r} (this model has {', '.join(list(layers)[:4])} … {len(layers)} units)"
+        )
     states = [] if optimizer is None else _states(optimizer)
     first = {} if optimizer is None else _first_states(optimizer)
     parked = parked or ParkedStates('drop')
@@ -426,7 +516,8 @@ def apply_selection(
     entered = tuple(n for n in layers if not trains[n] and n in wanted)
     for n in left:
         for k,p in layers.named_params(n).items():
-            p.requires_grad_(False); p.grad = None
+            p.requires_grad_(False)
+            p.grad = None
             parked.park(k, _pop_state(states, p), p)
     for n in entered:
         for k,p in layers.named_params(n).items():
@@ -442,7 +533,10 @@ def find_ddp(
 ):
     "The `DistributedDataParallel` around `model`, which Trainer does not hand to its callbacks; None: there is none"
     if not _in_group(): return None
-    return next((o for o in gc.get_objects() if type(o) is torch.nn.parallel.DistributedDataParallel and o.module is model), None)
+    return next(
+        (o for o in gc.get_objects() if type(o) is torch.nn.parallel.DistributedDataParallel and o.module is model),
+        None,
+    )
 
 def renew_buckets(
     ddp # of `find_ddp`; None: nothing to do
@@ -458,7 +552,8 @@ _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _sample_bits(p:Tensor, k:int)->Tensor:
     "Bits of at most `k` elements spread evenly over `p`, as int64"
-    if _is_wrapper(x := local_tensor(p)): return torch.cat([_sample_bits(t, k) for t in _tensors(x)])      # a quantised weight: what it is made of
+    # a quantised weight: what it is made of
+    if _is_wrapper(x := local_tensor(p)): return torch.cat([_sample_bits(t, k) for t in _tensors(x)])
     flat = x.detach().reshape(-1)
     if flat.is_complex(): flat = torch.view_as_real(flat).reshape(-1)
     flat = _sample(flat, k)
@@ -479,7 +574,12 @@ class FrozenGuard:
 
     def watch(self)->None:
         "Take the bits of all parameters that are frozen now"
-        self._bits = {k: (n, p, _sample_bits(p, self.samples)) for n in self.layers for k,p in self.layers.named_params(n).items() if not p.requires_grad and p.numel()}
+        self._bits = {
+            k: (n, p, _sample_bits(p, self.samples))
+            for n in self.layers
+            for k, p in self.layers.named_params(n).items()
+            if not p.requires_grad and p.numel()
+        }
 
     def check(self)->None:
         "Raise if any watched parameter changed, naming it"
@@ -488,12 +588,16 @@ class FrozenGuard:
         changed = torch.stack([x.to(now[0].device) for x in now])
         if bool(changed.any()):     # the one synchronisation
             bad = [f"{k} (unit {n})" for (k,(n,_,_)),c in zip(self._bits.items(), changed.tolist()) if c]
-            raise RuntimeError(f"frozen weights changed: {', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''}. "
-                               "Something outside ALF writes to them: an optimizer with its own copy, a merge, a callback that loads weights?")
+            raise RuntimeError(
+                f"frozen weights changed: {', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''}."
+                " Something outside ALF writes to them: an optimizer with its own copy, a merge, a callback that loads"
+                " weights?"
+            )
 
 # %% ../nbs/07_optim.ipynb #62b5d81c
 def _makes_own_rates(m, group):
-    "Does this optimizer take learning rates of its own making, one per parameter, as Adafactor with relative steps does?"
+    """Does this optimizer take learning rates of its own making, one per parameter, as Adafactor with relative steps
+    does?"""
     return bool(group.get('relative_step')) and callable(getattr(m, '_get_lr', None))
 
 def _rate_sources(
@@ -501,7 +605,12 @@ def _rate_sources(
 )->list:      # (member, number of its parameter group, parameter; None: the rate is the whole group's)
     "Where learning rates are read"
     found = []
-    for m,i in _groups(optimizer): found += [(m, i, p) for p in m.param_groups[i]['params']] if _makes_own_rates(m, m.param_groups[i]) else [(m, i, None)]
+    for m,i in _groups(optimizer):
+        found += (
+            [(m, i, p) for p in m.param_groups[i]['params']]
+            if _makes_own_rates(m, m.param_groups[i])
+            else [(m, i, None)]
+        )
     return found
 
 def _learning_rates(
@@ -522,8 +631,12 @@ def last_update(
     p:Tensor   # a parameter that it trains
 )->Tensor:     # fp32, of the parameter's shape; of a weight in pieces, of the local one
     "The step just made, −ΔW/lr, from the optimizer's own state"
-    opt,g = _holder(optimizer, p); check_last_update(opt)
-    state,w,grad,wd = {k: local_tensor(v) for k,v in opt.state[p].items()},local_tensor(p).detach().float(),local_tensor(p.grad),g['weight_decay']
+    opt,g = _holder(optimizer, p)
+    check_last_update(opt)
+    state = {k: local_tensor(v) for k,v in opt.state[p].items()}
+    w = local_tensor(p).detach().float()
+    grad = local_tensor(p.grad)
+    wd = g['weight_decay']
     if isinstance(opt, torch.optim.SGD):
         m = state.get('momentum_buffer')
         return m.float() if m is not None else grad.float() + wd*(w + g['lr']*grad.float())/(1 - g['lr']*wd)
@@ -535,24 +648,32 @@ def last_update(
 
 def _is_readable(opt):
     "Can the last update of this optimizer be read?"
-    return isinstance(opt, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)) and not any(g.get('nesterov') or g.get('maximize') for g in opt.param_groups)
+    return isinstance(opt, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)) and not any(
+        g.get('nesterov') or g.get('maximize') for g in opt.param_groups
+    )
 
 def check_last_update(
     optimizer # any torch optimizer
 )->None:
     "Raise if `last_update` cannot read this optimizer, or one of a chain"
     for opt in dict.fromkeys(m for m,_ in _groups(optimizer)):
-        if not _is_readable(opt): raise ValueError(f"the last update of {type(opt).__name__} cannot be read from its state, only of Adam, AdamW and SGD without nesterov or maximize: use references='device' or 'host'")
+        if not _is_readable(opt):
+            raise ValueError(
+                f"the last update of {type(opt).__name__} cannot be read from its state, only of Adam, AdamW and SGD"
+                " without nesterov or maximize: use references='device' or 'host'"
+            )
 
 # %% ../nbs/07_optim.ipynb #5c1f20a2
 def _bare(optimizer):
     "The optimizer, if it is one of torch whose step is torch's own, with nothing of others around it; else None"
-    while type(optimizer).__name__ in ('AcceleratedOptimizer', 'SimpleNamespace') and hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
+    while type(optimizer).__name__ in ('AcceleratedOptimizer', 'SimpleNamespace') and hasattr(optimizer, 'optimizer'):
+        optimizer = optimizer.optimizer
     return optimizer if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) else None
 
 @torch.no_grad()
 def _has_to_move(optimizer, p, k=None):
-    "Was the update of `p` in the step just made above rounding? With `k`, for one of the elements that `_sample_bits` compares. None: it cannot be known"
+    """Was the update of `p` in the step just made above rounding? With `k`, for one of the elements that
+    `_sample_bits` compares. None: it cannot be known"""
     if p.grad is None or not p.is_floating_point(): return False
     if _bare(optimizer) is None or p.grad.is_sparse: return None
     opt,g = _holder(optimizer, p)
@@ -569,5 +690,13 @@ def check_state(
 )->None:
     "Raise if a frozen parameter still has optimizer state"
     states = _states(optimizer)
-    if stale := [k for n in layers for k,p in layers.named_params(n).items() if not p.requires_grad and any(map(_nbytes, _state_of(states, p).values()))]:
-        raise RuntimeError(f"{len(stale)} frozen parameters still hold optimizer state, the first is {stale[0]}: memory is not what was promised")
+    if stale := [
+        k
+        for n in layers
+        for k, p in layers.named_params(n).items()
+        if not p.requires_grad and any(map(_nbytes, _state_of(states, p).values()))
+    ]:
+        raise RuntimeError(
+            f"{len(stale)} frozen parameters still hold optimizer state, the first is {stale[0]}: memory is not what"
+            " was promised"
+        )

@@ -79,7 +79,8 @@ def smooth(
 def trend(
     values # numbers; None is a gap
 )->list:   # as long as `values`, gaps kept
-    "Exponential average over about an eighth of the values, at most 10: the loss of a run as report and widgets draw it"
+    """Exponential average over about an eighth of the values, at most 10: the loss of a run as report and widgets
+    draw it"""
     return smooth(values, 1 - 1/max(1, min(10, len(values)/8)))
 
 def names_px(
@@ -94,14 +95,19 @@ def theme_css()->str:
     "The style sheet that report and widgets share"
     return (files('alf_nb')/'static'/'theme.css').read_text(encoding='utf-8')
 
-_NO_MATH = 'mathjax_ignore tex2jax_ignore'     # classes in which MathJax, of either name, takes no dollar sign for a formula
+# classes in which MathJax, of either name, takes no dollar sign for a formula
+_NO_MATH = 'mathjax_ignore tex2jax_ignore'
 
 class Picture(str):
     "A piece of HTML that shows itself in a notebook"
     def _repr_html_(self): return f'<style>{theme_css()}</style><div class="alf {_NO_MATH}">{self}</div>'
     def __repr__(self):
         said = re.search(r'aria-label="([^"]+)"|<caption>([^<]+)', self)
-        return f'<Picture: {textwrap.shorten(unescape(said[1] or said[2]), 66, placeholder=" …")}>' if said else '<Picture>'
+        return (
+            f'<Picture: {textwrap.shorten(unescape(said[1] or said[2]), 66, placeholder=" …")}>'
+            if said
+            else '<Picture>'
+        )
 
 def _key(kind, c): return f'<i class="alf-key {kind} alf-c{c}" aria-hidden="true"></i>'
 
@@ -115,7 +121,9 @@ def _thin(x, y, n=700):
     for i in range(0, len(x), k):
         part = range(i, min(i+k, len(x)))
         known = [j for j in part if y[j] is not None]
-        keep = {part[0], *( (min(known, key=lambda j: y[j]), max(known, key=lambda j: y[j])) if known else ())} | {j for j in part if y[j] is None}
+        keep = {part[0], *((min(known, key=lambda j: y[j]), max(known, key=lambda j: y[j])) if known else ())} | {
+            j for j in part if y[j] is None
+        }
         out += [(x[j], y[j]) for j in sorted(keep)]
     return out
 
@@ -124,7 +132,9 @@ def _runs(points):
     run = []
     for p in points:
         if p[1] is not None: run.append(p)
-        elif run: yield run; run = []
+        elif run:
+            yield run
+            run = []
     if run: yield run
 
 def _path(points, fx, fy):
@@ -134,7 +144,9 @@ def _path(points, fx, fy):
         x, y = round(fx(p[0])), round(fy(p[1]))
         if len(at) > 1 and at[-1][1] == at[-2][1] == y and (x-at[-1][0])*(at[-1][0]-at[-2][0]) >= 0: at[-1] = x, y
         elif not at or at[-1] != (x, y): at.append((x, y))
-    return f'M{at[0][0]} {at[0][1]}' + ('l' + ' '.join(f'{x-a} {y-b}' for (a,b),(x,y) in zip(at, at[1:]))).replace(' -', '-')*(len(at) > 1)
+    return f'M{at[0][0]} {at[0][1]}' + ('l' + ' '.join(f'{x-a} {y-b}' for (a, b), (x, y) in zip(at, at[1:]))).replace(
+        ' -', '-'
+    ) * (len(at) > 1)
 
 def _x_labels(marks, lo, hi):
     at = lambda v: 100*(v-lo)/((hi-lo) or 1)
@@ -160,14 +172,18 @@ def line_chart(
     base = {}                                    # x → height of the stack so far
     drawn = []
     for s in series:
-        pts = [(x, y if y is None or math.isfinite(y) else None) for x,y in (_thin(s['x'], s['y'], points//2) if s.get('kind') != 'area' else zip(s['x'], s['y']))]
+        pts = [
+            (x, y if y is None or math.isfinite(y) else None)
+            for x, y in (_thin(s['x'], s['y'], points // 2) if s.get('kind') != 'area' else zip(s['x'], s['y']))
+        ]
         if s.get('kind') == 'area':
             low = [(x, base.get(x, 0)) for x,_ in pts]
             pts = [(x, b+(y or 0)) for (x,y),(_,b) in zip(pts, low)]
             base.update(pts)
             drawn.append((s, pts, low))
         else: drawn.append((s, pts, None))
-    xs = [x for _,p,_ in drawn for x,_ in p]; ys = [y for _,p,_ in drawn for _,y in p if y is not None]
+    xs = [x for _,p,_ in drawn for x,_ in p]
+    ys = [y for _,p,_ in drawn for _,y in p if y is not None]
     x0, x1 = x_range or (min(xs, default=0), max(xs, default=1))
     y0, y1 = y_range or (min(ys, default=0), max(ys, default=1))
     if x1 <= x0: x1 = x0+1
@@ -176,24 +192,44 @@ def line_chart(
         y0, y1 = (0 if base else y0-pad), y1+pad
     fx, fy = (lambda v: 1000*(v-x0)/(x1-x0)), (lambda v: 1000*(y1-v)/((y1-y0) or 1))
     yt = ticks(y0, y1, n_ticks)
-    svg = [f'<path class="grid" d="{"".join(f"M0 {fy(v):.1f}H1000" for v in yt)}"/>', *(f'<path class="tick" d="M{fx(m):.1f} 0V1000"/>' for m in marks if x0 < m < x1)]
+    svg = [
+        f'<path class="grid" d="{"".join(f"M0 {fy(v):.1f}H1000" for v in yt)}"/>',
+        *(f'<path class="tick" d="M{fx(m):.1f} 0V1000"/>' for m in marks if x0 < m < x1),
+    ]
     for s,pts,low in drawn:
         kind, c = s.get('kind', 'line'), s.get('c', 1)
         if kind == 'area' and pts: svg.append(f'<path class="area alf-c{c}" d="{_path(pts + low[::-1], fx, fy)}Z"/>')
         elif kind == 'dots':
             d = ''.join(f'M{fx(x):.1f} {fy(y):.1f}h.01' for x,y in pts if y is not None)
             if d: svg.append(f'<path class="halo" d="{d}"/><path class="dots alf-c{c}" d="{d}"/>')
-        else: svg += [f'<path class="line {kind} alf-c{c}" d="{_path(r, fx, fy)}{"h.01" if len(r) == 1 else ""}"/>' for r in _runs(pts)]
-    legend = _legend([f'{_key(s.get("kind", "line"), s.get("c", 1))}{escape(s["name"])}{" <b>"+escape(s["last"])+"</b>" if s.get("last") else ""}' for s in series if s.get('name')])
+        else:
+            svg += [
+                f'<path class="line {kind} alf-c{c}" d="{_path(r, fx, fy)}{"h.01" if len(r) == 1 else ""}"/>'
+                for r in _runs(pts)
+            ]
+    legend = _legend(
+        [
+            f'{_key(s.get("kind", "line"), s.get("c", 1))}{escape(s["name"])}{" <b>"+escape(s["last"])+"</b>" if s.get("last") else ""}'
+            for s in series
+            if s.get('name')
+        ]
+    )
     y_lab = ''.join(f'<span style="bottom:{100*(v-y0)/((y1-y0) or 1):.2f}%">{escape(fmt(v))}</span>' for v in yt)
     x_lab = f'<div class="alf-x">{_x_labels(ticks(x0, x1, n_x_ticks), x0, x1)}</div>' if x_labels else ''
     name = f'<div class="alf-name">{escape(x_name)}</div>' if x_name else ''
-    return Picture(f'<figure class="alf-fig">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{height}px"><div class="alf-y">{y_lab}</div>'
-                   f'<div class="alf-plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(svg)}</svg></div>{x_lab}{name}</div></figure>')
+    return Picture(
+        f'<figure class="alf-fig">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}"'
+        f' style="--h:{height}px"><div class="alf-y">{y_lab}</div><div class="alf-plot"><svg viewBox="0 0 1000 1000"'
+        f' preserveAspectRatio="none" aria-hidden="true">{"".join(svg)}</svg></div>{x_lab}{name}</div></figure>'
+    )
 
 # %% ../nbs/11_plots.ipynb #cbd2f38d
-_ramps = dict(l=('#edf0f3', '#c4e3de', '#45aea4', '#0a5f59'), d=('#232c37', '#174a4a', '#1f948b', '#5bdccb'))   # ramp0 … ramp3 of theme.css
-_signed = dict(l=('#a63f0b', '#ee9a6b', '#edf0f3', '#45aea4', '#0a5f59'), d=('#ffb083', '#a4552a', '#232c37', '#1f948b', '#5bdccb'))   # less … the same … more
+# ramp0 … ramp3 of theme.css
+_ramps = dict(l=('#edf0f3', '#c4e3de', '#45aea4', '#0a5f59'), d=('#232c37', '#174a4a', '#1f948b', '#5bdccb'))
+# less … the same … more
+_signed = dict(
+    l=('#a63f0b', '#ee9a6b', '#edf0f3', '#45aea4', '#0a5f59'), d=('#ffb083', '#a4552a', '#232c37', '#1f948b', '#5bdccb')
+)
 _levels = 31
 
 @lru_cache(None)
@@ -201,7 +237,8 @@ def _palette(theme, signed=False):
     rgb = [tuple(int(h[i:i+2], 16) for i in (1, 3, 5)) for h in (_signed if signed else _ramps)[theme]]
     stops = rgb if signed else rgb[1:]
     def at(t):
-        i = min(int(t*(len(stops)-1)), len(stops)-2); f = t*(len(stops)-1) - i
+        i = min(int(t*(len(stops)-1)), len(stops)-2)
+        f = t*(len(stops)-1) - i
         return bytes(round(a+(b-a)*f) for a,b in zip(stops[i], stops[i+1]))
     return bytes(rgb[2] if signed else rgb[0]) + b''.join(at(i/(_levels-1)) for i in range(_levels))
 
@@ -217,12 +254,29 @@ def palette_png(
 
 def _pngs(rows, signed=False):
     w, h, top = max((len(r) for r in rows), default=0) or 1, len(rows) or 1, _levels-1
-    level = (lambda v: 0 if v is None else 1 + min(top, max(0, round((v+1)/2*top)))) if signed else lambda v: 0 if not v or v <= 0 else 1 + min(top, round(v*top))
+    level = (
+        (lambda v: 0 if v is None else 1 + min(top, max(0, round((v + 1) / 2 * top))))
+        if signed
+        else lambda v: 0 if not v or v <= 0 else 1 + min(top, round(v * top))
+    )
     clear = any(v != v for r in rows for v in r)
     if clear: known, level = level, lambda v: _levels+1 if v != v else known(v)
     raw = b''.join(b'\0' + bytes(map(level, r)) + b'\0'*(w-len(r)) for r in rows) or b'\0\0'
     head, body = _chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 3, 0, 0, 0)), _chunk(b'IDAT', zlib.compress(raw, 9))
-    return {t: 'data:image/png;base64,' + base64.b64encode(b'\x89PNG\r\n\x1a\n' + head + _chunk(b'PLTE', _palette(t, signed) + b'\0\0\0'*clear) + _chunk(b'tRNS', b'\xff'*(_levels+1) + b'\0')*clear + body + _chunk(b'IEND', b'')).decode() for t in 'ld'}
+    return {
+        t: (
+            'data:image/png;base64,'
+            + base64.b64encode(
+                b'\x89PNG\r\n\x1a\n'
+                + head
+                + _chunk(b'PLTE', _palette(t, signed) + b'\0\0\0' * clear)
+                + _chunk(b'tRNS', b'\xff' * (_levels + 1) + b'\0') * clear
+                + body
+                + _chunk(b'IEND', b'')
+            ).decode()
+        )
+        for t in 'ld'
+    }
 
 def map_images(
     rows,              # rows of values 0–1, all as long; None or 0: nothing
@@ -231,7 +285,7 @@ def map_images(
 )->str:
     "A heat map for light pages and one for dark pages; the style sheet shows the right one"
     style = f' style="width:{100*width:.2f}%"' if width < 1 else ''
-    size = dict(l='width=100%', d='width=1 height=1')        # where a viewer drops styles, the one for light pages is seen
+    size = dict(l='width=100%', d='width=1 height=1')  # where a viewer drops styles, the one for light pages is seen
     return ''.join(f'<img class="{t}" {size[t]}{style} src="{u}" alt="">' for t,u in _pngs(rows, signed).items())
 
 def ramp_legend(
@@ -241,7 +295,13 @@ def ramp_legend(
     more=()         # further entries, HTML
 )->str:
     "What the colours of a map mean"
-    return _legend([f'{escape(low)}<i class="alf-key ramp" aria-hidden="true"></i>{escape(high)}', *([_key('off', 4)+escape(none)] if none else []), *more])
+    return _legend(
+        [
+            f'{escape(low)}<i class="alf-key ramp" aria-hidden="true"></i>{escape(high)}',
+            *([_key('off', 4) + escape(none)] if none else []),
+            *more,
+        ]
+    )
 
 def band_legend()->str:
     "What the colours of a map of single units mean"
@@ -265,26 +325,53 @@ def heat_map(
 )->Picture:
     "Rows by steps, with bars beside the rows that share them"
     n = len(names) or 1
-    px = row_px or max(3, min(22 if n > 8 else 34, 380//n)); h = n*px
+    px = row_px or max(3, min(22 if n > 8 else 34, 380//n))
+    h = n*px
     every = max(1, -(-15//px))
     every = next((e for e in (1, 2, 5, 10, 20, 50, 100) if e >= every), every)
-    y_lab = ''.join(f'<span class="row" style="top:{100*(i+.5)/n:.2f}%">{escape(str(m))}</span>' for i,m in enumerate(names) if i % every == 0)
+    y_lab = ''.join(
+        f'<span class="row" style="top:{100*(i+.5)/n:.2f}%">{escape(str(m))}</span>'
+        for i, m in enumerate(names)
+        if i % every == 0
+    )
     x0, x1 = x_range
     lines = ''.join(f'M{1000*(m-x0)/((x1-x0) or 1):.1f} 0V1000' for m in marks if x0 < m < x1)
-    hover = f'<div class="alf-hover">{"".join(f"<i title={chr(34)}{escape(t)}{chr(34)}></i>" for t in hints)}</div>' if hints else ''
-    over = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true"><path class="tick" d="{lines}"/></svg>' if lines else ''
+    hover = (
+        f'<div class="alf-hover">{"".join(f"<i title={chr(34)}{escape(t)}{chr(34)}></i>" for t in hints)}</div>'
+        if hints
+        else ''
+    )
+    over = (
+        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true"><path class="tick"'
+        f' d="{lines}"/></svg>'
+        if lines
+        else ''
+    )
     bars = ''
     if side is not None:
         d = {True: '', False: ''}
         for i,v in enumerate(side):
             if v: d[side_on is None or bool(side_on[i])] += f'M0 {1000*(i+.14)/n:.1f}h{1000*v:.0f}v{720/n:.1f}H0z'
         rect = ''.join(f'<path class="bar{"" if on else " off"}" d="{p}"/>' for on,p in d.items() if p)
-        bars = f'<div class="alf-side"><div class="alf-plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{rect}</svg>{hover}</div></div>'
+        bars = (
+            '<div class="alf-side"><div class="alf-plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none"'
+            f' aria-hidden="true">{rect}</svg>{hover}</div></div>'
+        )
     foot = f'<div class="alf-x">{_x_labels(ticks(x0, x1, 6), x0, x1)}</div>'
-    if bars: foot += '<div class="alf-sidex"><div><span class="first" style="left:0">0</span><span style="left:50%">0.5</span><span class="end" style="left:100%">1</span></div></div>'
-    foot += f'<div class="alf-name">{escape(x_name)}</div>' + (f'<div class="alf-name alf-side" style="grid-column:3">{escape(side_name)}</div>' if bars else '')
-    return Picture(f'<figure class="alf-fig" style="--left:{left}px;--right:{"26%" if bars else "0px"}">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{h}px">'
-                   f'<div class="alf-y">{y_lab}</div><div class="alf-plot">{map_images(rows, 1 if upto is None else (upto-x0)/((x1-x0) or 1))}{over}{hover}</div>{bars}{foot}</div></figure>')
+    if bars:
+        foot += (
+            '<div class="alf-sidex"><div><span class="first" style="left:0">0</span><span'
+            ' style="left:50%">0.5</span><span class="end" style="left:100%">1</span></div></div>'
+        )
+    foot += f'<div class="alf-name">{escape(x_name)}</div>' + (
+        f'<div class="alf-name alf-side" style="grid-column:3">{escape(side_name)}</div>' if bars else ''
+    )
+    return Picture(
+        f'<figure class="alf-fig" style="--left:{left}px;--right:{"26%" if bars else "0px"}">{legend}<div'
+        f' class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{h}px">'
+        f'<div class="alf-y">{y_lab}</div><div'
+        f' class="alf-plot">{map_images(rows, 1 if upto is None else (upto-x0)/((x1-x0) or 1))}{over}{hover}</div>{bars}{foot}</div></figure>'
+    )
 
 # %% ../nbs/11_plots.ipynb #315e9305
 def by_layer(units)->dict: # layer name → its units, in model order
@@ -308,7 +395,8 @@ def step_map(
     columns:int=240  # at most; fewer steps have one column each
 )->list:             # rows
     "Values over time as rows of columns, averaged"
-    n = max(1, min(columns, steps)); w = steps/n or 1
+    n = max(1, min(columns, steps))
+    w = steps/n or 1
     rows = [[0.]*n for _ in (values[0] if values else ())]
     for vs,a,b in zip(values, starts, [*starts[1:], steps]):
         b = min(b, steps)
@@ -326,7 +414,11 @@ def trained_map(
     columns:int=240  # at most; a run of fewer steps has one column per step
 )->list:             # one row of shares 0–1 per group
     "Share of the parameters of each group that trained, by step"
-    return step_map([trained_share(groups, s) for s in selections], [s.step for s in selections], steps, columns) if selections else [[0.]*max(1, min(columns, steps)) for _ in groups]
+    return (
+        step_map([trained_share(groups, s) for s in selections], [s.step for s in selections], steps, columns)
+        if selections
+        else [[0.0] * max(1, min(columns, steps)) for _ in groups]
+    )
 
 # %% ../nbs/11_plots.ipynb #aba98160
 def band_map(
@@ -339,9 +431,19 @@ def band_map(
 )->Picture:
     "A small map per name, one above the other"
     px = max(.8, min(6, 420/(sum(map(len, bands.values())) or 1)))
-    body = ''.join(f'<div class="alf-band"><span title="{escape(str(k))}">{escape(str(k))}</span><div class="alf-plot" style="--h:{max(6, len(r)*px):.0f}px">{map_images(r)}</div></div>' for k,r in bands.items())
-    foot = f'<div class="alf-chart"><div></div><div class="alf-x">{_x_labels(ticks(*x_range, 6), *x_range)}</div><div class="alf-name">{escape(x_name)}</div></div>'
-    return Picture(f'<figure class="alf-fig" style="--left:{left}px">{legend}<div role="img" aria-label="{escape(label)}">{body}{foot}</div></figure>')
+    body = ''.join(
+        f'<div class="alf-band"><span title="{escape(str(k))}">{escape(str(k))}</span><div class="alf-plot"'
+        f' style="--h:{max(6, len(r)*px):.0f}px">{map_images(r)}</div></div>'
+        for k, r in bands.items()
+    )
+    foot = (
+        f'<div class="alf-chart"><div></div><div class="alf-x">{_x_labels(ticks(*x_range, 6), *x_range)}</div><div'
+        f' class="alf-name">{escape(x_name)}</div></div>'
+    )
+    return Picture(
+        f'<figure class="alf-fig" style="--left:{left}px">{legend}<div role="img"'
+        f' aria-label="{escape(label)}">{body}{foot}</div></figure>'
+    )
 
 # %% ../nbs/11_plots.ipynb #bee57e8b
 def cell_table(
@@ -368,8 +470,23 @@ def cell_table(
         g = str(c).rpartition('.')[0]
         if groups and groups[-1][0] == g: groups[-1][1] += 1
         else: groups.append([g, 1])
-    top = f'<tr><td class="none"></td>{"".join(f"""<th scope="colgroup" class="group" colspan="{k}">{escape(g)}</th>""" for g,k in groups)}</tr>' if 1 < len(groups) < n/2 else ''
-    head = ''.join(f'<th scope="col" title="{escape(str(c))}">{escape(s) if i % every == 0 else ""}</th>' for i,(c,s) in enumerate(zip(columns, short)))
-    body = ''.join(f'<tr><th scope="row" title="{escape(str(r))}">{escape(str(r))}</th>{"".join(td(r, c) for c in columns)}</tr>' for r in rows)
-    return Picture(f'<div class="scroll" style="--left:{left}px"><table class="alf-cells{" dense" if n > 40 else ""}"><caption>{escape(caption)}</caption>'
-                   f'<colgroup><col class="names">{"<col>"*n}</colgroup><thead>{top}<tr><td class="none"></td>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    top = (
+        '<tr><td'
+        f' class="none"></td>{"".join(f"""<th scope="colgroup" class="group" colspan="{k}">{escape(g)}</th>""" for g,k in groups)}</tr>'
+        if 1 < len(groups) < n / 2
+        else ''
+    )
+    head = ''.join(
+        f'<th scope="col" title="{escape(str(c))}">{escape(s) if i % every == 0 else ""}</th>'
+        for i, (c, s) in enumerate(zip(columns, short))
+    )
+    body = ''.join(
+        f'<tr><th scope="row" title="{escape(str(r))}">{escape(str(r))}</th>{"".join(td(r, c) for c in columns)}</tr>'
+        for r in rows
+    )
+    return Picture(
+        f'<div class="scroll" style="--left:{left}px"><table'
+        f' class="alf-cells{" dense" if n > 40 else ""}"><caption>{escape(caption)}</caption><colgroup><col'
+        f' class="names">{"<col>"*n}</colgroup><thead>{top}<tr><td'
+        f' class="none"></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )

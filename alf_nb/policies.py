@@ -21,12 +21,20 @@ from .records import *
 # %% ../nbs/06_policies.ipynb #554fd534
 def _number(what, v, lo, hi, why, above=False):
     "`v` as a float in [lo, hi], or in (lo, hi] if `above`"
-    ok = isinstance(v, Real) and not isinstance(v, bool) and (v > lo if above else v >= lo) and v <= hi      # a NaN is neither, and infinity beyond
+    # a NaN is neither, and infinity beyond
+    ok = isinstance(v, Real) and not isinstance(v, bool) and (v > lo if above else v >= lo) and v <= hi
     if ok: return float(v)
-    hint = f"; did you mean {v/100:g}?" if isinstance(v, Real) and not isinstance(v, bool) and hi == 1 and 1 < v <= 100 else ''
+    hint = (
+        f"; did you mean {v/100:g}?"
+        if isinstance(v, Real) and not isinstance(v, bool) and hi == 1 and 1 < v <= 100
+        else ''
+    )
     raise ValueError(f"{what}={v!r}, but {why}{hint}")
 
-def _budget(v): return _number('budget', v, 0, 1, "a budget is a fraction of all parameters, above 0 and at most 1, such as 0.25", above=True)
+def _budget(v):
+    return _number(
+        'budget', v, 0, 1, "a budget is a fraction of all parameters, above 0 and at most 1, such as 0.25", above=True
+    )
 
 def _integer(what, v, lo, why):
     "`v` as an int of at least `lo`"
@@ -53,25 +61,40 @@ def _meant(pattern, units):
     top = max((u.depth for u in units), default=0)
     ends = dict(embeddings=lambda u: u.layer.endswith('.embeddings'),
                 head=lambda u: u.layer.endswith('.head') and u.depth == top).get(pattern, lambda u: False)
-    for same in (lambda u: u.name == pattern, lambda u: u.layer == pattern, ends, lambda u: u.name.startswith(pattern + '.'),
-                 lambda u: fnmatchcase(u.name, pattern) or fnmatchcase(u.layer, pattern)):
+    for same in (
+        lambda u: u.name == pattern,
+        lambda u: u.layer == pattern,
+        ends,
+        lambda u: u.name.startswith(pattern + '.'),
+        lambda u: fnmatchcase(u.name, pattern) or fnmatchcase(u.layer, pattern),
+    ):
         if found := tuple(u.name for u in units if same(u)): return found
     return ()
 
 def match_units(
-    pattern:str, # name of a unit, of a layer or of all below it, `embeddings`, `head`, `kind:norm`, or glob such as `*.q_proj`
+    # name of a unit, of a layer or of all below it, `embeddings`, `head`, `kind:norm`, or glob such as `*.q_proj`
+    pattern:str,
     units        # `UnitInfo` of every unit of the model
-)->tuple:        # names of the units it means, in model order
+)->tuple:  # names of the units it means, in model order
     "Names of the units that `pattern` means; a pattern that means none is an error."
-    if not isinstance(pattern, str): raise ValueError(f"a pattern is the name of a unit or a layer, a kind, or a glob, got {pattern!r}")
+    if not isinstance(pattern, str):
+        raise ValueError(f"a pattern is the name of a unit or a layer, a kind, or a glob, got {pattern!r}")
     if found := _meant(pattern, units): return found
     if pattern.startswith('kind:'):
-        raise ValueError(f"{pattern!r} matches no unit: kinds of this model are {', '.join(k for k in KINDS if any(u.kind == k for u in units))}")
+        raise ValueError(
+            f"{pattern!r} matches no unit: kinds of this model are"
+            f" {', '.join(k for k in KINDS if any(u.kind == k for u in units))}"
+        )
     layers = list(dict.fromkeys(u.layer for u in units))
     towers = dict.fromkeys('.'.join(p[:i]) for p in (l.split('.') for l in layers) for i in range(1, len(p)))
-    near = get_close_matches(pattern, list(dict.fromkeys([*towers, *(n for u in units for n in (u.layer, u.name))])), n=3, cutoff=.5)
+    near = get_close_matches(
+        pattern, list(dict.fromkeys([*towers, *(n for u in units for n in (u.layer, u.name))])), n=3, cutoff=0.5
+    )
     why = "; a head that is tied to the embeddings is part of them" if pattern == 'head' else ''
-    raise ValueError(f"{pattern!r} matches no unit or layer{why}; " + (f"close: {', '.join(near)}" if near else f"layers are {', '.join(layers)}"))
+    raise ValueError(
+        f"{pattern!r} matches no unit or layer{why}; "
+        + (f"close: {', '.join(near)}" if near else f"layers are {', '.join(layers)}")
+    )
 
 # %% ../nbs/06_policies.ipynb #04d873e6
 @dataclass(frozen=True)
@@ -97,7 +120,9 @@ class Ballot:
     @property
     def importance(self)->dict:
         "Importance 0…1 of the candidates that are known"
-        scale = Scores(self.scores.signal, {u.name: self.scores.values.get(u.name) for u in self.model if u.eligible}).importance
+        scale = Scores(
+            self.scores.signal, {u.name: self.scores.values.get(u.name) for u in self.model if u.eligible}
+        ).importance
         return {n: scale[n] for n in self.values}
 
     @property
@@ -126,7 +151,9 @@ class Ballot:
         names, start = list(taken), used
         for u in order:
             if (used - start)/n_total >= enough: break
-            if u.name not in seen and (used + u.n_params)/n_total <= budget: names.append(u.name); used += u.n_params
+            if u.name not in seen and (used + u.n_params)/n_total <= budget:
+                names.append(u.name)
+                used += u.n_params
         return names
 
     def check(self,
@@ -134,11 +161,17 @@ class Ballot:
     ):
         "Refuse a budget that the pinned units exceed, or that is too small for any candidate."
         if (paid := self.share(u.name for u in self.pinned)) > budget:
-            raise ValueError(f"the pinned units hold {paid:.4g} of the parameters, more than budget={budget:g}: pin fewer or raise the budget")
+            raise ValueError(
+                f"the pinned units hold {paid:.4g} of the parameters, more than budget={budget:g}: pin fewer or raise"
+                " the budget"
+            )
         if not self.pinned and self.units:
             u = min(self.units, key=lambda u: u.n_params)
             if (least := u.n_params/self.n_total) > budget:
-                raise ValueError(f"budget={budget:g} is too small for any unit: the smallest, {u.name}, holds {least:.4g} of the parameters; use at least {_round_up(least):g}")
+                raise ValueError(
+                    f"budget={budget:g} is too small for any unit: the smallest, {u.name}, holds {least:.4g} of the"
+                    f" parameters; use at least {_round_up(least):g}"
+                )
 
 def _round_up(x, digits=3):
     "`x` with `digits` significant digits, never below `x`"
@@ -160,7 +193,8 @@ class Policy(Record):
         for k in ('pin', 'ban'):
             v = getattr(self, k)
             v = (v,) if isinstance(v, str) else v
-            if not isinstance(v, (tuple, list)) or not all(isinstance(o, str) and o for o in v): raise ValueError(f"{k}={v!r}, but it is a list of unit names, layer names or globs")
+            if not isinstance(v, (tuple, list)) or not all(isinstance(o, str) and o for o in v):
+                raise ValueError(f"{k}={v!r}, but it is a list of unit names, layer names or globs")
             self._keep(**{k: tuple(v)})
         self._keep(seed=_integer('seed', self.seed, None, "a seed is a whole number"))
 
@@ -174,18 +208,25 @@ class Policy(Record):
 
     def to_dict(self)->dict:
         "Settings as JSON-ready values, with the policy's name"
-        return dict(policy=self.name, **{k: list(v) if isinstance(v, tuple) else v for k,v in super().to_dict().items()})
+        return dict(
+            policy=self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in super().to_dict().items()}
+        )
 
     @classmethod
     def from_dict(cls,
         d:dict # what `to_dict` returned: `policy` is a key of `POLICIES`, the rest are its settings
     )->'Policy':
         "The policy that `to_dict` described"
-        if not isinstance(d, dict): raise ValueError(f"a policy is made from a dict such as {{'policy': 'budget', 'budget': 0.25}}, got {type(d).__name__}")
+        if not isinstance(d, dict):
+            raise ValueError(
+                f"a policy is made from a dict such as {{'policy': 'budget', 'budget': 0.25}}, got {type(d).__name__}"
+            )
         d = dict(d)
         name = d.pop('policy', cls.name)
-        if not isinstance(name, str) or name not in POLICIES: raise ValueError(f"unknown policy {name!r}; policies are {', '.join(POLICIES)}")
-        if not issubclass(POLICIES[name], cls): raise ValueError(f"{cls.__name__} cannot be made from settings of policy {name!r}")
+        if not isinstance(name, str) or name not in POLICIES:
+            raise ValueError(f"unknown policy {name!r}; policies are {', '.join(POLICIES)}")
+        if not issubclass(POLICIES[name], cls):
+            raise ValueError(f"{cls.__name__} cannot be made from settings of policy {name!r}")
         return super(Policy, POLICIES[name]).from_dict(d)
 
     def choose(self,
@@ -200,13 +241,18 @@ from fastcore.basics import patch
 def _ballot(scores, units, pin=(), ban=(), step=0, current=None):
     "The ballot for these scores, with pins and bans settled"
     units = tuple(units)
-    if not sum(u.n_params for u in units): raise ValueError("no parameters to choose from: the list of units is empty or holds only empty ones")
+    if not sum(u.n_params for u in units):
+        raise ValueError("no parameters to choose from: the list of units is empty or holds only empty ones")
     names = {u.name for u in units}
     if len(names) < len(units): raise ValueError("two units have the same name")
     if scores is not None and (odd := [n for n in scores.values if n not in names]):
-        raise ValueError(f"scores of another model: {', '.join(map(repr, odd[:3]))} is not among its units, such as {', '.join(map(repr, [u.name for u in units[:3]]))}")
+        raise ValueError(
+            f"scores of another model: {', '.join(map(repr, odd[:3]))} is not among its units, such as"
+            f" {', '.join(map(repr, [u.name for u in units[:3]]))}"
+        )
     pinned, banned = ({n for p in ps for n in match_units(p, units)} for ps in (pin, ban))
-    if both := [u.name for u in units if u.name in pinned & banned]: raise ValueError(f"both pinned and banned: {', '.join(both[:5])}")
+    if both := [u.name for u in units if u.name in pinned & banned]:
+        raise ValueError(f"both pinned and banned: {', '.join(both[:5])}")
     free = tuple(u for u in units if u.eligible and u.n_params and u.name not in pinned | banned)
     return Ballot(free, tuple(u for u in units if u.name in pinned), units, scores, step, frozenset(current or ()))
 
@@ -219,23 +265,32 @@ def select(self:Policy,
 )->Selection:               # names in model order, the reason, and the share of all parameters
     "The units that train next, and why."
     if scores is None and self.needs_scores: raise ValueError(f"policy {self.name!r} chooses by scores, got None")
-    if self.signal and scores.signal not in (self.signal, 'prior'): raise ValueError(f"policy {self.name!r} chooses by {self.signal!r}, got scores of {scores.signal!r}")
+    if self.signal and scores.signal not in (self.signal, 'prior'):
+        raise ValueError(f"policy {self.name!r} chooses by {self.signal!r}, got scores of {scores.signal!r}")
     step = _integer('step', step, 0, "a step is a whole number of at least 0")
     b = _ballot(scores, units, self.pin, self.ban, step, current)
-    if not b.units and not b.pinned: raise ValueError(f"nothing to choose from: of {len(b.model)} units none is eligible and not banned (ban={list(self.ban)})")
+    if not b.units and not b.pinned:
+        raise ValueError(
+            f"nothing to choose from: of {len(b.model)} units none is eligible and not banned (ban={list(self.ban)})"
+        )
     if (budget := getattr(self, 'budget', None)) is not None: b.check(budget)
     names, why = self.choose(b) if b.units else ((), 'no candidate but the pinned')
-    if odd := set(names) - {u.name for u in b.units}: raise RuntimeError(f"policy {self.name!r} chose what was not on the ballot: {', '.join(sorted(odd)[:5])}")
+    if odd := set(names) - {u.name for u in b.units}:
+        raise RuntimeError(f"policy {self.name!r} chose what was not on the ballot: {', '.join(sorted(odd)[:5])}")
     if not names and not b.pinned: raise ValueError(f"policy {self.name!r} selects nothing ({why})")
     chosen = {*names, *(u.name for u in b.pinned)}
     if b.pinned: why += f", {len(b.pinned)} pinned"
-    return Selection(tuple(u.name for u in b.model if u.name in chosen), why, self.name or type(self).__name__, step, b.share(chosen))
+    return Selection(
+        tuple(u.name for u in b.model if u.name in chosen), why, self.name or type(self).__name__, step, b.share(chosen)
+    )
 
 # %% ../nbs/06_policies.ipynb #bba481d7
 def _known(b):
     "Known values of the candidates; none at all is an error, because a choice among unknowns is no choice"
     if b.values: return b.values
-    raise ValueError(f"no candidate has a known {b.scores.signal}: measure first, or start from the prior or a gradient probe")
+    raise ValueError(
+        f"no candidate has a known {b.scores.signal}: measure first, or start from the prior or a gradient probe"
+    )
 
 # %% ../nbs/06_policies.ipynb #9aec4c91
 def step_cost(
@@ -245,9 +300,14 @@ def step_cost(
     "Predicted cost of a training step relative to training everything: [L + (L−ℓ_min) + k] / 3L, in parameters."
     selected = set(selected)
     layers = [u for u in units if u.kind in ('matrix', 'block', 'adapter', 'head')]
-    if not (total := sum(u.n_params for u in layers)): raise ValueError("no matrix, block, adapter or head among the units: nothing to predict from")
+    if not (total := sum(u.n_params for u in layers)):
+        raise ValueError("no matrix, block, adapter or head among the units: nothing to predict from")
     low = min((u.depth for u in units if u.name in selected), default=math.inf)
-    return (total + sum(u.n_params for u in layers if u.depth >= low) + sum(u.n_params for u in layers if u.name in selected))/(3*total)
+    return (
+        total
+        + sum(u.n_params for u in layers if u.depth >= low)
+        + sum(u.n_params for u in layers if u.name in selected)
+    ) / (3 * total)
 
 # %% ../nbs/06_policies.ipynb #2345e529
 @dataclass(frozen=True)
@@ -265,7 +325,9 @@ class ThresholdPolicy(Policy):
         best = max(imp, key=imp.get)
         names = [n for n,v in imp.items() if v >= self.threshold]
         if names or ballot.pinned: return names, f"{ballot.scores.signal} importance ≥ {self.threshold:g}"
-        raise ValueError(f"threshold={self.threshold:g} is reached by no unit: the highest, {best}, has importance {imp[best]:.3g}")
+        raise ValueError(
+            f"threshold={self.threshold:g} is reached by no unit: the highest, {best}, has importance {imp[best]:.3g}"
+        )
 
 # %% ../nbs/06_policies.ipynb #b06d7cb2
 def _sticky(values, current, hysteresis):
@@ -275,13 +337,18 @@ def _sticky(values, current, hysteresis):
 def _best_first(units, values): return sorted((u for u in units if u.name in values), key=lambda u: -values[u.name])
 
 def _standing(units, values, bands):
-    "How far up a unit stands among those of its role and its band of the depth, counted in parameters: near 1 the best, near 0 the worst"
-    low = min(u.depth for u in units); deep = max(u.depth for u in units) - low + 1
+    """How far up a unit stands among those of its role and its band of the depth, counted in parameters: near 1 the
+    best, near 0 the worst"""
+    low = min(u.depth for u in units)
+    deep = max(u.depth for u in units) - low + 1
     strata, out = {}, {}
     for u in _best_first(units, values): strata.setdefault((u.role, (u.depth - low)*bands//deep), []).append(u)
     for us in strata.values():
-        size = sum(u.n_params for u in us); above = 0
-        for u in us: out[u.name] = 1 - (above + u.n_params/2)/size; above += u.n_params
+        size = sum(u.n_params for u in us)
+        above = 0
+        for u in us:
+            out[u.name] = 1 - (above + u.n_params/2)/size
+            above += u.n_params
     return out
 
 @dataclass(frozen=True)
@@ -291,16 +358,28 @@ class BudgetPolicy(Policy):
     explore:float=0.        # part of the budget for the units not measured for longest, 0–1
     hysteresis:float=.15    # a current member's score counts `1 + hysteresis` times
     cost_aware:bool=False   # weigh importance against the cost of the backward pass down to a unit
-    strata:int=0            # bands of the depth in each of which every role gets the same share of the budget, the best first; 0: the best of all
+    # bands of the depth in each of which every role gets the same share of the budget, the best first; 0: the best of
+    # all
+    strata:int=0
     name = 'budget'
     def __post_init__(self):
         super().__post_init__()
-        self._keep(budget=_budget(self.budget), explore=_number('explore', self.explore, 0, 1, "explore is a part of the budget, from 0 to 1"),
-                   hysteresis=_number('hysteresis', self.hysteresis, 0, 100, "hysteresis is at least 0, such as 0.15"), cost_aware=_flag('cost_aware', self.cost_aware), strata=_strata(self.strata))
-        if self.strata and self.cost_aware: raise ValueError(f"strata={self.strata} spreads what trains over the depth and cost_aware=True gathers it at the top: give one of them")
+        self._keep(
+            budget=_budget(self.budget),
+            explore=_number('explore', self.explore, 0, 1, "explore is a part of the budget, from 0 to 1"),
+            hysteresis=_number('hysteresis', self.hysteresis, 0, 100, "hysteresis is at least 0, such as 0.15"),
+            cost_aware=_flag('cost_aware', self.cost_aware),
+            strata=_strata(self.strata),
+        )
+        if self.strata and self.cost_aware:
+            raise ValueError(
+                f"strata={self.strata} spreads what trains over the depth and cost_aware=True gathers it at the top:"
+                " give one of them"
+            )
 
     def _queues(self, b, values, first):
-        "Candidates by value (equal ones as in `first`), by age (unknown first, those just measured not at all), and the unknown ones; ties and unknown ones in random order"
+        """Candidates by value (equal ones as in `first`), by age (unknown first, those just measured not at all),
+        and the unknown ones; ties and unknown ones in random order"""
         age = {u.name: b.scores.ages.get(u.name, 0) if u.name in values else math.inf for u in b.units}
         old = sorted((u for u in self._order(b.units, b.step) if age[u.name] > 0), key=lambda u: -age[u.name])
         return _best_first(first, values), old, [u for u in old if u.name not in values]
@@ -319,7 +398,11 @@ class BudgetPolicy(Policy):
         first = _best_first(ballot.units, values)
         if self.strata: values = _standing(ballot.units, values, self.strata)
         queues = self._queues(ballot, values, first)
-        why = f"highest {ballot.scores.signal} {f'of every role in {self.strata} bands of the depth, ' if self.strata else ''}within {self.budget:g} of the parameters"
+        why = (
+            f"highest {ballot.scores.signal}"
+            f" {f'of every role in {self.strata} bands of the depth, ' if self.strata else ''}within {self.budget:g} of"
+            " the parameters"
+        )
         if not self.cost_aware: names, n_old = self._fill(ballot, *queues)
         else:
             size, pinned, best = {u.name: u.n_params for u in ballot.units}, [u.name for u in ballot.pinned], None
@@ -370,13 +453,16 @@ def adjusted(
     threshold:float|None=None, # its new threshold, 0–1
     budget:float|None=None     # or its new budget, above 0 and at most 1
 )->Policy:
-    "The policy with another threshold or budget; one that has none gives way to one that does, with the same pins, bans and seed"
+    """The policy with another threshold or budget; one that has none gives way to one that does, with the same pins,
+    bans and seed"""
     given = {k: v for k,v in dict(threshold=threshold, budget=budget).items() if v is not None}
     if len(given) != 1: raise ValueError(f"{' and '.join(given) or 'nothing'} given: give one of threshold and budget")
     k = next(iter(given))
     for p in (policy, asked):
         if k in {f.name for f in fields(p)}: return replace(p, **given)
-    return dict(budget=BudgetPolicy, threshold=ThresholdPolicy)[k](**given, pin=policy.pin, ban=policy.ban, seed=policy.seed)
+    return dict(budget=BudgetPolicy, threshold=ThresholdPolicy)[k](
+        **given, pin=policy.pin, ban=policy.ban, seed=policy.seed
+    )
 
 # %% ../nbs/06_policies.ipynb #004dc1ff
 @dataclass(frozen=True)
@@ -389,7 +475,8 @@ class TopKPolicy(Policy):
         self._keep(k=_integer('k', self.k, 1, "k is a whole number of units, at least 1"))
 
     def choose(self, ballot):
-        if self.k > len(v := _known(ballot)): raise ValueError(f"k={self.k}, but only {len(v)} candidates have a known {ballot.scores.signal}")
+        if self.k > len(v := _known(ballot)):
+            raise ValueError(f"k={self.k}, but only {len(v)} candidates have a known {ballot.scores.signal}")
         return [u.name for u in _best_first(ballot.units, v)[:self.k]], f"top {self.k} by {ballot.scores.signal}"
 
 # %% ../nbs/06_policies.ipynb #5091ccac
@@ -406,21 +493,36 @@ class StaticPolicy(Policy):
     "Train the same units from first step to last, chosen by position or by lot."
     where:str='last'    # `first`, `last`, `spread` or `random`
     budget:float=.25    # fraction of all parameters, above 0 and at most 1
-    strata:int=0        # for `random`: bands of the depth in each of which every role gets the same share of the budget; 0: none
+    # for `random`: bands of the depth in each of which every role gets the same share of the budget; 0: none
+    strata:int=0
     name = 'static'
     needs_scores = False
     def __post_init__(self):
         super().__post_init__()
-        self._keep(where=_one_of('where', self.where, ('first', 'last', 'spread', 'random')), budget=_budget(self.budget), strata=_strata(self.strata))
-        if self.strata and self.where != 'random': raise ValueError(f"strata={self.strata} beside where={self.where!r}: only random units are shared out over strata")
+        self._keep(
+            where=_one_of('where', self.where, ('first', 'last', 'spread', 'random')),
+            budget=_budget(self.budget),
+            strata=_strata(self.strata),
+        )
+        if self.strata and self.where != 'random':
+            raise ValueError(
+                f"strata={self.strata} beside where={self.where!r}: only random units are shared out over strata"
+            )
 
     def choose(self, ballot):
         us, why = ballot.units, f"{self.where} units within {self.budget:g} of the parameters"
         if self.where == 'random':
             order = self._order(us)
-            if self.strata: order = _best_first(us, _standing(us, {u.name: -i for i,u in enumerate(order)}, self.strata))
+            if self.strata:
+                order = _best_first(us, _standing(us, {u.name: -i for i,u in enumerate(order)}, self.strata))
             return ballot.fill(order, self.budget), why
-        if self.where == 'spread': return ballot.fill([us[i] for i in sorted(range(len(us)), key=lambda i: i*(5**.5-1)/2 % 1)], self.budget), why
+        if self.where == 'spread':
+            return (
+                ballot.fill(
+                    [us[i] for i in sorted(range(len(us)), key=lambda i: i * (5**0.5 - 1) / 2 % 1)], self.budget
+                ),
+                why,
+            )
         names = []
         for d in sorted({u.depth for u in us}, reverse=self.where == 'last'):
             layer = [u for u in us if u.depth == d]
@@ -441,7 +543,10 @@ class RotatePolicy(Policy):
         self._keep(budget=_budget(self.budget))
 
     def choose(self, ballot):
-        return ballot.fill(self._order(ballot.units, ballot.step), self.budget), f"random within {self.budget:g} of the parameters"
+        return (
+            ballot.fill(self._order(ballot.units, ballot.step), self.budget),
+            f"random within {self.budget:g} of the parameters",
+        )
 
 # %% ../nbs/06_policies.ipynb #3570df2f
 @dataclass(frozen=True)
@@ -456,7 +561,8 @@ class LISAPolicy(Policy):
 
     def choose(self, ballot):
         layers = ballot.layers
-        if self.k > len(layers): raise ValueError(f"k={self.k}, but there are {len(layers)} blocks to choose from: {', '.join(layers)}")
+        if self.k > len(layers):
+            raise ValueError(f"k={self.k}, but there are {len(layers)} blocks to choose from: {', '.join(layers)}")
         drawn = self._order(list(layers), ballot.step)[:self.k]
         return [u.name for l in drawn for u in layers[l]], f"{self.k} random blocks"
 
@@ -464,18 +570,25 @@ class LISAPolicy(Policy):
 @dataclass(frozen=True)
 class BAdamPolicy(Policy):
     "Train one block at a time, all of them in turn (Luo et al. 2024)."
-    order:str='random'  # `random`: shuffled anew for every sweep; `ascending` or `descending`: from the first or the last block
+    # `random`: shuffled anew for every sweep; `ascending` or `descending`: from the first or the last block
+    order:str='random'
     interval:int=50     # steps that a block trains, at least 1
     name = 'badam'
     needs_scores = False
     def __post_init__(self):
         super().__post_init__()
-        self._keep(order=_one_of('order', self.order, ('random', 'ascending', 'descending')), interval=_integer('interval', self.interval, 1, "interval is a whole number of steps, at least 1"))
+        self._keep(
+            order=_one_of('order', self.order, ('random', 'ascending', 'descending')),
+            interval=_integer('interval', self.interval, 1, "interval is a whole number of steps, at least 1"),
+        )
 
     def choose(self, ballot):
-        if not (layers := ballot.layers): raise ValueError("no block to choose from: only embeddings, head, norms or biases are eligible")
+        if not (layers := ballot.layers):
+            raise ValueError("no block to choose from: only embeddings, head, norms or biases are eligible")
         sweep, i = divmod(ballot.step//self.interval, len(layers))
-        names = dict(ascending=list(layers), descending=list(layers)[::-1]).get(self.order) or self._order(list(layers), sweep)
+        names = dict(ascending=list(layers), descending=list(layers)[::-1]).get(self.order) or self._order(
+            list(layers), sweep
+        )
         return [u.name for u in layers[names[i]]], f"block {i+1} of {len(names)} in sweep {sweep+1}, {self.order}"
 
 # %% ../nbs/06_policies.ipynb #82262e56
@@ -489,10 +602,15 @@ class GRASSPolicy(Policy):
     signal = 'grad_norm'
     def __post_init__(self):
         super().__post_init__()
-        if self.k is not None and self.budget is not None: raise ValueError(f"both budget={self.budget!r} and k={self.k!r}: give one")
+        if self.k is not None and self.budget is not None:
+            raise ValueError(f"both budget={self.budget!r} and k={self.k!r}: give one")
         if self.k is None: self._keep(budget=_budget(.25 if self.budget is None else self.budget))
         else: self._keep(k=_integer('k', self.k, 1, "k is a whole number of units, at least 1"))
-        self._keep(temperature=_number('temperature', self.temperature, 0, 1e6, "temperature is above 0, such as 0.25", above=True))
+        self._keep(
+            temperature=_number(
+                'temperature', self.temperature, 0, 1e6, "temperature is above 0, such as 0.25", above=True
+            )
+        )
 
     def choose(self, ballot):
         _known(ballot)
@@ -500,9 +618,13 @@ class GRASSPolicy(Policy):
         mean = sum(imp.values())/len(imp)
         rng = random.Random(f'grass|{self.seed}|{ballot.step}')
         # sorting by logit + Gumbel noise is sampling without replacement from the softmax of the logits
-        key = {u.name: imp.get(u.name, mean)/self.temperature - math.log(-math.log(rng.random() or 1e-300)) for u in ballot.units}
+        key = {
+            u.name: imp.get(u.name, mean) / self.temperature - math.log(-math.log(rng.random() or 1e-300))
+            for u in ballot.units
+        }
         order = _best_first(ballot.units, key)
-        if self.k is None: return ballot.fill(order, self.budget), f"drawn by gradient norm within {self.budget:g} of the parameters"
+        if self.k is None:
+            return ballot.fill(order, self.budget), f"drawn by gradient norm within {self.budget:g} of the parameters"
         if self.k > len(order): raise ValueError(f"k={self.k}, but there are {len(order)} candidates")
         return [u.name for u in order[:self.k]], f"{self.k} drawn by gradient norm"
 
@@ -515,11 +637,31 @@ class InvertedPolicy(Policy):
     name = 'inverted'
     def __post_init__(self):
         super().__post_init__()
-        self._keep(budget=_budget(self.budget), hysteresis=_number('hysteresis', self.hysteresis, 0, 100, "hysteresis is at least 0, such as 0.15"))
+        self._keep(
+            budget=_budget(self.budget),
+            hysteresis=_number('hysteresis', self.hysteresis, 0, 100, "hysteresis is at least 0, such as 0.15"),
+        )
 
     def choose(self, ballot):
         values = _sticky({n: -v for n,v in _known(ballot).items()}, ballot.current, self.hysteresis)
-        return ballot.fill(_best_first(ballot.units, values), self.budget), f"lowest {ballot.scores.signal} within {self.budget:g} of the parameters"
+        return (
+            ballot.fill(_best_first(ballot.units, values), self.budget),
+            f"lowest {ballot.scores.signal} within {self.budget:g} of the parameters",
+        )
 
 # %% ../nbs/06_policies.ipynb #1676f8e5
-POLICIES = {c.name: c for c in (ThresholdPolicy, BudgetPolicy, TopKPolicy, FullPolicy, StaticPolicy, RotatePolicy, LISAPolicy, BAdamPolicy, GRASSPolicy, InvertedPolicy)}
+POLICIES = {
+    c.name: c
+    for c in (
+        ThresholdPolicy,
+        BudgetPolicy,
+        TopKPolicy,
+        FullPolicy,
+        StaticPolicy,
+        RotatePolicy,
+        LISAPolicy,
+        BAdamPolicy,
+        GRASSPolicy,
+        InvertedPolicy,
+    )
+}

@@ -26,7 +26,9 @@ def _pack_signs(g:Tensor)->Tensor:
     "Sign bits of `g` (any shape, any float dtype), eight to a byte: 1 is negative"
     neg = torch.signbit(g).reshape(-1)
     if pad := -neg.numel() % 8: neg = torch.nn.functional.pad(neg, (0, pad))
-    return (neg.reshape(-1, 8).to(torch.uint8) * torch.tensor(_BITS, dtype=torch.uint8, device=g.device)).sum(1, dtype=torch.uint8)
+    return (neg.reshape(-1, 8).to(torch.uint8) * torch.tensor(_BITS, dtype=torch.uint8, device=g.device)).sum(
+        1, dtype=torch.uint8
+    )
 
 def _signs(bits:Tensor, n:int)->Tensor:
     "±1 as int8, `n` of them, from packed `bits`"
@@ -357,10 +359,13 @@ class _Reducer:
         self.signs,self.pairs,self.sq = {},{},{}
         self.held = self.peak = 0
     def __call__(self, p):
-        g,p.grad = local_tensor(p.grad).detach(),None      # of a weight in pieces, the mean over the processes is in already
+        # of a weight in pieces, the mean over the processes is in already
+        g,p.grad = local_tensor(p.grad).detach(),None
         self.peak = max(self.peak, self.held + g.numel()*g.element_size())
         if (bits := self.signs.get(p)) is not None:
-            self.pairs[p] = self.pairs.get(p, 0.) + (g.reshape(-1).float()*_signs(bits, g.numel())).sum(dtype=torch.float64)
+            self.pairs[p] = self.pairs.get(p, 0.0) + (g.reshape(-1).float() * _signs(bits, g.numel())).sum(
+                dtype=torch.float64
+            )
         else: self.held += (g.numel()+7)//8
         self.signs[p] = _pack_signs(g)
         self.sq[p] = g.float().square().sum(dtype=torch.float64)
@@ -369,15 +374,23 @@ class _Reducer:
 def _only_trainable(all_params, wanted):
     "Within this context exactly `wanted` require grad; before and after, nothing has changed"
     before = [(p, p.requires_grad, p.grad) for p in all_params]
-    for p,_,_ in before: p.requires_grad_(p in wanted); p.grad = None
+    for p,_,_ in before:
+        p.requires_grad_(p in wanted)
+        p.grad = None
     try: yield
     finally:
-        for p,r,g in before: p.requires_grad_(r); p.grad = g
+        for p,r,g in before:
+            p.requires_grad_(r)
+            p.grad = g
 
 # %% ../nbs/05a_probe.ipynb #89e7d5a1
 def _model_loss(model, batch):
     "The model's own loss on a batch that holds labels"
-    if not hasattr(batch, 'keys'): raise ValueError(f"a batch is a {type(batch).__name__}, not keyword arguments of the model: say how its loss is computed, loss=lambda model, batch: …")
+    if not hasattr(batch, 'keys'):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}, not keyword arguments of the model: say how its loss is computed,"
+            " loss=lambda model, batch: …"
+        )
     out = model(**batch)
     loss = _loss_in(out)
     if loss is None:
@@ -416,7 +429,8 @@ def _other_leaves(loss, params):
     while todo:
         node = todo.pop()
         if node is None or node in seen: continue
-        seen.add(node); todo += [n for n,_ in node.next_functions]
+        seen.add(node)
+        todo += [n for n,_ in node.next_functions]
         if (leaf := getattr(node, 'variable', None)) is not None and leaf not in params: found.append(leaf)
     return found
 
@@ -440,9 +454,21 @@ def _why_odd(layers, odd, masked):
     "Why batches have a loss that is NaN or infinite"
     many = f"{odd} batch{'es'*(odd > 1)} of the probe left out"
     if masked == odd: return f"{many}, with all labels masked (-100)"
-    bad = [n for n in layers if not all(bool(local_tensor(p.detach()).isfinite().all()) for p in layers.params(n) if p.is_floating_point())]
-    if bad: return f"{many}, with a loss that is NaN or infinite: weights of {bad[0]}{f' and {len(bad)-1} more units' if len(bad) > 1 else ''} hold NaN or infinity"
-    return f"{many}, with a loss that is NaN or infinite{f'; {masked} of them with all labels masked (-100)' if masked else ''}: look at the data, the loss and its dtype"
+    bad = [
+        n
+        for n in layers
+        if not all(bool(local_tensor(p.detach()).isfinite().all()) for p in layers.params(n) if p.is_floating_point())
+    ]
+    if bad:
+        return (
+            f"{many}, with a loss that is NaN or infinite: weights of"
+            f" {bad[0]}{f' and {len(bad)-1} more units' if len(bad) > 1 else ''} hold NaN or infinity"
+        )
+    return (
+        f"{many}, with a loss that is NaN or"
+        f" infinite{f'; {masked} of them with all labels masked (-100)' if masked else ''}: look at the data, the loss"
+        " and its dtype"
+    )
 
 def probe_gradients(
     layers:Layers,        # a model as units
@@ -456,7 +482,8 @@ def probe_gradients(
     names = [u.name for u in layers.units if u.eligible] if names is None else list(names)
     if not names: raise ValueError("no unit to probe: none is eligible")
     owner = {p: n for n in names for p in layers.params(n)}
-    red = _Reducer(); squares,losses,odd,masked = [],[],0,0
+    red = _Reducer()
+    squares,losses,odd,masked = [],[],0,0
     every = {p for n in layers for p in layers.params(n)}
     with _same_draws(), _same_modules(model, *_modules_in(loss)), _only_trainable(every, owner):
         hooks = [p.register_post_accumulate_grad_hook(red) for p in owner]
@@ -464,30 +491,53 @@ def probe_gradients(
             for i,batch in enumerate(batches):
                 red.sq = {}
                 out = loss(model, batch)
-                if not _finite_everywhere(out): odd += 1; masked += _is_masked(batch); continue     # a batch without a label, for instance: there is nothing to learn from it
+                if not _finite_everywhere(out):
+                    # a batch without a label, for instance: there is nothing to learn from it
+                    odd += 1
+                    masked += _is_masked(batch)
+                    continue
                 if out.requires_grad: _backward(out, every)     # else it reaches none of them
                 losses.append(out.detach())
-                squares.append({n: torch.stack(sq).sum() for n in names if (sq := [s for p in layers.params(n) if (s := red.sq.get(p)) is not None])})
+                squares.append(
+                    {
+                        n: torch.stack(sq).sum()
+                        for n in names
+                        if (sq := [s for p in layers.params(n) if (s := red.sq.get(p)) is not None])
+                    }
+                )
                 if progress: progress(i+1)
         finally:
             for h in hooks: h.remove()
     n_batches = len(losses)
     said = _why_odd(layers, odd, masked) if odd else ''
-    if n_batches < 2: raise _NothingToCompare(f"a probe compares batches: it needs at least 2, got {n_batches}" + (f"; {said}" if odd else ''))
+    if n_batches < 2:
+        raise _NothingToCompare(
+            f"a probe compares batches: it needs at least 2, got {n_batches}" + (f"; {said}" if odd else '')
+        )
     if odd: warnings.warn(said)
     pair = {}
     for p,n in owner.items():
         if p in red.pairs: pair[n] = pair.get(n, 0.) + red.pairs[p]
     dev,zero = losses[0].device,torch.zeros((), dtype=torch.float64)
     row = lambda found: torch.stack([found.get(n, zero).to(dev) for n in names])
-    table = torch.stack([row({n: zero+1 for q in squares for n in q}), row(pair), *map(row, squares)])      # was it reached at all?, Σ g·sign g', and Σ g² of each batch
-    if sharded := any(map(is_sharded, owner)): table = torch.tensor(over_shards(layers, names, table.tolist())[0], dtype=torch.float64)
+    # was it reached at all?, Σ g·sign g', and Σ g² of each batch
+    table = torch.stack([row({n: zero+1 for q in squares for n in q}), row(pair), *map(row, squares)])
+    if sharded := any(map(is_sharded, owner)):
+        table = torch.tensor(over_shards(layers, names, table.tolist())[0], dtype=torch.float64)
     table = torch.cat([table[:2], table[2:].sqrt().sum(0, keepdim=True)])
     if not sharded and _in_group():
-        torch.distributed.all_reduce(table); table[1:] /= torch.distributed.get_world_size()
+        torch.distributed.all_reduce(table)
+        table[1:] /= torch.distributed.get_world_size()
     reached,pair,norm = table.tolist()
     size = {n: layers[n].n_params for n in names}
-    gain = {n: v/(n_batches-1)/size[n] for n,v,r in zip(names, pair, reached) if r}      # a unit that got no gradient (an unused module) stays unknown
+    # a unit that got no gradient (an unused module) stays unknown
+    gain = {n: v/(n_batches-1)/size[n] for n,v,r in zip(names, pair, reached) if r}
     grad_norm = {n: v/n_batches/math.sqrt(size[n]) for n,v,r in zip(names, norm, reached) if r}
     blank = dict.fromkeys(layers)
-    return Probe(Scores('gain', blank | gain), Scores('grad_norm', blank | grad_norm), float(torch.stack(losses).float().mean()), n_batches, red.peak)
+    return Probe(
+        Scores('gain', blank | gain),
+        Scores('grad_norm', blank | grad_norm),
+        float(torch.stack(losses).float().mean()),
+        n_batches,
+        red.peak,
+    )

@@ -27,7 +27,9 @@ class Record:
         if not isinstance(d, dict): raise ValueError(f"{cls.__name__} is made from a dict, got {type(d).__name__}")
         names = [f.name for f in fields(cls) if f.init]
         if unknown := [k for k in d if k not in names]:
-            raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(names)}")
+            raise ValueError(
+                f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(names)}"
+            )
         needed = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
         if missing := [k for k in needed if k not in d]:
             raise ValueError(f"{cls.__name__} lacks {', '.join(missing)}")
@@ -80,7 +82,9 @@ class DeltaNorms(Record):
         sizes = {k: len(getattr(self, k)) for k in self._numbers}
         sizes |= {k: len(v) for k in ('deltas', 'dots') if (v := getattr(self, k))}
         if any(n != len(self) for k,n in sizes.items() if n or k not in ('dot', 'error')):
-            raise ValueError(f"one number per unit: {len(self)} names, {', '.join(f'{n} {k}' for k,n in sizes.items())}")
+            raise ValueError(
+                f"one number per unit: {len(self)} names, {', '.join(f'{n} {k}' for k,n in sizes.items())}"
+            )
 
     _numbers = 'delta', 'ref', 'max_abs', 'dot', 'error'
     def __len__(self): return len(self.names)
@@ -126,11 +130,21 @@ class Scores(Record):
 
     def _repr_markdown_(self):
         imp = self.importance
-        rows = [f"| {md_text(n)} | {self.values[n]:.4g} | {imp[n]:.2f} | {md_text(self.ages.get(n, 0))} |" for n in self.ranked()]
+        rows = [
+            f"| {md_text(n)} | {self.values[n]:.4g} | {imp[n]:.2f} | {md_text(self.ages.get(n, 0))} |"
+            for n in self.ranked()
+        ]
         n_unknown = len(self) - len(rows)
         more = [f"\n… and {len(rows)-12} more"] if len(rows) > 12 else []
-        return '\n'.join([f"| unit | {md_text(self.signal)} | importance | age |", "|---|---|---|---|", *rows[:12], *more,
-                          *([f"\n{n_unknown} of {len(self)} units unknown"] if n_unknown else [])])
+        return '\n'.join(
+            [
+                f"| unit | {md_text(self.signal)} | importance | age |",
+                "|---|---|---|---|",
+                *rows[:12],
+                *more,
+                *([f"\n{n_unknown} of {len(self)} units unknown"] if n_unknown else []),
+            ]
+        )
 
 # %% ../nbs/01_records.ipynb #964fd4c0
 @dataclass(frozen=True)
@@ -151,7 +165,10 @@ class Selection(Record):
 
     def _repr_markdown_(self):
         shown = ', '.join(md_code(n) for n in self.names[:8]) + (f' … and {len(self)-8} more' if len(self) > 8 else '')
-        return f"**{len(self)} units, {self.share:.1%} of the parameters** from step {md_text(self.step)} ({md_text(self.policy)}: {md_text(self.reason)})\n\n{shown}"
+        return (
+            f"**{len(self)} units, {self.share:.1%} of the parameters** from step {md_text(self.step)}"
+            f" ({md_text(self.policy)}: {md_text(self.reason)})\n\n{shown}"
+        )
 
 # %% ../nbs/01_records.ipynb #58f37976
 def _frozen(v): return tuple(map(_frozen, v)) if isinstance(v, (list, tuple)) else v
@@ -170,12 +187,23 @@ class AttentionShift(Record):
     name:str='after'    # what was compared with the model before
     level:float=.95     # of the intervals, and 1 − the chance of any false mark
     even:float|None=None # share that central words would get if attention were even
-    example:tuple|None=field(default=None, repr=False, compare=False) # maps before, maps after and tokens of one text, as `AttentionViewer` takes them; not part of the JSON
+    # maps before, maps after and tokens of one text, as `AttentionViewer` takes them; not part of the JSON
+    example:tuple|None=field(default=None, repr=False, compare=False)
 
-    statistics = dict(entropy='entropy', distance='distance', central='to central words', words='on words', punctuation='on punctuation', special='on special tokens', first='on the first token')
+    statistics = dict(
+        entropy='entropy',
+        distance='distance',
+        central='to central words',
+        words='on words',
+        punctuation='on punctuation',
+        special='on special tokens',
+        first='on the first token',
+    )
     def __post_init__(self):
-        for k in ('before', 'change', 'low', 'high', 'marked'): object.__setattr__(self, k, {n: _frozen(v) for n,v in getattr(self, k).items()})
-        if odd := [n for n in self.before if n not in self.statistics]: raise ValueError(f"unknown statistic {odd[0]!r}; there are {', '.join(self.statistics)}")
+        for k in ('before', 'change', 'low', 'high', 'marked'):
+            object.__setattr__(self, k, {n: _frozen(v) for n,v in getattr(self, k).items()})
+        if odd := [n for n in self.before if n not in self.statistics]:
+            raise ValueError(f"unknown statistic {odd[0]!r}; there are {', '.join(self.statistics)}")
 
     @property
     def shape(self)->tuple: # layers, heads
@@ -192,21 +220,44 @@ class AttentionShift(Record):
     )->str:
         "A value with its unit: nats, tokens, or percent"
         if v is None: return '–'
-        v, digits, unit = (v, 3, ' nats') if k == 'entropy' else (v, 2, ' tokens') if k == 'distance' else (100*v, 2, ' points' if signed else ' %')
+        v, digits, unit = (
+            (v, 3, ' nats')
+            if k == 'entropy'
+            else (v, 2, ' tokens') if k == 'distance' else (100 * v, 2, ' points' if signed else ' %')
+        )
         return f"{v:{'+' if signed else ''}.{digits}f}{unit}"
 
     def said(self)->list:
         "What changed, one plain sentence per statistic that is known"
-        words = dict(entropy=('Heads spread their attention wider', 'Heads focus more sharply'), distance=('Heads look further', 'Heads look less far'),
-                     central=('Central words get more of the attention that words get', 'Central words get less of the attention that words get'), words=('More attention is on words', 'Less attention is on words'),
-                     punctuation=('More attention is on punctuation', 'Less attention is on punctuation'), special=('More attention is on special tokens', 'Less attention is on special tokens'),
-                     first=('More attention rests on the first token', 'Less attention rests on the first token'))
-        name = dict(entropy='How sharply heads focus', distance='How far heads look', central='The share of central words', words='Attention on words', punctuation='Attention on punctuation',
-                    special='Attention on special tokens', first='Attention on the first token')
+        words = dict(
+            entropy=('Heads spread their attention wider', 'Heads focus more sharply'),
+            distance=('Heads look further', 'Heads look less far'),
+            central=(
+                'Central words get more of the attention that words get',
+                'Central words get less of the attention that words get',
+            ),
+            words=('More attention is on words', 'Less attention is on words'),
+            punctuation=('More attention is on punctuation', 'Less attention is on punctuation'),
+            special=('More attention is on special tokens', 'Less attention is on special tokens'),
+            first=('More attention rests on the first token', 'Less attention rests on the first token'),
+        )
+        name = dict(
+            entropy='How sharply heads focus',
+            distance='How far heads look',
+            central='The share of central words',
+            words='Attention on words',
+            punctuation='Attention on punctuation',
+            special='Attention on special tokens',
+            first='Attention on the first token',
+        )
         res = []
         for k,o in self.overall.items():
             sure = o['low'] is not None and not o['low'] <= 0 <= o['high']
-            even = f"; even attention would give them {self.text(k, self.even)}" if k == 'central' and self.even is not None else ''
+            even = (
+                f"; even attention would give them {self.text(k, self.even)}"
+                if k == 'central' and self.even is not None
+                else ''
+            )
             how = f"{self.text(k, o['before'])} → {self.text(k, o['after'])}{even}"
             if o['change'] == 0: res.append(f"{name[k]} is as before: {self.text(k, o['after'])}{even}.")
             elif sure: res.append(f"**{words[k][o['change'] < 0]}**: {how}.")
@@ -219,23 +270,47 @@ class AttentionShift(Record):
         for k,o in self.overall.items():
             t = lambda v, signed=True: self.text(k, v, signed).rpartition(' ')[0] or '–'
             up = sum(self.change[k][l][h] > 0 for l,h in self.marked.get(k, ()))
-            rows.append((self.statistics[k], self.text(k, o['before']), self.text(k, o['after']), self.text(k, o['change'], True), '–' if o['low'] is None else f"{t(o['low'])} … {t(o['high'])}",
-                         *(('–', '–') if not self.low else (str(up), str(len(self.marked.get(k, ()))-up)))))
+            rows.append(
+                (
+                    self.statistics[k],
+                    self.text(k, o['before']),
+                    self.text(k, o['after']),
+                    self.text(k, o['change'], True),
+                    '–' if o['low'] is None else f"{t(o['low'])} … {t(o['high'])}",
+                    *(('–', '–') if not self.low else (str(up), str(len(self.marked.get(k, ())) - up))),
+                )
+            )
         return rows
 
     def _repr_markdown_(self):
         layers,heads = self.shape
         few = [] if self.low else ["", "Too few texts for intervals: give at least 6."]
-        return '\n'.join([f"**Attention {md_text(self.name)}: {md_text(self.n_texts)} texts, {self.n_tokens:,} tokens, {layers} layers × {heads} heads**", "",
-                          f"| attention | before | after | change | {self.level:.0%} interval | heads with more | with less |", "|---|---|---|---|---|---|---|",
-                          *(f"| {' | '.join(r)} |" for r in self.table()), "", *(f"- {s}" for s in self.said()), *few])
+        return '\n'.join(
+            [
+                (
+                    f"**Attention {md_text(self.name)}: {md_text(self.n_texts)} texts, {self.n_tokens:,} tokens,"
+                    f" {layers} layers × {heads} heads**"
+                ),
+                "",
+                f"| attention | before | after | change | {self.level:.0%} interval | heads with more | with less |",
+                "|---|---|---|---|---|---|---|",
+                *(f"| {' | '.join(r)} |" for r in self.table()),
+                "",
+                *(f"- {s}" for s in self.said()),
+                *few,
+            ]
+        )
 
 @dataclass(frozen=True)
 class AttentionComparison(Record):
     "Shifts of several models from one base, over the same texts."
     shifts:dict         # name → `AttentionShift`
     def __post_init__(self):
-        object.__setattr__(self, 'shifts', {k: v if isinstance(v, AttentionShift) else AttentionShift.from_dict(v) for k,v in self.shifts.items()})
+        object.__setattr__(
+            self,
+            'shifts',
+            {k: v if isinstance(v, AttentionShift) else AttentionShift.from_dict(v) for k, v in self.shifts.items()},
+        )
         if not self.shifts: raise ValueError("nothing to compare: give at least one shift")
     def __len__(self): return len(self.shifts)
     def __iter__(self): return iter(self.shifts)
@@ -251,10 +326,31 @@ class AttentionComparison(Record):
             if o['low'] is None: return s.text(k, o['change'], True)
             t = lambda v: s.text(k, v, True).rpartition(' ')[0]
             sure = '' if o['low'] <= 0 <= o['high'] else '**'
-            return f"{sure}{s.text(k, o['change'], True)}{sure} ({t(o['low'])} … {t(o['high'])}), {(n := len(s.marked.get(k, ())))} head{'s'*(n != 1)}"
-        return [(first.statistics[k], first.text(k, o['before']), *(cell(s, k) for s in self.shifts.values())) for k,o in first.overall.items()]
+            return (
+                f"{sure}{s.text(k, o['change'], True)}{sure} ({t(o['low'])} … {t(o['high'])}),"
+                f" {(n := len(s.marked.get(k, ())))} head{'s'*(n != 1)}"
+            )
+        return [
+            (first.statistics[k], first.text(k, o['before']), *(cell(s, k) for s in self.shifts.values()))
+            for k, o in first.overall.items()
+        ]
 
     def _repr_markdown_(self):
         first = next(iter(self.shifts.values()))
-        return '\n'.join([f"**Change of attention: {md_text(first.n_texts)} texts, {first.shape[0]} layers × {first.shape[1]} heads**", "", f"| attention | before | {' | '.join(map(md_text, self.shifts))} |", "|---|---|" + "---|"*len(self),
-                          *(f"| {' | '.join(r)} |" for r in self.table()), "", f"In bold: the {first.level:.0%} interval does not hold 0. Heads: those whose change stands out among all heads."])
+        return '\n'.join(
+            [
+                (
+                    f"**Change of attention: {md_text(first.n_texts)} texts, {first.shape[0]} layers × {first.shape[1]}"
+                    " heads**"
+                ),
+                "",
+                f"| attention | before | {' | '.join(map(md_text, self.shifts))} |",
+                "|---|---|" + "---|" * len(self),
+                *(f"| {' | '.join(r)} |" for r in self.table()),
+                "",
+                (
+                    f"In bold: the {first.level:.0%} interval does not hold 0. Heads: those whose change stands out"
+                    " among all heads."
+                ),
+            ]
+        )

@@ -70,25 +70,65 @@ def summarize(
     ends = [s.step for s in sels[1:]] + [steps]
     spent = [(s.share, max(min(e, steps)-s.step, 0)) for s,e in zip(sels, ends)]
     mean = sum(a*b for a,b in spent)/sum(b for _,b in spent) if any(b for _,b in spent) else None
-    over = lambda k, kinds, f=None: f(v) if (v := [e[k] for e in ev if e['event'] in kinds and e.get(k) is not None]) else None
-    state = max((sum(e.get(k) or 0 for k in ('grad_bytes', 'optimizer_bytes', 'reference_bytes')) for e in ev if e['event'] == 'memory'), default=None)
+    over = lambda k, kinds, f=None: (
+        f(v) if (v := [e[k] for e in ev if e['event'] in kinds and e.get(k) is not None]) else None
+    )
+    state = max(
+        (
+            sum(e.get(k) or 0 for k in ('grad_bytes', 'optimizer_bytes', 'reference_bytes'))
+            for e in ev
+            if e['event'] == 'memory'
+        ),
+        default=None,
+    )
     importance = end.get('importance_s', over('wall_s', ('probe', 'measure'), sum))
     policy = config.get('policy')
     pick = lambda k, otherwise: otherwise if end.get(k) is None else end[k]
     losses = _losses(log)
     loss = lambda name, when: losses.get(name, {}).get(when)
     per_param, n_total = _bytes_per_param(log, sizes, sels), begin.get('n_total')
-    d = dict(run=log.dir.resolve().name, status=log.status, error=f"{error.get('type')}: {error.get('message')}" if error else None, run_id=begin.get('run_id'), model=begin.get('model'),
-        policy=policy.get('policy') if isinstance(policy, dict) else policy or (sels[-1].policy if sels else None), budget=policy.get('budget') if isinstance(policy, dict) and _is_number(policy.get('budget')) else None, signal=config.get('signal') if _uses_scores(policy) else None,
-        device=begin.get('device'), versions=begin.get('versions') or {}, date=datetime.fromtimestamp(begin['t'], timezone.utc).strftime('%Y-%m-%d %H:%M UTC') if begin.get('t') is not None else None,
-        steps=steps, max_steps=begin.get('max_steps'), seed=begin.get('seed'), wall_s=wall, n_total=n_total, n_selections=len(sels), resumed=sum(e['event'] == 'resume' for e in ev),
-        nonfinite=sum(bool(e.get('nonfinite')) for e in ev), damaged_lines=log.damaged)
+    d = dict(
+        run=log.dir.resolve().name,
+        status=log.status,
+        error=f"{error.get('type')}: {error.get('message')}" if error else None,
+        run_id=begin.get('run_id'),
+        model=begin.get('model'),
+        policy=policy.get('policy') if isinstance(policy, dict) else policy or (sels[-1].policy if sels else None),
+        budget=policy.get('budget') if isinstance(policy, dict) and _is_number(policy.get('budget')) else None,
+        signal=config.get('signal') if _uses_scores(policy) else None,
+        device=begin.get('device'),
+        versions=begin.get('versions') or {},
+        date=(
+            datetime.fromtimestamp(begin['t'], timezone.utc).strftime('%Y-%m-%d %H:%M UTC')
+            if begin.get('t') is not None
+            else None
+        ),
+        steps=steps,
+        max_steps=begin.get('max_steps'),
+        seed=begin.get('seed'),
+        wall_s=wall,
+        n_total=n_total,
+        n_selections=len(sels),
+        resumed=sum(e['event'] == 'resume' for e in ev),
+        nonfinite=sum(bool(e.get('nonfinite')) for e in ev),
+        damaged_lines=log.damaged,
+    )
     for name in dict.fromkeys(('domain', 'other', *losses)):
-        for when in ('before', 'after'): d[f'{name}_loss_{when}'] = loss(name, when); d[f'{name}_perplexity_{when}'] = _ppl(loss(name, when))
-    return d | dict(evals=list(losses), trainable_share_mean=pick('trainable_share_mean', mean), trainable_share_peak=pick('trainable_share_peak', max((a for a,b in spent if b), default=None)),
-        seconds_per_step=over('seconds_per_step', ('log',), statistics.fmean), tokens_per_second=over('tokens_per_second', ('log',), statistics.fmean),
-        state_bytes_peak=pick('state_bytes_peak', state), state_bytes_full=round(per_param*n_total) if per_param and n_total else None,
-        rss_bytes_peak=pick('rss_bytes_peak', over('rss_bytes', ('memory',), max)), importance_overhead_share=importance/wall if importance is not None and wall else None, samples=_samples(log))
+        for when in ('before', 'after'):
+            d[f'{name}_loss_{when}'] = loss(name, when)
+            d[f'{name}_perplexity_{when}'] = _ppl(loss(name, when))
+    return d | dict(
+        evals=list(losses),
+        trainable_share_mean=pick('trainable_share_mean', mean),
+        trainable_share_peak=pick('trainable_share_peak', max((a for a, b in spent if b), default=None)),
+        seconds_per_step=over('seconds_per_step', ('log',), statistics.fmean),
+        tokens_per_second=over('tokens_per_second', ('log',), statistics.fmean),
+        state_bytes_peak=pick('state_bytes_peak', state),
+        state_bytes_full=round(per_param * n_total) if per_param and n_total else None,
+        rss_bytes_peak=pick('rss_bytes_peak', over('rss_bytes', ('memory',), max)),
+        importance_overhead_share=importance / wall if importance is not None and wall else None,
+        samples=_samples(log),
+    )
 
 # %% ../nbs/12_reports.ipynb #faa77501
 def _share_of(a, b): return f'{a/b:.2f} of full fine-tuning' if a is not None and b else ''
@@ -97,31 +137,83 @@ def _eval_name(k): return {'domain': 'this domain', 'other': 'unrelated text'}.g
 
 def _change(a, b, rel=False): return '–' if a is None or b is None else f'{b/a-1:+.0%}' if rel else f'{b-a:+.3f}'
 
-def _passed_over(s): n = s['damaged_lines']; return f"{n:,} line{'s'*(n != 1)} of the run log {'are' if n != 1 else 'is'} damaged and {'were' if n != 1 else 'was'} passed over."
+def _passed_over(s):
+    n = s['damaged_lines']
+    return (
+        f"{n:,} line{'s'*(n != 1)} of the run log {'are' if n != 1 else 'is'} damaged and {'were' if n != 1 else 'was'}"
+        " passed over."
+    )
 
-def _about(s): return [str(v) for v in (s['model'], f"{s['policy']} policy" if s['policy'] else None, f"{s['signal']} signal" if s['signal'] else None, f"{s['steps']} steps") if v]
+def _about(s):
+    return [
+        str(v)
+        for v in (
+            s['model'],
+            f"{s['policy']} policy" if s['policy'] else None,
+            f"{s['signal']} signal" if s['signal'] else None,
+            f"{s['steps']} steps",
+        )
+        if v
+    ]
 
 def summary_table(
     summary:dict # what `summarize` returned
 )->str:
     "Plain text: before and after, and what it cost"
     s = summary
-    out = [' · '.join([*_about(s), s['status'] + (f" ({s['error']})" if s['error'] else '')]), *([_passed_over(s)] if s.get('damaged_lines') else []), '']
+    out = [
+        ' · '.join([*_about(s), s['status'] + (f" ({s['error']})" if s['error'] else '')]),
+        *([_passed_over(s)] if s.get('damaged_lines') else []),
+        '',
+    ]
     if s['evals']:
         out += [f"{'':32}{'before':>10}{'after':>10}{'change':>10}"]
         for k in s['evals']:
             for what,rel in (('loss', False), ('perplexity', True)):
                 a, b = s[f'{k}_{what}_before'], s[f'{k}_{what}_after']
-                out += [f"{what+', '+_eval_name(k):32}{num(a, 2 if rel else 3):>10}{num(b, 2 if rel else 3):>10}{_change(a, b, rel):>10}"]
+                out += [
+                    f"{what+', '+_eval_name(k):32}{num(a, 2 if rel else 3):>10}{num(b, 2 if rel else 3):>10}{_change(a, b, rel):>10}"
+                ]
         out += ['']
-    rows = [('trainable parameters', f"{percent(s['trainable_share_mean'])} mean, {percent(s['trainable_share_peak'])} peak of {human_count(s['n_total'])}"),
-            ('speed', ', '.join([f"{human_time(s['seconds_per_step'])} per step", *([f"{s['tokens_per_second']:.0f} tokens/s"] if s['tokens_per_second'] else []), f"{human_time(s['wall_s'])} in all"])),
-            ('training state, peak', ', '.join(filter(None, [human_bytes(s['state_bytes_peak']), _share_of(s['state_bytes_peak'], s['state_bytes_full'])]))),
-            ('process memory, peak', human_bytes(s['rss_bytes_peak'])), ('measuring and choosing', f"{percent(s['importance_overhead_share'])} of the time")]
+    rows = [
+        (
+            'trainable parameters',
+            (
+                f"{percent(s['trainable_share_mean'])} mean, {percent(s['trainable_share_peak'])} peak of"
+                f" {human_count(s['n_total'])}"
+            ),
+        ),
+        (
+            'speed',
+            ', '.join(
+                [
+                    f"{human_time(s['seconds_per_step'])} per step",
+                    *([f"{s['tokens_per_second']:.0f} tokens/s"] if s['tokens_per_second'] else []),
+                    f"{human_time(s['wall_s'])} in all",
+                ]
+            ),
+        ),
+        (
+            'training state, peak',
+            ', '.join(
+                filter(
+                    None, [human_bytes(s['state_bytes_peak']), _share_of(s['state_bytes_peak'], s['state_bytes_full'])]
+                )
+            ),
+        ),
+        ('process memory, peak', human_bytes(s['rss_bytes_peak'])),
+        ('measuring and choosing', f"{percent(s['importance_overhead_share'])} of the time"),
+    ]
     out += [f'{a:32}{b}' for a,b in rows]
     for p in s['samples']:
         out += ['', f"prompt: {p['prompt']}"]
-        out += [textwrap.fill(f"{w}: {_continuation(p['prompt'], p[w])}", 100, initial_indent='  ', subsequent_indent='    ') for w in ('before', 'after') if p[w] is not None]
+        out += [
+            textwrap.fill(
+                f"{w}: {_continuation(p['prompt'], p[w])}", 100, initial_indent='  ', subsequent_indent='    '
+            )
+            for w in ('before', 'after')
+            if p[w] is not None
+        ]
     return visible('\n'.join(out))       # a name must not command the terminal
 
 def _continuation(prompt, text): return (text[len(prompt):] if prompt and text.startswith(prompt) else text).strip()
@@ -134,7 +226,8 @@ def latest_scores(
     "Newest value of each unit; empty when nothing was measured"
     log, found = _read_once(run), {}
     for e in log.events(('probe', 'measure')):
-        for name,values in (e.get('signals') or {}).items(): found.setdefault(name, {}).update({k:v for k,v in values.items() if v is not None})
+        for name,values in (e.get('signals') or {}).items():
+            found.setdefault(name, {}).update({k:v for k,v in values.items() if v is not None})
     signal = signal or (log.begin.get('config') or {}).get('signal')
     if not found.get(signal): signal = max(found, key=lambda k: len(found[k]), default=signal or '')
     return Scores(signal, found.get(signal, {}))
@@ -158,27 +251,75 @@ def loss_chart(
     log = _read_once(run)
     x, y = log.series('log', 'loss')
     avg = trend(y)
-    last = next((v for v in reversed(avg) if v is not None), None); first = next((v for v in avg if v is not None), None)
-    series = [dict(name='training loss', x=x, y=y, c=1, kind='thin'), dict(name='average', x=x, y=avg, c=1, last=num(last))] if x else []
+    last = next((v for v in reversed(avg) if v is not None), None)
+    first = next((v for v in avg if v is not None), None)
+    series = (
+        [dict(name='training loss', x=x, y=y, c=1, kind='thin'), dict(name='average', x=x, y=avg, c=1, last=num(last))]
+        if x
+        else []
+    )
     held, aside = {}, []
     for e in log.events('eval'): held.setdefault(e.get('name', 'eval'), []).append((e['step'], e.get('loss')))
     for i,(name,points) in enumerate(held.items()):
-        px, py = zip(*points); c = (2, 3, 5)[i % 3]
+        px, py = zip(*points)
+        c = (2, 3, 5)[i % 3]
         into = aside if name == 'other' and (series or len(held) > 1) else series
-        into += [dict(x=px, y=py, c=c, kind='dash'), dict(name=f'{_eval_name(name)}, held out', x=px, y=py, c=c, kind='dots', last=num(next((v for v in reversed(py) if v is not None), None)))]
+        into += [
+            dict(x=px, y=py, c=c, kind='dash'),
+            dict(
+                name=f'{_eval_name(name)}, held out',
+                x=px,
+                y=py,
+                c=c,
+                kind='dots',
+                last=num(next((v for v in reversed(py) if v is not None), None)),
+            ),
+        ]
     if not series: return Picture('<p class="note">No loss was logged.</p>')
     x1 = max(max(s['x'], default=0) for s in series+aside) or 1
     lx, ly = log.series('log', 'learning_rate')
-    told = lambda series: '. '.join(f"{s['name']}: {num(s['y'][0])} to {num(s['y'][-1])}" for s in series if s.get('kind') == 'dots')
-    said = (f'Training loss, averaged, from {num(first)} to {num(last)} in {x[-1]} steps. ' if last is not None else '') + told(series)
+    told = lambda series: '. '.join(
+        f"{s['name']}: {num(s['y'][0])} to {num(s['y'][-1])}" for s in series if s.get('kind') == 'dots'
+    )
+    said = (
+        f'Training loss, averaged, from {num(first)} to {num(last)} in {x[-1]} steps. ' if last is not None else ''
+    ) + told(series)
     marks, top = _marks(log.selections()), max((v or 0 for v in ly), default=0)
-    out = line_chart(series, said, lambda v: f'{v:.3g}', 260, marks, (0, x1), x_name='' if lx else 'step', x_labels=not lx)
-    if lx: out += line_chart([dict(name='learning rate', x=lx, y=ly, c=4, last=f'{top:.3g} at most')], f'Learning rate, at most {top:.3g}', lambda v: f'{v:.0e}'.replace('e-0', 'e-') if v else '0',
-                             56, marks, (0, x1), (0, top*1.1 or 1), 'step', n_ticks=2)
+    out = line_chart(
+        series, said, lambda v: f'{v:.3g}', 260, marks, (0, x1), x_name='' if lx else 'step', x_labels=not lx
+    )
+    if lx:
+        out += line_chart(
+            [dict(name='learning rate', x=lx, y=ly, c=4, last=f'{top:.3g} at most')],
+            f'Learning rate, at most {top:.3g}',
+            lambda v: f'{v:.0e}'.replace('e-0', 'e-') if v else '0',
+            56,
+            marks,
+            (0, x1),
+            (0, top * 1.1 or 1),
+            'step',
+            n_ticks=2,
+        )
     known = [v for s in aside for v in s['y'] if v is not None]
     if not known: return Picture(out)
-    mid, half = (min(known)+max(known))/2, max((max(known)-min(known))*.6, .05*abs(max(known)))     # a small change should look small
-    return Picture(f'<div class="split"><div>{out}</div><div>' + line_chart(aside, told(aside), lambda v: f'{v:.3g}', 260, (), (0, x1), (mid-half, mid+half), 'step', n_ticks=4, n_x_ticks=3) + '</div></div>')
+    # a small change should look small
+    mid, half = (min(known)+max(known))/2, max((max(known)-min(known))*.6, .05*abs(max(known)))
+    return Picture(
+        f'<div class="split"><div>{out}</div><div>'
+        + line_chart(
+            aside,
+            told(aside),
+            lambda v: f'{v:.3g}',
+            260,
+            (),
+            (0, x1),
+            (mid - half, mid + half),
+            'step',
+            n_ticks=4,
+            n_x_ticks=3,
+        )
+        + '</div></div>'
+    )
 
 def _marks(sels): return [s.step for s in sels[1:]] if len(sels) <= 60 else []     # more would hide the chart
 
@@ -196,11 +337,34 @@ def layer_map(
     mean = {l: sum(r)/len(r) for l,r in zip(layers, rows)}
     now = set(sels[-1].names)
     most = sorted((l for l in mean if mean[l] > 0), key=mean.get, reverse=True)[:3]
-    hints = [f"{l}: {percent(mean[l], 0)} of it trained on average; importance {num(imp[l], 2)}; {sum(u.name in now for u in us)} of {len(us)} units selected last" for l,us in layers.items()]
-    side = dict(side=list(imp.values()), side_name=f'importance ({scores.signal})', side_on=[any(u.name in now for u in us) for us in layers.values()]) if scores.known else {}
-    return heat_map(list(layers), rows, f"What trained, layer by step. {sum(v > 0 for v in mean.values())} of {len(layers)} layers trained; most of all {', '.join(f'{l} ({percent(mean[l], 0)})' for l in most)}.",
-                    (0, max(steps, 1)), marks=_marks(sels), hints=hints, left=names_px(layers), **side,
-                    legend=ramp_legend('a little', 'all of the layer trains', 'frozen', ['dotted line: a new selection'] if _marks(sels) else ()))
+    hints = [
+        f"{l}: {percent(mean[l], 0)} of it trained on average; importance {num(imp[l], 2)};"
+        f" {sum(u.name in now for u in us)} of {len(us)} units selected last"
+        for l, us in layers.items()
+    ]
+    side = (
+        dict(
+            side=list(imp.values()),
+            side_name=f'importance ({scores.signal})',
+            side_on=[any(u.name in now for u in us) for us in layers.values()],
+        )
+        if scores.known
+        else {}
+    )
+    return heat_map(
+        list(layers),
+        rows,
+        f"What trained, layer by step. {sum(v > 0 for v in mean.values())} of {len(layers)} layers trained; most of all"
+        f" {', '.join(f'{l} ({percent(mean[l], 0)})' for l in most)}.",
+        (0, max(steps, 1)),
+        marks=_marks(sels),
+        hints=hints,
+        left=names_px(layers),
+        **side,
+        legend=ramp_legend(
+            'a little', 'all of the layer trains', 'frozen', ['dotted line: a new selection'] if _marks(sels) else ()
+        ),
+    )
 
 def role_maps(
     run # folder of a run, or its `RunLog`
@@ -216,9 +380,18 @@ def role_maps(
     roles = [r for r in size if r in largest]
     if not sels or len(roles) < 2: return Picture('')
     left = names_px(roles)
-    bands = {r: trained_map({u.name: [u] for u in units if u.role == r}, sels, max(steps, sels[-1].step+1)) for r in roles}
+    bands = {
+        r: trained_map({u.name: [u] for u in units if u.role == r}, sels, max(steps, sels[-1].step + 1)) for r in roles
+    }
     share = {r: sum(map(sum, rows))/sum(map(len, rows)) for r,rows in bands.items()}
-    out = band_map(bands, 'Which matrices trained, by step. Share of unit-steps: ' + ', '.join(f'{r} {percent(v, 0)}' for r,v in share.items()), (0, max(steps, 1)), left, legend=band_legend())
+    out = band_map(
+        bands,
+        'Which matrices trained, by step. Share of unit-steps: '
+        + ', '.join(f'{r} {percent(v, 0)}' for r, v in share.items()),
+        (0, max(steps, 1)),
+        left,
+        legend=band_legend(),
+    )
     if scores.known:
         imp, now, cells, on = scores.importance, set(sels[-1].names), {}, set()
         for u in units:
@@ -227,9 +400,26 @@ def role_maps(
             cells[k] = v if cells.get(k) is None else max(cells[k], v or 0)
             if u.name in now: on.add(k)
         layers = list(dict.fromkeys(u.layer for u in units if u.role in largest))
-        if len(layers) > _MOST: return Picture(out + f'<p class="note">The importance of every matrix is not drawn: {len(layers):,} layers would not fit on a page.</p>')
-        hint = lambda r, l: f"{l} {r}: importance {num(cells[r, l], 2) if cells[r, l] is not None else 'unknown'}{', selected' if (r, l) in on else ''}"
-        out += '<h3>Importance of every matrix</h3>' + cell_table(cells, roles, layers, f'Newest value of the signal {scores.signal}, 0–1; darker or brighter is more; a dot: in the last selection. Columns are layers, first to last.', on, hint, left)
+        if len(layers) > _MOST:
+            return Picture(
+                out
+                + f'<p class="note">The importance of every matrix is not drawn: {len(layers):,} layers would not fit'
+                ' on a page.</p>'
+            )
+        hint = lambda r, l: (
+            f"{l} {r}: importance"
+            f" {num(cells[r, l], 2) if cells[r, l] is not None else 'unknown'}{', selected' if (r, l) in on else ''}"
+        )
+        out += '<h3>Importance of every matrix</h3>' + cell_table(
+            cells,
+            roles,
+            layers,
+            f'Newest value of the signal {scores.signal}, 0–1; darker or brighter is more; a dot: in the last'
+            ' selection. Columns are layers, first to last.',
+            on,
+            hint,
+            left,
+        )
     return Picture(out)
 
 def memory_chart(
@@ -240,85 +430,237 @@ def memory_chart(
     ev, s = log.events('memory'), summarize(log)
     if not ev: return Picture('<p class="note">Memory was not recorded.</p>')
     x1 = max(s['steps'], ev[-1]['step'], 1)
-    xs = [v for a,b in zip(ev, [*ev[1:], dict(step=x1)]) for v in (a['step'], b['step'])]; xs[0] = min(xs[0], 0)
+    xs = [v for a,b in zip(ev, [*ev[1:], dict(step=x1)]) for v in (a['step'], b['step'])]
+    xs[0] = min(xs[0], 0)
     eps = [x + i*1e-6 for i,x in enumerate(xs)]                    # steps in x: equal x would merge in the stack
-    kinds = (('grad_bytes', 'gradients', 1), ('optimizer_bytes', 'optimizer', 2), ('reference_bytes', 'references', 3), ('parked_bytes', 'parked in host memory', 4))
-    series = [dict(name=n, x=eps, y=[e.get(k) or 0 for e in ev for _ in '12'], c=c, kind='area', last=human_bytes(max(e.get(k) or 0 for e in ev))) for k,n,c in kinds if any(e.get(k) for e in ev)]
+    kinds = (
+        ('grad_bytes', 'gradients', 1),
+        ('optimizer_bytes', 'optimizer', 2),
+        ('reference_bytes', 'references', 3),
+        ('parked_bytes', 'parked in host memory', 4),
+    )
+    series = [
+        dict(
+            name=n,
+            x=eps,
+            y=[e.get(k) or 0 for e in ev for _ in '12'],
+            c=c,
+            kind='area',
+            last=human_bytes(max(e.get(k) or 0 for e in ev)),
+        )
+        for k, n, c in kinds
+        if any(e.get(k) for e in ev)
+    ]
     top = max(sum(e.get(k) or 0 for k,_,_ in kinds) for e in ev)
     full = s['state_bytes_full']
-    if full: series.append(dict(name='full fine-tuning, same optimizer', x=[0, x1], y=[full, full], c=5, kind='dash', last=human_bytes(full)))
+    if full:
+        series.append(
+            dict(
+                name='full fine-tuning, same optimizer',
+                x=[0, x1],
+                y=[full, full],
+                c=5,
+                kind='dash',
+                last=human_bytes(full),
+            )
+        )
     hi = max(top, full or 0)*1.08 or 1
-    i = min(4, max(0, int(math.log(hi, 1024)))); unit = ('B', 'KB', 'MB', 'GB', 'TB')[i]
-    said = f"Training state at most {human_bytes(s['state_bytes_peak'])}" + (f", {_share_of(s['state_bytes_peak'], full)}, which needs {human_bytes(full)}" if full else '')
-    return line_chart([{**r, 'y': [v/1024**i for v in r['y']]} for r in series], said, lambda v: f'{v:g} {unit}', 220, [], (0, x1), (0, hi/1024**i), 'step')
+    i = min(4, max(0, int(math.log(hi, 1024))))
+    unit = ('B', 'KB', 'MB', 'GB', 'TB')[i]
+    said = f"Training state at most {human_bytes(s['state_bytes_peak'])}" + (
+        f", {_share_of(s['state_bytes_peak'], full)}, which needs {human_bytes(full)}" if full else ''
+    )
+    return line_chart(
+        [{**r, 'y': [v / 1024**i for v in r['y']]} for r in series],
+        said,
+        lambda v: f'{v:g} {unit}',
+        220,
+        [],
+        (0, x1),
+        (0, hi / 1024**i),
+        'step',
+    )
 
 # %% ../nbs/12_reports.ipynb #346daaac
 def _headline(s, train):
     model = escape(str(s['model'] or 'The model').rpartition('/')[2])
-    done = f"{'learnt' if s['status'] == 'complete' else 'has learnt so far'} with <b>{percent(s['trainable_share_peak'])}</b> of its parameters at a time" if s['trainable_share_peak'] is not None else 'was not trained yet'
+    done = (
+        f"{'learnt' if s['status'] == 'complete' else 'has learnt so far'} with"
+        f" <b>{percent(s['trainable_share_peak'])}</b> of its parameters at a time"
+        if s['trainable_share_peak'] is not None
+        else 'was not trained yet'
+    )
     a, b = s['domain_loss_before'], s['domain_loss_after']
-    res = f": held-out loss {num(a)}&nbsp;→&nbsp;<b>{num(b)}</b>, perplexity {num(s['domain_perplexity_before'], 2)}&nbsp;→&nbsp;<b>{num(s['domain_perplexity_after'], 2)}</b>" if a is not None and b is not None else f": training loss {num(train[0])}&nbsp;→&nbsp;<b>{num(train[-1])}</b> in {s['steps']} steps" if train else ''
+    res = (
+        f": held-out loss {num(a)}&nbsp;→&nbsp;<b>{num(b)}</b>, perplexity"
+        f" {num(s['domain_perplexity_before'], 2)}&nbsp;→&nbsp;<b>{num(s['domain_perplexity_after'], 2)}</b>"
+        if a is not None and b is not None
+        else (
+            f": training loss {num(train[0])}&nbsp;→&nbsp;<b>{num(train[-1])}</b> in {s['steps']} steps"
+            if train
+            else ''
+        )
+    )
     a, b = s['other_loss_before'], s['other_loss_after']
-    return f"{model} {done}{res}." + (f" On unrelated text it {'forgot little' if 0.005 < b-a < .05 else 'forgot' if b-a >= .05 else 'forgot nothing'}: {num(a)}&nbsp;→&nbsp;{num(b)}." if a is not None and b is not None else '')
+    return f"{model} {done}{res}." + (
+        " On unrelated text it"
+        f" {'forgot little' if 0.005 < b-a < .05 else 'forgot' if b-a >= .05 else 'forgot nothing'}:"
+        f" {num(a)}&nbsp;→&nbsp;{num(b)}."
+        if a is not None and b is not None
+        else ''
+    )
 
-def _card(name, big, sub): return f'<div class="card"><dt>{escape(name)}</dt><dd><div class="big">{big}</div><div class="sub">{sub}</div></dd></div>'
+def _card(name, big, sub):
+    return (
+        f'<div class="card"><dt>{escape(name)}</dt><dd><div class="big">{big}</div><div'
+        f' class="sub">{sub}</div></dd></div>'
+    )
 
 def _cards(s, train):
     out = []
     for k in s['evals'][:2]:
         a, b = s[f'{k}_loss_before'], s[f'{k}_loss_after']
         name = f'Loss on {_eval_name(k)}' if k in ('domain', 'other') else f'Loss on {k}'
-        ppl = '' if b is None else f"perplexity {num(s[f'{k}_perplexity_before'], 2)} → {num(s[f'{k}_perplexity_after'], 2)}"
-        out.append(_card(name, f'<small>{num(a)} →</small> {num(b)}', ppl) if b is not None else _card(name, num(a), 'before; not measured after'))
-    if not out and train: out.append(_card('Training loss', f'<small>{num(train[0])} →</small> {num(train[-1])}', 'averaged; nothing was held out'))
-    full = f"{_share_of(s['state_bytes_peak'], s['state_bytes_full'])}’s {human_bytes(s['state_bytes_full'])}" if s['state_bytes_full'] and s['state_bytes_peak'] is not None else 'gradients, optimizer, references'
-    speed = ' · '.join([*([f"{s['tokens_per_second']:.0f} tokens/s"] if s['tokens_per_second'] else []), f"{human_time(s['wall_s'])} in all"])
-    return '<dl class="cards">' + ''.join(out + [
-        _card('Parameters that train', percent(s['trainable_share_peak']), f"at most; {percent(s['trainable_share_mean'])} on average, of {human_count(s['n_total'])}"),
-        _card('Training state, peak', human_bytes(s['state_bytes_peak']), full), _card('Time per step', human_time(s['seconds_per_step']), speed),
-        _card('Measuring and choosing', percent(s['importance_overhead_share']), f"of the time, for {s['n_selections']} selection{'s'*(s['n_selections'] != 1)}")]) + '</dl>'
+        ppl = (
+            ''
+            if b is None
+            else f"perplexity {num(s[f'{k}_perplexity_before'], 2)} → {num(s[f'{k}_perplexity_after'], 2)}"
+        )
+        out.append(
+            _card(name, f'<small>{num(a)} →</small> {num(b)}', ppl)
+            if b is not None
+            else _card(name, num(a), 'before; not measured after')
+        )
+    if not out and train:
+        out.append(
+            _card(
+                'Training loss', f'<small>{num(train[0])} →</small> {num(train[-1])}', 'averaged; nothing was held out'
+            )
+        )
+    full = (
+        f"{_share_of(s['state_bytes_peak'], s['state_bytes_full'])}’s {human_bytes(s['state_bytes_full'])}"
+        if s['state_bytes_full'] and s['state_bytes_peak'] is not None
+        else 'gradients, optimizer, references'
+    )
+    speed = ' · '.join(
+        [
+            *([f"{s['tokens_per_second']:.0f} tokens/s"] if s['tokens_per_second'] else []),
+            f"{human_time(s['wall_s'])} in all",
+        ]
+    )
+    return (
+        '<dl class="cards">'
+        + ''.join(
+            out
+            + [
+                _card(
+                    'Parameters that train',
+                    percent(s['trainable_share_peak']),
+                    f"at most; {percent(s['trainable_share_mean'])} on average, of {human_count(s['n_total'])}",
+                ),
+                _card('Training state, peak', human_bytes(s['state_bytes_peak']), full),
+                _card('Time per step', human_time(s['seconds_per_step']), speed),
+                _card(
+                    'Measuring and choosing',
+                    percent(s['importance_overhead_share']),
+                    f"of the time, for {s['n_selections']} selection{'s'*(s['n_selections'] != 1)}",
+                ),
+            ]
+        )
+        + '</dl>'
+    )
 
 def _table(head, rows, caption, text=(0,), style=''):
     cls = lambda i: ' class="txt"' if i in text else ''
     th = ''.join(f'<th scope="col"{cls(i)}>{escape(h)}</th>' for i,h in enumerate(head))
-    body = ''.join(f"""<tr>{''.join(f'<th scope="row"{cls(i)}>{c}</th>' if i == 0 else f'<td{cls(i)}>{c}</td>' for i,c in enumerate(r))}</tr>""" for r in rows)
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="data{style}"><caption>{escape(caption)}</caption><thead><tr>{th}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = ''.join(
+        f"""<tr>{''.join(f'<th scope="row"{cls(i)}>{c}</th>' if i == 0 else f'<td{cls(i)}>{c}</td>' for i,c in enumerate(r))}</tr>"""
+        for r in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table'
+        f' class="data{style}"><caption>{escape(caption)}</caption><thead><tr>{th}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 def _result_table(s):
     rows = []
     for k in s['evals']:
         a, b = s[f'{k}_loss_before'], s[f'{k}_loss_after']
         good = '' if a is None or b is None or abs(b-a) < .005 else 'good' if b < a else 'bad'
-        word = {'good': 'better', 'bad': 'worse', '': 'the same'}[good] if a is not None and b is not None else 'not measured'
-        rows.append([escape(_eval_name(k)), num(a), f'<strong>{num(b)}</strong>', f'<span class="{good}">{_change(a, b)}</span>', num(s[f'{k}_perplexity_before'], 2), f"<strong>{num(s[f'{k}_perplexity_after'], 2)}</strong>",
-                     f"<span class=\"{good}\">{_change(s[f'{k}_perplexity_before'], s[f'{k}_perplexity_after'], True)}, {word}</span>"])
-    return _table(('held-out text', 'loss before', 'after', 'change', 'perplexity before', 'after', 'change'), rows, 'Held-out loss and perplexity before and after; lower is better')
+        word = (
+            {'good': 'better', 'bad': 'worse', '': 'the same'}[good]
+            if a is not None and b is not None
+            else 'not measured'
+        )
+        rows.append(
+            [
+                escape(_eval_name(k)),
+                num(a),
+                f'<strong>{num(b)}</strong>',
+                f'<span class="{good}">{_change(a, b)}</span>',
+                num(s[f'{k}_perplexity_before'], 2),
+                f"<strong>{num(s[f'{k}_perplexity_after'], 2)}</strong>",
+                (
+                    f"<span class=\"{good}\">{_change(s[f'{k}_perplexity_before'], s[f'{k}_perplexity_after'], True)},"
+                    f" {word}</span>"
+                ),
+            ]
+        )
+    return _table(
+        ('held-out text', 'loss before', 'after', 'change', 'perplexity before', 'after', 'change'),
+        rows,
+        'Held-out loss and perplexity before and after; lower is better',
+    )
 
 def _names(names):
     "A count, and the names behind it"
     if not names: return '0'
     more = f" … and {len(names)-_MOST:,} more, in the run log" if len(names) > _MOST else ''
-    return f"<details><summary>{len(names)}</summary><code>{escape(', '.join(map(str, names[:_MOST])))}{more}</code></details>"
+    return (
+        f"<details><summary>{len(names)}</summary><code>{escape(', '.join(map(str, names[:_MOST])))}{more}</code></details>"
+    )
 
 def _ends(ev): return ev if len(ev) <= 40 else ev[:20] + ev[-20:]
 
 def _selection_table(log):
     ev = log.events('select')
-    rows = [[str(e['step']), _names(e.get('names') or ()), percent(e.get('share')), _names(e.get('entered') or ()), _names(e.get('left') or ()), escape(str(e.get('policy') or '')), escape(str(e.get('reason') or ''))] for e in _ends(ev)]
-    return _table(('step', 'units', 'share', 'entered', 'left', 'policy', 'reason'), rows, 'Each selection: how many units, what share of all parameters, who came and went'
-                  + (f'; the first and last 20 of {len(ev)}' if len(ev) > 40 else ''), (5, 6))
+    rows = [
+        [
+            str(e['step']),
+            _names(e.get('names') or ()),
+            percent(e.get('share')),
+            _names(e.get('entered') or ()),
+            _names(e.get('left') or ()),
+            escape(str(e.get('policy') or '')),
+            escape(str(e.get('reason') or '')),
+        ]
+        for e in _ends(ev)
+    ]
+    return _table(
+        ('step', 'units', 'share', 'entered', 'left', 'policy', 'reason'),
+        rows,
+        'Each selection: how many units, what share of all parameters, who came and went'
+        + (f'; the first and last 20 of {len(ev)}' if len(ev) > 40 else ''),
+        (5, 6),
+    )
 
 def _flat(d, pre=''):
     for k,v in d.items():
         if isinstance(v, dict) and v: yield from _flat(v, f'{pre}{k}.')
         else: yield f'{pre}{k}', v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
 
-def _settings(d, caption): return _table(('setting', 'value'), [[escape(k), f'<code>{escape(v)}</code>'] for k,v in _flat(d)], caption, (0, 1), ' plain')
+def _settings(d, caption):
+    return _table(
+        ('setting', 'value'), [[escape(k), f'<code>{escape(v)}</code>'] for k, v in _flat(d)], caption, (0, 1), ' plain'
+    )
 
 def _sample_html(p):
     def side(when):
         if p[when] is None: return f'<div><p class="sample-head">{when}</p><p class="sample">not recorded</p></div>'
-        return f'<div><p class="sample-head">{when}</p><p class="sample {when}"><span class="prompt">{escape(p["prompt"])}</span> {escape(_continuation(p["prompt"], p[when]))}</p></div>'
+        return (
+            f'<div><p class="sample-head">{when}</p><p class="sample {when}"><span'
+            f' class="prompt">{escape(p["prompt"])}</span> {escape(_continuation(p["prompt"], p[when]))}</p></div>'
+        )
     return f'<div class="two">{side("before")}{side("after")}</div>'
 
 def _attention(log):
@@ -326,12 +668,17 @@ def _attention(log):
     e = next(iter(log.events('attention')[-1:]), None)
     if e is None: return ''
     try: return shift_section(AttentionShift.from_dict(e['shift']), words=e.get('words') or ())
-    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError): return '<p class="note">The attention that was recorded cannot be read.</p>'
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError):
+        return '<p class="note">The attention that was recorded cannot be read.</p>'
 
 def _page(title, body):
     "One page of HTML that needs nothing else; `title` is escaped here, `body` is HTML"
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">\n'
-            f'<meta name="generator" content="alf_nb"><title>{escape(title)}</title><style>{theme_css()}</style></head>\n<body class="alf alf-page"><main>{body}</main></body></html>\n')
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        ' content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">\n<meta'
+        f' name="generator" content="alf_nb"><title>{escape(title)}</title><style>{theme_css()}</style></head>\n<body'
+        f' class="alf alf-page"><main>{body}</main></body></html>\n'
+    )
 
 def report_html(
     run # folder of a run, or its `RunLog`
@@ -342,23 +689,100 @@ def report_html(
     train = [v for v in trend(log.series('log', 'loss')[1]) if v is not None]
     ever = {n for x in sels for n in x.names}
     never = [l for l,us in layers.items() if not any(u.eligible or u.name in ever for u in us)]
-    chips = [('policy', s['policy']), ('budget', percent(s['budget'], 0) if s['budget'] else None), ('signal', s['signal']), ('seed', s['seed']), ('device', s['device']), ('steps', f"{s['steps']} of {s['max_steps']}" if s['max_steps'] and s['max_steps'] != s['steps'] else s['steps'])]
-    warn = [f"This run failed: {s['error']}"] if s['error'] else ['This run has no end yet: it is still under way, or its process was killed. Figures are those of the steps that were made.'] if s['status'] != 'complete' else []
+    chips = [
+        ('policy', s['policy']),
+        ('budget', percent(s['budget'], 0) if s['budget'] else None),
+        ('signal', s['signal']),
+        ('seed', s['seed']),
+        ('device', s['device']),
+        (
+            'steps',
+            f"{s['steps']} of {s['max_steps']}" if s['max_steps'] and s['max_steps'] != s['steps'] else s['steps'],
+        ),
+    ]
+    warn = (
+        [f"This run failed: {s['error']}"]
+        if s['error']
+        else (
+            [
+                'This run has no end yet: it is still under way, or its process was killed. Figures are those of the'
+                ' steps that were made.'
+            ]
+            if s['status'] != 'complete'
+            else []
+        )
+    )
     if s['nonfinite']: warn.append(f"{s['nonfinite']} events hold a number that is not finite (NaN or infinity).")
     if s['damaged_lines']: warn.append(_passed_over(s))
-    if s['resumed']: warn.append(f"Resumed {s['resumed']} time{'s'*(s['resumed'] > 1)}; steps that were done again are shown once.")
-    sec = lambda title, body, note='': f'<section><h2>{title}</h2>{f"""<p class="note">{note}</p>""" if note else ""}{body}</section>' if body else ''
+    if s['resumed']:
+        warn.append(f"Resumed {s['resumed']} time{'s'*(s['resumed'] > 1)}; steps that were done again are shown once.")
+    sec = lambda title, body, note='': (
+        f'<section><h2>{title}</h2>{f"""<p class="note">{note}</p>""" if note else ""}{body}</section>' if body else ''
+    )
     parts = [
         sec('Before and after', _result_table(s)) if s['evals'] else '',
         sec('Loss', loss_chart(log), 'Dotted vertical lines: a new selection.' if _marks(sels) else ''),
-        sec('Where the model learnt', layer_map(log), 'Rows are layers, the one nearest to the input on top; the colour says how much of the layer trained at each step. Bars: how important the layer is by the newest measurement, grey where nothing of it trains now.'
-            + (f" Never trained: {escape(', '.join(never[:4]))}{' …' if len(never) > 4 else ''}." if never else '')),
-        sec('Which matrices learnt', role_maps(log), 'One band for each kind of matrix; within a band each line is a layer, the one nearest to the input on top.'),
-        sec('Memory', memory_chart(log), 'What training keeps beside the weights: ' + (_share_of(s['state_bytes_peak'], s['state_bytes_full']) or 'gradients, optimizer state and references') + '. Parked state waits in host memory for its unit to come back, and does not count on the device.'),
-        sec('What attention did', _attention(log), 'Attention of the model before and after, over the same held-out texts.'),
-        sec('In its own words', ''.join(map(_sample_html, s['samples'])), 'The same prompt, continued by the model before and after.') if s['samples'] else '',
+        sec(
+            'Where the model learnt',
+            layer_map(log),
+            'Rows are layers, the one nearest to the input on top; the colour says how much of the layer trained at'
+            ' each step. Bars: how important the layer is by the newest measurement, grey where nothing of it trains'
+            ' now.'
+            + (f" Never trained: {escape(', '.join(never[:4]))}{' …' if len(never) > 4 else ''}." if never else ''),
+        ),
+        sec(
+            'Which matrices learnt',
+            role_maps(log),
+            'One band for each kind of matrix; within a band each line is a layer, the one nearest to the input on'
+            ' top.',
+        ),
+        sec(
+            'Memory',
+            memory_chart(log),
+            'What training keeps beside the weights: '
+            + (_share_of(s['state_bytes_peak'], s['state_bytes_full']) or 'gradients, optimizer state and references')
+            + '. Parked state waits in host memory for its unit to come back, and does not count on the device.',
+        ),
+        sec(
+            'What attention did',
+            _attention(log),
+            'Attention of the model before and after, over the same held-out texts.',
+        ),
+        (
+            sec(
+                'In its own words',
+                ''.join(map(_sample_html, s['samples'])),
+                'The same prompt, continued by the model before and after.',
+            )
+            if s['samples']
+            else ''
+        ),
         sec('Selections', _selection_table(log)) if sels else '',
-        sec('Settings', '<div class="two">' + _settings(log.begin.get('config') or {}, 'Settings of the run') + _settings(s['versions'] | {k: v for k,v in dict(model=s['model'], device=s['device'], run=s['run_id'], begun=s['date'], process_memory_peak=human_bytes(s['rss_bytes_peak'])).items() if v}, 'Versions and place') + '</div>') if log.begin else '']
+        (
+            sec(
+                'Settings',
+                '<div class="two">'
+                + _settings(log.begin.get('config') or {}, 'Settings of the run')
+                + _settings(
+                    s['versions'] | {
+                        k: v
+                        for k, v in dict(
+                            model=s['model'],
+                            device=s['device'],
+                            run=s['run_id'],
+                            begun=s['date'],
+                            process_memory_peak=human_bytes(s['rss_bytes_peak']),
+                        ).items()
+                        if v
+                    },
+                    'Versions and place',
+                )
+                + '</div>',
+            )
+            if log.begin
+            else ''
+        ),
+    ]
     title = f"{s['model'] or s['run']}: what learnt, and what it cost"
     return _page(title, f"""<header><h1>{escape(str(s['model'] or s['run']).rpartition('/')[2])}</h1><p class="lead">{_headline(s, train)}</p>
 <div class="kicker"><span class="chip status {s['status']}">{s['status']}</span>{''.join(f'<span class="chip"><b>{k}</b>{escape(str(v))}</span>' for k,v in chips if v is not None)}<span>{escape(s['date'] or '')}</span></div>
@@ -374,7 +798,8 @@ def write_report(
     log = _read_once(run)
     out, html = Path(out or log.dir/'report.html'), report_html(log)
     try: write_whole(out, html)
-    except OSError as e: raise type(e)(e.errno, f"cannot write the report ({e.strerror}); choose another place than", str(out)) from None
+    except OSError as e:
+        raise type(e)(e.errno, f"cannot write the report ({e.strerror}); choose another place than", str(out)) from None
     return out
 
 # %% ../nbs/12_reports.ipynb #5d4e18a0
@@ -387,14 +812,27 @@ def write_attention(
     "Write a page on a change of attention"
     out, one = Path(out), isinstance(shift, AttentionShift)
     title = f"Attention: {shift.name if one else ', '.join(shift.shifts)}"
-    body = f'<header><h1>{escape(title)}</h1><p class="lead">{escape(shift_verdict(shift))}</p></header><section><h2>Before and after</h2>{shift_section(shift, words=words)}</section><footer>Written by alf_nb. {escape(note)}</footer>'
+    body = (
+        f'<header><h1>{escape(title)}</h1><p'
+        f' class="lead">{escape(shift_verdict(shift))}</p></header><section><h2>Before and'
+        f' after</h2>{shift_section(shift, words=words)}</section><footer>Written by alf_nb. {escape(note)}</footer>'
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, _page(title, body))
     return out
 
 # %% ../nbs/12_reports.ipynb #aa1bf450
-_columns = (('run', 'run', str), ('policy', 'policy', str), ('steps', 'steps', str), ('trainable_share_peak', 'share, peak', percent), ('domain_loss_after', 'domain loss', num), ('other_loss_after', 'other loss', num),
-            ('seconds_per_step', 's/step', num), ('state_bytes_peak', 'state, peak', human_bytes), ('importance_overhead_share', 'overhead', percent))
+_columns = (
+    ('run', 'run', str),
+    ('policy', 'policy', str),
+    ('steps', 'steps', str),
+    ('trainable_share_peak', 'share, peak', percent),
+    ('domain_loss_after', 'domain loss', num),
+    ('other_loss_after', 'other loss', num),
+    ('seconds_per_step', 's/step', num),
+    ('state_bytes_peak', 'state, peak', human_bytes),
+    ('importance_overhead_share', 'overhead', percent),
+)
 
 class Comparison:
     "Runs side by side."
@@ -409,8 +847,13 @@ class Comparison:
         reverse:bool=False          # largest first
     )->'Comparison':
         "The same runs in order; those that do not know the figure come last"
-        if self.rows and by not in self.rows[0]: raise ValueError(f"unknown figure {by!r}; figures are {', '.join(self.rows[0])}")
-        known = sorted((i for i,r in enumerate(self.rows) if r.get(by) is not None), key=lambda i: self.rows[i][by], reverse=reverse)
+        if self.rows and by not in self.rows[0]:
+            raise ValueError(f"unknown figure {by!r}; figures are {', '.join(self.rows[0])}")
+        known = sorted(
+            (i for i, r in enumerate(self.rows) if r.get(by) is not None),
+            key=lambda i: self.rows[i][by],
+            reverse=reverse,
+        )
         out = Comparison([])
         order = known + [i for i in range(len(self)) if i not in known]
         out.logs, out.rows = [self.logs[i] for i in order], [self.rows[i] for i in order]
@@ -419,16 +862,38 @@ class Comparison:
     def _repr_markdown_(self):
         cols = [c for c in _columns if c[0] in ('run', 'policy') or any(r[c[0]] is not None for r in self.rows)]
         low = {k: min((r[k] for r in self.rows if r[k] is not None), default=None) for k,_,f in cols if f is not str}
-        cell = lambda r, k, f: '–' if r[k] is None else f'**{f(r[k])}**' if len(self) > 1 and r[k] == low.get(k) else md_text(f(r[k]))
-        return '\n'.join(['| ' + ' | '.join(n for _,n,_ in cols) + ' |', '|' + '---|'*len(cols), *('| ' + ' | '.join(cell(r, k, f) for k,_,f in cols) + ' |' for r in self.rows)])
+        cell = lambda r, k, f: (
+            '–' if r[k] is None else f'**{f(r[k])}**' if len(self) > 1 and r[k] == low.get(k) else md_text(f(r[k]))
+        )
+        return '\n'.join(
+            [
+                '| ' + ' | '.join(n for _, n, _ in cols) + ' |',
+                '|' + '---|' * len(cols),
+                *('| ' + ' | '.join(cell(r, k, f) for k, _, f in cols) + ' |' for r in self.rows),
+            ]
+        )
 
     def plot(self)->Picture:
         "Averaged training loss of all runs"
         series = []
         for i,(l,r) in enumerate(zip(self.logs, self.rows)):
             x, y = l.series('log', 'loss')
-            if y: series.append(dict(name=r['run'], x=x, y=trend(y), c=i % 5 + 1, kind='line' if i < 5 else 'dash', last=num(next((v for v in reversed(trend(y)) if v is not None), None))))
-        return line_chart(series, 'Averaged training loss of ' + ', '.join(f"{s['name']} ({s['last']})" for s in series), x_name='step')
+            if y:
+                series.append(
+                    dict(
+                        name=r['run'],
+                        x=x,
+                        y=trend(y),
+                        c=i % 5 + 1,
+                        kind='line' if i < 5 else 'dash',
+                        last=num(next((v for v in reversed(trend(y)) if v is not None), None)),
+                    )
+                )
+        return line_chart(
+            series,
+            'Averaged training loss of ' + ', '.join(f"{s['name']} ({s['last']})" for s in series),
+            x_name='step',
+        )
 
 def compare_runs(
     runs # folders of runs, or their logs
@@ -443,7 +908,9 @@ def _t_inside(theta, df):
     "P(|T| ≤ √df·tan θ) for Student's T"
     c, odd = math.cos(theta), df % 2
     total, term = 0., c if odd else 1.
-    for k in range(1+odd, df, 2): total += term; term *= c*c*k/(k+1)
+    for k in range(1+odd, df, 2):
+        total += term
+        term *= c*c*k/(k+1)
     return 2/math.pi*(theta + math.sin(theta)*total) if odd else math.sin(theta)*total
 
 def t_interval(
@@ -456,21 +923,48 @@ def t_interval(
     mean = statistics.fmean(values)
     if n < 2: return mean, None, None
     lo, hi = 0., math.pi/2
-    for _ in range(60): mid = (lo+hi)/2; lo, hi = (mid, hi) if _t_inside(mid, n-1) < level else (lo, mid)
+    for _ in range(60):
+        mid = (lo+hi)/2
+        lo, hi = (mid, hi) if _t_inside(mid, n-1) < level else (lo, mid)
     half = math.sqrt(n-1)*math.tan(lo)*statistics.stdev(values)/math.sqrt(n)
     return mean, mean-half, mean+half
 
 # %% ../nbs/12_reports.ipynb #b6e93df9
-_numbers = ('lr', 'task_loss', 'task_loss_before', 'other_loss', 'other_loss_before', 'steps', 'wall_s', 'importance_s', 'seconds_per_step', 'state_bytes_peak', 'trainable_share_peak', 'amount')
+_numbers = (
+    'lr',
+    'task_loss',
+    'task_loss_before',
+    'other_loss',
+    'other_loss_before',
+    'steps',
+    'wall_s',
+    'importance_s',
+    'seconds_per_step',
+    'state_bytes_peak',
+    'trainable_share_peak',
+    'amount',
+)
 
 def _is_row(r):
     "Can it be read as a row of results?"
     if not isinstance(r, dict): return False
     curve, where = r.get('curve') or [], r.get('map') or {}
-    return (all(isinstance(r.get(k), str) for k in ('key', 'task', 'method')) and r.get('lr') is not None and type(r.get('seed')) is int and all(_is_number(r.get(k)) for k in _numbers)
-            and all(_is_text(r.get(k)) for k in ('settings', 'about', 'model', 'data', 'rule', 'device', 'data_order', 'error', 'date', 'commit')) and isinstance(r.get('versions') or {}, dict) and (r.get('rule') not in _rules or r.get('amount') is not None)
-            and isinstance(curve, list) and all(isinstance(p, list) and len(p) == 4 and all(map(_is_number, p)) for p in curve)
-            and isinstance(where, dict) and all(isinstance(v, str) and v and v.isascii() and v.isdigit() for v in where.values()))
+    return (
+        all(isinstance(r.get(k), str) for k in ('key', 'task', 'method'))
+        and r.get('lr') is not None
+        and type(r.get('seed')) is int
+        and all(_is_number(r.get(k)) for k in _numbers)
+        and all(
+            _is_text(r.get(k))
+            for k in ('settings', 'about', 'model', 'data', 'rule', 'device', 'data_order', 'error', 'date', 'commit')
+        )
+        and isinstance(r.get('versions') or {}, dict)
+        and (r.get('rule') not in _rules or r.get('amount') is not None)
+        and isinstance(curve, list)
+        and all(isinstance(p, list) and len(p) == 4 and all(map(_is_number, p)) for p in curve)
+        and isinstance(where, dict)
+        and all(isinstance(v, str) and v and v.isascii() and v.isdigit() for v in where.values())
+    )
 
 def read_results(
     path # `.jsonl` file of rows
@@ -479,7 +973,8 @@ def read_results(
     path, rows = Path(path), {}
     try:
         with open_plain(path) as f: lines = f.read().split(b'\n')
-    except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(f"no results here: {path} does not exist") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no results here: {path} does not exist") from None
     for line in lines:
         try: r = json.loads(line.decode('utf-8', 'replace'), parse_constant=lambda c: None)
         except (ValueError, RecursionError): continue
@@ -504,22 +999,43 @@ class _Method:
         rates = sorted({r['lr'] for r in good})
         by_seed = {s: [r for r in good if r['seed'] == s] for s in sorted({r['seed'] for r in good})}
         self.grid = len(by_seed) > 1 and all(len(v) == len(rates) > 1 for v in by_seed.values())
-        first = good if self.grid else max(by_seed.values(), key=len, default=[])      # the seed that tried the most rates; of equals the lowest
-        self.lr = min({r['lr'] for r in first}, key=lambda v: _mean([r for r in first if r['lr'] == v], 'task_loss'), default=None)
+        # the seed that tried the most rates; of equals the lowest
+        first = good if self.grid else max(by_seed.values(), key=len, default=[])
+        self.lr = min(
+            {r['lr'] for r in first}, key=lambda v: _mean([r for r in first if r['lr'] == v], 'task_loss'), default=None
+        )
         self.runs = sorted((r for r in good if r['lr'] == self.lr), key=lambda r: r['seed'])
         tried = sorted({r['lr'] for r in rows})
-        self.edge = len(tried) > 1 and self.lr in (tried[0], tried[-1]) and not any(r.get('diverged') and r['lr'] > self.lr for r in rows)
+        self.edge = (
+            len(tried) > 1
+            and self.lr in (tried[0], tried[-1])
+            and not any(r.get('diverged') and r['lr'] > self.lr for r in rows)
+        )
         self.loss = _mean(self.runs, 'task_loss')
     def mean(self, k): return _mean(self.runs, k)
     @property
-    def forgetting(self): return _mean([dict(d=r['other_loss']-r['other_loss_before']) for r in self.runs if r.get('other_loss') is not None and r.get('other_loss_before') is not None], 'd')
+    def forgetting(self):
+        return _mean(
+            [
+                dict(d=r['other_loss'] - r['other_loss_before'])
+                for r in self.runs
+                if r.get('other_loss') is not None and r.get('other_loss_before') is not None
+            ],
+            'd',
+        )
 
 # %% ../nbs/12_reports.ipynb #46987144
-_rules = dict(steps=lambda a: f'equal steps ({a:g})', tokens=lambda a: f'equal tokens ({human_count(a)})', wall=lambda a: f'equal wall-clock time ({human_time(a)} per run)')
+_rules = dict(
+    steps=lambda a: f'equal steps ({a:g})',
+    tokens=lambda a: f'equal tokens ({human_count(a)})',
+    wall=lambda a: f'equal wall-clock time ({human_time(a)} per run)',
+)
 
-def _interval(m, digits=3): return num(m[0], digits) if m[1] is None else f'{num(m[0], digits)} ({num(m[1], digits)} … {num(m[2], digits)})'
+def _interval(m, digits=3):
+    return num(m[0], digits) if m[1] is None else f'{num(m[0], digits)} ({num(m[1], digits)} … {num(m[2], digits)})'
 
-def _signed(d): return '–' if d is None else f'{d[0]:+.3f}' if d[1] is None else f'{d[0]:+.3f} ({d[1]:+.3f} … {d[2]:+.3f})'
+def _signed(d):
+    return '–' if d is None else f'{d[0]:+.3f}' if d[1] is None else f'{d[0]:+.3f} ({d[1]:+.3f} … {d[2]:+.3f})'
 
 def _won(d):
     "-1: lower, 1: higher, 0: not told apart, None: one seed"
@@ -529,12 +1045,15 @@ class PolicyComparison:
     "Methods on one task, the best first."
     def __init__(self,
         rows,              # of one task, as from `read_results`
-        control='random',  # the method that every choice has to beat; where it was run in several forms (`random`, `random-reach`), the best of them
+        # the method that every choice has to beat; where it was run in several forms (`random`, `random-reach`), the
+        # best of them
+        control='random',
         baseline='full'    # the method that is to be replaced
     ):
         self.rows = list(rows)
         if not self.rows: raise ValueError("no rows to compare")
-        if len(tasks := {r['task'] for r in self.rows}) > 1: raise ValueError(f"rows of {len(tasks)} tasks: losses on different tasks do not compare")
+        if len(tasks := {r['task'] for r in self.rows}) > 1:
+            raise ValueError(f"rows of {len(tasks)} tasks: losses on different tasks do not compare")
         groups = {}
         for r in self.rows: groups.setdefault((str(r['method']), r.get('settings')), []).append(r)
         self.methods = sorted(map(_Method, groups.values()), key=lambda m: (m.loss is None, m.loss, m.name))
@@ -547,20 +1066,49 @@ class PolicyComparison:
     def __len__(self): return len(self.methods)
     def __iter__(self): return iter(self.methods)
     @staticmethod
-    def _best_form(forms): return max(forms, key=lambda m: len(m.runs), default=None)      # of those with as many seeds the first, which is the best
+    # of those with as many seeds the first, which is the best
+    def _best_form(forms): return max(forms, key=lambda m: len(m.runs), default=None)
     def control_of(self, m):
         "The best other form of the control that trains as much as `m`, within a tenth; None: none was run"
         share = m.mean('trainable_share_peak')
-        return None if share is None else self._best_form([f for f in self._forms if f is not m and abs((f.mean('trainable_share_peak') or 0)-share) <= .1*share])
+        return (
+            None
+            if share is None
+            else self._best_form(
+                [
+                    f
+                    for f in self._forms
+                    if f is not m and abs((f.mean('trainable_share_peak') or 0) - share) <= 0.1 * share
+                ]
+            )
+        )
     @property
     def task(self)->dict:
         "What all runs share"
         r = self.rows[-1]
-        return {k: r.get(k) for k in ('task', 'model', 'data', 'rule', 'amount', 'batch_size', 'length', 'bf16', 'device', 'task_loss_before', 'other_loss_before')}
+        return {
+            k: r.get(k)
+            for k in (
+                'task',
+                'model',
+                'data',
+                'rule',
+                'amount',
+                'batch_size',
+                'length',
+                'bf16',
+                'device',
+                'task_loss_before',
+                'other_loss_before',
+            )
+        }
     @property
     def title(self)->str:
         "Model, data and rule in a line"
-        return f"{self.task['model']} on {self.task['data']}, {_rules.get(self.task['rule'], lambda a: str(a))(self.task['amount'])}"
+        return (
+            f"{self.task['model']} on {self.task['data']},"
+            f" {_rules.get(self.task['rule'], lambda a: str(a))(self.task['amount'])}"
+        )
 
     @property
     def verdict(self)->list:
@@ -568,19 +1116,43 @@ class PolicyComparison:
         ranked = [m for m in self if m.runs]
         if not ranked: return ['No run was completed.']
         best, n = ranked[0], len(ranked[0].runs)
-        out = [f"Under {_rules.get(self.task['rule'], lambda a: self.task['rule'])(self.task['amount'])}, {best.name} has the lowest task loss: {_interval(t_interval([r['task_loss'] for r in best.runs]))}, {n} seed{'s'*(n > 1)}."]
+        out = [
+            f"Under {_rules.get(self.task['rule'], lambda a: self.task['rule'])(self.task['amount'])}, {best.name} has"
+            f" the lowest task loss: {_interval(t_interval([r['task_loss'] for r in best.runs]))}, {n}"
+            f" seed{'s'*(n > 1)}."
+        ]
         def against(m, o, what):
-            d = _difference(m.runs, o.runs); w = _won(d)
+            d = _difference(m.runs, o.runs)
+            w = _won(d)
             if d is None: return f"{m.name} and {what} have no seed in common."
             seeds = f"{d[3]} seed{'s'*(d[3] > 1)}"
-            return f"{m.name} against {what}: {_signed(d)}, {seeds}: " + {None: 'one seed gives no interval, so this is a hint and no result', -1: 'lower, and significantly so', 1: 'higher, and significantly so', 0: 'not told apart'}[w] + '.'
+            return (
+                f"{m.name} against {what}: {_signed(d)}, {seeds}: "
+                + {
+                    None: 'one seed gives no interval, so this is a hint and no result',
+                    -1: 'lower, and significantly so',
+                    1: 'higher, and significantly so',
+                    0: 'not told apart',
+                }[w]
+                + '.'
+            )
         if len(ranked) > 1: out.append(against(best, ranked[1], f'the next ({ranked[1].name})'))
         choosing = [m for m in ranked if m.runs[0].get('selects')]
         if self.control and choosing:
             m, control = next(((m, c) for m in choosing if (c := self.control_of(m))), (choosing[0], None))
             chance, control = f"a random choice of {'the same' if control else 'another'} size", control or self.control
-            out.append(('Selection by measurement ' + {None: f'was run with too few seeds to say whether it beats {chance}', -1: f'beats {chance} significantly', 1: f'is significantly worse than {chance}',
-                        0: f'is not shown to beat {chance}'}[_won(_difference(m.runs, control.runs))]) + f". The best of it, {against(m, control, control.name)}")
+            out.append(
+                (
+                    'Selection by measurement '
+                    + {
+                        None: f'was run with too few seeds to say whether it beats {chance}',
+                        -1: f'beats {chance} significantly',
+                        1: f'is significantly worse than {chance}',
+                        0: f'is not shown to beat {chance}',
+                    }[_won(_difference(m.runs, control.runs))]
+                )
+                + f". The best of it, {against(m, control, control.name)}"
+            )
         elif choosing: out.append("No random control was run, so nothing shows that the choice of units matters.")
         if self.baseline and best is not self.baseline: out.append(against(best, self.baseline, self.baseline.name))
         return out
@@ -590,16 +1162,33 @@ class PolicyComparison:
         "What weakens the comparison"
         out, few = [], [m.name for m in self if m.runs and len(m.runs) < 2]
         if few: out.append(f"One seed only, so no interval: {', '.join(few)}.")
-        if edge := [f'{m.name} ({m.lr:g})' for m in self if m.runs and m.edge]: out.append(f"The best learning rate is the largest or smallest tried, so a better one may lie beyond: {', '.join(edge)}.")
-        if single := [m.name for m in self if m.runs and len({r['lr'] for r in m.all}) == 1]: out.append(f"One learning rate only: {', '.join(single)}.")
+        if edge := [f'{m.name} ({m.lr:g})' for m in self if m.runs and m.edge]:
+            out.append(
+                "The best learning rate is the largest or smallest tried, so a better one may lie beyond:"
+                f" {', '.join(edge)}."
+            )
+        if single := [m.name for m in self if m.runs and len({r['lr'] for r in m.all}) == 1]:
+            out.append(f"One learning rate only: {', '.join(single)}.")
         orders = {}
         for r in self.rows:
-            if _good(r) and r.get('data_order') and r.get('steps', 0) >= 16: orders.setdefault(r['seed'], set()).add(r['data_order'])
-        if odd := [s for s,o in orders.items() if len(o) > 1]: out.append(f"Data came in different orders within seed {', '.join(map(str, odd))}.")
-        if early := sorted({str(r['method']) for r in self.rows if r.get('stopped_early')}): out.append(f"Time was up before the schedule was through, so the learning rate had not come down: {', '.join(early)}.")
+            if _good(r) and r.get('data_order') and r.get('steps', 0) >= 16:
+                orders.setdefault(r['seed'], set()).add(r['data_order'])
+        if odd := [s for s,o in orders.items() if len(o) > 1]:
+            out.append(f"Data came in different orders within seed {', '.join(map(str, odd))}.")
+        if early := sorted({str(r['method']) for r in self.rows if r.get('stopped_early')}):
+            out.append(
+                "Time was up before the schedule was through, so the learning rate had not come down:"
+                f" {', '.join(early)}."
+            )
         for m in self:
-            if m.errors: e = m.errors[-1]; out.append(f"{m.name}: {len(m.errors)} run{'s'*(len(m.errors) > 1)} failed, the last with “{str(e['error'])[:200]}”.")
-        if len({json.dumps(r.get('versions'), sort_keys=True) for r in self.rows if _good(r)}) > 1: out.append("Not all runs were made by the same versions.")
+            if m.errors:
+                e = m.errors[-1]
+                out.append(
+                    f"{m.name}: {len(m.errors)} run{'s'*(len(m.errors) > 1)} failed, the last with"
+                    f" “{str(e['error'])[:200]}”."
+                )
+        if len({json.dumps(r.get('versions'), sort_keys=True) for r in self.rows if _good(r)}) > 1:
+            out.append("Not all runs were made by the same versions.")
         return out
 
     def table(self)->list:
@@ -608,30 +1197,105 @@ class PolicyComparison:
         out = []
         for m in self:
             loss = t_interval([r['task_loss'] for r in m.runs]) if m.runs else None
-            out.append(dict(method=m.name, lr=m.lr, edge=m.edge, seeds=len(m.runs), task_loss=loss, minus_control=_difference(m.runs, self.control.runs) if self.control and m is not self.control and m.runs else None,
-                minus_baseline=_difference(m.runs, self.baseline.runs) if self.baseline and m is not self.baseline and m.runs else None, forgetting=m.forgetting, share=m.mean('trainable_share_peak'), state=m.mean('state_bytes_peak'),
-                state_of_full=m.mean('state_bytes_peak')/full if full and m.runs else None, seconds_per_step=m.mean('seconds_per_step'), steps=m.mean('steps'), wall_s=m.mean('wall_s'), importance_s=m.mean('importance_s'), errors=len(m.errors)))
+            out.append(
+                dict(
+                    method=m.name,
+                    lr=m.lr,
+                    edge=m.edge,
+                    seeds=len(m.runs),
+                    task_loss=loss,
+                    minus_control=(
+                        _difference(m.runs, self.control.runs)
+                        if self.control and m is not self.control and m.runs
+                        else None
+                    ),
+                    minus_baseline=(
+                        _difference(m.runs, self.baseline.runs)
+                        if self.baseline and m is not self.baseline and m.runs
+                        else None
+                    ),
+                    forgetting=m.forgetting,
+                    share=m.mean('trainable_share_peak'),
+                    state=m.mean('state_bytes_peak'),
+                    state_of_full=m.mean('state_bytes_peak') / full if full and m.runs else None,
+                    seconds_per_step=m.mean('seconds_per_step'),
+                    steps=m.mean('steps'),
+                    wall_s=m.mean('wall_s'),
+                    importance_s=m.mean('importance_s'),
+                    errors=len(m.errors),
+                )
+            )
         return out
 
 # %% ../nbs/12_reports.ipynb #a246e16d
 def _cells(c):
     "What was reached and what it cost: head and rows of text, each"
     c0, b0 = (c.control.name if c.control else 'random'), (c.baseline.name if c.baseline else 'full')
-    head = ('method', 'learning rate', 'seeds', 'task loss', f'less {c0}', f'less {b0}', 'forgetting', 'trains, peak', 'state, peak', f'of {b0}', 's/step', 'steps', 'time', 'choosing')
+    head = (
+        'method',
+        'learning rate',
+        'seeds',
+        'task loss',
+        f'less {c0}',
+        f'less {b0}',
+        'forgetting',
+        'trains, peak',
+        'state, peak',
+        f'of {b0}',
+        's/step',
+        'steps',
+        'time',
+        'choosing',
+    )
     rows = []
     for i,r in enumerate(c.table()):
-        if r['task_loss'] is None: rows.append([r['method'], *['–']*(len(head)-2), f"{r['errors']} failed"]); continue
-        rows.append([r['method'], f"{r['lr']:g}{'†' if r['edge'] else ''}", str(r['seeds']), _interval(r['task_loss']), _signed(r['minus_control']), _signed(r['minus_baseline']), '–' if r['forgetting'] is None else f"{r['forgetting']:+.3f}",
-                     percent(r['share']), human_bytes(r['state']), num(r['state_of_full'], 2), num(r['seconds_per_step']), num(r['steps'], 0), human_time(r['wall_s']), percent(r['importance_s']/r['wall_s'] if r['wall_s'] and r['importance_s'] is not None else None)])
+        if r['task_loss'] is None:
+            rows.append([r['method'], *['–']*(len(head)-2), f"{r['errors']} failed"])
+            continue
+        rows.append(
+            [
+                r['method'],
+                f"{r['lr']:g}{'†' if r['edge'] else ''}",
+                str(r['seeds']),
+                _interval(r['task_loss']),
+                _signed(r['minus_control']),
+                _signed(r['minus_baseline']),
+                '–' if r['forgetting'] is None else f"{r['forgetting']:+.3f}",
+                percent(r['share']),
+                human_bytes(r['state']),
+                num(r['state_of_full'], 2),
+                num(r['seconds_per_step']),
+                num(r['steps'], 0),
+                human_time(r['wall_s']),
+                percent(r['importance_s'] / r['wall_s'] if r['wall_s'] and r['importance_s'] is not None else None),
+            ]
+        )
     cost = (0, *range(7, len(head)))
     return [([h[i] for i in at], [[r[i] for i in at] for r in rows]) for h in (head,) for at in (range(7), cost)]
 
-_how_to_read = ("Losses are means over seeds with 95 % intervals (Student); lower is better. Differences are taken seed by seed. Forgetting: how much the loss on unrelated text rose. State: gradients, optimizer and references at their peak. "
-                "The learning rate is the one that did best on the held-out text with the first seed, so means are a little too good, for every method alike. Each interval stands alone: of twenty true nulls one is expected to miss 0. †: at the edge of the rates tried.")
+_how_to_read = (
+    "Losses are means over seeds with 95 % intervals (Student); lower is better. Differences are taken seed by seed."
+    " Forgetting: how much the loss on unrelated text rose. State: gradients, optimizer and references at their peak."
+    " The learning rate is the one that did best on the held-out text with the first seed, so means are a little too"
+    " good, for every method alike. Each interval stands alone: of twenty true nulls one is expected to miss 0. †: at"
+    " the edge of the rates tried."
+)
 
 def _repr_markdown_(self):
     show = lambda v, i, j: f'**{md_text(v)}**' if i == 0 and j in (0, 3) and v != '–' else md_text(v)
-    tables = ['\n'.join(['| ' + ' | '.join(map(md_text, head)) + ' |', '|---|' + '---:|'*(len(head)-1), *('| ' + ' | '.join(show(v, i if k == 0 else 1, j) for j,v in enumerate(r)) + ' |' for i,r in enumerate(rows))]) for k,(head,rows) in enumerate(_cells(self))]
+    tables = [
+        '\n'.join(
+            [
+                '| ' + ' | '.join(map(md_text, head)) + ' |',
+                '|---|' + '---:|' * (len(head) - 1),
+                *(
+                    '| ' + ' | '.join(show(v, i if k == 0 else 1, j) for j, v in enumerate(r)) + ' |'
+                    for i, r in enumerate(rows)
+                ),
+            ]
+        )
+        for k, (head, rows) in enumerate(_cells(self))
+    ]
     words = [*(f'- {md_text(w)}' for w in self.verdict), *(f'- Caution: {md_text(w)}' for w in self.warnings)]
     return '\n'.join([f'**{md_text(self.title)}**', '', *words, '', '\n\n'.join(tables), '', _how_to_read])
 PolicyComparison._repr_markdown_ = _repr_markdown_
@@ -655,12 +1319,32 @@ def _curves(c, axis, name):
     "Held-out loss against steps (0), time (1) or tokens (2)"
     at, series = _colours(c), []
     for m,col in sorted(at.items(), key=lambda kv: kv[1] != '4'):      # grey below
-        pts = [p for p in _mean_curve(m) if p[3] is not None][1:]      # the start is the same for all and would flatten the rest
-        if pts: series.append(dict(name=m.name if col != '4' else '', x=[p[axis] for p in pts], y=[p[3] for p in pts], c=col, kind='line' if col != '4' else 'thin', last=num(pts[-1][3])))
+        # the start is the same for all and would flatten the rest
+        pts = [p for p in _mean_curve(m) if p[3] is not None][1:]
+        if pts:
+            series.append(
+                dict(
+                    name=m.name if col != '4' else '',
+                    x=[p[axis] for p in pts],
+                    y=[p[3] for p in pts],
+                    c=col,
+                    kind='line' if col != '4' else 'thin',
+                    last=num(pts[-1][3]),
+                )
+            )
     if not series: return Picture('<p class="note">No curve was recorded.</p>')
     ys = sorted(v for s in series for v in s['y'])
-    said = f'Held-out loss against {name}, at the end: ' + ', '.join(f"{m.name} {num(_mean_curve(m)[-1][3])}" for m in at if _mean_curve(m))
-    return line_chart(series, said, lambda v: f'{v:.3g}', 260, x_name=name, y_range=(ys[0]-.01*abs(ys[0]), ys[min(len(ys)-1, int(.97*len(ys)))]*1.01))
+    said = f'Held-out loss against {name}, at the end: ' + ', '.join(
+        f"{m.name} {num(_mean_curve(m)[-1][3])}" for m in at if _mean_curve(m)
+    )
+    return line_chart(
+        series,
+        said,
+        lambda v: f'{v:.3g}',
+        260,
+        x_name=name,
+        y_range=(ys[0] - 0.01 * abs(ys[0]), ys[min(len(ys) - 1, int(0.97 * len(ys)))] * 1.01),
+    )
 
 def _labelled(picture, points, x_range, y_range):
     "Words beside points of a chart, moved apart where they would meet"
@@ -670,7 +1354,10 @@ def _labelled(picture, points, x_range, y_range):
         while any(abs(left-l) < 24 and abs(up-u) < 5 for l,u in placed): up += 1
         placed.append((left, up))
         side = f'right:{100-left:.1f}%;padding-right:9px' if left > 75 else f'left:{left:.1f}%;padding-left:9px'
-        out.append(f'<span style="position:absolute;{side};bottom:{up:.1f}%;transform:translateY(50%);white-space:nowrap;font-size:11.5px;line-height:1;color:var(--fg)">{escape(text)}</span>')
+        out.append(
+            '<span'
+            f' style="position:absolute;{side};bottom:{up:.1f}%;transform:translateY(50%);white-space:nowrap;font-size:11.5px;line-height:1;color:var(--fg)">{escape(text)}</span>'
+        )
     return Picture(picture.replace('</svg></div>', '</svg>' + ''.join(out) + '</div>', 1))
 
 def _scatter(c, x, name, x_format, zero=True):
@@ -680,55 +1367,146 @@ def _scatter(c, x, name, x_format, zero=True):
     if not pts: return Picture(f'<p class="note">{escape(name)}: not recorded.</p>')
     xs, ys = [p[1] for p in pts], [p[2] for p in pts]
     wide, high = max(xs)-min(0 if zero else min(xs), min(xs)) or 1, max(ys)-min(ys) or .1
-    x_range, y_range = (min(0 if zero else min(xs), min(xs))-.04*wide, max(xs)+.06*wide), (min(ys)-.08*high, max(ys)+.12*high)
+    x_range = (min(0 if zero else min(xs), min(xs))-.04*wide, max(xs)+.06*wide)
+    y_range = (min(ys)-.08*high, max(ys)+.12*high)
     said = f'Task loss against {name}: ' + ', '.join(f'{m.name} {x_format(v)}, {num(y)}' for m,v,y in pts)
     series = [dict(name='', x=[v], y=[y], c=at[m], kind='dots') for m,v,y in pts]
-    return _labelled(line_chart(series, said, lambda v: f'{v:.3g}', 260, x_range=x_range, y_range=y_range, x_name=name), [(v, y, m.name) for m,v,y in pts], x_range, y_range)
+    return _labelled(
+        line_chart(series, said, lambda v: f'{v:.3g}', 260, x_range=x_range, y_range=y_range, x_name=name),
+        [(v, y, m.name) for m, v, y in pts],
+        x_range,
+        y_range,
+    )
 
 def _trained(c):
     "Which layers trained, how much and when: of each method the run of its first seed"
-    maps = {m.name: m.runs[0]['map'] for m in c if m.runs and m.runs[0].get('map') and m.name != (c.baseline.name if c.baseline else None)}
+    maps = {
+        m.name: m.runs[0]['map']
+        for m in c
+        if m.runs and m.runs[0].get('map') and m.name != (c.baseline.name if c.baseline else None)
+    }
     if not maps: return ''
     layers = list(dict.fromkeys(l for v in maps.values() for l in v))
     share = lambda s: sum(map(int, s))/9/len(s)
-    cells = {(k, l): share(v[l]) or None for k,v in maps.items() for l in layers if v.get(l)}      # None has the colour of what is frozen
+    # None has the colour of what is frozen
+    cells = {(k, l): share(v[l]) or None for k,v in maps.items() for l in layers if v.get(l)}
     left = names_px(maps)
     hint = lambda m, l: f'{l}, {m}: {percent(cells[m, l] or 0, 0)} of it trained on average'
-    out = cell_table(cells, list(maps), layers, 'How much of each layer trained, on average over the run; darker or brighter is more. Columns are layers, first to last.', hint=hint, left=left)
+    out = cell_table(
+        cells,
+        list(maps),
+        layers,
+        'How much of each layer trained, on average over the run; darker or brighter is more. Columns are layers, first'
+        ' to last.',
+        hint=hint,
+        left=left,
+    )
     moving = {k: v for k,v in maps.items() if any(len(set(s)) > 1 for s in v.values())}
     if moving:
         bands = {k: [[int(d)/9 for d in v.get(l, '0')] for l in layers] for k,v in moving.items()}
-        out += '<h3>What trained when</h3>' + band_map(bands, 'Layers by time, one band for each method that changed its selection: ' + ', '.join(moving), (0, 100), left, ramp_legend('a little', 'all of the layer trains', 'frozen'), '% of the run')
+        out += '<h3>What trained when</h3>' + band_map(
+            bands,
+            'Layers by time, one band for each method that changed its selection: ' + ', '.join(moving),
+            (0, 100),
+            left,
+            ramp_legend('a little', 'all of the layer trains', 'frozen'),
+            '% of the run',
+        )
     return Picture(out)
 
 @patch
 def plot(self:PolicyComparison)->Picture:
     "Loss against steps, time, tokens, memory and forgetting"
-    pairs = [('Held-out loss by step', _curves(self, 0, 'steps')), ('by time', _curves(self, 1, 'seconds')), ('by tokens', _curves(self, 2, 'tokens')),
-             ('Loss and memory', _scatter(self, lambda m: None if m.mean('state_bytes_peak') is None else m.mean('state_bytes_peak')/2**20, 'training state, peak, MB', lambda v: f'{v:.0f} MB')),
-             ('Loss and forgetting', _scatter(self, lambda m: m.forgetting, 'rise of the loss on unrelated text', lambda v: f'{v:+.3f}', False)),
-             ('Loss and time per step', _scatter(self, lambda m: m.mean('seconds_per_step'), 'seconds per step', lambda v: f'{v:.3g} s'))]
+    pairs = [
+        ('Held-out loss by step', _curves(self, 0, 'steps')),
+        ('by time', _curves(self, 1, 'seconds')),
+        ('by tokens', _curves(self, 2, 'tokens')),
+        (
+            'Loss and memory',
+            _scatter(
+                self,
+                lambda m: None if m.mean('state_bytes_peak') is None else m.mean('state_bytes_peak') / 2**20,
+                'training state, peak, MB',
+                lambda v: f'{v:.0f} MB',
+            ),
+        ),
+        (
+            'Loss and forgetting',
+            _scatter(self, lambda m: m.forgetting, 'rise of the loss on unrelated text', lambda v: f'{v:+.3f}', False),
+        ),
+        (
+            'Loss and time per step',
+            _scatter(self, lambda m: m.mean('seconds_per_step'), 'seconds per step', lambda v: f'{v:.3g} s'),
+        ),
+    ]
     return Picture('<div class="alf-pair">' + ''.join(f'<div><h3>{h}</h3>{p}</div>' for h,p in pairs) + '</div>')
 
 # %% ../nbs/12_reports.ipynb #6a3530ef
 @patch
 def _html(self:PolicyComparison, level=2):
     (head, rows), (cost_head, cost_rows) = _cells(self)
-    rows = [[f'<strong>{escape(v)}</strong>' if i == 0 and j in (0, 3) else escape(v) for j,v in enumerate(r)] for i,r in enumerate(rows)]
-    sec = lambda title, body, note='': f'<section><h{level}>{title}</h{level}>{f"""<p class="note">{note}</p>""" if note else ""}{body}</section>' if body else ''
+    rows = [
+        [f'<strong>{escape(v)}</strong>' if i == 0 and j in (0, 3) else escape(v) for j, v in enumerate(r)]
+        for i, r in enumerate(rows)
+    ]
+    sec = lambda title, body, note='': (
+        f'<section><h{level}>{title}</h{level}>{f"""<p class="note">{note}</p>""" if note else ""}{body}</section>'
+        if body
+        else ''
+    )
     t = self.task
     about = {str(r['method']): r.get('about') or '' for r in self.rows}
-    return (''.join(f'<p class="warning" role="note">{escape(w)}</p>' for w in self.warnings) +
-        sec('What was reached', _table(head, rows, self.title), _how_to_read) + sec('What it cost', _table(cost_head, [list(map(escape, r)) for r in cost_rows], 'Means over the seeds')) + sec('Curves', self.plot(), 'Held-out loss while training, mean over seeds; the start, which is the same for all, is left out. In grey: methods that did worse.') +
-        sec('Where each method learnt', _trained(self)) +
-        sec('Methods', _table(('method', 'what it is', 'learning rates tried', 'best', 'seeds'), [[escape(m.name), escape(about.get(str(m.all[-1]['method']), '')), ', '.join(f'{v:g}' for v in sorted({r['lr'] for r in m.all})), '–' if m.lr is None else f'{m.lr:g}', escape(', '.join(str(r['seed']) for r in m.runs)) or '–'] for m in self],
-            'Methods of this comparison', (0, 1), ' plain')) +
-        sec('Task', _settings({k: v for k,v in t.items() if v is not None} | dict(versions=self.rows[-1].get('versions') or {}, commit=self.rows[-1].get('commit') or 'unknown', date=self.rows[-1].get('date') or 'unknown'), 'What all runs share')))
+    return (
+        ''.join(f'<p class="warning" role="note">{escape(w)}</p>' for w in self.warnings)
+        + sec('What was reached', _table(head, rows, self.title), _how_to_read)
+        + sec('What it cost', _table(cost_head, [list(map(escape, r)) for r in cost_rows], 'Means over the seeds'))
+        + sec(
+            'Curves',
+            self.plot(),
+            'Held-out loss while training, mean over seeds; the start, which is the same for all, is left out. In grey:'
+            ' methods that did worse.',
+        )
+        + sec('Where each method learnt', _trained(self))
+        + sec(
+            'Methods',
+            _table(
+                ('method', 'what it is', 'learning rates tried', 'best', 'seeds'),
+                [
+                    [
+                        escape(m.name),
+                        escape(about.get(str(m.all[-1]['method']), '')),
+                        ', '.join(f'{v:g}' for v in sorted({r['lr'] for r in m.all})),
+                        '–' if m.lr is None else f'{m.lr:g}',
+                        escape(', '.join(str(r['seed']) for r in m.runs)) or '–',
+                    ]
+                    for m in self
+                ],
+                'Methods of this comparison',
+                (0, 1),
+                ' plain',
+            ),
+        )
+        + sec(
+            'Task',
+            _settings(
+                {k: v for k, v in t.items() if v is not None}
+                | dict(
+                    versions=self.rows[-1].get('versions') or {},
+                    commit=self.rows[-1].get('commit') or 'unknown',
+                    date=self.rows[-1].get('date') or 'unknown',
+                ),
+                'What all runs share',
+            ),
+        )
+    )
 
 @patch
 def _repr_html_(self:PolicyComparison):
     said = ''.join(f'<p class="alf-said">{escape(w)}</p>' for w in self.verdict)
-    return f'<style>{theme_css()}</style><div class="alf {_NO_MATH}"><h2>{escape(self.title)}</h2>{said}{self._html(3)}</div>'
+    return (
+        f'<style>{theme_css()}</style><div class="alf'
+        f' {_NO_MATH}"><h2>{escape(self.title)}</h2>{said}{self._html(3)}</div>'
+    )
 
 def compare_results(
     results, # `.jsonl` file, or rows
@@ -737,19 +1515,62 @@ def compare_results(
 )->PolicyComparison:
     "The comparison that a results file holds"
     rows = read_results(results) if isinstance(results, (str, os.PathLike)) else list(results)
-    if not rows: raise ValueError(f"no rows in {results}" if isinstance(results, (str, os.PathLike)) else "no rows to compare")
+    if not rows:
+        raise ValueError(f"no rows in {results}" if isinstance(results, (str, os.PathLike)) else "no rows to compare")
     task = rows[-1]['task'] if task is None else task
-    if not (found := [r for r in rows if r['task'] == task]): raise ValueError(f"no task {task!r}; tasks are {', '.join(dict.fromkeys(str(r['task']) for r in rows))}")
+    if not (found := [r for r in rows if r['task'] == task]):
+        raise ValueError(f"no task {task!r}; tasks are {', '.join(dict.fromkeys(str(r['task']) for r in rows))}")
     return PolicyComparison(found, **kw)
 
 def _notebook(file, comparisons):
     "A notebook that shows the comparisons, with its outputs"
     md = lambda s: dict(cell_type='markdown', metadata={}, source=s)
-    code = lambda s, out=None: dict(cell_type='code', metadata={}, source=s, execution_count=None, outputs=[] if out is None else [dict(output_type='display_data', metadata={}, data={'text/html': out._repr_html_(), 'text/markdown': out._repr_markdown_(), 'text/plain': visible(out.title)})])
-    cells = [md('# Methods under one rule\nEach cell shows what one task of the results file says. Run it again when more rows are there.'), code(f'from alf_nb.reports import compare_results\nresults = {file!r}')]
+    code = lambda s, out=None: dict(
+        cell_type='code',
+        metadata={},
+        source=s,
+        execution_count=None,
+        outputs=(
+            []
+            if out is None
+            else [
+                dict(
+                    output_type='display_data',
+                    metadata={},
+                    data={
+                        'text/html': out._repr_html_(),
+                        'text/markdown': out._repr_markdown_(),
+                        'text/plain': visible(out.title),
+                    },
+                )
+            ]
+        ),
+    )
+    cells = [
+        md(
+            '# Methods under one rule\nEach cell shows what one task of the results file says. Run it again when more'
+            ' rows are there.'
+        ),
+        code(f'from alf_nb.reports import compare_results\nresults = {file!r}'),
+    ]
     for c in comparisons: cells += [code(f"compare_results(results, task={c.task['task']!r})", c)]
     for i,c in enumerate(cells): c['id'] = f'cell-{i}'
-    return json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(display_name='Python 3', language='python', name='python3'), language_info=dict(name='python')), nbformat=4, nbformat_minor=5), indent=1, ensure_ascii=False) + '\n'
+    return (
+        json.dumps(
+            dict(
+                cells=cells,
+                metadata=dict(
+                    kernelspec=dict(display_name='Python 3', language='python', name='python3'),
+                    language_info=dict(name='python'),
+                ),
+                nbformat=4,
+                nbformat_minor=5,
+            ),
+            indent=1,
+            ensure_ascii=False,
+        )
+        + '\n'
+    )
 
 def write_comparison(
     results,   # `.jsonl` file of rows
@@ -761,9 +1582,27 @@ def write_comparison(
     tasks = list(dict.fromkeys(r['task'] for r in rows)) if tasks is None else list(tasks)
     found = [compare_results(rows, t) for t in tasks] if rows else []
     if not found: raise ValueError(f"no rows in {results}")
-    out = Path(out or results.parent); out.mkdir(parents=True, exist_ok=True)
-    body = ''.join(f'<header><h1>{escape(c.title)}</h1>{"".join(f"""<p class="lead">{escape(w)}</p>""" for w in c.verdict)}</header>{c._html()}' for c in found)
-    write_whole(out/'comparison.md', '# Methods under one rule\n\n' + '\n\n'.join(c._repr_markdown_() for c in found) + '\n')
-    write_whole(out/'comparison.ipynb', _notebook(os.path.relpath(results, out).replace(os.sep, '/') if results.anchor == out.anchor else str(results), found))
-    write_whole(out/'comparison.html', _page(found[-1].title, f'{body}<footer>Written by alf_nb from <code>{escape(results.name)}</code>. A dash means not measured.</footer>'))
+    out = Path(out or results.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    body = ''.join(
+        f'<header><h1>{escape(c.title)}</h1>{"".join(f"""<p class="lead">{escape(w)}</p>""" for w in c.verdict)}</header>{c._html()}'
+        for c in found
+    )
+    write_whole(
+        out / 'comparison.md', '# Methods under one rule\n\n' + '\n\n'.join(c._repr_markdown_() for c in found) + '\n'
+    )
+    write_whole(
+        out / 'comparison.ipynb',
+        _notebook(
+            os.path.relpath(results, out).replace(os.sep, '/') if results.anchor == out.anchor else str(results), found
+        ),
+    )
+    write_whole(
+        out / 'comparison.html',
+        _page(
+            found[-1].title,
+            f'{body}<footer>Written by alf_nb from <code>{escape(results.name)}</code>. A dash means not'
+            ' measured.</footer>',
+        ),
+    )
     return out/'comparison.html'

@@ -187,7 +187,7 @@ class _Tracked:
 @dataclass(frozen=True)
 class _Reached:
     "Which units gradients reach."
-    dry:list[_Count]             # per unit, 1 + steps and batches of probes in a row without a gradient; 0: not looked at yet
+    dry:list[_Count]             # per unit, 1 + steps and batches in a row without a gradient; 0: not looked at
     out:list[_Count]             # per unit, the step up to which it is left out
     got:list[_Unit]              # units with a gradient since the last count
     noted:_Step                  # steps since then
@@ -246,7 +246,8 @@ def _misfits(s:_State, units, rates_of, n_rates):
     trains = set(s.selection.names)
     if both := [n for n in s.banned if n in trains]: yield f"banned has {both[0]}, which trains"
     if any(map(_doubled, (s.banned, s.optimizer, s.made_up))): yield "banned, optimizer or made_up has a name twice"
-    if not len(s.reach.dry) == len(s.reach.out) == len(units): yield f"reach.dry and reach.out are not of {len(units)} units"
+    if not len(s.reach.dry) == len(s.reach.out) == len(units):
+        yield f"reach.dry and reach.out are not of {len(units)} units"
     if any(map(_doubled, (s.reach.got, s.reach.window, s.reach.away))): yield "reach has a name twice"
     if s.made_up and s.made_up != s.optimizer: yield "made_up and optimizer differ"
     if (signal := Policy.from_dict(s.policy).signal) not in (None, s.config.signal):
@@ -341,7 +342,9 @@ def _check_references(tensors, form, params):
     "A ValueError where the references are not those of `params`, name → parameter; `form` as ALFCallback names it"
     found,expected = {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')},{}
     for k,p in params.items() if form != 'none' else ():
-        if form != '8bit': expected[k] = p.shape,p.dtype,p; continue
+        if form != '8bit':
+            expected[k] = p.shape,p.dtype,p
+            continue
         like = empty_reference(torch.empty(p.shape, device='meta'))
         expected[f'{k}/q'] = p.shape,like.q.dtype,p
         expected[f'{k}/scale'] = like.scale.shape,like.scale.dtype,p
@@ -371,7 +374,8 @@ def _first_state(optimizer, group, dim, dtype):
     "What a new optimizer of this class keeps for a parameter of `dim` dimensions; None where that cannot be tried"
     if (cls := _class_of_step(optimizer)) is None or dim > len(_SIDES): return None
     takes = [k for k in inspect.signature(cls).parameters if k in optimizer.defaults and k not in _HOW]
-    if optimizer.defaults.get('lr') is None: group = {**group, 'lr': None}      # a schedule has written one for the looks of it
+    # a schedule has written one for the looks of it
+    if optimizer.defaults.get('lr') is None: group = {**group, 'lr': None}
     def state(settings):
         p = torch.zeros(_SIDES[:dim], dtype=dtype, requires_grad=True)
         p.grad = torch.zeros_like(p)

@@ -32,16 +32,26 @@ def _plain(v, where, odd):
     if isinstance(v, (set, frozenset)): v = sorted(v)
     if isinstance(v, (list, tuple)): return [_plain(x, f'{where}.{i}', odd) for i,x in enumerate(v)]
     if isinstance(v, os.PathLike): return os.fspath(v)
-    if hasattr(v, 'item') and getattr(v, 'size', 1) != 0: return _plain(v.item(), where, odd)   # numpy and torch scalars
-    raise TypeError(f"cannot write {where!r} to the run log: {type(v).__name__} is no number, text, list, dict, path or record")
+    # numpy and torch scalars
+    if hasattr(v, 'item') and getattr(v, 'size', 1) != 0: return _plain(v.item(), where, odd)
+    raise TypeError(
+        f"cannot write {where!r} to the run log: {type(v).__name__} is no number, text, list, dict, path or record"
+    )
 
 def _line(event, fields):
     odd = {}
     d = {'event': event, **_plain(fields, '', odd)}
     if odd: d['nonfinite'] = odd
     # a lone surrogate cannot be UTF-8; backslashreplace writes exactly its JSON escape
-    line = json.dumps(d, ensure_ascii=False, allow_nan=False, separators=(',', ':')).encode('utf-8', 'backslashreplace') + b'\n'
-    if len(line) > _LONG: warnings.warn(f"the event {event!r} takes {len(line) >> 20} MiB in the run log: readers pass over lines longer than {_LONG >> 20} MiB")
+    line = (
+        json.dumps(d, ensure_ascii=False, allow_nan=False, separators=(',', ':')).encode('utf-8', 'backslashreplace')
+        + b'\n'
+    )
+    if len(line) > _LONG:
+        warnings.warn(
+            f"the event {event!r} takes {len(line) >> 20} MiB in the run log: readers pass over lines longer than"
+            f" {_LONG >> 20} MiB"
+        )
     return line
 
 # %% ../nbs/08_runlog.ipynb #e02c36c8
@@ -64,21 +74,24 @@ class _Run:
     def drop_later(self, step):
         "Drop what is later than `step`"
         k = len(self.events)
-        while k and self.tops[k-1] > step: k -= 1       # what stands before needs no second look, however often a run was resumed
+        # what stands before needs no second look, however often a run was resumed
+        while k and self.tops[k-1] > step: k -= 1
         self.add([e for e in self.cut(k) if e.get('step', 0) <= step])
 
 def survivors(
     events, # event dicts in the order they were written
 )->list: # one list of surviving events per run, oldest run first
     "What counts in a file that may hold resumed and repeated runs"
-    runs, keys, run_id, begun = {0: _Run()}, {}, None, False      # in the order in which they were begun or taken up last; run id → key
+    # in the order in which they were begun or taken up last; run id → key
+    runs, keys, run_id, begun = {0: _Run()}, {}, None, False
     for n,e in enumerate(events, 1):
         kind, last = e['event'], next(reversed(runs))
         now = runs[last]
         if kind == 'run_begin':
             if begun and (e.get('run_id') is None or e.get('run_id') != run_id):
                 k = len(now.events)
-                while k and now.events[k-1].get('when') == 'before': k -= 1      # what was measured before the new run belongs to it
+                # what was measured before the new run belongs to it
+                while k and now.events[k-1].get('when') == 'before': k -= 1
                 last = n
                 runs[last] = _Run(now.cut(k))
             run_id, begun = e.get('run_id'), True
@@ -88,7 +101,8 @@ def survivors(
             if of not in (None, run_id) and keys.get(of) in runs:      # an earlier run goes on, and is the newest now
                 last, run_id = keys[of], of
                 runs[last] = runs.pop(last)
-            elif len(runs) > 1 and not any(o['event'] in ('log', 'save', 'run_end') for o in now.events):  # this run continues the one before
+            elif len(runs) > 1 and not any(o['event'] in ('log', 'save', 'run_end') for o in now.events):
+                # this run continues the one before
                 del runs[last]
                 last = next(reversed(runs))
                 runs[last].add(now.events)
@@ -130,10 +144,13 @@ class RunLog:
         self.dir = self.path.parent
         self.lost = 0       # events that could not be written since the last one that could
         self._fd = self._torn = None
-        self._place = self._told = self._run = self._begun = None      # (device, inode) of the file; what is to be said of it; id and first line of the run
-        self._end, self._tail, self._again = 0, b'', b''               # where that ends which was written, its last bytes; what a new file begins with
+        # (device, inode) of the file; what is to be said of it; id and first line of the run
+        self._place = self._told = self._run = self._begun = None
+        # where that ends which was written, its last bytes; what a new file begins with
+        self._end, self._tail, self._again = 0, b'', b''
         self._lock, self._step = threading.Lock(), 0
-        self._offset, self._passed, self._read, self._seen = 0, 0, b'', None      # of `poll`: bytes read, lines passed over, the last bytes, the file as it was
+        # of `poll`: bytes read, lines passed over, the last bytes, the file as it was
+        self._offset, self._passed, self._read, self._seen = 0, 0, b'', None
 
     def __repr__(self): return f"RunLog({str(self.path)!r})"
     def __enter__(self): return self
@@ -144,7 +161,12 @@ class RunLog:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._fd = plain_fd(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        except OSError as e: raise type(e)(e.errno, f"cannot write the run log ({os.strerror(e.errno)}); choose another folder than", str(self.path)) from None
+        except OSError as e:
+            raise type(e)(
+                e.errno,
+                f"cannot write the run log ({os.strerror(e.errno)}); choose another folder than",
+                str(self.path),
+            ) from None
         s = os.fstat(self._fd)
         self._place, self._end = _place(s), s.st_size
         os.lseek(self._fd, max(0, s.st_size - _TAIL), os.SEEK_SET)
@@ -152,16 +174,19 @@ class RunLog:
         self._torn = self._tail != b'' and not self._tail.endswith(b'\n')
 
     def _missing(self):
-        "(is the file at the path the one that is open, what has become of the lines written so far; empty: they are there)"
+        """(is the file at the path the one that is open, what has become of the lines written so far; empty: they
+        are there)"""
         try: s = os.stat(self.path)
         except (FileNotFoundError, NotADirectoryError): return False, 'is gone'
         except OSError: return True, ''       # nobody can tell
         same = _place(s) == self._place
-        if same and s.st_size == self._end or _holds(self.path, self._end, self._tail): return same, ''      # a copy put in its place; and some file systems number a file anew
+        # a copy put in its place; and some file systems number a file anew
+        if same and s.st_size == self._end or _holds(self.path, self._end, self._tail): return same, ''
         return same, 'was cut short' if same else 'is another file now'
 
     def _follow(self):
-        "Have the file at the path open; when what was written is no longer in it, it begins with the run's first line again"
+        """Have the file at the path open; when what was written is no longer in it, it begins with the run's first
+        line again"""
         same, what = self._missing() if self._place else (True, '')
         if same and not what and self._fd is not None: return
         old, self._fd = self._fd, None
@@ -169,12 +194,18 @@ class RunLog:
         try: self._open()
         except (OSError, ValueError) as e:
             self._fd = old
-            if old is None or os.fstat(old).st_nlink == 0: raise e if isinstance(e, OSError) else OSError(errno.EINVAL, str(e))
-            return self._tell(f"{what}, and a new one cannot be made there: the run goes on in the old file, wherever it was moved to")
+            if old is None or os.fstat(old).st_nlink == 0:
+                raise e if isinstance(e, OSError) else OSError(errno.EINVAL, str(e))
+            return self._tell(
+                f"{what}, and a new one cannot be made there: the run goes on in the old file, wherever it was moved to"
+            )
         if old is not None: os.close(old)
         if not what: return
         self._again = self._begun or b''
-        self._tell(f"{what}: the run goes on in a new one there, which begins with the run's first line. What was written before is where it was moved to, or lost")
+        self._tell(
+            f"{what}: the run goes on in a new one there, which begins with the run's first line. What was written"
+            " before is where it was moved to, or lost"
+        )
 
     def _tell(self, what):
         if self._told is None: self._told = f"the run log {self.path} {what}"
@@ -201,14 +232,23 @@ class RunLog:
                 if event == 'run_begin': self._begun = line
                 self._end, self._tail = os.lseek(self._fd, 0, os.SEEK_CUR), data[-_TAIL:]
                 if event in ('save', 'run_end', 'error'): self._flush()
-                if self._told: warnings.warn(self._told, stacklevel=2); self._told = ''
+                if self._told:
+                    warnings.warn(self._told, stacklevel=2)
+                    self._told = ''
                 return
             self._torn |= n > 0
             self.lost += 1
-            if self.lost == 1: raise OSError(why.errno, f"cannot write {event!r} to the run log: {why.strerror}; earlier events are safe in", str(self.path))
+            if self.lost == 1:
+                raise OSError(
+                    why.errno,
+                    f"cannot write {event!r} to the run log: {why.strerror}; earlier events are safe in",
+                    str(self.path),
+                )
 
     def _flush(self):
-        try: os.fsync(self._fd); sync(self.dir)
+        try:
+            os.fsync(self._fd)
+            sync(self.dir)
         except OSError: pass    # pipes and some network file systems
 
     def close(self):
@@ -223,7 +263,8 @@ class RunLog:
 _MANY = 2 << 20         # values of a line, about
 _DEEP = 32              # dicts and lists inside each other
 
-def _is_number(v): return v is None or type(v) in (int, float) and abs(v) < 1e30       # a NaN or an infinity is not less
+# a NaN or an infinity is not less
+def _is_number(v): return v is None or type(v) in (int, float) and abs(v) < 1e30
 def _is_share(v): return type(v) in (int, float) and 0 <= v <= 1 + 1e-9
 def _is_count(v): return v is None or type(v) is int and 0 <= v < 1 << 53
 def _is_time(v): return v is None or _is_number(v) and 0 <= v < 2e11
@@ -237,7 +278,14 @@ def _is_signals(v): return isinstance(v, dict) and all(_is_numbers(x) for x in v
 
 def _is_unit(u):
     "Can it be made a `UnitInfo`?"
-    try: return all(isinstance(u[k], str) for k in ('name', 'layer', 'role')) and u['kind'] in KINDS and all(type(u[k]) is int and 0 <= u[k] < 1 << 53 for k in ('n_params', 'depth')) and all(type(n) is int for s in u.get('shapes', ()) for n in s) and isinstance(u.get('eligible', True), bool)
+    try:
+        return (
+            all(isinstance(u[k], str) for k in ('name', 'layer', 'role'))
+            and u['kind'] in KINDS
+            and all(type(u[k]) is int and 0 <= u[k] < 1 << 53 for k in ('n_params', 'depth'))
+            and all(type(n) is int for s in u.get('shapes', ()) for n in s)
+            and isinstance(u.get('eligible', True), bool)
+        )
     except (KeyError, TypeError): return False
 
 def _is_units(v): return isinstance(v, list) and all(map(_is_unit, v)) and len({u['name'] for u in v}) == len(v)
@@ -249,24 +297,72 @@ def _with_time(e):
     return {k: v for k,v in e.items() if k != 't'} if type(e.get('t')) in (int, float) and not _is_time(e['t']) else e
 
 _KNOWN = dict(
-    run_begin=dict(run_id=_is_text, versions=_is_dict, config=_is_dict, units=_is_units, n_total=_is_count, max_steps=_is_count, interval=_is_count, model=_is_text, device=_is_text),
+    run_begin=dict(
+        run_id=_is_text,
+        versions=_is_dict,
+        config=_is_dict,
+        units=_is_units,
+        n_total=_is_count,
+        max_steps=_is_count,
+        interval=_is_count,
+        model=_is_text,
+        device=_is_text,
+    ),
     probe=dict(signals=_is_signals, wall_s=_is_number, batches=_is_count, loss=_is_number),
     measure=dict(signals=_is_signals, wall_s=_is_number, sum_lr=_is_number, steps=_is_number, ages=_is_numbers),
-    select=dict(names=_is_texts, entered=_is_texts, left=_is_texts, reason=_is_name, policy=_is_name, share=_is_share, signal=_is_text, scores=_is_numbers, ages=_is_numbers),
-    choose=dict(policy=_is_dict, now=_is_flag), jump=dict(unit=_is_text), freeze=dict(units=_is_texts), not_measured=dict(units=_is_texts, why=_is_text, message=_is_text, steps=_is_number),
-    left_out=dict(units=_is_texts, why=_is_text, message=_is_text), skip=dict(message=_is_text),
-    log={k: _is_number for k in ('loss', 'learning_rate', 'grad_norm', 'epoch', 'seconds_per_step', 'tokens_per_second')},
+    select=dict(
+        names=_is_texts,
+        entered=_is_texts,
+        left=_is_texts,
+        reason=_is_name,
+        policy=_is_name,
+        share=_is_share,
+        signal=_is_text,
+        scores=_is_numbers,
+        ages=_is_numbers,
+    ),
+    choose=dict(policy=_is_dict, now=_is_flag),
+    jump=dict(unit=_is_text),
+    freeze=dict(units=_is_texts),
+    not_measured=dict(units=_is_texts, why=_is_text, message=_is_text, steps=_is_number),
+    left_out=dict(units=_is_texts, why=_is_text, message=_is_text),
+    skip=dict(message=_is_text),
+    log={
+        k: _is_number for k in ('loss', 'learning_rate', 'grad_norm', 'epoch', 'seconds_per_step', 'tokens_per_second')
+    },
     memory={f'{k}_bytes': _is_number for k in ('grad', 'optimizer', 'reference', 'parked', 'rss')},
-    eval=dict(name=_is_name, when=_is_name, loss=_is_number, tokens=_is_number, metrics=_is_numbers), sample=dict(when=_is_text, prompt=_is_text, text=_is_text),
-    save=dict(path=_is_text), resume=dict(path=_is_text, run_id=_is_text), error=dict(type=_is_text, message=_is_text, traceback=_is_text), unpause=dict(paused_s=_is_number),
-    run_end=dict(stopped=_is_flag, **{k: _is_number for k in ('wall_s', 'importance_s', 'trainable_share_mean', 'trainable_share_peak', 'state_bytes_peak', 'rss_bytes_peak')}))
+    eval=dict(name=_is_name, when=_is_name, loss=_is_number, tokens=_is_number, metrics=_is_numbers),
+    sample=dict(when=_is_text, prompt=_is_text, text=_is_text),
+    save=dict(path=_is_text),
+    resume=dict(path=_is_text, run_id=_is_text),
+    error=dict(type=_is_text, message=_is_text, traceback=_is_text),
+    unpause=dict(paused_s=_is_number),
+    run_end=dict(
+        stopped=_is_flag,
+        **{
+            k: _is_number
+            for k in (
+                'wall_s',
+                'importance_s',
+                'trainable_share_mean',
+                'trainable_share_peak',
+                'state_bytes_peak',
+                'rss_bytes_peak',
+            )
+        },
+    ),
+)
 _NEEDED = dict(select=('names',), memory=('grad_bytes', 'optimizer_bytes'), choose=('policy',))
 
 def _is_event(e):
     "Are the fields that this version knows of the types that it writes?"
     if not isinstance(e, dict) or not isinstance(kind := e.get('event'), str): return False
     known = _KNOWN.get(kind, {})
-    return all(ok(e[k]) for k,ok in (*_EVERY.items(), *known.items()) if k in e) and e.get('step', 0) is not None and all(e.get(k) is not None for k in _NEEDED.get(kind, ()))
+    return (
+        all(ok(e[k]) for k, ok in (*_EVERY.items(), *known.items()) if k in e)
+        and e.get('step', 0) is not None
+        and all(e.get(k) is not None for k in _NEEDED.get(kind, ()))
+    )
 
 def _is_shallow(v):
     "Are dicts and lists nested at most `_DEEP` deep?"
@@ -290,7 +386,9 @@ def _complete(f):
     while line := f.readline(_LONG + 1):
         n, end = len(line), line
         if n > _LONG: line = b''
-        while end and not end.endswith(b'\n'): end = f.readline(1 << 20); n += len(end)
+        while end and not end.endswith(b'\n'):
+            end = f.readline(1 << 20)
+            n += len(end)
         if not end: return
         yield line, n
 
@@ -304,7 +402,12 @@ def _found(self:RunLog, kinds):
     "Events of the file; of other kinds than `kinds` only that they were there, and they are not parsed"
     head, stubs, kinds = b'{"event":"', {}, kinds and kinds | {'run_begin', 'resume', 'eval', 'sample'}
     for l in self._lines():
-        if kinds and l.startswith(head) and (k := l[len(head):l.find(b'"', len(head))].decode('utf-8', 'replace')) not in kinds: yield stubs.setdefault(k, {'event': k})
+        if (
+            kinds
+            and l.startswith(head)
+            and (k := l[len(head) : l.find(b'"', len(head))].decode('utf-8', 'replace')) not in kinds
+        ):
+            yield stubs.setdefault(k, {'event': k})
         elif e := _parse(l): yield e
 
 @patch(as_prop=True)
@@ -331,8 +434,15 @@ def events(self:RunLog,
     kinds = {kind} if isinstance(kind, str) else None if kind is None else set(kind)
     runs = self._runs(kinds)
     if not runs: return []
-    if not -len(runs) <= run < len(runs): raise ValueError(f"run={run}, but this file holds {len(runs)} run{'s'*(len(runs) > 1)}")
-    return [e for e in runs[run] if (kinds is None or e['event'] in kinds) and e.get('step', 0) >= since and all(e.get(k) == v for k,v in where.items())]
+    if not -len(runs) <= run < len(runs):
+        raise ValueError(f"run={run}, but this file holds {len(runs)} run{'s'*(len(runs) > 1)}")
+    return [
+        e
+        for e in runs[run]
+        if (kinds is None or e['event'] in kinds)
+        and e.get('step', 0) >= since
+        and all(e.get(k) == v for k, v in where.items())
+    ]
 
 @patch
 def _neighbours(self:RunLog):
@@ -351,7 +461,9 @@ def poll(self:RunLog)->list: # event dicts, oldest first
     if seen == self._seen: return []
     found = []
     with open_plain(self.path) as f:
-        if self._offset and not _holds(self.path, self._offset, self._read): self._offset, self._passed, self._read = 0, 0, b''     # replaced, cut, or made again: read from its beginning
+        if self._offset and not _holds(self.path, self._offset, self._read):
+            # replaced, cut, or made again: read from its beginning
+            self._offset, self._passed, self._read = 0, 0, b''
         f.seek(self._offset)
         for l,n in _complete(f):                # a torn last line waits for the next call
             self._offset += n
@@ -427,4 +539,12 @@ def _read_once(run):
 def _repr_markdown_(self:RunLog):
     log, n = _read_once(self), {}
     for e in log.events(): n[e['event']] = n.get(e['event'], 0) + 1
-    return '\n'.join([f"**{md_text(self.dir.name) or 'run'}**: {log.status}", '', '| event | count |', '|---|---|', *(f'| {md_text(k)} | {v} |' for k,v in n.items())])
+    return '\n'.join(
+        [
+            f"**{md_text(self.dir.name) or 'run'}**: {log.status}",
+            '',
+            '| event | count |',
+            '|---|---|',
+            *(f'| {md_text(k)} | {v} |' for k, v in n.items()),
+        ]
+    )

@@ -27,7 +27,11 @@ def _one_process(
     what # the function that is called
 )->None:
     "Refuse `what` where a launcher has started several processes: each would do the whole job and write the same files"
-    if (n := _n_started()) > 1: raise ValueError(f"{what} works in one process, and {n} were started, each of which would write the same files: start it without a launcher. For several GPUs give ALFCallback to a Trainer (the page Several GPUs)")
+    if (n := _n_started()) > 1:
+        raise ValueError(
+            f"{what} works in one process, and {n} were started, each of which would write the same files: start it"
+            " without a launcher. For several GPUs give ALFCallback to a Trainer (the page Several GPUs)"
+        )
 
 def is_sharded(
     t # a tensor, or None
@@ -48,8 +52,18 @@ def as_shard(
 ):
     "`local` as a piece of a whole like `like`; beside an ordinary parameter an ordinary tensor"
     if not is_sharded(like): return local
-    if local.shape != (here := local_tensor(like)).shape: raise ValueError(f"a piece of shape {tuple(local.shape)} beside a parameter whose piece has {tuple(here.shape)}")
-    return type(like.data).from_local(local.to(like.device), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    if local.shape != (here := local_tensor(like)).shape:
+        raise ValueError(
+            f"a piece of shape {tuple(local.shape)} beside a parameter whose piece has {tuple(here.shape)}"
+        )
+    return type(like.data).from_local(
+        local.to(like.device),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 @torch.no_grad()
 def whole_tensor(
@@ -63,7 +77,8 @@ def gathered(
     local, # what this process holds, of the shape of its piece of `like`
     like   # a parameter
 ):
-    "The whole that the processes hold together, in host memory of the first process; an empty tensor on the others. Every process has to call this"
+    """The whole that the processes hold together, in host memory of the first process; an empty tensor on the
+    others. Every process has to call this"""
     if not is_sharded(like): return local
     full = whole_tensor(as_shard(local, like))
     return full.to('cpu') if torch.distributed.get_rank() == 0 else full.new_empty(0, device='cpu')
@@ -99,8 +114,11 @@ def _copies(params):
     "How many processes hold each piece of these parameters"
     world,found = torch.distributed.get_world_size(),set()
     for p in params:
-        if not is_sharded(p): found.add(world); continue
-        if any(x.is_partial() for x in p.placements): raise ValueError(f"a parameter with placements {p.placements} is not a weight in pieces")
+        if not is_sharded(p):
+            found.add(world)
+            continue
+        if any(x.is_partial() for x in p.placements):
+            raise ValueError(f"a parameter with placements {p.placements} is not a weight in pieces")
         n = 1
         for i,x in enumerate(p.placements): n *= p.device_mesh.size(i) if x.is_shard() else 1
         found.add(world//n)
@@ -136,6 +154,8 @@ def _any_process(
     device  # where an exchange takes place
 )->list:    # in the order of `names`; every process has to call this
     "Units that this process or another one means: what one of them has to drop, all drop"
-    mine = torch.tensor([n in found for n in names], dtype=torch.int32, device=device if device.type != 'mps' else 'cpu')
+    mine = torch.tensor(
+        [n in found for n in names], dtype=torch.int32, device=device if device.type != 'mps' else 'cpu'
+    )
     if _in_group(): torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MAX)
     return [n for n,x in zip(names, mine.tolist()) if x]

@@ -19,29 +19,68 @@ def shift_map(
     most:float=None      # change that has the full colour; default: the largest here
 )->Picture:
     "Layers by heads: where attention changed, and where it stands out from chance"
-    if statistic not in shift.change: raise ValueError(f"no statistic {statistic!r} here; there are {', '.join(shift.change)}")
+    if statistic not in shift.change:
+        raise ValueError(f"no statistic {statistic!r} here; there are {', '.join(shift.change)}")
     rows,marked,(n_layers,n_heads) = shift.change[statistic],set(shift.marked.get(statistic, ())),shift.shape
     what = shift.statistics[statistic]
     most = most or max((abs(v) for r in rows for v in r), default=0) or 1
     px = max(7, min(24, 320//n_layers))
     every = 1 if px >= 13 else 2 if px >= 8 else 4
-    y = ''.join(f'<span class="row" style="top:{100*(i+.5)/n_layers:.1f}%">{i}</span>' for i in range(0, n_layers, every))
+    y = ''.join(
+        f'<span class="row" style="top:{100*(i+.5)/n_layers:.1f}%">{i}</span>' for i in range(0, n_layers, every)
+    )
     step = 1 if n_heads <= 16 else 4 if n_heads <= 48 else 8
     x = ''.join(f'<span style="left:{100*(i+.5)/n_heads:.1f}%">{i}</span>' for i in range(0, n_heads, step))
     r = min(6, px//2)
     dots = ''.join(f'M{h+.5} {l+.5}h.001' for l,h in sorted(marked))
-    over = f'<svg viewBox="0 0 {n_heads} {n_layers}" preserveAspectRatio="none" aria-hidden="true"><g style="fill:none;stroke-linecap:round"><path d="{dots}" style="stroke:var(--card);stroke-width:{r+3}"/><path d="{dots}" style="stroke:var(--fg);stroke-width:{r}"/></g></svg>' if dots else ''
-    hint = lambda l,h,v: f"layer {l}, head {h}: {shift.text(statistic, v, True)}" + (', stands out' if (l,h) in marked else '')
-    hover = '' if n_layers*n_heads > 1200 else '<div class="alf-hover">' + ''.join('<i>' + ''.join(f'<u title="{escape(hint(l, h, v))}"></u>' for h,v in enumerate(r)) + '</i>' for l,r in enumerate(rows)) + '</div>'
+    over = (
+        f'<svg viewBox="0 0 {n_heads} {n_layers}" preserveAspectRatio="none" aria-hidden="true"><g'
+        f' style="fill:none;stroke-linecap:round"><path d="{dots}" style="stroke:var(--card);stroke-width:{r+3}"/><path'
+        f' d="{dots}" style="stroke:var(--fg);stroke-width:{r}"/></g></svg>'
+        if dots
+        else ''
+    )
+    hint = lambda l, h, v: f"layer {l}, head {h}: {shift.text(statistic, v, True)}" + (
+        ', stands out' if (l, h) in marked else ''
+    )
+    hover = (
+        ''
+        if n_layers * n_heads > 1200
+        else '<div class="alf-hover">'
+        + ''.join(
+            '<i>' + ''.join(f'<u title="{escape(hint(l, h, v))}"></u>' for h, v in enumerate(r)) + '</i>'
+            for l, r in enumerate(rows)
+        )
+        + '</div>'
+    )
     top = sorted(((abs(v), l, h) for l,r in enumerate(rows) for h,v in enumerate(r)), reverse=True)[:3]
-    label = f"Change of attention {what}, {n_layers} layers by {n_heads} heads, {len(marked)} stand out. Largest: " + '; '.join(hint(l, h, rows[l][h]) for _,l,h in top)
-    return Picture(f'<figure class="alf-sq over" style="max-width:560px;--left:34px;--h:{px*n_layers}px"><figcaption><b>{escape(what)}</b>, {escape(shift.name)}: full colour is {escape(shift.text(statistic, most, True).replace("+", "±"))}</figcaption>'
-                   f'<div class="alf-chart" role="img" aria-label="{escape(label)}"><div class="alf-y">{y}</div><div class="alf-plot">{map_images([[v/most if v else None for v in r] for r in rows], signed=True)}{over}{hover}</div>'
-                   f'<div class="alf-x">{x}</div></div></figure>')
+    label = (
+        f"Change of attention {what}, {n_layers} layers by {n_heads} heads, {len(marked)} stand out. Largest: "
+        + '; '.join(hint(l, h, rows[l][h]) for _, l, h in top)
+    )
+    return Picture(
+        '<figure class="alf-sq over"'
+        f' style="max-width:560px;--left:34px;--h:{px*n_layers}px"><figcaption><b>{escape(what)}</b>,'
+        f' {escape(shift.name)}: full colour is'
+        f' {escape(shift.text(statistic, most, True).replace("+", "±"))}</figcaption><div class="alf-chart" role="img"'
+        f' aria-label="{escape(label)}"><div class="alf-y">{y}</div><div'
+        f' class="alf-plot">{map_images([[v/most if v else None for v in r] for r in rows], signed=True)}{over}{hover}</div><div'
+        f' class="alf-x">{x}</div></div></figure>'
+    )
 
 # %% ../nbs/11g_shift.ipynb #93e5a734
-_asked = dict(central=('central words get more of the attention that words get', 'central words get less of the attention that words get', 'the attention on central words shows no change that could be told from chance'),
-              entropy=('heads spread their attention wider', 'heads focus more sharply', 'the sharpness of heads shows no change that could be told from chance'))
+_asked = dict(
+    central=(
+        'central words get more of the attention that words get',
+        'central words get less of the attention that words get',
+        'the attention on central words shows no change that could be told from chance',
+    ),
+    entropy=(
+        'heads spread their attention wider',
+        'heads focus more sharply',
+        'the sharpness of heads shows no change that could be told from chance',
+    ),
+)
 
 def shift_verdict(
     shift # `AttentionShift` or `AttentionComparison`
@@ -57,13 +96,27 @@ def shift_verdict(
         found[(o['change'] < 0) if sure else 2].append(f"{s.name} ({s.text(k, o['change'], True)})")
     both = lambda v: v[0] if len(v) == 1 else f"{', '.join(v[:-1])} and {v[-1]}"
     said = '; '.join(f"in {both(v)}, {w}" for v,w in zip(found, _asked[k]) if v) + '.'
-    return said[0].upper() + said[1:] + ('' if any(s.low for s in shifts) else ' There are too few texts to tell a change from chance: give at least 6.')
+    return (
+        said[0].upper()
+        + said[1:]
+        + (
+            ''
+            if any(s.low for s in shifts)
+            else ' There are too few texts to tell a change from chance: give at least 6.'
+        )
+    )
 
 # %% ../nbs/11g_shift.ipynb #2e5b9853
 def _table(head, rows, caption):
     th = lambda c: f'<th scope="col"{" class=txt" if c == head[0] else ""}>{escape(c)}</th>'
-    body = ''.join(f'<tr><th scope="row" class="txt">{escape(r[0])}</th>{"".join(f"<td>{c}</td>" for c in r[1:])}</tr>' for r in rows)
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="data plain"><caption>{escape(caption)}</caption><thead><tr>{"".join(map(th, head))}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = ''.join(
+        f'<tr><th scope="row" class="txt">{escape(r[0])}</th>{"".join(f"<td>{c}</td>" for c in r[1:])}</tr>'
+        for r in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="data'
+        f' plain"><caption>{escape(caption)}</caption><thead><tr>{"".join(map(th, head))}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 def _bold(s, tag='b'):
     parts = escape(s).split('**')
@@ -79,17 +132,38 @@ def shift_section(
     shifts = [shift] if one else list(shift.shifts.values())
     first = shifts[0]
     said = f'<ul>{"".join(f"<li>{_bold(t)}</li>" for t in first.said())}</ul>' if one else ''
-    caption = f"Mean over {first.shape[0]} layers × {first.shape[1]} heads, {first.n_texts} texts, {first.n_tokens:,} tokens"
-    head = ['attention', 'before', 'after', 'change', f'{first.level:.0%} interval', 'heads with more', 'with less'] if one else ['attention', 'before', *shift.shifts]
+    caption = (
+        f"Mean over {first.shape[0]} layers × {first.shape[1]} heads, {first.n_texts} texts, {first.n_tokens:,} tokens"
+    )
+    head = (
+        ['attention', 'before', 'after', 'change', f'{first.level:.0%} interval', 'heads with more', 'with less']
+        if one
+        else ['attention', 'before', *shift.shifts]
+    )
     rows = [[_bold(c, 'strong') if i else c for i,c in enumerate(r)] for r in shift.table()]
     table = _table(head, rows, caption)
-    note = f'A dot: the change of this head stands out among all heads; the chance of any false dot in a map is {1-first.level:.0%}.' if any(s.low for s in shifts) else 'Too few texts for intervals: give at least 6.'
+    note = (
+        'A dot: the change of this head stands out among all heads; the chance of any false dot in a map is'
+        f' {1-first.level:.0%}.'
+        if any(s.low for s in shifts)
+        else 'Too few texts for intervals: give at least 6.'
+    )
     out = []
     for k in maps:
         have = [s for s in shifts if k in s.change]
         most = max((abs(v) for s in have for r in s.change[k] for v in r), default=0)
         out.append(''.join(f'<div>{shift_map(s, k, most)}</div>' for s in have))
-    legend = '<ul class="alf-legend"><li>less<i class="alf-key ramp signed" aria-hidden="true"></i>more than before</li><li>rows are layers, columns heads</li></ul>'
-    if words: note += f' Central are the words with the highest tf-idf of each text, such as <em>{escape(", ".join(map(str, words[:12])))}</em>.'
+    legend = (
+        '<ul class="alf-legend"><li>less<i class="alf-key ramp signed" aria-hidden="true"></i>more than'
+        ' before</li><li>rows are layers, columns heads</li></ul>'
+    )
+    if words:
+        note += (
+            ' Central are the words with the highest tf-idf of each text, such as'
+            f' <em>{escape(", ".join(map(str, words[:12])))}</em>.'
+        )
     rows = [''.join(out)] if one else out
-    return Picture(f'{said}{table}<p class="note">{note}</p>{legend}' + ''.join(f'<div class="alf-maps">{r}</div>' for r in rows if r))
+    return Picture(
+        f'{said}{table}<p class="note">{note}</p>{legend}'
+        + ''.join(f'<div class="alf-maps">{r}</div>' for r in rows if r)
+    )

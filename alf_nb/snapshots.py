@@ -23,9 +23,14 @@ class Snapshot:
         backend:str='auto',      # kernel backend, see `available_backends`
         bits:int=32              # 8: one byte and a bit per parameter; 32: references in the dtype of the weights
     ):
-        if bits not in (8, 32): raise ValueError(f"references in {bits} bits; there are 8, and 32 for the dtype of the weights")
+        if bits not in (8, 32):
+            raise ValueError(f"references in {bits} bits; there are 8, and 32 for the dtype of the weights")
         self.sharded = any(is_sharded(p) for n in layers for p in layers.params(n))
-        if bits == 8 and self.sharded: raise ValueError("references in 8 bits share scales over 256 neighbours, which weights in pieces (FSDP2) do not keep together: take references in the dtype of the weights, 'device' or 'host'")
+        if bits == 8 and self.sharded:
+            raise ValueError(
+                "references in 8 bits share scales over 256 neighbours, which weights in pieces (FSDP2) do not keep"
+                " together: take references in the dtype of the weights, 'device' or 'host'"
+            )
         self.layers,self.device,self.backend,self.bits = layers,device,backend,bits
         self._refs,self._plan = {},None
 
@@ -46,7 +51,14 @@ class Snapshot:
         "Remember the weights of `names` as they are now"
         names = list(names)
         for n in names:
-            self._refs[n] = {k: empty_reference(self._here(p)) if self.bits == 8 else local_tensor(p).detach().to(self.device or p.device, copy=True).contiguous() for k,p in self.layers.named_params(n).items()}
+            self._refs[n] = {
+                k: (
+                    empty_reference(self._here(p))
+                    if self.bits == 8
+                    else local_tensor(p).detach().to(self.device or p.device, copy=True).contiguous()
+                )
+                for k, p in self.layers.named_params(n).items()
+            }
         if self.bits == 8 and names: self._new_plan(names).run(refresh=True)     # the kernel fills them
         self._plan = None
 
@@ -57,22 +69,32 @@ class Snapshot:
     def _new_plan(self, names, dot=None):
         # the parameters themselves where they can be: the plan notices when one gets new memory
         now = {n: [self._here(p) for p in self.layers.params(n)] for n in names}
-        return DeltaPlan(now, {n: list(self._refs[n].values()) for n in names}, self.backend, dot and {n: [self._here(g) for g in dot[n]] for n in names})
+        return DeltaPlan(
+            now,
+            {n: list(self._refs[n].values()) for n in names},
+            self.backend,
+            dot and {n: [self._here(g) for g in dot[n]] for n in names},
+        )
 
     def drop(self,
         names # units to forget
     ):
         "Forget the references of `names`; unknown ones are an error"
         for n in names:
-            if n not in self._refs: raise ValueError(f"no reference of {n!r} is held; held are {', '.join(self.names) or 'none'}")
+            if n not in self._refs:
+                raise ValueError(f"no reference of {n!r} is held; held are {', '.join(self.names) or 'none'}")
             del self._refs[n]
         self._plan = None
 
     def params_and_refs(self,
         name:str # a unit with a reference
     )->list:
-        "Pairs of parameter and reference of one unit; 8-bit references as the fp32 they stand for; of weights in pieces, the local ones"
-        return [(local_tensor(p), r.dequantize() if isinstance(r := self._refs[name][k], Reference8) else r) for k,p in self.layers.named_params(name).items()]
+        """Pairs of parameter and reference of one unit; 8-bit references as the fp32 they stand for; of weights in
+        pieces, the local ones"""
+        return [
+            (local_tensor(p), r.dequantize() if isinstance(r := self._refs[name][k], Reference8) else r)
+            for k, p in self.layers.named_params(name).items()
+        ]
 
     @torch.no_grad()
     def measure(self,
@@ -85,13 +107,20 @@ class Snapshot:
         if not names: return DeltaNorms((), (), (), ())
         if dot is None and self._plan: return self._plan.run(refresh, split)
         plan = self._new_plan(names, dot)
-        if self.sharded: return self._total(plan.run(refresh, split))         # FSDP may give a piece new memory: a new plan each time
-        if dot is None and self.device is None: self._plan = plan      # a plan of host copies or of gradients is good for one measurement
+        # FSDP may give a piece new memory: a new plan each time
+        if self.sharded: return self._total(plan.run(refresh, split))
+        # a plan of host copies or of gradients is good for one measurement
+        if dot is None and self.device is None: self._plan = plan
         return plan.run(refresh, split)
 
     def _total(self, norms):
         "Norms of whole weights from those of the pieces"
-        (d2,r2,*dot),(top,) = over_shards(self.layers, norms.names, [[x*x for x in norms.delta], [x*x for x in norms.ref], *([norms.dot] if norms.dot else [])], [norms.max_abs])
+        (d2, r2, *dot), (top,) = over_shards(
+            self.layers,
+            norms.names,
+            [[x * x for x in norms.delta], [x * x for x in norms.ref], *([norms.dot] if norms.dot else [])],
+            [norms.max_abs],
+        )
         tell = {k: self._totals(norms.names, v, k == 'deltas') for k in ('deltas', 'dots') if (v := getattr(norms, k))}
         return DeltaNorms(norms.names, [x**.5 for x in d2], [x**.5 for x in r2], top, *dot, **tell)
 
@@ -106,12 +135,17 @@ class Snapshot:
 def snapshot_tensors(
     snap:Snapshot # references to be saved
 )->dict:
-    "References as one flat dict `full parameter name` → tensor, for safetensors; of weights in pieces the wholes on the first process, and all processes have to call this"
+    """References as one flat dict `full parameter name` → tensor, for safetensors; of weights in pieces the wholes
+    on the first process, and all processes have to call this"""
     out = {}
     for n in snap.names if snap.sharded else ():
         out |= {k: gathered(snap._refs[n][k], p) for k,p in snap.layers.named_params(n).items()}
     for k,r in (kr for ts in snap._refs.values() for kr in ts.items()) if not snap.sharded else ():
-        out |= {f'{k}/q': r.q, f'{k}/scale': r.scale, f'{k}/error': torch.tensor(r.error, dtype=torch.float64)} if isinstance(r, Reference8) else {k: r}
+        out |= (
+            {f'{k}/q': r.q, f'{k}/scale': r.scale, f'{k}/error': torch.tensor(r.error, dtype=torch.float64)}
+            if isinstance(r, Reference8)
+            else {k: r}
+        )
     return out
 
 def restore_snapshot(
@@ -121,21 +155,27 @@ def restore_snapshot(
     "Fill `snap` with saved references; a unit is restored whole or not at all, and after an error nothing is"
     def put(k, p):
         ref, device = tensors[key(k)], snap.device or p.device
-        if ref.shape != p.shape: raise ValueError(f"reference of {k} has shape {tuple(ref.shape)}, the parameter has {tuple(p.shape)}")
+        if ref.shape != p.shape:
+            raise ValueError(f"reference of {k} has shape {tuple(ref.shape)}, the parameter has {tuple(p.shape)}")
         if snap.bits == 32:
             if ref.dtype != p.dtype: raise ValueError(f"reference of {k} is {ref.dtype}, the parameter is {p.dtype}")
             return shard_of(ref, p).to(device, copy=True).contiguous()
         if missing := [e for e in ('scale', 'error') if f'{k}/{e}' not in tensors]:
             raise ValueError(f"the reference of {k} has no {missing[0]}")
-        if (error := tensors[f'{k}/error']).numel() != 1: raise ValueError(f"the error of the reference of {k} is no number")
+        if (error := tensors[f'{k}/error']).numel() != 1:
+            raise ValueError(f"the error of the reference of {k} is no number")
         return Reference8(ref.to(device, copy=True), tensors[f'{k}/scale'].to(device, copy=True), error.item())
     refs = {}
     key = lambda k: f'{k}/q' if snap.bits == 8 else k
     for n in snap.layers:
         params = snap.layers.named_params(n)
-        if other := [k for k in params if (k if snap.bits == 8 else f'{k}/q') in tensors]: raise ValueError(f"the reference of {other[0]} was saved in {40-snap.bits} bits, this snapshot keeps {snap.bits}")
+        if other := [k for k in params if (k if snap.bits == 8 else f'{k}/q') in tensors]:
+            raise ValueError(
+                f"the reference of {other[0]} was saved in {40-snap.bits} bits, this snapshot keeps {snap.bits}"
+            )
         if held := [k for k in params if key(k) in tensors]:
-            if missing := [k for k in params if key(k) not in tensors]: raise ValueError(f"reference of {n!r} is incomplete: {missing[0]} is missing")
+            if missing := [k for k in params if key(k) not in tensors]:
+                raise ValueError(f"reference of {n!r} is incomplete: {missing[0]} is missing")
             refs[n] = {k: put(k, params[k]) for k in held}
     snap._refs |= refs
     snap._plan = None

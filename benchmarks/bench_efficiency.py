@@ -1,11 +1,15 @@
 """What a training step costs over model size, sequence length and budget: everything, ALF and LoRA in turns.
 
-    python benchmarks/bench_efficiency.py [--limit 340] [--repeats 6] [--threads N] [--device cuda] [--only size length budget peak]
+    python benchmarks/bench_efficiency.py [--limit 340] [--repeats 6] [--threads N] [--device cuda] [--only size length
+    budget peak]
     python benchmarks/bench_efficiency.py --quick
 
-Models of the Llama family with random weights; ALF trains what its default policy selects from a gradient probe of the same data (sequences that count round a ring). Methods take turns, step by step, in
-changing order, so that all of them see the same machine; times are medians. `peak` runs every method in a process of its own for the memory that the system sees. Appends one row per method and case to
-results/efficiency.jsonl; `--quick` runs the smallest cases and appends nothing. A case that would not end within --limit seconds, or not fit the memory, is left out and named.
+Models of the Llama family with random weights; ALF trains what its default policy selects from a gradient probe of the
+same data (sequences that count round a ring). Methods take turns, step by step, in
+changing order, so that all of them see the same machine; times are medians. `peak` runs every method in a process of
+its own for the memory that the system sees. Appends one row per method and case to
+results/efficiency.jsonl; `--quick` runs the smallest cases and appends nothing. A case that would not end within
+--limit seconds, or not fit the memory, is left out and named.
 """
 import argparse
 import copy
@@ -34,8 +38,13 @@ from alf_nb.trainer import peak_rss_bytes, versions
 
 RESULTS = Path(__file__).parent/'results'/'efficiency.jsonl'
 VOCAB, RANK, BUDGET, LENGTH = 16384, 16, .25, 256
-SHAPES = [ModelShape('9M', 192, 6, 3, 3, 512, VOCAB), ModelShape('23M', 320, 10, 5, 5, 864, VOCAB), ModelShape('55M', 512, 12, 8, 8, 1376, VOCAB),
-          ModelShape('138M', 768, 16, 12, 12, 2048, VOCAB), ModelShape('342M', 1024, 24, 16, 16, 2816, VOCAB)]
+SHAPES = [
+    ModelShape('9M', 192, 6, 3, 3, 512, VOCAB),
+    ModelShape('23M', 320, 10, 5, 5, 864, VOCAB),
+    ModelShape('55M', 512, 12, 8, 8, 1376, VOCAB),
+    ModelShape('138M', 768, 16, 12, 12, 2048, VOCAB),
+    ModelShape('342M', 1024, 24, 16, 16, 2816, VOCAB),
+]
 BUDGETS, LENGTHS = (.05, .1, .25, .5, .8), (64, 128, 256, 512, 1024)
 METHODS = (('full', None), ('alf', BUDGET), ('lora', None))
 
@@ -43,8 +52,16 @@ METHODS = (('full', None), ('alf', BUDGET), ('lora', None))
 def build(shape, device, seed=0):
     "A model of this shape with random weights, fp32"
     torch.manual_seed(seed)
-    config = LlamaConfig(hidden_size=shape.hidden, num_hidden_layers=shape.blocks, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, intermediate_size=shape.intermediate,
-                         vocab_size=shape.vocab, max_position_embeddings=4096, tie_word_embeddings=shape.tied)
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.blocks,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.intermediate,
+        vocab_size=shape.vocab,
+        max_position_embeddings=4096,
+        tie_word_embeddings=shape.tied,
+    )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
 
 
@@ -58,7 +75,13 @@ def meter(model, method, budget, length, bf16):
     "A meter of one method, warmed up, with the numbers of the units that ALF chose"
     device = next(model.parameters()).device
     data, names, picked = batches(2, length, device), None, None
-    if method == 'lora': model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2*RANK, target_modules='all-linear', lora_dropout=0., task_type='CAUSAL_LM'))
+    if method == 'lora':
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=RANK, lora_alpha=2 * RANK, target_modules='all-linear', lora_dropout=0.0, task_type='CAUSAL_LM'
+            ),
+        )
     if method == 'alf':
         layers = partition_layers(model)
         def loss(m, b):
@@ -67,7 +90,8 @@ def meter(model, method, budget, length, bf16):
         picked = [i for i, n in enumerate(layers) if n in set(names)]
     m = StepMeter(model, data[0], names, bf16=bf16)
     if names is not None: m.select()
-    m.step(); m.forget()
+    m.step()
+    m.forget()
     return m, picked
 
 
@@ -80,7 +104,22 @@ def available_bytes(device):
 
 def peak_of(shape, method, budget, length, bf16, device, threads):
     "Process peak of two steps in a new process, and what that process held before there was a model"
-    args = [sys.executable, __file__, '--child', json.dumps(dict(shape=shape.to_dict(), method=method, budget=budget, length=length, bf16=bf16, device=device, threads=threads))]
+    args = [
+        sys.executable,
+        __file__,
+        '--child',
+        json.dumps(
+            dict(
+                shape=shape.to_dict(),
+                method=method,
+                budget=budget,
+                length=length,
+                bf16=bf16,
+                device=device,
+                threads=threads,
+            )
+        ),
+    ]
     out = subprocess.run(args, capture_output=True, text=True)
     if out.returncode: raise RuntimeError(f"{method} on {shape.name} failed in its own process:\n{out.stderr[-2000:]}")
     return json.loads(out.stdout.splitlines()[-1])
@@ -102,34 +141,71 @@ def child(a):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    ap.add_argument('--limit', type=float, default=340, help="seconds that the whole run may take"); ap.add_argument('--repeats', type=int, default=6)
-    ap.add_argument('--threads', type=int, default=torch.get_num_threads()); ap.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
-    ap.add_argument('--only', nargs='+', default=('size', 'length', 'budget', 'peak'), choices=('size', 'length', 'budget', 'peak'))
-    ap.add_argument('--quick', action='store_true', help="smallest cases, nothing appended"); ap.add_argument('--child', help=argparse.SUPPRESS)
-    a = ap.parse_args(); logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.simplefilter('ignore', FutureWarning)
+    ap.add_argument('--limit', type=float, default=340, help="seconds that the whole run may take")
+    ap.add_argument('--repeats', type=int, default=6)
+    ap.add_argument('--threads', type=int, default=torch.get_num_threads())
+    ap.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
+    ap.add_argument(
+        '--only', nargs='+', default=('size', 'length', 'budget', 'peak'), choices=('size', 'length', 'budget', 'peak')
+    )
+    ap.add_argument('--quick', action='store_true', help="smallest cases, nothing appended")
+    ap.add_argument('--child', help=argparse.SUPPRESS)
+    a = ap.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter('ignore', FutureWarning)
     if a.child: return child(json.loads(a.child))
     torch.set_num_threads(a.threads)
     t0, bf16, weights = time.perf_counter(), supports_bf16(a.device), 'mixed' if supports_bf16(a.device) else 'fp32'
     shapes, lengths, budgets = (SHAPES[:2], LENGTHS[:2], BUDGETS[1:3]) if a.quick else (SHAPES, LENGTHS, BUDGETS)
     middle = shapes[min(2, len(shapes)-1)]
-    same = dict(rank=RANK, bf16=bf16, weights=weights, batch_size=1, repeats=a.repeats, quick=a.quick, seed=0, date=str(date.today()), versions=versions(),
-                device=device_name(a.device), cores=os.cpu_count())
+    same = dict(
+        rank=RANK,
+        bf16=bf16,
+        weights=weights,
+        batch_size=1,
+        repeats=a.repeats,
+        quick=a.quick,
+        seed=0,
+        date=str(date.today()),
+        versions=versions(),
+        device=device_name(a.device),
+        cores=os.cpu_count(),
+    )
     cases = [('size', s, LENGTH, METHODS) for s in shapes]
-    cases += [('length', middle, l, METHODS) for l in lengths] + [('budget', middle, LENGTH, (('full', None), *(('alf', b) for b in budgets), ('lora', None)))]
+    cases += [('length', middle, l, METHODS) for l in lengths] + [
+        ('budget', middle, LENGTH, (('full', None), *(('alf', b) for b in budgets), ('lora', None)))
+    ]
     cases += [('peak', s, LENGTH, METHODS) for s in (shapes[:1] if a.quick else shapes)]
     pace = 2e10                            # FLOPs per second so far: a guess before the first case
     for sweep, shape, length, methods in cases:
         if sweep not in a.only: continue
         computed = [extrapolate(shape, m, b or BUDGET, length=length, weights=weights, rank=RANK) for m, b in methods]
         rounds = 2 if sweep == 'peak' else 1 + a.repeats
-        work = sum(rounds*(e.forward_flops + e.backward_flops) + (2 + rounds if e.method == 'alf' else 0)*computed[0].flops for e in computed)
-        need = max(e.total_bytes for e in computed) if sweep == 'peak' else sum(e.weight_bytes + e.state_bytes for e in computed) + max(e.activation_bytes + e.cast_bytes for e in computed)
-        left, takes = a.limit - (time.perf_counter() - t0), work/pace + (8*len(methods) if sweep == 'peak' else 0)      # a process needs seconds to start
-        if not a.quick and takes > left: print(f"left out: {sweep} {shape.name} length {length}, about {takes:.0f} s with {left:.0f} s left"); continue
-        if need*1.2 > available_bytes(a.device): print(f"left out: {sweep} {shape.name} length {length}, needs {need*1.2/2**30:.1f} GB"); continue
+        work = sum(
+            rounds * (e.forward_flops + e.backward_flops) + (2 + rounds if e.method == 'alf' else 0) * computed[0].flops
+            for e in computed
+        )
+        need = (
+            max(e.total_bytes for e in computed)
+            if sweep == 'peak'
+            else sum(e.weight_bytes + e.state_bytes for e in computed)
+            + max(e.activation_bytes + e.cast_bytes for e in computed)
+        )
+        # a process needs seconds to start
+        left, takes = a.limit - (time.perf_counter() - t0), work/pace + (8*len(methods) if sweep == 'peak' else 0)
+        if not a.quick and takes > left:
+            print(f"left out: {sweep} {shape.name} length {length}, about {takes:.0f} s with {left:.0f} s left")
+            continue
+        if need*1.2 > available_bytes(a.device):
+            print(f"left out: {sweep} {shape.name} length {length}, needs {need*1.2/2**30:.1f} GB")
+            continue
         t1, rows = time.perf_counter(), []
         if sweep == 'peak':
-            for m, b in methods: rows.append(dict(method=m, budget=b, **peak_of(shape, m, b or BUDGET, length, bf16, a.device, a.threads)))
+            for m, b in methods:
+                rows.append(
+                    dict(method=m, budget=b, **peak_of(shape, m, b or BUDGET, length, bf16, a.device, a.threads))
+                )
         else:
             base = build(shape, a.device)
             meters = [meter(copy.deepcopy(base), m, b or BUDGET, length, bf16) for m, b in methods]
@@ -140,18 +216,35 @@ def main():
                     if m.names is not None and r % 2 == 0: m.probe()
                     if m.names is not None and r % 3 == 1: m.select()
                     m.step(measure=m.names is not None)
-            for (name, b), (m, picked) in zip(methods, meters): rows.append(dict(method=name, budget=b, units=picked, costs={**m.costs().to_dict(), 'peak_bytes': None}))
+            for (name, b), (m, picked) in zip(methods, meters):
+                rows.append(
+                    dict(method=name, budget=b, units=picked, costs={**m.costs().to_dict(), 'peak_bytes': None})
+                )
             del meters, m
         if sweep != 'peak' and (took := time.perf_counter()-t1) > 2: pace = work/took
-        rows = [dict(sweep=sweep, shape=shape.to_dict(), length=length, **r, **same, t=round(time.time())) for r in rows]
+        rows = [
+            dict(sweep=sweep, shape=shape.to_dict(), length=length, **r, **same, t=round(time.time())) for r in rows
+        ]
         full = rows[0]
         for r in rows:
-            if sweep == 'peak': print(f"{sweep:7}{shape.name:5}{length:5} {r['method']:5}{r['budget'] or '':5} process peak {r['peak_bytes']/2**30:6.2f} GB, {r['before_bytes']/2**30:.2f} before the model", flush=True); continue
+            if sweep == 'peak':
+                print(
+                    f"{sweep:7}{shape.name:5}{length:5} {r['method']:5}{r['budget'] or '':5} process peak"
+                    f" {r['peak_bytes']/2**30:6.2f} GB, {r['before_bytes']/2**30:.2f} before the model",
+                    flush=True,
+                )
+                continue
             c, f = r['costs'], sum(full['costs'][k] for k in ('forward_s', 'backward_s', 'optimizer_s'))
             s = sum(c[k] for k in ('forward_s', 'backward_s', 'optimizer_s'))
-            print(f"{sweep:7}{shape.name:5}{length:5} {r['method']:5}{r['budget'] or '':5} forward {c['forward_s']*1e3:7.1f} backward {c['backward_s']*1e3:7.1f} optimizer {c['optimizer_s']*1e3:7.1f} ms, {s/f:.2f} of full", flush=True)
+            print(
+                f"{sweep:7}{shape.name:5}{length:5} {r['method']:5}{r['budget'] or '':5} forward"
+                f" {c['forward_s']*1e3:7.1f} backward {c['backward_s']*1e3:7.1f} optimizer {c['optimizer_s']*1e3:7.1f}"
+                f" ms, {s/f:.2f} of full",
+                flush=True,
+            )
         if not a.quick:
-            with open(RESULTS, 'a', encoding='utf-8') as out: out.writelines(json.dumps(r, separators=(',', ':')) + '\n' for r in rows)
+            with open(RESULTS, 'a', encoding='utf-8') as out:
+                out.writelines(json.dumps(r, separators=(',', ':')) + '\n' for r in rows)
     print(f"{time.perf_counter()-t0:.0f} s, {'nothing appended' if a.quick else f'rows appended to {RESULTS.name}'}")
 
 

@@ -1,4 +1,5 @@
-"""How many faults were tried, and how many were held: runs the tests of faults, a row for each kind in results/faults.jsonl.
+"""How many faults were tried, and how many were held: runs the tests of faults, a row for each kind in
+results/faults.jsonl.
 
     python benchmarks/bench_faults.py                    # runs them, about ten minutes
     python benchmarks/bench_faults.py --junit REPORT.xml # counts what `pytest --junitxml=REPORT.xml` has run

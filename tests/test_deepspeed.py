@@ -1,4 +1,5 @@
-"""DeepSpeed (ZeRO-1, 2 and 3, two processes, gloo, CPU): a choice made once, before the Trainer is made, trains there as it does in one process; ALFCallback is refused by name. Runs where deepspeed is installed."""
+"""DeepSpeed (ZeRO-1, 2 and 3, two processes, gloo, CPU): a choice made once, before the Trainer is made, trains
+there as it does in one process; ALFCallback is refused by name. Runs where deepspeed is installed."""
 import json
 import os
 import subprocess
@@ -53,10 +54,27 @@ for stage, how in json.loads(sys.argv[2]): job(stage, how)
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    d = tmp_path_factory.mktemp('deepspeed'); (d/'job.py').write_text(SCRIPT)
-    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')} | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', DS_ACCELERATOR='cpu')
-    for head, jobs in (([], [(0, 'static')]), (['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'], [(1, 'static'), (2, 'static'), (1, 'late'), (2, 'late'), (1, 'callback'), (3, 'static')])):
-        r = subprocess.run([sys.executable, *head, str(d/'job.py'), str(d), json.dumps(jobs)], capture_output=True, text=True, timeout=300, env=env)
+    d = tmp_path_factory.mktemp('deepspeed')
+    (d/'job.py').write_text(SCRIPT)
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    } | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', DS_ACCELERATOR='cpu')
+    for head, jobs in (
+        ([], [(0, 'static')]),
+        (
+            ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'],
+            [(1, 'static'), (2, 'static'), (1, 'late'), (2, 'late'), (1, 'callback'), (3, 'static')],
+        ),
+    ):
+        r = subprocess.run(
+            [sys.executable, *head, str(d / 'job.py'), str(d), json.dumps(jobs)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=env,
+        )
         assert r.returncode == 0, r.stderr[-3000:]
     return lambda name: json.loads((d/f'{name}.json').read_text())
 
@@ -64,16 +82,23 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize('stage', [1, 2, 3])
 def test_what_is_chosen_before_the_trainer_trains_under_zero(runs, stage):
     one, a, b = runs('0static0'), runs(f'{stage}static0'), runs(f'{stage}static1')
-    assert a['moved'] == b['moved'] == a['mine'] == one['moved'] and 0 < len(a['mine']) < 20        # what is frozen keeps every bit
+    # what is frozen keeps every bit
+    assert a['moved'] == b['moved'] == a['mine'] == one['moved'] and 0 < len(a['mine']) < 20
     assert a['losses'] == b['losses'] == pytest.approx(one['losses'], rel=1e-5)
-    assert a['bytes'] == pytest.approx(one['bytes']/2, rel=.01)                                     # state of what trains, in two halves
+    assert a['bytes'] == pytest.approx(one['bytes']/2, rel=.01)  # state of what trains, in two halves
 
 
 @pytest.mark.parametrize('stage', [1, 2])
 def test_what_is_frozen_later_would_go_on_moving(runs, stage):
     a = runs(f'{stage}late0')
-    assert len(a['moved']) > len(a['mine']) and a['bytes'] > 1.5*runs(f'{stage}static0')['bytes']   # why the callback is refused
+    # why the callback is refused
+    assert len(a['moved']) > len(a['mine']) and a['bytes'] > 1.5*runs(f'{stage}static0')['bytes']
 
 
 def test_the_callback_is_refused_and_says_what_works(runs):
-    for rank in (0, 1): assert 'accelerate_fsdp2.yaml' in runs(f'1callback{rank}')['said'] and 'apply_selection' in runs(f'1callback{rank}')['said'] and not runs(f'1callback{rank}')['moved']
+    for rank in (0, 1):
+        assert (
+            'accelerate_fsdp2.yaml' in runs(f'1callback{rank}')['said']
+            and 'apply_selection' in runs(f'1callback{rank}')['said']
+            and not runs(f'1callback{rank}')['moved']
+        )

@@ -9,7 +9,15 @@ from alf_nb import delta as D
 from alf_nb.delta import apply_delta, fingerprint, read_delta, save_delta
 
 warnings.filterwarnings('ignore', category=FutureWarning)
-DEC = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32)
+DEC = dict(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=32,
+)
 
 def llama(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
@@ -25,7 +33,9 @@ def poke(model, *names):
         ps[names[0]].view(-1)[0],ps[names[0]].view(-1)[1] = float('nan'),-0.
 
 class Small(nn.Module):
-    def __init__(self): super().__init__(); self.a,self.b = nn.Linear(3, 2),nn.Linear(2, 1)
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(3, 2),nn.Linear(2, 1)
 
 def small():
     torch.manual_seed(0)
@@ -42,7 +52,8 @@ def saved(tmp_path):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_round_trip_is_bit_identical(dtype, tmp_path):
     m,base = llama(dtype),fingerprint(llama(dtype))
-    names = 'model.layers.1.mlp.up_proj.weight', 'model.embed_tokens.weight', 'model.norm.weight' # the embedding is tied to the head
+    # the embedding is tied to the head
+    names = 'model.layers.1.mlp.up_proj.weight', 'model.embed_tokens.weight', 'model.norm.weight'
     poke(m, *names)
     d = save_delta(m, base, tmp_path/'d')
     assert set(d.changed) == set(names)
@@ -54,7 +65,12 @@ def test_round_trip_is_bit_identical(dtype, tmp_path):
 
 @pytest.mark.parametrize('kind', ['fingerprint', 'json', 'model', 'state_dict'])
 def test_any_kind_of_base(kind, tmp_path):
-    base = dict(fingerprint=fingerprint(llama()), json=D.BaseFingerprint.from_json(fingerprint(llama()).to_json()), model=llama(), state_dict=llama().state_dict())[kind]
+    base = dict(
+        fingerprint=fingerprint(llama()),
+        json=D.BaseFingerprint.from_json(fingerprint(llama()).to_json()),
+        model=llama(),
+        state_dict=llama().state_dict(),
+    )[kind]
     m = llama()
     poke(m, 'model.layers.0.self_attn.q_proj.weight')
     assert save_delta(m, base, tmp_path/'d').changed == ('model.layers.0.self_attn.q_proj.weight',)
@@ -66,14 +82,26 @@ def test_buffers_scalars_and_empty_tensors(tmp_path):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.bn,self.scale,self.none = nn.BatchNorm1d(3),nn.Parameter(torch.tensor(1.)),nn.Parameter(torch.empty(0, 4))
+            self.bn = nn.BatchNorm1d(3)
+            self.scale = nn.Parameter(torch.tensor(1.))
+            self.none = nn.Parameter(torch.empty(0, 4))
             self.t = nn.Parameter(torch.arange(6.).view(2, 3).T) # not contiguous
             self.register_buffer('cache', torch.zeros(2), persistent=False)
     m = Odd()
     base = fingerprint(m)
     m.bn(torch.randn(5, 3))
-    with torch.no_grad(): m.scale.mul_(2); m.t.add_(1); m.cache.add_(1)
-    assert save_delta(m, base, tmp_path, also='none').changed == ('bn.num_batches_tracked', 'bn.running_mean', 'bn.running_var', 'none', 'scale', 't')
+    with torch.no_grad():
+        m.scale.mul_(2)
+        m.t.add_(1)
+        m.cache.add_(1)
+    assert save_delta(m, base, tmp_path, also='none').changed == (
+        'bn.num_batches_tracked',
+        'bn.running_mean',
+        'bn.running_var',
+        'none',
+        'scale',
+        't',
+    )
     fresh = Odd()
     apply_delta(fresh, tmp_path)
     assert bits(fresh) == bits(m) and fresh.cache.sum() == 0 and fresh.t.stride() == (1, 3)
@@ -104,7 +132,8 @@ def test_peft_adapters(tmp_path):
     assert bits(fresh) == bits(m)
     fresh = make(2)
     with pytest.raises(ValueError, match='strict=False'): apply_delta(fresh, tmp_path/'all')
-    with pytest.raises(ValueError, match='wrong base'): apply_delta(fresh, tmp_path/'few', strict=False) # lora_A is not in this delta
+    # lora_A is not in this delta
+    with pytest.raises(ValueError, match='wrong base'): apply_delta(fresh, tmp_path/'few', strict=False)
     apply_delta(fresh, tmp_path/'all', strict=False)
     assert bits(fresh) == bits(m)
 
@@ -115,17 +144,22 @@ def refused(model, path, match, **kw):
 
 def test_wrong_bases(saved):
     path,_ = saved
-    m = small(); m.b.bias.data += 1
+    m = small()
+    m.b.bias.data += 1
     refused(m, path, "'b.bias' differ from base 'small'")
     refused(m, path, "'b.bias'", strict=False)
-    m = small(); m.a.weight.data -= 1
+    m = small()
+    m.a.weight.data -= 1
     refused(m, path, "'a.weight' differ from base 'small'.*strict=False")
     refused(small().double(), path, "'a.weight' is F64 .* F32")
-    m = small(); m.a = nn.Linear(3, 3)
+    m = small()
+    m.a = nn.Linear(3, 3)
     refused(m, path, r"'a.weight' is F32 \(3, 3\)")
-    m = small(); m.c = nn.Linear(1, 1)
+    m = small()
+    m.c = nn.Linear(1, 1)
     refused(m, path, "has no 'c.weight', 'c.bias'")
-    m = small(); del m.b
+    m = small()
+    del m.b
     refused(m, path, "lacks 'b.bias', 'b.weight'")
     refused(nn.Linear(2, 2), path, 'lacks')
     with torch.device('meta'): m = Small()
@@ -171,20 +205,44 @@ def test_hostile_files(saved, tmp_path):
     file = path/'delta.safetensors'
     with open(file, 'rb') as f: info,_ = D._read_info(f, file)
     for n in (2**64-1, 2**40, 64 << 20): # absurd header sizes; a sparse file may really be that long
-        with open(file, 'wb') as f: f.write(n.to_bytes(8, 'little')); f.truncate(1 << 20)
+        with open(file, 'wb') as f:
+            f.write(n.to_bytes(8, 'little'))
+            f.truncate(1 << 20)
         refused(small(), path, 'its header claims')
-    with open(file, 'wb') as f: f.write((1 << 30).to_bytes(8, 'little')); f.truncate(2 << 30)
+    with open(file, 'wb') as f:
+        f.write((1 << 30).to_bytes(8, 'little'))
+        f.truncate(2 << 30)
     refused(small(), path, 'its header claims')
-    for raw in (b'['*100_000, b'{}', b'[]', b'{"__metadata__":[]}', b'{"__metadata__":{"alf_nb_delta":"[]"}}', b'{"__metadata__":{"alf_nb_delta":"{\\"format\\":1,\\"base\\":[],\\"changed\\":{}}"}}'):
+    for raw in (
+        b'[' * 100_000,
+        b'{}',
+        b'[]',
+        b'{"__metadata__":[]}',
+        b'{"__metadata__":{"alf_nb_delta":"[]"}}',
+        b'{"__metadata__":{"alf_nb_delta":"{\\"format\\":1,\\"base\\":[],\\"changed\\":{}}"}}',
+    ):
         file.write_bytes(len(raw).to_bytes(8, 'little') + raw)
         refused(small(), path, 'damaged or not a delta')
-    for entry in (['F32', [-1], 'x'], ['F32', [2**40]*40, 'x'], ['F32', ['9'], 'x'], ['F99', [1], 'x'], ['F32', '12', 'x'], ['F32', [1]], 'F32', None, ['F32', [1.0], 'x'], ['F32', [True], 'x']):
+    for entry in (
+        ['F32', [-1], 'x'],
+        ['F32', [2**40] * 40, 'x'],
+        ['F32', ['9'], 'x'],
+        ['F99', [1], 'x'],
+        ['F32', '12', 'x'],
+        ['F32', [1]],
+        'F32',
+        None,
+        ['F32', [1.0], 'x'],
+        ['F32', [True], 'x'],
+    ):
         hostile(path, {**info, 'base': {**info['base'], 'b.bias': entry}})
         refused(small(), path, 'damaged or not a delta')
     # consistent, but far larger than the model: refused before its data are read
     big = {**info, 'base': {**info['base'], 'a.weight': ('F32', [1 << 28], 'x')}, 'changed': {'a.weight': 'x'}}
     head = D._header(big, D._layout({'a.weight': ('F32', [1 << 28])}))
-    with open(file, 'wb') as f: f.write(len(head).to_bytes(8, 'little') + head); f.truncate(8 + len(head) + (4 << 28))
+    with open(file, 'wb') as f:
+        f.write(len(head).to_bytes(8, 'little') + head)
+        f.truncate(8 + len(head) + (4 << 28))
     refused(small(), path, r"'a.weight' is F32 \(2, 3\) here")
     # names are looked up in the model, never turned into paths
     hostile(path, {**info, 'base': {**info['base'], '../../evil': ('F32', [], 'x')}, 'changed': {}})
@@ -204,12 +262,19 @@ def test_failed_write_leaves_the_old_delta(saved, monkeypatch):
     path,m = saved
     old = (path/'delta.safetensors').read_bytes()
     with torch.no_grad(): m.b.weight += 1
-    for what,exc in (('fsync', OSError(errno.ENOSPC, 'No space left on device')), ('replace', PermissionError(errno.EACCES, 'Permission denied'))):
+    for what, exc in (
+        ('fsync', OSError(errno.ENOSPC, 'No space left on device')),
+        ('replace', PermissionError(errno.EACCES, 'Permission denied')),
+    ):
         def fail(*a, exc=exc): raise exc
         with monkeypatch.context() as mp:
             mp.setattr(os, what, fail)
-            with pytest.raises(OSError, match='cannot write a delta to.*(No space|Permission)'): save_delta(m, small(), path)
-        assert (path/'delta.safetensors').read_bytes() == old and sorted(p.name for p in path.iterdir()) == ['delta.json', 'delta.safetensors']
+            with pytest.raises(OSError, match='cannot write a delta to.*(No space|Permission)'):
+                save_delta(m, small(), path)
+        assert (path / 'delta.safetensors').read_bytes() == old and sorted(p.name for p in path.iterdir()) == [
+            'delta.json',
+            'delta.safetensors',
+        ]
     assert len(save_delta(m, small(), path)) == 2
 
 def test_killed_while_writing_leaves_the_old_delta(saved):
@@ -254,7 +319,11 @@ def test_the_json_is_for_people_only(saved):
     path,m = saved
     note = json.loads((path/'delta.json').read_text())
     assert note['base'] == 'small' and list(note['changed']) == ['a.weight'] and note['metadata'] == dict(steps=3)
-    assert note['changed']['a.weight']['sha256'] == D._describe('a', m.a.weight)[2] != note['changed']['a.weight']['base_sha256']
+    assert (
+        note['changed']['a.weight']['sha256']
+        == D._describe('a', m.a.weight)[2]
+        != note['changed']['a.weight']['base_sha256']
+    )
     (path/'delta.json').unlink()
     fresh = small()
     apply_delta(fresh, path/'delta.safetensors') # the file itself will do, too

@@ -1,4 +1,5 @@
-"The demo's job on the real SmolLM2-135M, shortened: command, script and notebook give the same result; killed and resumed, too."
+"""The demo's job on the real SmolLM2-135M, shortened: command, script and notebook give the same result; killed and
+resumed, too."""
 import json, os, subprocess, sys
 from pathlib import Path
 
@@ -8,9 +9,20 @@ from nbclient import NotebookClient
 
 pytestmark = pytest.mark.slow
 SHORT = dict(steps=6, length=64, batch_size=2, eval_blocks=4, interval=3)
-FIGURES = ('domain_loss_before', 'domain_loss_after', 'other_loss_before', 'other_loss_after', 'trainable_share_mean', 'trainable_share_peak', 'steps', 'seed')
-SUMMARY = ('steps seed wall_s domain_loss_before domain_loss_after other_loss_before other_loss_after trainable_share_mean trainable_share_peak seconds_per_step '
-           'tokens_per_second state_bytes_peak rss_bytes_peak importance_overhead_share').split()
+FIGURES = (
+    'domain_loss_before',
+    'domain_loss_after',
+    'other_loss_before',
+    'other_loss_after',
+    'trainable_share_mean',
+    'trainable_share_peak',
+    'steps',
+    'seed',
+)
+SUMMARY = (
+    'steps seed wall_s domain_loss_before domain_loss_after other_loss_before other_loss_after trainable_share_mean'
+    ' trainable_share_peak seconds_per_step tokens_per_second state_bytes_peak rss_bytes_peak importance_overhead_share'
+).split()
 
 
 def summary(run): return json.loads((run/'summary.json').read_text(encoding='utf-8'))
@@ -18,7 +30,10 @@ def figures(run): return {k: summary(run)[k] for k in FIGURES}
 def weights(run): return (run/'delta'/'delta.safetensors').read_bytes()
 
 
-def call(out, **more): return f"from alf_nb.finetune import finetune\nfinetune(out={str(out)!r}, progress=False, **{ {**SHORT, **more} !r})"
+def call(out, **more):
+    return (
+        f"from alf_nb.finetune import finetune\nfinetune(out={str(out)!r}, progress=False, **{ {**SHORT, **more} !r})"
+    )
 
 
 def command(out, *more):
@@ -61,9 +76,14 @@ def test_a_notebook_gives_the_same(by_command, tmp_path):
 
 def test_a_resumed_run_gives_the_same(by_command, tmp_path):
     "Killed after the checkpoint of step 3, continued by another process"
-    kill = "from transformers import TrainerCallback\nimport alf_nb.finetune as f, os\n" \
-           "class Kill(f._Bar):\n    def on_step_end(self, args, state, control, **kw):\n        if state.global_step == 5: os._exit(9)\nf._Bar = Kill\n"
-    res = subprocess.run([sys.executable, '-c', kill + call(tmp_path/'run', save_steps=3)], capture_output=True, text=True)
+    kill = (
+        "from transformers import TrainerCallback\nimport alf_nb.finetune as f, os\nclass Kill(f._Bar):\n    def"
+        " on_step_end(self, args, state, control, **kw):\n        if state.global_step == 5: os._exit(9)\nf._Bar ="
+        " Kill\n"
+    )
+    res = subprocess.run(
+        [sys.executable, '-c', kill + call(tmp_path / 'run', save_steps=3)], capture_output=True, text=True
+    )
     assert res.returncode == 9, res.stderr
     res = command(tmp_path/'run', '--resume', '--save-steps', '3')
     assert not res.returncode, res.stderr

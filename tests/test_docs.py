@@ -1,4 +1,5 @@
-"The documentation site: built from the notebooks in a temporary folder, with every link working and nothing loaded from outside."
+"""The documentation site: built from the notebooks in a temporary folder, with every link working and nothing loaded
+from outside."""
 import importlib.util, json, re, shutil, sys
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def text(site, page): return (site[0]/page).read_text(encoding='utf-8')
 
 def test_a_page_for_every_notebook(site):
     out, made = site
-    assert {root/'nbs'/rel for rel in made} == {p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    assert {root / 'nbs' / rel for rel in made} == {
+        p for p in (root / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts
+    }
     for page, _ in made.values(): assert (out/page).stat().st_size > 2000, page
 
 
@@ -36,7 +39,12 @@ def test_docstrings_point_to_pages_that_exist(site):
 
 
 def test_public_names_are_documented(site):
-    for room, names in (('records', ('UnitInfo', 'Scores', 'Selection')), ('policies', ('ThresholdPolicy', 'step_cost')), ('trainer', ('ALFCallback',)), ('runlog', ('RunLog.series',))):
+    for room, names in (
+        ('records', ('UnitInfo', 'Scores', 'Selection')),
+        ('policies', ('ThresholdPolicy', 'step_cost')),
+        ('trainer', ('ALFCallback',)),
+        ('runlog', ('RunLog.series',)),
+    ):
         page = text(site, f'{room}.html')
         for n in names: assert re.search(rf'<h3[^>]*>\s*{re.escape(n)}', page), f"{n} has no entry on {room}.html"
     assert 'exact name, unique in the model' in text(site, 'records.html'), "what a docment says of a parameter"
@@ -47,9 +55,13 @@ def test_the_sidebar_leads_everywhere_in_order(site):
     nav = re.search(r'<nav id="quarto-sidebar".*?</nav>', text(site, 'index.html'), re.S)[0]
     links = re.findall(r'href="\.?/?([\w./-]+\.html)"', nav)
     assert set(links) >= {p.as_posix() for p, _ in made.values()}
-    tutorials = [p.as_posix() for rel, (p, _) in sorted(made.items(), key=lambda kv: kv[0].name) if rel.parts[0] == 'tutorials']
+    tutorials = [
+        p.as_posix() for rel, (p, _) in sorted(made.items(), key=lambda kv: kv[0].name) if rel.parts[0] == 'tutorials'
+    ]
     assert [l for l in links if l.startswith('tutorials/')] == tutorials
-    assert links.index('index.html') < links.index(tutorials[0]) < links.index('speed.html') < links.index('records.html')
+    assert (
+        links.index('index.html') < links.index(tutorials[0]) < links.index('speed.html') < links.index('records.html')
+    )
 
 
 def test_outputs_and_maths_are_shown(site):
@@ -63,16 +75,24 @@ def test_the_search_index_can_be_loaded_from_disk(site):
     assert json.loads(js.removeprefix('window.searchIndex=')) == json.loads(text(site, 'search.json'))
 
 
-@pytest.mark.parametrize('page, said', [
-    ('<a href="nowhere.html">x</a>', 'broken link nowhere.html'),
-    ('<a href="index.html#nowhere">x</a>', 'no such place index.html#nowhere'),
-    ('<img src="https://example.com/a.png">', 'loads https://example.com/a.png'),
-    ('<script src="//cdn.example.com/a.js"></script>', 'loads //cdn.example.com/a.js'),
-    ('<link rel="stylesheet" href="https://example.com/a.css">', 'loads https://example.com/a.css'),
-    ('<style>@import "https://example.com/b.css"; p { background: url(https://example.com/c.png) }</style>', 'loads https://example.com/c.png'),
-])
+@pytest.mark.parametrize(
+    'page, said',
+    [
+        ('<a href="nowhere.html">x</a>', 'broken link nowhere.html'),
+        ('<a href="index.html#nowhere">x</a>', 'no such place index.html#nowhere'),
+        ('<img src="https://example.com/a.png">', 'loads https://example.com/a.png'),
+        ('<script src="//cdn.example.com/a.js"></script>', 'loads //cdn.example.com/a.js'),
+        ('<link rel="stylesheet" href="https://example.com/a.css">', 'loads https://example.com/a.css'),
+        (
+            '<style>@import "https://example.com/b.css"; p { background: url(https://example.com/c.png) }</style>',
+            'loads https://example.com/c.png',
+        ),
+    ],
+)
 def test_what_is_wrong_is_found(tmp_path, page, said):
-    (tmp_path/'index.html').write_text('<h1 id="here">x</h1><a href="#here">y</a><a href="https://example.com">may be linked</a>', encoding='utf-8')
+    (tmp_path / 'index.html').write_text(
+        '<h1 id="here">x</h1><a href="#here">y</a><a href="https://example.com">may be linked</a>', encoding='utf-8'
+    )
     assert docs.problems(tmp_path) == []
     (tmp_path/'other.html').write_text(page, encoding='utf-8')
     found = docs.problems(tmp_path)
@@ -80,12 +100,18 @@ def test_what_is_wrong_is_found(tmp_path, page, said):
 
 
 def test_a_broken_link_in_a_notebook_is_an_error_and_leaves_the_old_site(tmp_path):
-    shutil.copytree(root/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('[0-9]*', 'speed.ipynb', '.ipynb_checkpoints'))
+    shutil.copytree(
+        root / 'nbs', tmp_path / 'nbs', ignore=shutil.ignore_patterns('[0-9]*', 'speed.ipynb', '.ipynb_checkpoints')
+    )
     index = tmp_path/'nbs'/'index.ipynb'
     nb = json.loads(index.read_text(encoding='utf-8'))
-    nb['cells'] = [*nb['cells'][:1], dict(cell_type='markdown', id='aa', metadata={}, source='See [this](tutorials/0_gone.ipynb).')]
+    nb['cells'] = [
+        *nb['cells'][:1],
+        dict(cell_type='markdown', id='aa', metadata={}, source='See [this](tutorials/0_gone.ipynb).'),
+    ]
     index.write_text(json.dumps(nb), encoding='utf-8')
-    (tmp_path/'out').mkdir(); (tmp_path/'out'/'old').write_text('')
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'old').write_text('')
     _, wrong = docs.build(tmp_path/'out', tmp_path/'nbs')
     assert any('0_gone' in w for w in wrong), wrong
     assert (tmp_path/'out'/'old').exists()

@@ -1,4 +1,5 @@
-"The pages that quote numbers say what the committed result files say, and nothing else; and what they are made from can be run again."
+"""The pages that quote numbers say what the committed result files say, and nothing else; and what they are made
+from can be run again."""
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,13 @@ from execnb.shell import CaptureShell
 root = Path(__file__).resolve().parents[1]
 
 
-def said(cells): return [''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
+def said(cells):
+    return [
+        ''.join(o['data']['text/markdown'])
+        for c in cells
+        for o in c.get('outputs', [])
+        if 'text/markdown' in o.get('data', {})
+    ]
 
 
 @pytest.mark.parametrize('page', ['index', 'evidence', 'costs', 'speed', 'faults', 'several_gpus'])
@@ -18,7 +25,9 @@ def test_a_page_says_what_its_files_say(page, monkeypatch):
     assert said(kept.cells), f"{page} has no tables: run it and save its outputs"
     shell = CaptureShell()
     shell.run_all(now, exc_stop=True, preproc=lambda c: c.cell_type != 'code' or 'eval: false' in c.source)
-    assert said(now.cells) == said(kept.cells), f"nbs/{page}.ipynb is older than its result files: run it again and save it"
+    assert said(now.cells) == said(
+        kept.cells
+    ), f"nbs/{page}.ipynb is older than its result files: run it again and save it"
 
 
 def test_what_is_run_again_has_committed_rows(monkeypatch):
@@ -32,5 +41,11 @@ def test_what_is_run_again_has_committed_rows(monkeypatch):
         data, pin = ('chapters of python-reference', ('head',)) if name == 'chapters' else ('gsm8k', ())
         for m in methods:
             settings = _described(bench.METHODS[m], 60, 30, pin)['settings']
-            found = [r for r in rows if r['data'] == data and r['task'].endswith(f'|{rule}') and (r['method'], r['settings'], r['seed']) == (m, settings, 0)]
+            found = [
+                r
+                for r in rows
+                if r['data'] == data
+                and r['task'].endswith(f'|{rule}')
+                and (r['method'], r['settings'], r['seed']) == (m, settings, 0)
+            ]
             assert found, f"{name}, {rule}: no committed run of {m} with {settings}"

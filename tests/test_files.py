@@ -1,4 +1,5 @@
-"What is written whole: killed at any moment there is the old or the new, what is left is cleared by the next writer, and the disk has everything before the name says so."
+"""What is written whole: killed at any moment there is the old or the new, what is left is cleared by the next
+writer, and the disk has everything before the name says so."""
 import errno
 import json
 import os
@@ -17,7 +18,8 @@ from small_run import small_trainer
 from alf_nb import files
 from alf_nb.checkpoints import SEAL, check_checkpoint, seal_checkpoint
 from alf_nb.delta import fingerprint, save_delta
-from alf_nb.demo import demo_model
+from alf_nb.demo import demo_model, demo_tokenizer
+from alf_nb.finetune import finetune
 from alf_nb.reports import write_report
 from alf_nb.runlog import RunLog
 from alf_nb.sources import _publish, _sealed
@@ -57,7 +59,8 @@ def delta(folder): save_delta(changed(), fingerprint(demo_model()), folder)
 
 def seal(folder):
     for n in ("model.safetensors", "alf/state.json"):
-        (folder/n).parent.mkdir(exist_ok=True); (folder/n).write_bytes(bytes(100))
+        (folder/n).parent.mkdir(exist_ok=True)
+        (folder/n).write_bytes(bytes(100))
     seal_checkpoint(folder)
 
 
@@ -76,7 +79,8 @@ def fresh_cache(folder):
 
 def state(folder):
     with files.replacing(folder/"alf") as part:
-        part.mkdir(); (part/"state.json").write_text("{}")
+        part.mkdir()
+        (part/"state.json").write_text("{}")
 
 
 WRITERS = dict(delta=delta, seal=seal, report=report, cache=fresh_cache, state=state)
@@ -90,7 +94,7 @@ def test_what_a_killed_writer_leaves_is_cleared_by_the_next(tmp_path, name):
         for nth in range(1, 20):
             if not died(lambda: write(tmp_path), call, nth): break
             left.append(len(parts(tmp_path)))
-    assert any(left) and max(left) <= 2                                  # what the last death left: a folder that is replaced is two for a moment
+    assert any(left) and max(left) <= 2  # what the last death left: a folder that is replaced is two for a moment
     assert died(lambda: write(tmp_path), "replace", 1) and parts(tmp_path)
     write(tmp_path)
     assert parts(tmp_path) == []
@@ -98,7 +102,9 @@ def test_what_a_killed_writer_leaves_is_cleared_by_the_next(tmp_path, name):
 
 @posix
 def test_a_part_is_neither_sealed_nor_missed(tmp_path):
-    folder = tmp_path/"checkpoint-4"; folder.mkdir(); seal(folder)
+    folder = tmp_path/"checkpoint-4"
+    folder.mkdir()
+    seal(folder)
     assert died(lambda: files.write_whole(folder/"alf"/"big.bin", bytes(1000)), "replace", 1)
     left, = parts(folder)
     assert check_checkpoint(folder) == ""                                # nothing is missing, and nothing too many
@@ -123,13 +129,22 @@ with replacing({str(tmp_path/'slow')!r}) as part:
     go, ready = threading.Event(), threading.Event()
 
     def slow():
-        with files.replacing(tmp_path/"thread") as part: part.write_text("whole"); ready.set(); go.wait()
-    thread = threading.Thread(target=slow); thread.start(); ready.wait()
+        with files.replacing(tmp_path/"thread") as part:
+            part.write_text("whole")
+            ready.set()
+            go.wait()
+    thread = threading.Thread(target=slow)
+    thread.start()
+    ready.wait()
     for p in parts(tmp_path): os.utime(p, (1, 1))                        # however old it looks
     for i in range(3): files.write_whole(tmp_path/"quick", f"{i}")
     assert len(parts(tmp_path)) == 2
-    go.set(); thread.join(); child.communicate("\n")
-    assert [(tmp_path/n).read_text() for n in ("slow", "thread", "quick")] == ["whole", "whole", "2"] and parts(tmp_path) == []
+    go.set()
+    thread.join()
+    child.communicate("\n")
+    assert [(tmp_path / n).read_text() for n in ("slow", "thread", "quick")] == ["whole", "whole", "2"] and parts(
+        tmp_path
+    ) == []
 
 
 @posix
@@ -138,7 +153,8 @@ def test_a_number_that_is_used_again_does_not_keep_a_part(tmp_path):
     if not files._begun(os.getpid()): pytest.skip("this system does not say when a process began")
     mine = files._part(tmp_path/"a")
     before = mine.with_name(mine.name.replace(f"-{files._begun(os.getpid())}-", f"-{files._begun(os.getpid())-1}-"))
-    before.write_text("half"); mine.write_text("half")
+    before.write_text("half")
+    mine.write_text("half")
     files.clear_parts(tmp_path)
     assert not before.exists() and mine.exists()
 
@@ -147,7 +163,9 @@ def test_a_number_that_is_used_again_does_not_keep_a_part(tmp_path):
 def test_a_child_that_nobody_waited_for_is_dead(tmp_path):
     pid = os.fork()
     if not pid:
-        with files.replacing(tmp_path/"a") as part: part.write_text("half"); os.kill(os.getpid(), signal.SIGKILL)
+        with files.replacing(tmp_path/"a") as part:
+            part.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
     for _ in range(500):
         if files._begun(pid) < 0: break
         time.sleep(.01)
@@ -159,7 +177,14 @@ def test_a_child_that_nobody_waited_for_is_dead(tmp_path):
 
 def test_names_of_others_are_left_alone(tmp_path):
     "Only what carries our whole mark goes"
-    names = [".a.part-12345678", "a.part-12345678-1-1-1", ".part-1", ".a.part-1234567g-1-1-1", "x.tmp", ".delta.safetensors.9.tmp"]
+    names = [
+        ".a.part-12345678",
+        "a.part-12345678-1-1-1",
+        ".part-1",
+        ".a.part-1234567g-1-1-1",
+        "x.tmp",
+        ".delta.safetensors.9.tmp",
+    ]
     for n in names: (tmp_path/n).write_text("theirs")
     files.write_whole(tmp_path/"mine", "mine")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "mine"])
@@ -171,17 +196,25 @@ class Recorder:
         self.calls, fsync, replace = [], os.fsync, os.replace
 
         def flushed(fd):
-            s = os.fstat(fd); self.calls.append(("fsync", s.st_ino, s.st_mtime_ns)); return fsync(fd)
+            s = os.fstat(fd)
+            self.calls.append(("fsync", s.st_ino, s.st_mtime_ns))
+            return fsync(fd)
 
         def renamed(a, b, **kw):
-            self.calls.append(("replace", os.stat(a).st_ino, str(b))); return replace(a, b, **kw)
-        patch.setattr(os, "fsync", flushed); patch.setattr(os, "replace", renamed)
+            self.calls.append(("replace", os.stat(a).st_ino, str(b)))
+            return replace(a, b, **kw)
+        patch.setattr(os, "fsync", flushed)
+        patch.setattr(os, "replace", renamed)
 
-    def rename_to(self, path): return max(i for i, c in enumerate(self.calls) if c[0] == "replace" and c[2] == str(path))
+    def rename_to(self, path):
+        return max(i for i, c in enumerate(self.calls) if c[0] == "replace" and c[2] == str(path))
 
     def last(self, path, before=None):
         "When `path` was flushed for the last time, and in which state"
-        return max(((i, c[2]) for i, c in enumerate(self.calls[:before]) if c[:2] == ("fsync", os.stat(path).st_ino)), default=(-1, 0))
+        return max(
+            ((i, c[2]) for i, c in enumerate(self.calls[:before]) if c[:2] == ("fsync", os.stat(path).st_ino)),
+            default=(-1, 0),
+        )
 
 
 def durable_when(seen, file):
@@ -202,30 +235,47 @@ def test_a_checkpoint_is_on_the_disk_before_its_seal(tmp_path, monkeypatch):
             folder = Path(args.output_dir)/f"checkpoint-{state.global_step}"
             at = durable_when(seen, folder/SEAL)
             inside = [p for p in folder.rglob("*") if p.name != SEAL]
-            assert {p.name for p in inside} >= {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "alf", "state.json", "tensors.safetensors"}
+            assert {p.name for p in inside} >= {
+                "model.safetensors",
+                "optimizer.pt",
+                "rng_state.pth",
+                "trainer_state.json",
+                "alf",
+                "state.json",
+                "tensors.safetensors",
+            }
             for p in inside:
                 i, when = seen.last(p, at)
-                assert i >= 0 and when == p.stat().st_mtime_ns, f"{p} was not flushed after its last change and before the seal's rename"
+                assert (
+                    i >= 0 and when == p.stat().st_mtime_ns
+                ), f"{p} was not flushed after its last change and before the seal's rename"
                 assert p.parent == folder or i < seen.last(p.parent, at)[0], f"{p.parent} before {p}"
             for above in (folder, folder.parent, folder.parent.parent): assert seen.last(above)[0] > at, above
-            sealed.append((folder.name, len([c for c in seen.calls if c[0] == "fsync"]))); seen.calls.clear()
-    small_trainer(tmp_path/"run", Look(budget=.3, interval=4, state="full"), save_strategy="steps", save_steps=4).train()
+            sealed.append((folder.name, len([c for c in seen.calls if c[0] == "fsync"])))
+            seen.calls.clear()
+    small_trainer(
+        tmp_path / "run", Look(budget=0.3, interval=4, state="full"), save_strategy="steps", save_steps=4
+    ).train()
     assert [s[0] for s in sealed] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
 
 
 @posix
 def test_a_seal_needs_so_many_flushes(tmp_path, monkeypatch):
-    "Three files, two folders, the seal and its folder, output_dir and the folder that names it: each once, the checkpoint's folder before the seal, too"
-    folder = tmp_path/"run"/"checkpoint-4"; (folder/"alf").mkdir(parents=True)
+    """Three files, two folders, the seal and its folder, output_dir and the folder that names it: each once, the
+    checkpoint's folder before the seal, too"""
+    folder = tmp_path/"run"/"checkpoint-4"
+    (folder/"alf").mkdir(parents=True)
     for n in ("a", "b", "alf/c"): (folder/n).write_text(n)
-    seen = Recorder(monkeypatch); seal_checkpoint(folder)
+    seen = Recorder(monkeypatch)
+    seal_checkpoint(folder)
     assert [c[0] for c in seen.calls] == ["fsync"]*3 + ["fsync"]*2 + ["fsync", "replace", "fsync"] + ["fsync"]*2
 
 
 @posix
 def test_a_delta_and_a_report_are_on_the_disk_before_their_names(tmp_path, monkeypatch):
     seen = Recorder(monkeypatch)
-    delta(tmp_path); report(tmp_path)
+    delta(tmp_path)
+    report(tmp_path)
     first, second, _ = (durable_when(seen, tmp_path/n) for n in ("delta.safetensors", "delta.json", "report.html"))
     assert first < second
 
@@ -247,9 +297,40 @@ def test_a_flush_that_fails_is_told_and_one_that_cannot_be_is_not(tmp_path, monk
     assert (tmp_path/"a").read_text() == "new"
 
 
+@posix
+def test_what_was_left_is_not_counted_as_the_delta(tmp_path):
+    "A part beside the delta (of a live writer, so it stays) and a file of somebody's"
+    (tmp_path / "texts.jsonl").write_text(
+        "\n".join(
+            json.dumps(dict(text=f"the {w} fox and the {w} dog " * 12)) for w in ("red", "blue", "old", "quick") * 15
+        )
+    )
+    (folder := tmp_path/"run"/"delta").mkdir(parents=True)
+    files._part(folder/"delta.safetensors").write_bytes(bytes(10**6))
+    (folder/"notes.bin").write_bytes(bytes(10**6))
+    s = finetune(
+        (demo_model(), demo_tokenizer()),
+        tmp_path / "texts.jsonl",
+        tmp_path / "run",
+        other=tmp_path / "texts.jsonl",
+        steps=2,
+        length=32,
+        eval_blocks=1,
+        bf16=False,
+        progress=False,
+    )
+    assert (
+        s["delta_bytes"]
+        == sum((folder / n).stat().st_size for n in ("delta.safetensors", "delta.json", "README.md"))
+        < 10**6
+    )
+    assert len(parts(folder)) == 1
+
+
 def test_two_processes_publish_one_cache(tmp_path):
     "Who comes second keeps what is there and whole, and replaces what is not"
-    cache(tmp_path); first = (tmp_path/"model"/"config.json").stat().st_ino
+    cache(tmp_path)
+    first = (tmp_path/"model"/"config.json").stat().st_ino
     cache(tmp_path)
     assert (tmp_path/"model"/"config.json").stat().st_ino == first
     (tmp_path/"model"/"config.json").write_text("{")
@@ -261,13 +342,27 @@ def test_where_nothing_can_be_mounted_the_power_cut_says_so():
     script = Path(__file__).resolve().parents[1]/"benchmarks"/"power_cut.py"
     env = dict(os.environ, PATH="", PYTHONPATH=str(script.parents[1]))
     p = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=env)
-    assert p.returncode and "no loop device can be mounted here (there is no mkfs.ext4): nothing was cut" in p.stderr and p.stdout == ""
+    assert (
+        p.returncode
+        and "no loop device can be mounted here (there is no mkfs.ext4): nothing was cut" in p.stderr
+        and p.stdout == ""
+    )
 
 
 def test_the_rows_of_the_power_cut_say_what_is_promised():
-    "Made by benchmarks/power_cut.py: with the flushes each cut left a whole checkpoint, with the seal alone flushed none"
-    rows = [json.loads(l) for l in (Path(__file__).resolve().parents[1]/"benchmarks"/"results"/"power_cut.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Made by benchmarks/power_cut.py: with the flushes each cut left a whole checkpoint, with the seal alone
+    flushed none"""
+    rows = [
+        json.loads(l)
+        for l in (
+            (Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "power_cut.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
+    ]
     cut = [r for r in rows if r["cuts_behind_the_seal"]]
     assert {r["flushed"] for r in cut} == {"all", "seal"}
     for r in cut:
-        assert (r["new_one_whole"], r["older_one_whole"]) == ((r["cuts_behind_the_seal"], r["cuts_before_it"]) if r["flushed"] == "all" else (0, 0))
+        assert (r["new_one_whole"], r["older_one_whole"]) == (
+            (r["cuts_behind_the_seal"], r["cuts_before_it"]) if r["flushed"] == "all" else (0, 0)
+        )

@@ -1,4 +1,5 @@
-"""`finetune` killed anywhere behind its last step, or with a full disk there: a resume finishes what is missing without training again, and the result is that of a run that nobody killed."""
+"""`finetune` killed anywhere behind its last step, or with a full disk there: a resume finishes what is missing
+without training again, and the result is that of a run that nobody killed."""
 import errno
 import json
 import multiprocessing
@@ -23,7 +24,18 @@ from alf_nb.finetune import finetune
 from alf_nb.runlog import RunLog
 
 STEPS = 4
-TIMES = ("_s", "_per_step", "_per_second", "rss_bytes_peak", "importance_overhead_share", "date", "run_id", "run", "delta_bytes")      # the size of card and description depends on the times in them
+# the size of card and description depends on the times in them
+TIMES = (
+    "_s",
+    "_per_step",
+    "_per_second",
+    "rss_bytes_peak",
+    "importance_overhead_share",
+    "date",
+    "run_id",
+    "run",
+    "delta_bytes",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,19 @@ def notes(tmp_path_factory):
 
 
 def job(notes, out, net=None, **kw):
-    settings = dict(steps=STEPS, length=32, eval_blocks=2, probe_batches=2, measure_every=2, interval=2, budget=.4, lr=1e-2, bf16=False, progress=False, attention=6)
+    settings = dict(
+        steps=STEPS,
+        length=32,
+        eval_blocks=2,
+        probe_batches=2,
+        measure_every=2,
+        interval=2,
+        budget=0.4,
+        lr=1e-2,
+        bf16=False,
+        progress=False,
+        attention=6,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return finetune((net or demo_model(blocks=2), demo_tokenizer()), notes, out, other=notes, **{**settings, **kw})
@@ -46,7 +70,12 @@ def figures(summary): return {k: v for k, v in summary.items() if not k.endswith
 def parts(folder):
     "What the report is made of: headings, rows, pictures, and whether it says that something is amiss"
     text = (folder/"report.html").read_text()
-    return [p.split("</h2>")[0] for p in text.split("<h2>")[1:]], text.count("<tr"), text.count("<svg"), text.count('class="warning"')
+    return (
+        [p.split("</h2>")[0] for p in text.split("<h2>")[1:]],
+        text.count("<tr"),
+        text.count("<svg"),
+        text.count('class="warning"'),
+    )
 
 
 def what(folder):
@@ -55,10 +84,17 @@ def what(folder):
     apply_delta(tensors, folder/"delta")
     log = RunLog(folder)
     kinds = [(e["event"], e["step"]) for e in log.events() if e["event"] not in ("resume", "note")]
-    evals = [(e["name"], e["when"], e["loss"]) for e in log.events("eval")] + [e["text"] for e in log.events("sample")] + [e["shift"] for e in log.events("attention")]
+    evals = (
+        [(e["name"], e["when"], e["loss"]) for e in log.events("eval")]
+        + [e["text"] for e in log.events("sample")]
+        + [e["shift"] for e in log.events("attention")]
+    )
     summary = json.loads((folder/"summary.json").read_text())
     meta = read_delta(folder/"delta").metadata
-    assert meta == json.loads((folder/"delta"/"delta.json").read_text())["metadata"] and meta["run_id"] == log.begin["run_id"] == summary["run_id"]
+    assert (
+        meta == json.loads((folder / "delta" / "delta.json").read_text())["metadata"]
+        and meta["run_id"] == log.begin["run_id"] == summary["run_id"]
+    )
     assert (folder/"delta"/"README.md").read_text() == card_text(folder/"delta", folder)
     return figures(summary), kinds, evals, parts(folder), [t.tolist() for t in tensors.state_dict().values()]
 
@@ -70,10 +106,20 @@ def states(folder, run):
     def look(*args):
         if not armed or busy: return
         busy.append(1)
-        mark = tuple(sorted((str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file() and p.name != "alf.lock"))
+        mark = tuple(
+            sorted(
+                (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
+                for p in folder.rglob("*")
+                if p.is_file() and p.name != "alf.lock"
+            )
+        )
         if mark not in names:
             names.add(mark)
-            kept.append(shutil.copytree(folder, folder.with_name(f"state{len(kept)}"), ignore=shutil.ignore_patterns("alf.lock")))
+            kept.append(
+                shutil.copytree(
+                    folder, folder.with_name(f"state{len(kept)}"), ignore=shutil.ignore_patterns("alf.lock")
+                )
+            )
         busy.clear()
 
     def hook(event, args):
@@ -102,7 +148,9 @@ HOOK = []
 
 
 @pytest.mark.parametrize("save_steps", [0, 2])
-def test_killed_anywhere_behind_the_last_step_a_resume_finishes_without_training(tmp_path, notes, monkeypatch, save_steps):
+def test_killed_anywhere_behind_the_last_step_a_resume_finishes_without_training(
+    tmp_path, notes, monkeypatch, save_steps
+):
     whole, copies = tmp_path/"whole", []
     copies = states(whole, lambda: job(notes, whole, save_steps=save_steps))
     assert len(copies) > 12
@@ -152,7 +200,16 @@ def child(folder, notes, place, save_steps):
     job(notes, Path(folder), save_steps=save_steps)
 
 
-PLACES = [("evaluate_loss", True), ("save_delta", True), ("save_delta", False), ("write_card", True), ("write_card", False), ("write_report", False), ("write_whole", True), ("write_whole", False)]
+PLACES = [
+    ("evaluate_loss", True),
+    ("save_delta", True),
+    ("save_delta", False),
+    ("write_card", True),
+    ("write_card", False),
+    ("write_report", False),
+    ("write_whole", True),
+    ("write_whole", False),
+]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +219,8 @@ def forks():
 
     def run(*args):
         process = context.Process(target=child, args=args)
-        process.start(); process.join(120)
+        process.start()
+        process.join(120)
         return process.exitcode
     return run
 
@@ -173,7 +231,10 @@ def test_a_killed_process_leaves_what_a_resume_finishes(tmp_path, notes, forks, 
     assert forks(str(tmp_path/"run"), notes, place, save_steps) == -signal.SIGKILL
     assert (tmp_path/"run"/"alf.lock").exists()
     if place == ("write_whole", False):
-        with pytest.raises(ValueError, match=f"has made {STEPS} steps, and its delta is written, with report and summary"): job(notes, tmp_path/"run", resume=True, save_steps=save_steps)
+        with pytest.raises(
+            ValueError, match=f"has made {STEPS} steps, and its delta is written, with report and summary"
+        ):
+            job(notes, tmp_path/"run", resume=True, save_steps=save_steps)
     else: job(notes, tmp_path/"run", resume=True, save_steps=save_steps)
     job(notes, tmp_path/"whole", save_steps=save_steps)
     assert what(tmp_path/"run") == what(tmp_path/"whole") and not (tmp_path/"run"/"alf.lock").exists()
@@ -183,10 +244,12 @@ def test_a_resume_wants_the_base_that_the_run_began_with(tmp_path, notes):
     net = demo_model(blocks=2)
     job(notes, tmp_path, net)
     shutil.rmtree(tmp_path/"delta")
-    with pytest.raises(ValueError, match="nothing to resume: no whole checkpoint"): job(notes, tmp_path, resume=True)      # the weights are gone
+    # the weights are gone
+    with pytest.raises(ValueError, match="nothing to resume: no whole checkpoint"): job(notes, tmp_path, resume=True)
     job(notes, tmp_path, save_steps=2)
     (tmp_path/"summary.json").unlink()
-    with pytest.raises(ValueError, match="is not the one that the run in .* began with"): job(notes, tmp_path, net, resume=True, save_steps=2)
+    with pytest.raises(ValueError, match="is not the one that the run in .* began with"):
+        job(notes, tmp_path, net, resume=True, save_steps=2)
     job(notes, tmp_path, resume=True, save_steps=2)
     assert (tmp_path/"summary.json").exists()
 
@@ -195,16 +258,41 @@ def test_a_resume_wants_the_base_that_the_run_began_with(tmp_path, notes):
 
 def test_a_second_run_in_a_folder_keeps_what_the_first_one_left(tmp_path, notes):
     job(notes, tmp_path, save_steps=2)
-    first, kept = RunLog(tmp_path).begin["run_id"], {n: (tmp_path/n).read_bytes() for n in ("summary.json", "report.html", "delta/delta.safetensors", f"checkpoint-{STEPS}/model.safetensors")}
+    first = RunLog(tmp_path).begin["run_id"]
+    kept = {
+        n: (tmp_path / n).read_bytes()
+        for n in ("summary.json", "report.html", "delta/delta.safetensors", f"checkpoint-{STEPS}/model.safetensors")
+    }
     with pytest.warns(UserWarning) as said:
-        finetune((demo_model(blocks=2), demo_tokenizer()), notes, tmp_path, steps=6, save_steps=2, other=notes, length=32, eval_blocks=2, probe_batches=2, interval=2, budget=.4, lr=1e-2, bf16=False, progress=False)
-    assert sum(f"earlier/{first}" in str(w.message) for w in said) == 2                             # of results, and of checkpoints
+        finetune(
+            (demo_model(blocks=2), demo_tokenizer()),
+            notes,
+            tmp_path,
+            steps=6,
+            save_steps=2,
+            other=notes,
+            length=32,
+            eval_blocks=2,
+            probe_batches=2,
+            interval=2,
+            budget=0.4,
+            lr=1e-2,
+            bf16=False,
+            progress=False,
+        )
+    assert sum(f"earlier/{first}" in str(w.message) for w in said) == 2  # of results, and of checkpoints
     assert {n: (tmp_path/"earlier"/first/n).read_bytes() for n in kept} == kept
     log = RunLog(tmp_path)
     second = log.begin["run_id"]
     assert second != first and [log.events("run_begin", run=k)[0]["run_id"] for k in (0, 1)] == [first, second]
-    assert read_delta(tmp_path/"delta").metadata["run_id"] == second == json.loads((tmp_path/"summary.json").read_text())["run_id"]
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"] and not any(check_checkpoint(p) for p in tmp_path.glob("checkpoint-*"))
+    assert (
+        read_delta(tmp_path / "delta").metadata["run_id"]
+        == second
+        == json.loads((tmp_path / "summary.json").read_text())["run_id"]
+    )
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"] and not any(
+        check_checkpoint(p) for p in tmp_path.glob("checkpoint-*")
+    )
 
 
 @pytest.mark.parametrize("save_steps", [0, 3])
@@ -221,9 +309,15 @@ def test_a_second_run_that_dies_does_not_go_on_from_the_first(tmp_path, notes, m
     assert second != first
     if save_steps:
         job(notes, tmp_path, steps=8, save_steps=save_steps, resume=True)
-        assert RunLog(tmp_path).events("resume")[-1]["path"] == "checkpoint-3" and read_delta(tmp_path/"delta").metadata["run_id"] == second
+        assert (
+            RunLog(tmp_path).events("resume")[-1]["path"] == "checkpoint-3"
+            and read_delta(tmp_path / "delta").metadata["run_id"] == second
+        )
     else:
-        with pytest.raises(ValueError, match=f"the newest run in .*, {second}, has no whole checkpoint yet, and checkpoint-2 is of run {first}"), pytest.warns(UserWarning, match="passed over"):
+        with pytest.raises(
+            ValueError,
+            match=f"the newest run in .*, {second}, has no whole checkpoint yet, and checkpoint-2 is of run {first}",
+        ), pytest.warns(UserWarning, match="passed over"):
             finetune((demo_model(blocks=2), demo_tokenizer()), notes, tmp_path, steps=8, resume=True, progress=False)
 
 
@@ -232,8 +326,10 @@ def test_a_second_run_that_dies_does_not_go_on_from_the_first(tmp_path, notes, m
 @pytest.fixture
 def disk(tmp_path):
     "A small disk, and a function that fills it but for so many bytes"
-    where = tmp_path/"disk"; where.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(where)], capture_output=True).returncode: pytest.skip("no disk can be mounted here")
+    where = tmp_path/"disk"
+    where.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(where)], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
 
     def fill(left):
         (where/"others").unlink(missing_ok=True)
@@ -263,10 +359,18 @@ def full_at(monkeypatch, fill, step, left):
 
 def test_a_disk_that_is_full_at_the_delta_loses_no_training(tmp_path, notes, disk, monkeypatch):
     where, fill = disk
-    monkeypatch.setenv("TMPDIR", str(tmp_path)); monkeypatch.setattr("tempfile.tempdir", None)
-    full_at(monkeypatch, fill, STEPS, 48 << 10)                                                     # room for the log, not for the delta
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    full_at(monkeypatch, fill, STEPS, 48 << 10)  # room for the log, not for the delta
     net = demo_model(blocks=2)
-    with pytest.raises(OSError, match="the training is not lost, the delta was written to .* instead: make room, move that folder to .*resume=True") as e: job(notes, where/"run", net)
+    with pytest.raises(
+        OSError,
+        match=(
+            "the training is not lost, the delta was written to .* instead: make room, move that folder to"
+            " .*resume=True"
+        ),
+    ) as e:
+        job(notes, where/"run", net)
     assert e.value.errno == errno.ENOSPC and e.value.model is net and not list((where/"run").rglob("*.safetensors"))
     kept, = tmp_path.glob("alf_nb-*/delta")
     assert same(apply(kept), net)
@@ -280,49 +384,80 @@ def test_a_disk_that_is_full_at_the_delta_loses_no_training(tmp_path, notes, dis
 
 def test_a_disk_that_is_full_at_the_last_line_of_the_log_loses_no_training(tmp_path, notes, disk, monkeypatch):
     where, fill = disk
-    monkeypatch.setenv("TMPDIR", str(tmp_path)); monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
     full_at(monkeypatch, fill, STEPS, 0)
     net = demo_model(blocks=2)
-    with pytest.raises(OSError, match=rf"what was learnt in {STEPS} of {STEPS} steps is kept as a delta in .*resume=True.*finishes") as e: job(notes, where/"run", net)
+    with pytest.raises(
+        OSError, match=rf"what was learnt in {STEPS} of {STEPS} steps is kept as a delta in .*resume=True.*finishes"
+    ) as e:
+        job(notes, where/"run", net)
     kept, = tmp_path.glob("alf_nb-*/delta")
     assert e.value.model is net and same(apply(kept), net)
-    (where/"others").unlink(); shutil.move(kept, where/"run"/"delta")
+    (where/"others").unlink()
+    shutil.move(kept, where/"run"/"delta")
     job(notes, where/"run", resume=True)
     job(notes, tmp_path/"whole")
     got, wanted = what(where/"run"), what(tmp_path/"whole")
     assert got[2] == wanted[2] and got[4] == wanted[4]
     differ = {k for k in wanted[0] if got[0][k] != wanted[0][k]}
-    assert differ <= {"damaged_lines", "seconds_per_step"}                                          # the line that did not fit
+    assert differ <= {"damaged_lines", "seconds_per_step"}  # the line that did not fit
 
 
 def test_a_disk_that_is_full_while_it_trains_keeps_what_was_learnt(tmp_path, notes, disk, monkeypatch):
     where, fill = disk
-    monkeypatch.setenv("TMPDIR", str(tmp_path)); monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
     full_at(monkeypatch, fill, 2, 0)
     net = demo_model(blocks=2)
-    with pytest.raises(OSError, match=rf"what was learnt in \d of {STEPS} steps is kept as a delta in") as e: job(notes, where/"run", net)
+    with pytest.raises(OSError, match=rf"what was learnt in \d of {STEPS} steps is kept as a delta in") as e:
+        job(notes, where/"run", net)
     kept, = tmp_path.glob("alf_nb-*/delta")
     assert same(apply(kept), net) and e.value.model is net
 
 
 def test_without_any_room_the_error_carries_the_model(tmp_path, notes, disk, monkeypatch):
     where, fill = disk
-    monkeypatch.setenv("TMPDIR", str(where)); monkeypatch.setattr("tempfile.tempdir", None); monkeypatch.chdir(where)
+    monkeypatch.setenv("TMPDIR", str(where))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.chdir(where)
     full_at(monkeypatch, fill, STEPS, 48 << 10)
     net = demo_model(blocks=2)
-    with pytest.raises(OSError, match="no other place with room: the trained model is this error's .model") as e: job(notes, where/"run", net)
+    with pytest.raises(OSError, match="no other place with room: the trained model is this error's .model") as e:
+        job(notes, where/"run", net)
     assert e.value.model is net and not list(where.rglob("alf_nb-*"))
 
 
 def test_what_cannot_fit_is_refused_before_the_first_step(tmp_path, notes, disk):
     where, fill = disk
     fill(16 << 10)
-    with pytest.raises(OSError, match="no room for the delta of what is selected: it takes at least .*, and .* are free. Make room, or give a folder on another disk"): job(notes, where/"a")
+    with pytest.raises(
+        OSError,
+        match=(
+            "no room for the delta of what is selected: it takes at least .*, and .* are free. Make room, or give a"
+            " folder on another disk"
+        ),
+    ):
+        job(notes, where/"a")
     with pytest.raises(OSError, match="no room for the delta and 2 checkpoints"): job(notes, where/"b", save_steps=2)
     assert not RunLog(where/"a").events("memory") and not (where/"b"/"events.jsonl").exists()
     fill(300 << 10)
-    with pytest.warns(UserWarning, match="the disk of .* may be too small: the delta and 2 checkpoints may take .*, and .* are free"), pytest.raises((OSError, RuntimeError)):
-        finetune((demo_model(blocks=2), demo_tokenizer()), notes, where/"c", steps=STEPS, save_steps=2, length=32, eval_blocks=2, probe_batches=2, budget=.4, bf16=False, progress=False)
+    with pytest.warns(
+        UserWarning, match="the disk of .* may be too small: the delta and 2 checkpoints may take .*, and .* are free"
+    ), pytest.raises((OSError, RuntimeError)):
+        finetune(
+            (demo_model(blocks=2), demo_tokenizer()),
+            notes,
+            where / "c",
+            steps=STEPS,
+            save_steps=2,
+            length=32,
+            eval_blocks=2,
+            probe_batches=2,
+            budget=0.4,
+            bf16=False,
+            progress=False,
+        )
 
 
 def apply(folder):

@@ -19,8 +19,16 @@ def python():
     folder = root/"build"/f"colab-{hashlib.sha256(wanted.read_bytes() + sys.version.encode()).hexdigest()[:12]}"
     exe = folder/("Scripts" if os.name == "nt" else "bin")/"python"
     if not (folder/".ready").exists():
-        made = subprocess.run(f'"{sys.executable}" -m venv --clear "{folder}" && "{exe}" -m pip install -q --disable-pip-version-check -r "{wanted}"', shell=True, capture_output=True, text=True, timeout=600)
-        if made.returncode and not os.environ.get("CI"): pytest.skip(f"the environment could not be made: {made.stderr[-300:]}")
+        made = subprocess.run(
+            f'"{sys.executable}" -m venv --clear "{folder}" && "{exe}" -m pip install -q --disable-pip-version-check -r'
+            f' "{wanted}"',
+            shell=True,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        if made.returncode and not os.environ.get("CI"):
+            pytest.skip(f"the environment could not be made: {made.stderr[-300:]}")
         assert made.returncode == 0, made.stderr[-2000:]
         (folder/".ready").touch()
     return exe
@@ -28,12 +36,23 @@ def python():
 
 @pytest.mark.timeout(900)
 def test_widgets_under_ipywidgets_7(python):
-    p = subprocess.run([python, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *TESTS], cwd=root, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(root)), timeout=600)
+    p = subprocess.run(
+        [python, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *TESTS],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(root)),
+        timeout=600,
+    )
     assert p.returncode == 0, p.stdout[-4000:]
     n = {what: int(k) for k, what in re.findall(r"(\d+) (passed|skipped)", p.stdout)}
     assert n["passed"] > 50 and n.get("skipped", 0) <= 2, p.stdout[-500:]      # what needs torch is skipped there
 
 
 def test_no_torch_there(python):
-    p = subprocess.run([python, "-c", "import ipywidgets, importlib.util as u; print(ipywidgets.__version__, u.find_spec('torch'))"], capture_output=True, text=True)
+    p = subprocess.run(
+        [python, "-c", "import ipywidgets, importlib.util as u; print(ipywidgets.__version__, u.find_spec('torch'))"],
+        capture_output=True,
+        text=True,
+    )
     assert p.stdout.split() == ["7.7.1", "None"]

@@ -1,4 +1,5 @@
-"Text from data is text: every class that shows itself in a notebook, with payloads in every text, through real Markdown renderers and an HTML parser."
+"""Text from data is text: every class that shows itself in a notebook, with payloads in every text, through real
+Markdown renderers and an HTML parser."""
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -18,8 +19,27 @@ import torch
 from hostile_text import MAKERS, PAYLOADS, RAN, a_run, classes, each_its_own, results, the_same
 
 IDS = [f"{i}-{re.sub('[^a-z]+', '-', p.lower())[:20]}" for i, p in enumerate(PAYLOADS)]
-_plugins = ["strikethrough", "footnotes", "table", "url", "task_lists", "def_list", "abbr", "mark", "insert", "superscript", "subscript", "math", "ruby", "spoiler"]
-RENDERERS = dict(markdown_it=MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render, mistune=mistune.create_markdown(escape=False, plugins=_plugins), nbconvert=markdown2html_mistune)
+_plugins = [
+    "strikethrough",
+    "footnotes",
+    "table",
+    "url",
+    "task_lists",
+    "def_list",
+    "abbr",
+    "mark",
+    "insert",
+    "superscript",
+    "subscript",
+    "math",
+    "ruby",
+    "spoiler",
+]
+RENDERERS = dict(
+    markdown_it=MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render,
+    mistune=mistune.create_markdown(escape=False, plugins=_plugins),
+    nbconvert=markdown2html_mistune,
+)
 # every element that our own Markdown makes; what `evil` text could add is not among them
 OURS = {"p", "table", "thead", "tbody", "tr", "th", "td", "strong", "em", "code", "ul", "li", "h1", "h2"}
 
@@ -29,10 +49,13 @@ class Page(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.tags, self.attributes, self.text = Counter(), [], []
-        self.feed(html); self.close()
+        self.feed(html)
+        self.close()
 
     def handle_starttag(self, tag, attrs):
-        if tag == "a" and attrs[0] == ("class", "anchor-link") and attrs[1][1].startswith("#") and len(attrs) == 2: return      # nbconvert's own, at headings
+        if tag == "a" and attrs[0] == ("class", "anchor-link") and attrs[1][1].startswith("#") and len(attrs) == 2:
+            # nbconvert's own, at headings
+            return
         self.tags[tag] += 1
         self.attributes += [a for a in attrs if not (tag in ("h1", "h2") and a[0] == "id")]
 
@@ -45,8 +68,34 @@ class Page(HTMLParser):
     @property
     def active(self):
         "What could run, fetch or lead elsewhere"
-        tags = [t for t in self.tags if t in ("script", "iframe", "object", "embed", "link", "meta", "base", "form", "input", "svg", "math", "a", "img", "!--", "!", "?", "![")]
-        return tags + [a for a in self.attributes if a[0].startswith("on") or a[0] in ("src", "href", "srcdoc", "action", "formaction", "data", "id")]
+        tags = [
+            t
+            for t in self.tags
+            if t in (
+                "script",
+                "iframe",
+                "object",
+                "embed",
+                "link",
+                "meta",
+                "base",
+                "form",
+                "input",
+                "svg",
+                "math",
+                "a",
+                "img",
+                "!--",
+                "!",
+                "?",
+                "![",
+            )
+        ]
+        return tags + [
+            a
+            for a in self.attributes
+            if a[0].startswith("on") or a[0] in ("src", "href", "srcdoc", "action", "formaction", "data", "id")
+        ]
 
 
 def plain(text): return "".join(text.split())
@@ -55,7 +104,12 @@ def plain(text): return "".join(text.split())
 def sight(obj):
     "(kind, source) of everything that the object shows"
     from alf_nb.widgets.base import View, _all
-    if isinstance(obj, View): return [("html", obj.still()), ("html", obj._still_bundle()["text/html"]), *(("html", w.value) for w in _all(obj.box) if type(w).__name__ == "HTML")]
+    if isinstance(obj, View):
+        return [
+            ("html", obj.still()),
+            ("html", obj._still_bundle()["text/html"]),
+            *(("html", w.value) for w in _all(obj.box) if type(w).__name__ == "HTML"),
+        ]
     return [(k, getattr(obj, f"_repr_{k}_")()) for k in ("markdown", "html") if hasattr(obj, f"_repr_{k}_")]
 
 
@@ -67,7 +121,9 @@ def test_every_class_that_shows_itself_is_tried():
 @pytest.mark.parametrize("renderer", RENDERERS)
 def test_a_name_is_a_name(renderer, payload):
     "In a paragraph, in bold, in a list and in a table, at the start of a line and inside"
-    bare = lambda t: RENDERERS[renderer](f"{t}\n\n**{t}** end\n\n- {t}\n- x {t} y\n\n| head | b |\n|---|---|\n| {t} | {t} |\n")
+    bare = lambda t: RENDERERS[renderer](
+        f"{t}\n\n**{t}** end\n\n- {t}\n- x {t} y\n\n| head | b |\n|---|---|\n| {t} | {t} |\n"
+    )
     for show in (md_text, md_code):
         page, tame = Page(bare(show(payload))), Page(bare("tame"))
         assert not page.active and page.tags - Counter(code=page.tags["code"]) == tame.tags, (page.active, page.tags)
@@ -78,7 +134,8 @@ def test_a_name_is_a_name(renderer, payload):
 @pytest.mark.parametrize("name", [n for n, c in classes().items() if hasattr(c, "_repr_markdown_")])
 def test_markdown_of_every_class_holds_no_element_of_the_payload(tmp_path, name, payload):
     make = MAKERS[name]
-    (evil := tmp_path/"evil").mkdir(); (tame := tmp_path/"tame").mkdir()
+    (evil := tmp_path/"evil").mkdir()
+    (tame := tmp_path/"tame").mkdir()
     source = make(evil, the_same(payload))._repr_markdown_()
     usual = make(tame, the_same("tame"))._repr_markdown_()
     source.encode()
@@ -92,8 +149,14 @@ def test_markdown_of_every_class_holds_no_element_of_the_payload(tmp_path, name,
 ALL_IN_ONE = f"'\"><script>{RAN}</script><img src=x onerror={RAN}><b>\u202e{{0.__class__}} {{no}} tracker.invalid"
 
 
-@pytest.mark.parametrize("evil", [each_its_own(PAYLOADS), each_its_own(PAYLOADS[::-1]), the_same(ALL_IN_ONE)], ids=["one each", "another each", "all in one"])
-@pytest.mark.parametrize("name", [n for n, c in classes().items() if not hasattr(c, "_repr_markdown_") or hasattr(c, "_repr_html_")])
+@pytest.mark.parametrize(
+    "evil",
+    [each_its_own(PAYLOADS), each_its_own(PAYLOADS[::-1]), the_same(ALL_IN_ONE)],
+    ids=["one each", "another each", "all in one"],
+)
+@pytest.mark.parametrize(
+    "name", [n for n, c in classes().items() if not hasattr(c, "_repr_markdown_") or hasattr(c, "_repr_html_")]
+)
 def test_html_of_every_class_holds_no_element_of_any_payload(tmp_path, name, evil):
     seen = {}
     for kind, evil in (("evil", evil), ("tame", the_same("tame"))):
@@ -101,12 +164,25 @@ def test_html_of_every_class_holds_no_element_of_any_payload(tmp_path, name, evi
         obj = MAKERS[name](folder, evil)
         try: found = [h for k, h in sight(obj) if k == "html"]
         finally: getattr(obj, "close", lambda: None)()
-        for h in found: h.encode(); assert 'role="alert"' not in h or name == "View", "the view failed"
-        assert all("mathjax_ignore" in h for h in found if "<style>" in h and 'class="alf' in h and "alf-still" not in h.partition("</style>")[0])
+        for h in found:
+            h.encode()
+            assert 'role="alert"' not in h or name == "View", "the view failed"
+        assert all(
+            "mathjax_ignore" in h
+            for h in found
+            if "<style>" in h and 'class="alf' in h and "alf-still" not in h.partition("</style>")[0]
+        )
         seen[kind] = list(map(Page, found))
     assert seen["evil"]
     for page in seen["evil"]:
-        assert not [a for a in page.attributes if a[0].startswith("on") or a[0] in ("srcdoc", "action", "formaction", "data") or a[0] in ("src", "href") and not a[1].startswith(("data:image/png;base64,", "#"))]
+        assert not [
+            a
+            for a in page.attributes
+            if a[0].startswith("on")
+            or a[0] in ("srcdoc", "action", "formaction", "data")
+            or a[0] in ("src", "href")
+            and not a[1].startswith(("data:image/png;base64,", "#"))
+        ]
         assert not set(page.tags) & {"script", "iframe", "object", "embed", "link", "meta", "base", "form", "!--"}
         assert not re.search("[\u202a-\u202e\u2066-\u2069\x1b\x00]", "".join(page.text))
     count = lambda pages: sum((p.tags for p in pages), Counter())
@@ -132,7 +208,9 @@ def test_files_in_markdown_hold_no_element_of_the_payload(tmp_path, payload):
             assert plain(visible(payload))[:20] in plain("".join(page.text))
 
 
-@pytest.mark.parametrize("name", ["ThresholdPicker", "SelectionMap", "TrainingDashboard", "AttentionViewer", "CompareView"])
+@pytest.mark.parametrize(
+    "name", ["ThresholdPicker", "SelectionMap", "TrainingDashboard", "AttentionViewer", "CompareView"]
+)
 def test_what_a_view_sends_to_the_browser_can_be_encoded_and_hides_nothing(tmp_path, name):
     from alf_nb.widgets.base import _all
     view = MAKERS[name](tmp_path, the_same("\ud800\u202e\x1b x"))
@@ -144,9 +222,24 @@ def test_what_a_view_sends_to_the_browser_can_be_encoded_and_hides_nothing(tmp_p
 
 def test_what_is_printed_does_not_command_the_terminal(tmp_path):
     said = summary_table(summarize(a_run(tmp_path, the_same("\x1b]0;owned\x07\x1b[2J\r\u202eevil"))))
-    assert r"\x1b]0;owned\x07\x1b[2J\x0d\u202eevil" in said and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
+    assert r"\x1b]0;owned\x07\x1b[2J\x0d\u202eevil" in said and not re.search(
+        "[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said
+    )
 
 
-@pytest.mark.parametrize("name", ["block.3.self_attn.k_proj", "layers_0", "gpt2-medium", "HuggingFaceTB/SmolLM2-135M", "budget 0.25: top 8 by gain per parameter (k=8, −3.5 … 2)", "1/n_params", "Größe ≥ 1", "次のモデル", "bloom-7b1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "block.3.self_attn.k_proj",
+        "layers_0",
+        "gpt2-medium",
+        "HuggingFaceTB/SmolLM2-135M",
+        "budget 0.25: top 8 by gain per parameter (k=8, −3.5 … 2)",
+        "1/n_params",
+        "Größe ≥ 1",
+        "次のモデル",
+        "bloom-7b1",
+    ],
+)
 def test_an_ordinary_name_looks_the_same_in_the_source(name):
     assert md_text(name) == name and md_code(name) == f"`{name}`" and visible(name) == escape(name) == name

@@ -33,7 +33,9 @@ def locked(python):
     "Pins of requirements.lock for this Python on Linux: name → version"
     env = dict(python_version=python, python_full_version=f'{python}.0', platform_system='Linux', sys_platform='linux')
     pins = [Requirement(l) for l in read('requirements.lock').splitlines() if l and not l.startswith('#')]
-    assert all(re.fullmatch(r'==[\w.]+', str(p.specifier)) for p in pins), "every line of requirements.lock pins with =="
+    assert all(
+        re.fullmatch(r'==[\w.]+', str(p.specifier)) for p in pins
+    ), "every line of requirements.lock pins with =="
     here = [p for p in pins if not p.marker or p.marker.evaluate(env)]
     assert len({p.name for p in here}) == len(here), f"requirements.lock pins a package twice for Python {python}"
     return {canonicalize_name(p.name): str(p.specifier)[2:] for p in here}
@@ -65,8 +67,12 @@ def test_lock_fulfils_settings(settings, python):
     for text in ' '.join(settings.get(f'{k}requirements', '') for k in ('', 'offline_', 'dev_', 'lock_')).split():
         r = Requirement(text)
         if r.marker and not r.marker.evaluate(dict(python_version=python, platform_system='Linux')): continue
-        assert canonicalize_name(r.name) in pins, f"{text} of settings.ini is not in requirements.lock for Python {python}: run `make lock`"
-        assert r.specifier.contains(pins[canonicalize_name(r.name)]), f"{text} of settings.ini, but requirements.lock has {pins[canonicalize_name(r.name)]}: run `make lock`"
+        assert (
+            canonicalize_name(r.name) in pins
+        ), f"{text} of settings.ini is not in requirements.lock for Python {python}: run `make lock`"
+        assert r.specifier.contains(
+            pins[canonicalize_name(r.name)]
+        ), f"{text} of settings.ini, but requirements.lock has {pins[canonicalize_name(r.name)]}: run `make lock`"
 
 
 def test_models_are_pinned():
@@ -90,7 +96,15 @@ def test_ci_runs_the_command_of_the_readme():
 
 def test_nothing_of_one_machine_is_written_down():
     "No registry, no address, no path of a home directory in what sets the project up"
-    for name in ('Makefile', 'requirements.lock', 'requirements-models.txt', 'settings.ini', 'pyproject.toml', '.ci/run', 'tools/lock.py'):
+    for name in (
+        'Makefile',
+        'requirements.lock',
+        'requirements-models.txt',
+        'settings.ini',
+        'pyproject.toml',
+        '.ci/run',
+        'tools/lock.py',
+    ):
         assert not re.search(r'--(extra-)?index-url|--find-links|file://|/home/|/root/|/opt/', read(name)), name
 
 
@@ -108,4 +122,6 @@ def test_notebooks_are_fit_to_commit(path):
         shown = json.dumps(c.get('outputs', []))
         assert len(shown) < 200_000, f"an output of {len(shown)} bytes"
         local = rf'{re.escape(str(root))}|/home/\w|/root/|/tmp/|0x[0-9a-f]{{8}}'
-        assert not re.search(local, shown), f"an output shows a path or an address of one machine: {re.search(rf'.{{0,30}}({local}).{{0,20}}', shown)}"
+        assert not re.search(
+            local, shown
+        ), f"an output shows a path or an address of one machine: {re.search(rf'.{{0,30}}({local}).{{0,20}}', shown)}"

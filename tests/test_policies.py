@@ -14,13 +14,17 @@ budgets = st.floats(.01, 1.)
 
 @st.composite
 def models(draw):
-    "Units in model order: embeddings, blocks of one to four matrices and a norm, a head; any of them may be frozen by the user"
+    """Units in model order: embeddings, blocks of one to four matrices and a norm, a head; any of them may be frozen
+    by the user"""
     n = st.integers(1, 10_000)
     units = [UnitInfo('embeddings.tokens', 'embeddings', 'embedding', 'tokens', draw(n), 0, eligible=False)]
     roles = 'abcd'[:draw(st.integers(1, 4))]
     n_blocks = draw(st.integers(1, 12))
     for i in range(n_blocks):
-        units += [UnitInfo(f'block.{i}.{r}', f'block.{i}', 'matrix', r, draw(n), i+1, eligible=draw(st.integers(0, 9)) > 0) for r in roles]
+        units += [
+            UnitInfo(f'block.{i}.{r}', f'block.{i}', 'matrix', r, draw(n), i + 1, eligible=draw(st.integers(0, 9)) > 0)
+            for r in roles
+        ]
         units += [UnitInfo(f'block.{i}.norm', f'block.{i}', 'norm', 'norm', 8, i+1, eligible=False)]
     units += [UnitInfo('head', 'head', 'head', 'head', draw(n), n_blocks+1, eligible=False)]
     assume(any(u.eligible for u in units))
@@ -47,12 +51,35 @@ def settings_of(name, data):
     b = dict(budget=data.draw(budgets))
     hard = dict(hysteresis=data.draw(st.floats(0, 2)))
     return dict(
-        threshold=lambda: dict(threshold=data.draw(st.floats(0, 1))), topk=lambda: dict(k=data.draw(st.integers(1, 6))), full=dict,
-        budget=lambda: {**b, **hard, 'explore': data.draw(st.floats(0, 1)), **data.draw(st.sampled_from([{}, dict(cost_aware=True), dict(strata=1), dict(strata=4)]))},
-        inverted=lambda: {**b, **hard}, static=lambda: {**b, **data.draw(st.sampled_from([*(dict(where=w) for w in ('first', 'last', 'spread', 'random')), dict(where='random', strata=2)]))},
-        rotate=lambda: b, lisa=lambda: dict(k=data.draw(st.integers(1, 3))),
-        badam=lambda: dict(order=data.draw(st.sampled_from(['random', 'ascending', 'descending'])), interval=data.draw(st.integers(1, 60))),
-        grass=lambda: {**(b if data.draw(st.booleans()) else dict(k=data.draw(st.integers(1, 4)))), 'temperature': data.draw(st.floats(1e-3, 10))})[name]()
+        threshold=lambda: dict(threshold=data.draw(st.floats(0, 1))),
+        topk=lambda: dict(k=data.draw(st.integers(1, 6))),
+        full=dict,
+        budget=lambda: {
+            **b,
+            **hard,
+            'explore': data.draw(st.floats(0, 1)),
+            **data.draw(st.sampled_from([{}, dict(cost_aware=True), dict(strata=1), dict(strata=4)])),
+        },
+        inverted=lambda: {**b, **hard},
+        static=lambda: {
+            **b,
+            **data.draw(
+                st.sampled_from(
+                    [*(dict(where=w) for w in ('first', 'last', 'spread', 'random')), dict(where='random', strata=2)]
+                )
+            ),
+        },
+        rotate=lambda: b,
+        lisa=lambda: dict(k=data.draw(st.integers(1, 3))),
+        badam=lambda: dict(
+            order=data.draw(st.sampled_from(['random', 'ascending', 'descending'])),
+            interval=data.draw(st.integers(1, 60)),
+        ),
+        grass=lambda: {
+            **(b if data.draw(st.booleans()) else dict(k=data.draw(st.integers(1, 4)))),
+            'temperature': data.draw(st.floats(1e-3, 10)),
+        },
+    )[name]()
 
 
 @pytest.mark.parametrize('name', POLICIES)
@@ -68,11 +95,12 @@ def test_every_policy(name, question, data):
         assert str(e)
         return
     size, total = {u.name: u.n_params for u in units}, sum(u.n_params for u in units)
-    assert sel.names and list(sel.names) == [u.name for u in units if u.name in sel]                     # model order, no doubles
+    assert sel.names and list(sel.names) == [u.name for u in units if u.name in sel]  # model order, no doubles
     assert set(pin) <= set(sel.names) and not set(ban) & set(sel.names)
     assert all(u.eligible or u.name in pin for u in units if u.name in sel)
     assert math.isclose(sel.share, sum(size[n] for n in sel.names)/total)
-    if getattr(policy, 'budget', None): assert sum(size[n] for n in sel.names)/total <= policy.budget    # never exceeded, not by a rounding
+    # never exceeded, not by a rounding
+    if getattr(policy, 'budget', None): assert sum(size[n] for n in sel.names)/total <= policy.budget
     assert (sel.policy, sel.step) == (name, step) and sel.reason
     assert Policy.from_dict(json.loads(policy.to_json())).select(scores, list(units), step, current) == sel
     assert Selection.from_json(sel.to_json()) == sel
@@ -99,7 +127,14 @@ def test_threshold_for_budget_is_the_lowest_that_fits(question, budget):
     scores = Scores('rate', values, ages)
     try: tau = threshold_for_budget(scores, units, budget, pin, ban)
     except ValueError: return
-    imp = sorted({*Ballot(tuple(u for u in units if u.eligible and u.name not in pin+ban), (), units, scores).importance.values(), 1.})
+    imp = sorted(
+        {
+            *Ballot(
+                tuple(u for u in units if u.eligible and u.name not in pin + ban), (), units, scores
+            ).importance.values(),
+            1.0,
+        }
+    )
     share = budget_for_threshold(scores, units, tau, pin, ban)
     assert share <= budget or tau == 1
     below = [v for v in imp if v < tau]
@@ -133,13 +168,23 @@ EXPECTED = ['rotate 0 9 10', 'lisa 1 7 10', 'static 0 4 6', 'grass 8 10 11', 'ba
 
 
 def test_draws_are_the_same_in_another_process():
-    "Hash randomisation, other draws and other versions of Python change nothing: the expected names are written down here"
+    """Hash randomisation, other draws and other versions of Python change nothing: the expected names are written
+    down here"""
     code = """
 from alf_nb.policies import *; from alf_nb.records import UnitInfo, Scores
 us = [UnitInfo(f'block.{i}', f'block.{i}', 'block', 'block', 10, i+1) for i in range(12)]; s = Scores('grad_norm', {u.name: i/12 for i,u in enumerate(us)})
 for p in (RotatePolicy(.25, seed=7), LISAPolicy(3, seed=7), StaticPolicy('random', .25, seed=7), GRASSPolicy(.25, seed=7), BAdamPolicy(interval=10, seed=7)):
     print(p.name, *[n.split('.')[1] for n in p.select(s, us, step=40)])
 """
-    out = [subprocess.run([sys.executable, '-c', code], env={'PYTHONHASHSEED': h, 'PATH': ''}, capture_output=True, text=True, check=True).stdout for h in '12']
+    out = [
+        subprocess.run(
+            [sys.executable, '-c', code],
+            env={'PYTHONHASHSEED': h, 'PATH': ''},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for h in '12'
+    ]
     assert out[0] == out[1]
     assert out[0].splitlines() == EXPECTED

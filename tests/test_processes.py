@@ -1,6 +1,8 @@
-"""Two real processes (gloo, CPU) under torchrun: all ranks choose the same, and what they learn is what one process learns from the same batches.
+"""Two real processes (gloo, CPU) under torchrun: all ranks choose the same, and what they learn is what one process
+learns from the same batches.
 
-Starting a process takes seconds, so each of the few launches runs several jobs, one after the other; every test then looks at its own."""
+Starting a process takes seconds, so each of the few launches runs several jobs, one after the other; every test then
+looks at its own."""
 import json
 import os
 import subprocess
@@ -96,10 +98,37 @@ def launch(folder, processes, *jobs, timeout=240, config=None):
     (folder/'job.py').write_text(SCRIPT)
     (folder/'jobs.json').write_text(json.dumps([{**j, 'out': str(folder/j['out'])} for j in jobs]))
     for j in jobs: (folder/j['out']).mkdir(exist_ok=True)
-    head = [sys.executable] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
-    if config: head = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(Path(__file__).parents[1]/'configs'/config), '--num_processes', str(processes), '--mixed_precision', 'no', '--main_process_port', '0']
-    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')} | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    return subprocess.run([*head, str(folder/'job.py'), str(folder/'jobs.json')], capture_output=True, text=True, timeout=timeout, env=env)
+    head = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    )
+    if config:
+        head = [
+            sys.executable,
+            '-m',
+            'accelerate.commands.launch',
+            '--config_file',
+            str(Path(__file__).parents[1] / 'configs' / config),
+            '--num_processes',
+            str(processes),
+            '--mixed_precision',
+            'no',
+            '--main_process_port',
+            '0',
+        ]
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    } | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    return subprocess.run(
+        [*head, str(folder / 'job.py'), str(folder / 'jobs.json')],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env,
+    )
 
 
 def ranks(folder, processes=2): return [json.loads((folder/f'rank{i}.json').read_text()) for i in range(processes)]
@@ -111,7 +140,8 @@ def events(folder): return [json.loads(s) for s in (folder/'events.jsonl').read_
 def choices(folder): return [(e['step'], e['names']) for e in events(folder) if e['event'] == 'select']
 
 
-def close(a, b, rel=1e-4): return len(a) == len(b) and all(abs(x-y) <= rel*max(abs(x), abs(y), 1e-6) for x, y in zip(a, b))
+def close(a, b, rel=1e-4):
+    return len(a) == len(b) and all(abs(x-y) <= rel*max(abs(x), abs(y), 1e-6) for x, y in zip(a, b))
 
 
 def same_signals(a, b, rel):
@@ -123,22 +153,64 @@ def same_signals(a, b, rel):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    "All jobs: two processes, the last job of which is killed; one process; two again, started with the launch configs for users"
+    """All jobs: two processes, the last job of which is killed; one process; two again, started with the launch
+    configs for users"""
     d = tmp_path_factory.mktemp('processes')
-    dead = launch(d, 2, dict(out='prior2', settings=PRIOR, **SAVE), dict(out='badam2', settings=BADAM), dict(out='gain2', settings=GAIN, ddp_find_unused_parameters=False),
-                  dict(out='nan2', settings=GAIN, spoil=dict(probe=[3])), dict(out='freeze2', settings=dict(check='freeze', **PRIOR), spoil=dict(before=3, after=6)),
-                  dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE), dict(out='fsdp-noref2', settings=NOREF, **FSDP),
-                  dict(out='fsdp-nan2', settings=GAIN, spoil=dict(probe=[3]), **FSDP), dict(out='fsdp-drop2', settings=BADAM, **SAVE, **FSDP), dict(out='fsdp-sharded2', settings=BADAM, **SAVE, **SHARDED), dict(out='fsdp-sharded2to2', settings=dict(resume_from=str(d/'fsdp-sharded2'/'checkpoint-3'), **BADAM), **SHARDED),
-                  dict(out='fsdp-gain-cut', settings=GAIN, die=[1, 7], **FSDP, **SAVE))
+    dead = launch(
+        d,
+        2,
+        dict(out='prior2', settings=PRIOR, **SAVE),
+        dict(out='badam2', settings=BADAM),
+        dict(out='gain2', settings=GAIN, ddp_find_unused_parameters=False),
+        dict(out='nan2', settings=GAIN, spoil=dict(probe=[3])),
+        dict(out='freeze2', settings=dict(check='freeze', **PRIOR), spoil=dict(before=3, after=6)),
+        dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE),
+        dict(out='fsdp-noref2', settings=NOREF, **FSDP),
+        dict(out='fsdp-nan2', settings=GAIN, spoil=dict(probe=[3]), **FSDP),
+        dict(out='fsdp-drop2', settings=BADAM, **SAVE, **FSDP),
+        dict(out='fsdp-sharded2', settings=BADAM, **SAVE, **SHARDED),
+        dict(
+            out='fsdp-sharded2to2',
+            settings=dict(resume_from=str(d / 'fsdp-sharded2' / 'checkpoint-3'), **BADAM),
+            **SHARDED
+        ),
+        dict(out='fsdp-gain-cut', settings=GAIN, die=[1, 7], **FSDP, **SAVE),
+    )
     assert (d/'fsdp-sharded2to2'/'rank1.json').exists(), dead.stderr[-3000:]
     (d/'dead.txt').write_text(f'{dead.returncode}\n{dead.stderr}')
-    alone = launch(d, 1, dict(out='prior1', settings=PRIOR, **SAVE), dict(out='badam1', settings=BADAM), dict(out='gain1', settings=GAIN), dict(out='noref1', settings=NOREF), dict(out='prior2to1', settings=dict(resume_from=str(d/'prior2'/'checkpoint-6'), **PRIOR)),
-                   dict(out='fsdp-gain2to1', settings=dict(resume_from=str(d/'fsdp-gain2'/'checkpoint-6'), **GAIN), alone=True, **FSDP), dict(out='fsdp-gain1', settings=GAIN, alone=True, **SAVE, **FSDP))
+    alone = launch(
+        d,
+        1,
+        dict(out='prior1', settings=PRIOR, **SAVE),
+        dict(out='badam1', settings=BADAM),
+        dict(out='gain1', settings=GAIN),
+        dict(out='noref1', settings=NOREF),
+        dict(out='prior2to1', settings=dict(resume_from=str(d / 'prior2' / 'checkpoint-6'), **PRIOR)),
+        dict(
+            out='fsdp-gain2to1',
+            settings=dict(resume_from=str(d / 'fsdp-gain2' / 'checkpoint-6'), **GAIN),
+            alone=True,
+            **FSDP
+        ),
+        dict(out='fsdp-gain1', settings=GAIN, alone=True, **SAVE, **FSDP),
+    )
     assert alone.returncode == 0, alone.stderr[-3000:]
-    again = launch(d, 2, dict(out='fsdp-gain-cut', settings=GAIN, resume=True, **SAVE), dict(out='fsdp-gain1to2', settings=dict(resume_from=str(d/'fsdp-gain1'/'checkpoint-6'), **GAIN)),
-                   dict(out='fsdp-drop2to2', settings=dict(resume_from=str(d/'fsdp-drop2'/'checkpoint-3'), **BADAM)), config='accelerate_fsdp2.yaml')
+    again = launch(
+        d,
+        2,
+        dict(out='fsdp-gain-cut', settings=GAIN, resume=True, **SAVE),
+        dict(out='fsdp-gain1to2', settings=dict(resume_from=str(d / 'fsdp-gain1' / 'checkpoint-6'), **GAIN)),
+        dict(out='fsdp-drop2to2', settings=dict(resume_from=str(d / 'fsdp-drop2' / 'checkpoint-3'), **BADAM)),
+        config='accelerate_fsdp2.yaml',
+    )
     assert again.returncode == 0, again.stderr[-3000:]
-    ddp = launch(d, 2, dict(out='prior2to2', settings=dict(resume_from=str(d/'prior2'/'checkpoint-6'), **PRIOR)), dict(out='prior1to2', settings=dict(resume_from=str(d/'prior1'/'checkpoint-6'), **PRIOR)), config='accelerate_ddp.yaml')
+    ddp = launch(
+        d,
+        2,
+        dict(out='prior2to2', settings=dict(resume_from=str(d / 'prior2' / 'checkpoint-6'), **PRIOR)),
+        dict(out='prior1to2', settings=dict(resume_from=str(d / 'prior1' / 'checkpoint-6'), **PRIOR)),
+        config='accelerate_ddp.yaml',
+    )
     assert ddp.returncode == 0, ddp.stderr[-3000:]
     return d
 
@@ -154,7 +226,12 @@ def test_two_processes_learn_what_one_does(runs, name):
 
 def test_a_choice_by_gradient_is_the_same_on_every_rank(runs):
     a, b = ranks(runs/'gain2')
-    assert a['names'] == b['names'] and a['weights'] == b['weights'] and a['signals'] == b['signals'] and 0 < a['share'] <= .25
+    assert (
+        a['names'] == b['names']
+        and a['weights'] == b['weights']
+        and a['signals'] == b['signals']
+        and 0 < a['share'] <= 0.25
+    )
 
 
 @pytest.mark.parametrize('name', ['gain', 'noref'])
@@ -169,10 +246,11 @@ def test_weights_in_pieces_learn_what_one_process_does(runs, name):
 
 def test_a_frozen_piece_costs_neither_gradient_nor_optimizer_state(runs):
     for r in ranks(runs/'fsdp-gain2'):
-        for h in r['held']: assert h['grad'] == h['trains'] and h['adam'] == 2*h['trains'] and h['trains'] <= .3*h['all']
+        for h in r['held']:
+            assert h['grad'] == h['trains'] and h['adam'] == 2*h['trains'] and h['trains'] <= .3*h['all']
     assert len(choices(runs/'fsdp-gain2')) > 1
     memory = [e for e in events(runs/'fsdp-gain2') if e['event'] == 'memory']
-    assert memory and all(e['grad_bytes'] <= 4*.3*r['held'][0]['all'] for e in memory)       # the log speaks of one process
+    assert memory and all(e['grad_bytes'] <= 4*.3*r['held'][0]['all'] for e in memory)  # the log speaks of one process
 
 
 def test_what_is_saved_from_pieces_loads_in_one_process(runs, tmp_path):
@@ -181,7 +259,9 @@ def test_what_is_saved_from_pieces_loads_in_one_process(runs, tmp_path):
     from alf_nb.delta import apply_delta, save_delta
     from alf_nb.demo import demo_model
     model, base = AutoModelForCausalLM.from_pretrained(runs/'fsdp-gain2'/'model'), demo_model()
-    assert [float(p.norm()) for p in model.state_dict().values()] == pytest.approx(ranks(runs/'fsdp-gain2')[0]['norm'], rel=1e-6)
+    assert [float(p.norm()) for p in model.state_dict().values()] == pytest.approx(
+        ranks(runs / 'fsdp-gain2')[0]['norm'], rel=1e-6
+    )
     delta = save_delta(model, base, tmp_path)
     assert 0 < len(delta) < delta.n_tensors and apply_delta(base, tmp_path).changed == delta.changed
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), base.state_dict().values()))
@@ -189,14 +269,26 @@ def test_what_is_saved_from_pieces_loads_in_one_process(runs, tmp_path):
 
 def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(runs):
     code, *said = (runs/'dead.txt').read_text().splitlines()
-    assert code != '0' and any('exitcode' in x and ': 9' in x for x in said) and not (runs/'fsdp-gain-cut'/'checkpoint-7').exists()
+    assert (
+        code != '0'
+        and any('exitcode' in x and ': 9' in x for x in said)
+        and not (runs / 'fsdp-gain-cut' / 'checkpoint-7').exists()
+    )
     for new, old in (('fsdp-gain-cut', 'fsdp-gain2'), ('prior2to2', 'prior2')):
         a, b = ranks(runs/new), ranks(runs/old)
         assert a[0]['engine'] == b[0]['engine']
         for k in ('weights', 'losses', 'signals', 'names'): assert a[0][k] == a[1][k] == b[0][k], k
 
 
-@pytest.mark.parametrize('new, old, n', [('prior1to2', 'prior1', 2), ('prior2to1', 'prior2', 1), ('fsdp-gain1to2', 'fsdp-gain1', 2), ('fsdp-gain2to1', 'fsdp-gain2', 1)])
+@pytest.mark.parametrize(
+    'new, old, n',
+    [
+        ('prior1to2', 'prior1', 2),
+        ('prior2to1', 'prior2', 1),
+        ('fsdp-gain1to2', 'fsdp-gain1', 2),
+        ('fsdp-gain2to1', 'fsdp-gain2', 1),
+    ],
+)
 def test_a_run_goes_on_with_another_number_of_processes(runs, new, old, n):
     a, b = ranks(runs/new, n)[0], ranks(runs/old, 3-n)[0]
     assert a['engine'].startswith('FSDP') == b['engine'].startswith('FSDP') == new.startswith('fsdp')
@@ -209,11 +301,12 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, new, old, n):
 def test_a_run_goes_on_right_after_a_switch_that_dropped_state(runs, name):
     (one,) = ranks(runs/'badam1', 1)
     (switch,) = [e for e in events(runs/name) if e['event'] == 'select' and e['step'] == 3]
-    assert switch['left'] and switch['entered'] == switch['names']                    # nothing that trains has state in Adam when checkpoint-3 is written
+    # nothing that trains has state in Adam when checkpoint-3 is written
+    assert switch['left'] and switch['entered'] == switch['names']
     a, b = ranks(runs/f'{name}to2'), ranks(runs/name)
     assert (runs/name/'checkpoint-3'/'pytorch_model_fsdp_0').is_dir() == (name == 'fsdp-sharded2')
     for k in ('weights', 'losses', 'signals', 'names'): assert a[0][k] == a[1][k] == b[0][k], k
-    assert close(b[0]['losses'], one['losses']) and close(b[0]['norm'], one['norm'])      # and saving has changed nothing
+    assert close(b[0]['losses'], one['losses']) and close(b[0]['norm'], one['norm'])  # and saving has changed nothing
 
 
 @pytest.mark.parametrize('name', ['nan2', 'fsdp-nan2'])
@@ -227,24 +320,32 @@ def test_a_batch_that_is_nan_on_one_process_is_left_out_by_all(runs, name):
 def test_nan_in_a_gradient_of_one_process_freezes_the_same_unit_on_all(runs):
     a, b = ranks(runs/'freeze2')
     for k in ('weights', 'losses', 'names', 'spoilt'): assert a[k] == b[k], k
-    assert [(e['step'], e['units']) for e in events(runs/'freeze2') if e['event'] == 'freeze'] == [(3, a['spoilt'][:1]), (6, a['spoilt'][1:])]
+    assert [(e['step'], e['units']) for e in events(runs / 'freeze2') if e['event'] == 'freeze'] == [
+        (3, a['spoilt'][:1]),
+        (6, a['spoilt'][1:]),
+    ]
     assert len(a['losses']) == 10 and all(0 < x < 10 for x in a['losses']) and not set(a['spoilt']) & set(a['names'])
 
 
 def test_finetune_is_refused_under_a_launcher(runs):
     for name in ('gain2', 'fsdp-gain2', 'prior2to2'):
-        for r in ranks(runs/name): assert 'finetune() works in one process, and 2 were started' in r['finetune'] and not r['tuned']
+        for r in ranks(runs/name):
+            assert 'finetune() works in one process, and 2 were started' in r['finetune'] and not r['tuned']
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 4, reason='four processes on fewer cores take too long')
 def test_replicas_of_pieces_learn_what_one_process_does(runs, tmp_path, monkeypatch):
-    for k, v in dict(USE_PARALLELISM_CONFIG='true', DP_REPLICATE_SIZE='2', DP_SHARD_SIZE='2').items(): monkeypatch.setenv(f"{'ACCELERATE_' if k[0] == 'U' else 'PARALLELISM_CONFIG_'}{k}", v)
+    for k, v in dict(USE_PARALLELISM_CONFIG='true', DP_REPLICATE_SIZE='2', DP_SHARD_SIZE='2').items():
+        monkeypatch.setenv(f"{'ACCELERATE_' if k[0] == 'U' else 'PARALLELISM_CONFIG_'}{k}", v)
     hsdp = launch(tmp_path, 4, dict(out='hsdp4', settings=GAIN, **FSDP))
     assert hsdp.returncode == 0, hsdp.stderr[-3000:]
     (one,), four = ranks(runs/'gain1', 1), ranks(tmp_path/'hsdp4', 4)
-    assert all(r['signals'] == four[0]['signals'] and r['weights'] == four[0]['weights'] for r in four) and choices(tmp_path/'hsdp4') == choices(runs/'gain1')
+    assert all(r['signals'] == four[0]['signals'] and r['weights'] == four[0]['weights'] for r in four) and choices(
+        tmp_path / 'hsdp4'
+    ) == choices(runs / 'gain1')
     assert close(four[0]['losses'], one['losses']) and close(four[0]['norm'], one['norm'])
-    for r in four: assert all(2*h['grad'] == 2*h['trains'] == o['trains'] for h, o in zip(r['held'], one['held']))       # a half each, in two copies
+    # a half each, in two copies
+    for r in four: assert all(2*h['grad'] == 2*h['trains'] == o['trains'] for h, o in zip(r['held'], one['held']))
 
 
 def test_ddp_buffers_only_what_trains(runs):
@@ -259,10 +360,14 @@ def test_what_cannot_work_is_refused_before_the_first_step(monkeypatch):
     from alf_nb.trainer import _check_engine
     args, model = SimpleNamespace(deepspeed=None, fsdp=None, world_size=1), nn.Linear(2, 2)
     _check_engine(args, model)
-    with pytest.raises(ValueError, match='FSDP1 flattens.*version'): _check_engine(args, nn.Sequential(type('FullyShardedDataParallel', (nn.Linear,), {})(2, 2)))
-    with pytest.warns(UserWarning, match='every process holds the whole weights'): _check_engine(SimpleNamespace(**{**vars(args), 'fsdp': True}), model)
-    with pytest.raises(ValueError, match='DeepSpeed.*accelerate_fsdp2.yaml.*apply_selection'): _check_engine(SimpleNamespace(**{**vars(args), 'deepspeed': 'ds.json'}), model)
-    split = nn.Linear(2, 2); split._tp_size = 2
+    with pytest.raises(ValueError, match='FSDP1 flattens.*version'):
+        _check_engine(args, nn.Sequential(type('FullyShardedDataParallel', (nn.Linear,), {})(2, 2)))
+    with pytest.warns(UserWarning, match='every process holds the whole weights'):
+        _check_engine(SimpleNamespace(**{**vars(args), 'fsdp': True}), model)
+    with pytest.raises(ValueError, match='DeepSpeed.*accelerate_fsdp2.yaml.*apply_selection'):
+        _check_engine(SimpleNamespace(**{**vars(args), 'deepspeed': 'ds.json'}), model)
+    split = nn.Linear(2, 2)
+    split._tp_size = 2
     with pytest.raises(ValueError, match='tensor parallelism is not supported'): _check_engine(args, split)
     monkeypatch.setenv('ACCELERATE_USE_DEEPSPEED', 'true')
     with pytest.raises(ValueError, match='DeepSpeed'): _check_engine(args, model)

@@ -1,4 +1,5 @@
-"""Killed at any moment, also while it saves, and taken up again: the same losses, selections and weights, bit for bit, as a run that nobody killed.
+"""Killed at any moment, also while it saves, and taken up again: the same losses, selections and weights, bit for bit,
+as a run that nobody killed.
 
 Children are forked from a server that has imported everything, so that each death costs a moment."""
 import hashlib
@@ -14,12 +15,14 @@ import pytest
 
 STEPS, EVERY = 12, 3
 SETTINGS = {
-    "default": dict(budget=.3, interval=4),
-    "threshold": dict(threshold=.6, interval=4),
-    "rate": dict(signal="rate", start="rotate", warm_up=4, interval=4, measure_every=2, budget=.3),
-    "coherence": dict(signal="coherence", start="rotate", warm_up=4, interval=4, measure_every=2, budget=.3, explore=.3),
-    "parked": dict(budget=.2, interval=2, state="full", signal="grad_norm"),
-    "dropped": dict(budget=.2, interval=2, state="drop", hysteresis=.2),
+    "default": dict(budget=0.3, interval=4),
+    "threshold": dict(threshold=0.6, interval=4),
+    "rate": dict(signal="rate", start="rotate", warm_up=4, interval=4, measure_every=2, budget=0.3),
+    "coherence": dict(
+        signal="coherence", start="rotate", warm_up=4, interval=4, measure_every=2, budget=0.3, explore=0.3
+    ),
+    "parked": dict(budget=0.2, interval=2, state="full", signal="grad_norm"),
+    "dropped": dict(budget=0.2, interval=2, state="drop", hysteresis=0.2),
     "topk": dict(policy=dict(policy="topk", k=5), interval=4),
     "rotate": dict(policy="rotate", interval=2),
     "inverted": dict(policy="inverted", interval=4),
@@ -28,9 +31,9 @@ SETTINGS = {
     "grass": dict(preset="grass", interval=4),
     "static": dict(preset="static-top"),
     "full": dict(preset="full"),
-    "8bit": dict(budget=.3, interval=4, references="8bit", measure_every=2),
-    "no references": dict(budget=.3, interval=4, references="none", measure_every=2),
-    "chosen live": dict(budget=.3, interval=4),
+    "8bit": dict(budget=0.3, interval=4, references="8bit", measure_every=2),
+    "no references": dict(budget=0.3, interval=4, references="none", measure_every=2),
+    "chosen live": dict(budget=0.3, interval=4),
 }
 
 
@@ -79,25 +82,52 @@ def work(folder, name, die):
 
     torch.manual_seed(0)
     alf = ours.ALFCallback(**SETTINGS[name], seed=5)
-    args = TrainingArguments(output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True,
-                             disable_tqdm=True, save_strategy="steps", save_steps=EVERY, seed=3)
-    trainer = Trainer(demo_model("gpt2", resid_pdrop=.1), args, train_dataset=demo_dataset(), callbacks=[Wish(), alf, Death()])
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_steps=EVERY,
+        seed=3,
+    )
+    trainer = Trainer(
+        demo_model("gpt2", resid_pdrop=0.1), args, train_dataset=demo_dataset(), callbacks=[Wish(), alf, Death()]
+    )
     trainer.remove_callback(PrinterCallback)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.train(resume_from_checkpoint=checkpoints.find_checkpoint(folder))
-    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trainer.model.state_dict().values())).hexdigest()
-    (Path(folder)/"end.json").write_text(json.dumps(dict(weights=digest, draw=torch.rand(2).tolist(), losses=[h["loss"] for h in trainer.state.log_history if "loss" in h])))
+    digest = hashlib.sha256(
+        b"".join(p.detach().numpy().tobytes() for p in trainer.model.state_dict().values())
+    ).hexdigest()
+    (Path(folder) / "end.json").write_text(
+        json.dumps(
+            dict(
+                weights=digest,
+                draw=torch.rand(2).tolist(),
+                losses=[h["loss"] for h in trainer.state.log_history if "loss" in h],
+            )
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def forks():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.trainer", "alf_nb.checkpoints", "alf_nb.trainer", "alf_nb.demo"])
+    context.set_forkserver_preload(
+        ["torch", "transformers.trainer", "alf_nb.checkpoints", "alf_nb.trainer", "alf_nb.demo"]
+    )
 
     def run(*args):
         child = context.Process(target=work, args=args)
-        child.start(); child.join(120)
+        child.start()
+        child.join(120)
         assert child.exitcode is not None, "it hangs"
         return child.exitcode
     return run
@@ -106,7 +136,10 @@ def forks():
 def figures(folder):
     from alf_nb.runlog import RunLog
     log = RunLog(folder)
-    return json.loads((folder/"end.json").read_text()) | dict(selections=[(s.step, s.names, s.reason) for s in log.selections()], chosen=[e["policy"] for e in log.events("choose")])
+    return json.loads((folder / "end.json").read_text()) | dict(
+        selections=[(s.step, s.names, s.reason) for s in log.selections()],
+        chosen=[e["policy"] for e in log.events("choose")],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +157,12 @@ def whole(forks, tmp_path_factory):
 
 
 draw = random.Random(20)
-PLACES = [("step", draw.randrange(1, STEPS)) for _ in range(6)] + [("substep", draw.randrange(1, STEPS)) for _ in range(4)] + [("update", draw.randrange(1, STEPS)) for _ in range(3)] + [("save", n) for n in (1, 2, 3, 5, 7, 8, 11, 13, 16, 18)]
+PLACES = (
+    [("step", draw.randrange(1, STEPS)) for _ in range(6)]
+    + [("substep", draw.randrange(1, STEPS)) for _ in range(4)]
+    + [("update", draw.randrange(1, STEPS)) for _ in range(3)]
+    + [("save", n) for n in (1, 2, 3, 5, 7, 8, 11, 13, 16, 18)]
+)
 CASES = [(name, die) for name, die in zip([*SETTINGS]*2, PLACES)]
 
 
@@ -136,7 +174,8 @@ def test_killed_and_resumed_is_never_killed(forks, whole, tmp_path, name, die):
 
 
 def test_killed_again_and_again(forks, whole, tmp_path):
-    for die in (("substep", 2), ("step", 5), ("save", 2), ("update", 8), ("step", 11)): assert forks(tmp_path, "parked", die) == -signal.SIGKILL
+    for die in (("substep", 2), ("step", 5), ("save", 2), ("update", 8), ("step", 11)):
+        assert forks(tmp_path, "parked", die) == -signal.SIGKILL
     assert forks(tmp_path, "parked", None) == 0
     assert figures(tmp_path) == whole("parked")
 
@@ -145,7 +184,12 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(forks, whole, tmp_path):
     from alf_nb.checkpoints import find_checkpoint
     assert forks(tmp_path, "default", ("step", 10)) == -signal.SIGKILL
     path = tmp_path/"checkpoint-9"/"model.safetensors"
-    data = bytearray(path.read_bytes()); data[len(data)//2] ^= 1; path.write_bytes(data)
-    with pytest.warns(UserWarning, match=r"passed over checkpoint-9 \(model.safetensors is damaged\): going on from checkpoint-6"): assert find_checkpoint(tmp_path).endswith("checkpoint-6")
+    data = bytearray(path.read_bytes())
+    data[len(data)//2] ^= 1
+    path.write_bytes(data)
+    with pytest.warns(
+        UserWarning, match=r"passed over checkpoint-9 \(model.safetensors is damaged\): going on from checkpoint-6"
+    ):
+        assert find_checkpoint(tmp_path).endswith("checkpoint-6")
     assert forks(tmp_path, "default", None) == 0
     assert figures(tmp_path) == whole("default")

@@ -4,7 +4,10 @@ import pytest
 from alf_nb import runlog
 from alf_nb.runlog import RunLog, survivors
 
-def run(code, *args): return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def run(code, *args):
+    return subprocess.Popen(
+        [sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 def test_threads_never_mix_lines(tmp_path):
     log = RunLog(tmp_path)
@@ -26,10 +29,14 @@ def test_killed_process_loses_nothing_written(tmp_path):
     p = run("import sys, time\nfrom alf_nb.runlog import RunLog\nl = RunLog(sys.argv[1])\n"
             "for i in range(100): l.write('log', step=i)\nprint('ready', flush=True)\ntime.sleep(60)", tmp_path)
     assert p.stdout.readline() == 'ready\n'
-    p.kill(); p.wait()
+    p.kill()
+    p.wait()
     assert len(RunLog(tmp_path).events('log')) == 100
 
-@pytest.mark.parametrize('tear', [b'{"event":"log","st', b'{"event":"log","step":99,"loss":1.5}', b'\x00\x00\xff\xfe', b'{"event":', b'[1,2]'])
+@pytest.mark.parametrize(
+    'tear',
+    [b'{"event":"log","st', b'{"event":"log","step":99,"loss":1.5}', b'\x00\x00\xff\xfe', b'{"event":', b'[1,2]'],
+)
 def test_torn_line_is_ended_by_the_next_writer(tmp_path, tear):
     with RunLog(tmp_path) as l: l.write('log', step=1)
     with open(l.path, 'ab') as f: f.write(tear)
@@ -40,51 +47,76 @@ def test_torn_line_is_ended_by_the_next_writer(tmp_path, tear):
     assert b'\n\n' not in l.path.read_bytes()
 
 def test_poll_waits_for_the_end_of_a_line(tmp_path):
-    l = RunLog(tmp_path); seen = RunLog(tmp_path)
+    l = RunLog(tmp_path)
+    seen = RunLog(tmp_path)
     assert seen.poll() == []
     l.write('log', step=1)
     line = b'{"event":"log","step":2,"t":0}\n'
     with open(l.path, 'ab', buffering=0) as f:
-        f.write(line[:9]); assert [e['step'] for e in seen.poll()] == [1]
+        f.write(line[:9])
+        assert [e['step'] for e in seen.poll()] == [1]
         assert seen.poll() == []
         f.write(line[9:])
     assert [e['step'] for e in seen.poll()] == [2]
-    l.path.write_bytes(b''); assert seen.poll() == []
-    l.write('log', step=7); assert [e['step'] for e in seen.poll()] == [7]
+    l.path.write_bytes(b'')
+    assert seen.poll() == []
+    l.write('log', step=7)
+    assert [e['step'] for e in seen.poll()] == [7]
 
 def test_poll_follows_a_live_writer(tmp_path):
-    p = run("import sys\nfrom alf_nb.runlog import RunLog\nl = RunLog(sys.argv[1])\nfor i in range(3000): l.write('log', step=i, pad='y'*(i%50))", tmp_path)
+    p = run(
+        "import sys\nfrom alf_nb.runlog import RunLog\nl = RunLog(sys.argv[1])\nfor i in range(3000): l.write('log',"
+        " step=i, pad='y'*(i%50))",
+        tmp_path,
+    )
     l, got, end = RunLog(tmp_path), [], time.time()+30
     while len(got) < 3000 and time.time() < end:
-        got += [e['step'] for e in l.poll()]; time.sleep(.002)
-    p.wait(); assert got == list(range(3000))
+        got += [e['step'] for e in l.poll()]
+        time.sleep(.002)
+    p.wait()
+    assert got == list(range(3000))
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
 def test_full_disk_raises_once_then_counts(tmp_path):
-    l = RunLog(tmp_path); l.write('log', step=1)
+    l = RunLog(tmp_path)
+    l.write('log', step=1)
     real, l._fd = l._fd, os.open('/dev/full', os.O_WRONLY)
     with pytest.raises(OSError, match='earlier events are safe') as e: l.write('log', step=2)
     assert e.value.errno == errno.ENOSPC and str(l.path) in str(e.value)
-    l.write('log', step=3); l.write('log', step=4)              # quiet, but counted
+    # quiet, but counted
+    l.write('log', step=3)
+    l.write('log', step=4)
     assert l.lost == 3
-    os.close(l._fd); l._fd = real
-    l.write('log', step=5); l.write('log', step=6)
+    os.close(l._fd)
+    l._fd = real
+    l.write('log', step=5)
+    l.write('log', step=6)
     assert [(e['step'], e.get('lost')) for e in l.events('log')] == [(1, None), (5, 3), (6, None)]
 
 def test_partly_written_line_does_not_corrupt_the_file(tmp_path):
     pytest.importorskip('resource')
-    p = run("import sys, resource\nfrom alf_nb.runlog import RunLog\nl = RunLog(sys.argv[1])\n"
-            "soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\nl.write('log', step=0)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))\nn = 0\n"
-            "for i in range(1, 20):\n    try: l.write('log', step=i, pad='z'*40)\n    except OSError: n += 1\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))\nl.write('log', step=20)\nprint(n, l.path.read_bytes().count(b'\\n\\n'))", tmp_path)
+    p = run(
+        "import sys, resource\nfrom alf_nb.runlog import RunLog\nl = RunLog(sys.argv[1])\nsoft, hard ="
+        " resource.getrlimit(resource.RLIMIT_FSIZE)\nl.write('log', step=0)\nresource.setrlimit(resource.RLIMIT_FSIZE,"
+        " (300, hard))\nn = 0\nfor i in range(1, 20):\n    try: l.write('log', step=i, pad='z'*40)\n    except OSError:"
+        " n += 1\nresource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))\nl.write('log', step=20)\nprint(n,"
+        " l.path.read_bytes().count(b'\\n\\n'))",
+        tmp_path,
+    )
     out, err = p.communicate(timeout=60)
     assert out.split() == ['1', '0'], err
-    ev = RunLog(tmp_path).events('log'); steps = [e['step'] for e in ev]
-    assert steps[0] == 0 and steps[-1] == 20 and steps[1:-1] == list(range(1, len(steps)-1)) and ev[-1]['lost'] == 20-len(steps)+1
+    ev = RunLog(tmp_path).events('log')
+    steps = [e['step'] for e in ev]
+    assert (
+        steps[0] == 0
+        and steps[-1] == 20
+        and steps[1:-1] == list(range(1, len(steps) - 1))
+        and ev[-1]['lost'] == 20 - len(steps) + 1
+    )
 
 def test_unwritable_places_are_named(tmp_path):
-    f = tmp_path/'file'; f.write_text('')
+    f = tmp_path/'file'
+    f.write_text('')
     with pytest.raises(OSError, match='cannot write the run log') as e: RunLog(f).write('log')
     assert str(f) in str(e.value)
 
@@ -94,7 +126,8 @@ def test_resume_supersedes_and_filters_agree(tmp_path):
         for s in range(1, 9): l.write('log', step=s, loss=s)
         l.write('select', step=8, names=['x'])
     with RunLog(tmp_path) as l:
-        l.write('run_begin', run_id='a'); l.write('resume', step=4)
+        l.write('run_begin', run_id='a')
+        l.write('resume', step=4)
         for s in range(5, 7): l.write('log', step=s, loss=-s)
         l.write('resume', step=5)
         l.write('log', step=6, loss=60)
@@ -112,24 +145,47 @@ def test_a_second_run_in_the_same_folder(tmp_path):
 def test_what_was_measured_before_belongs_to_the_run_that_follows(tmp_path):
     with RunLog(tmp_path) as l:
         for r in 'ab':
-            l.write('eval', step=0, when='before', loss=ord(r)); l.write('sample', step=0, when='before', text=r)
+            l.write('eval', step=0, when='before', loss=ord(r))
+            l.write('sample', step=0, when='before', text=r)
             l.write('run_begin', step=0, run_id=r)
             for s in range(1, 4): l.write('log', step=s, run=r)
-            l.write('run_end', step=3); l.write('eval', step=3, when='after', loss=ord(r))
-        l.write('run_begin', step=0, run_id='c'); l.write('log', step=1); l.write('resume', step=1)
+            l.write('run_end', step=3)
+            l.write('eval', step=3, when='after', loss=ord(r))
+        l.write('run_begin', step=0, run_id='c')
+        l.write('log', step=1)
+        l.write('resume', step=1)
     for r, name in ((0, 'a'), (1, 'b')):
-        for k in ('eval', 'sample', 'log', 'run_end'): assert l.events(k, run=r) == [e for e in l.events(run=r) if e['event'] == k] != []
+        for k in ('eval', 'sample', 'log', 'run_end'):
+            assert l.events(k, run=r) == [e for e in l.events(run=r) if e['event'] == k] != []
         assert [e['loss'] for e in l.events('eval', run=r)] == [ord(name)]*2
     assert l.events('eval') == [] and len(l.events('log')) == 1 and l.status == 'unfinished'
 
 def test_resume_joins_even_with_a_new_run_id():
     e = lambda k, s, **kw: dict(event=k, step=s, **kw)
-    runs = survivors([e('run_begin', 0, run_id='a'), e('log', 1), e('log', 2), e('run_begin', 0, run_id='b'), e('eval', 0), e('resume', 1), e('log', 2)])
+    runs = survivors(
+        [
+            e('run_begin', 0, run_id='a'),
+            e('log', 1),
+            e('log', 2),
+            e('run_begin', 0, run_id='b'),
+            e('eval', 0),
+            e('resume', 1),
+            e('log', 2),
+        ]
+    )
     assert [x['step'] for x in runs[0] if x['event'] == 'log'] == [1, 2] and len(runs) == 1
 
 def test_odd_numbers_are_named_never_hidden(tmp_path):
     np = pytest.importorskip('numpy')
-    with RunLog(tmp_path) as l: l.write('log', step=np.int64(3), loss=np.float32('inf'), a={'b.c': [1., float('nan')]}, flag=np.bool_(True), n=np.int32(4))
+    with RunLog(tmp_path) as l:
+        l.write(
+            'log',
+            step=np.int64(3),
+            loss=np.float32('inf'),
+            a={'b.c': [1.0, float('nan')]},
+            flag=np.bool_(True),
+            n=np.int32(4),
+        )
     e = l.events()[0]
     assert e['step'] == 3 and e['loss'] is None and e['flag'] is True and e['n'] == 4
     assert e['nonfinite'] == {'loss': 'inf', 'a.b.c.1': 'nan'}
@@ -142,10 +198,13 @@ def test_foreign_spacing_is_read_with_and_without_a_filter(tmp_path):
 
 def test_a_filter_does_not_parse_the_rest(tmp_path):
     l = RunLog(tmp_path)
-    for i in range(5000): l.write('log' if i % 50 == 0 else 'measure', step=i, signals={'rate': {f'block.{j}': .1 for j in range(20)}})
-    t = time.perf_counter(); assert len(l.events('log')) == 100
+    for i in range(5000):
+        l.write('log' if i % 50 == 0 else 'measure', step=i, signals={'rate': {f'block.{j}': .1 for j in range(20)}})
+    t = time.perf_counter()
+    assert len(l.events('log')) == 100
     fast = time.perf_counter()-t
-    t = time.perf_counter(); assert len(l.events()) == 5000
+    t = time.perf_counter()
+    assert len(l.events()) == 5000
     assert fast < time.perf_counter()-t          # lines of other kinds are not parsed
 
 class Counted:
@@ -179,7 +238,10 @@ def test_a_report_of_blank_and_broken_lines_is_as_quick_as_reading_them(tmp_path
 
 def many_units(path, n):
     from alf_nb.records import UnitInfo
-    units = [UnitInfo(f'block.{i//8}.w{i%8}', f'block.{i//8}', 'matrix', f'w{i%8}', 1000, i//8, ((10, 100),)) for i in range(n)]
+    units = [
+        UnitInfo(f'block.{i//8}.w{i%8}', f'block.{i//8}', 'matrix', f'w{i%8}', 1000, i // 8, ((10, 100),))
+        for i in range(n)
+    ]
     with RunLog(path) as log:
         log.write('run_begin', run_id='a', units=units, n_total=1000*n, max_steps=20, config=dict(signal='gain'))
         for step in (0, 10):
@@ -211,15 +273,22 @@ def test_a_report_of_as_many_roles_as_units_takes_seconds(tmp_path):
     write_report(log)
     assert time.process_time() - begun < 15
 
-HOSTILE = {'brackets beside each other': b'{"event":"log","x":[' + b'[],'*(8 << 20) + b'[]]}', 'a list of brackets': b'[]'*(30 << 20), 'sixty MiB of text': b'{"event":"sample","text":"' + b'x'*(60 << 20) + b'"}',
-           'brackets inside each other': b'{"event":"log","x":' + b'['*(10 << 20) + b']'*(10 << 20) + b'}', 'numbers': b'{"event":"log","x":[' + b'0.5,'*(7 << 20) + b'1]}',
-           'keys': b'{"event":"log","x":{' + b','.join(b'"%d":{}' % i for i in range(2 << 20)) + b'}}'}
+HOSTILE = {
+    'brackets beside each other': b'{"event":"log","x":[' + b'[],' * (8 << 20) + b'[]]}',
+    'a list of brackets': b'[]' * (30 << 20),
+    'sixty MiB of text': b'{"event":"sample","text":"' + b'x' * (60 << 20) + b'"}',
+    'brackets inside each other': b'{"event":"log","x":' + b'[' * (10 << 20) + b']' * (10 << 20) + b'}',
+    'numbers': b'{"event":"log","x":[' + b'0.5,' * (7 << 20) + b'1]}',
+    'keys': b'{"event":"log","x":{' + b','.join(b'"%d":{}' % i for i in range(2 << 20)) + b'}}',
+}
 
 @pytest.mark.parametrize('what', HOSTILE)
 def test_a_line_that_would_cost_much_is_passed_over(tmp_path, what):
     import tracemalloc
     log = RunLog(tmp_path)
-    log.path.write_bytes(b'{"event":"log","step":1,"loss":1.5}\n' + HOSTILE[what] + b'\n{"event":"log","step":2,"loss":1.25}\n')
+    log.path.write_bytes(
+        b'{"event":"log","step":1,"loss":1.5}\n' + HOSTILE[what] + b'\n{"event":"log","step":2,"loss":1.25}\n'
+    )
     tracemalloc.start()
     try:
         assert log.series('log', 'loss') == ([1, 2], [1.5, 1.25])
@@ -232,7 +301,16 @@ def test_a_line_that_would_cost_much_is_passed_over(tmp_path, what):
 @pytest.mark.parametrize('deep,counts', [(31, True), (32, False), (900, False), (200_000, False)])
 def test_nesting_is_bounded(tmp_path, deep, counts):
     log = RunLog(tmp_path)
-    log.path.write_bytes(b'{"event":"log","x":' + b'['*deep + b']'*deep + b'}\n{"event":"log","x":' + b'{"a":'*deep + b'1' + b'}'*deep + b'}\n{"event":"log"}\n')
+    log.path.write_bytes(
+        b'{"event":"log","x":'
+        + b'[' * deep
+        + b']' * deep
+        + b'}\n{"event":"log","x":'
+        + b'{"a":' * deep
+        + b'1'
+        + b'}' * deep
+        + b'}\n{"event":"log"}\n'
+    )
     assert len(log.events('log')) == (3 if counts else 1) and log.damaged == (0 if counts else 2)
 
 def test_a_log_resumed_thousands_of_times_is_read_in_seconds():
@@ -255,11 +333,21 @@ def test_a_reader_of_one_moment_does_not_mix_moments(tmp_path):
     assert _read_once(tmp_path/'nowhere').damaged == 0
 
 def test_an_event_that_readers_would_pass_over_is_warned_about(tmp_path):
-    with RunLog(tmp_path) as log, pytest.warns(UserWarning, match="'sample' takes 33 MiB"): log.write('sample', text='x'*(33 << 20))
+    with RunLog(tmp_path) as log, pytest.warns(UserWarning, match="'sample' takes 33 MiB"):
+        log.write('sample', text='x'*(33 << 20))
     assert log.damaged == 1
 
 
-@pytest.mark.parametrize("clock", [lambda i: -1e6 + i, lambda i: 3e11 + i, lambda i: 1e9 - 3600*i, lambda i: (-1)**i * 1e9, lambda i: [0., 1e308, -1e308][i % 3]])
+@pytest.mark.parametrize(
+    "clock",
+    [
+        lambda i: -1e6 + i,
+        lambda i: 3e11 + i,
+        lambda i: 1e9 - 3600 * i,
+        lambda i: (-1) ** i * 1e9,
+        lambda i: [0.0, 1e308, -1e308][i % 3],
+    ],
+)
 def test_a_clock_that_is_wrong_costs_the_times_and_nothing_else(tmp_path, monkeypatch, clock):
     "Before 1970, after 8307, backwards and to and fro: each event counts, and no duration is negative"
     from alf_nb.reports import summarize, summary_table, write_report
@@ -272,7 +360,8 @@ def test_a_clock_that_is_wrong_costs_the_times_and_nothing_else(tmp_path, monkey
             log.write("run_begin", step=0, run_id="a", max_steps=9, units=[], n_total=4, config={})
             log.write("select", names=[], share=0., policy="full", reason="all")
             for i in range(6): log.write("log", step=i+1, loss=2., seconds_per_step=.1)
-            log.write("pause", step=6); log.write("unpause", step=6, paused_s=1.)
+            log.write("pause", step=6)
+            log.write("unpause", step=6, paused_s=1.)
     log = RunLog(tmp_path)
     assert len(log.events()) == 10 and log.damaged == 0 and log.series("log", "loss")[0] == [1, 2, 3, 4, 5, 6]
     assert all(0 <= e["t"] < 2e11 for e in log.events() if "t" in e)

@@ -1,4 +1,5 @@
-"In which order the parts of a model run, read from its source: the place of a part is where it is called, however the call is written."
+"""In which order the parts of a model run, read from its source: the place of a part is where it is called, however
+the call is written."""
 import functools, os
 os.environ['HF_HUB_OFFLINE'] = '1'
 import pytest, torch, transformers as tf
@@ -210,15 +211,41 @@ class Recursive(Inner):
         for layer in self.layers: x = layer(x)
         return self.norm(x)
 
-STYLES = [Mentioned, PartFirst, Method, MethodOfChild, Alias, Choice, Getter, Argument, ByName, ByMadeUpName, Listed, Loop, Comprehension, Index, Zipped,
-          Checkpointed, Closure, Lambda, Partial, Walrus, Helper, Super, Decorated, Property, Recursive]
+STYLES = [
+    Mentioned,
+    PartFirst,
+    Method,
+    MethodOfChild,
+    Alias,
+    Choice,
+    Getter,
+    Argument,
+    ByName,
+    ByMadeUpName,
+    Listed,
+    Loop,
+    Comprehension,
+    Index,
+    Zipped,
+    Checkpointed,
+    Closure,
+    Lambda,
+    Partial,
+    Walrus,
+    Helper,
+    Super,
+    Decorated,
+    Property,
+    Recursive,
+]
 
 def as_run(m):
     "Children in the order in which their blocks, or where they have none they themselves, run in a real forward pass"
     order, inside = [], {}
     for name, child in m._modules.items():
         blocks = [b for b in child.modules() if isinstance(b, Block)]
-        for b in blocks or [c for c in child.modules() if c is not child or not isinstance(c, nn.ModuleDict)]: inside[b] = name
+        for b in blocks or [c for c in child.modules() if c is not child or not isinstance(c, nn.ModuleDict)]:
+            inside[b] = name
     hooks = [b.register_forward_pre_hook(lambda b, _: order.append(inside[b])) for b in inside]
     m(torch.zeros(1, D))
     for h in hooks: h.remove()
@@ -239,7 +266,10 @@ def test_what_is_never_called_stands_where_it_is_registered():
     assert _before(Odd(), 'top', 'low') and not _before(Odd(), 'low', 'top')
 
 def test_a_hostile_forward_is_read_in_bounded_time():
-    text = '\n'.join(f'    def m{i}(self, x): return ' + ' + '.join(f'self.m{i+1}(x)' for _ in range(9)) for i in range(9)) + '\n    def m9(self, x): return self.low(x)\n    def forward(self, x): return self.top(self.m0(x))\n'
+    text = (
+        '\n'.join(f'    def m{i}(self, x): return ' + ' + '.join(f'self.m{i+1}(x)' for _ in range(9)) for i in range(9))
+        + '\n    def m9(self, x): return self.low(x)\n    def forward(self, x): return self.top(self.m0(x))\n'
+    )
     import linecache
     source = 'class Deep(Two):\n' + text
     linecache.cache['<deep>'] = len(source), None, source.splitlines(True), '<deep>'
@@ -259,19 +289,37 @@ def test_reading_a_model_does_not_keep_it_alive():
     gc.collect()
     assert gone() is None
 
-# class → its stacks in the order in which they run; in all of them `forward` names a later one first, or calls through a method or an alias
-TOWERS = dict(SmolVLMForConditionalGeneration=['vision_model', 'text_model'], Idefics2ForConditionalGeneration=['vision_model', 'connector', 'text_model'],
-              Idefics3ForConditionalGeneration=['vision_model', 'text_model'], GraniteDoclingForConditionalGeneration=['vision_model', 'text_model'],
-              PaddleOCRVLForConditionalGeneration=['visual', 'language_model'], Kimi_K25ForConditionalGeneration=['vision_tower', 'language_model'],
-              VoxtralRealtimeForConditionalGeneration=['audio_tower', 'language_model'], T5Gemma2ForConditionalGeneration=['encoder.vision_tower', 'encoder.text_model', 'decoder'],
-              FSMTForConditionalGeneration=['encoder', 'decoder'], ModernVBertForMaskedLM=['vision_model', 'text_model'], Florence2ForConditionalGeneration=['vision_tower', 'language_model.encoder', 'language_model.decoder'],
-              LlavaForConditionalGeneration=['vision_tower', 'language_model'], Qwen2_5_VLForConditionalGeneration=['visual', 'language_model'], WhisperForConditionalGeneration=['encoder', 'decoder'],
-              BartForConditionalGeneration=['encoder', 'decoder'], MarianMTModel=['encoder', 'decoder'], ProphetNetForConditionalGeneration=['prophetnet.encoder', 'prophetnet.decoder'])
+# class → its stacks in the order in which they run; in all of them `forward` names a later one first, or calls through
+# a method or an alias
+TOWERS = dict(
+    SmolVLMForConditionalGeneration=['vision_model', 'text_model'],
+    Idefics2ForConditionalGeneration=['vision_model', 'connector', 'text_model'],
+    Idefics3ForConditionalGeneration=['vision_model', 'text_model'],
+    GraniteDoclingForConditionalGeneration=['vision_model', 'text_model'],
+    PaddleOCRVLForConditionalGeneration=['visual', 'language_model'],
+    Kimi_K25ForConditionalGeneration=['vision_tower', 'language_model'],
+    VoxtralRealtimeForConditionalGeneration=['audio_tower', 'language_model'],
+    T5Gemma2ForConditionalGeneration=['encoder.vision_tower', 'encoder.text_model', 'decoder'],
+    FSMTForConditionalGeneration=['encoder', 'decoder'],
+    ModernVBertForMaskedLM=['vision_model', 'text_model'],
+    Florence2ForConditionalGeneration=['vision_tower', 'language_model.encoder', 'language_model.decoder'],
+    LlavaForConditionalGeneration=['vision_tower', 'language_model'],
+    Qwen2_5_VLForConditionalGeneration=['visual', 'language_model'],
+    WhisperForConditionalGeneration=['encoder', 'decoder'],
+    BartForConditionalGeneration=['encoder', 'decoder'],
+    MarianMTModel=['encoder', 'decoder'],
+    ProphetNetForConditionalGeneration=['prophetnet.encoder', 'prophetnet.decoder'],
+)
 
 def shrink(config):
     "Two blocks in every stack"
     for k,v in list(vars(config).items()):
-        if k in ('num_hidden_layers', 'num_layers', 'encoder_layers', 'decoder_layers', 'depth', 'num_decoder_layers') and isinstance(v, int) and v > 2: setattr(config, k, 2)
+        if (
+            k in ('num_hidden_layers', 'num_layers', 'encoder_layers', 'decoder_layers', 'depth', 'num_decoder_layers')
+            and isinstance(v, int)
+            and v > 2
+        ):
+            setattr(config, k, 2)
         elif k == 'layer_types' and v: setattr(config, k, v[:2])
         elif isinstance(v, tf.PretrainedConfig): shrink(v)
     return config
@@ -280,11 +328,19 @@ def shrink(config):
 def test_towers_come_before_the_language_model(name):
     if (cls := getattr(tf, name, None)) is None: pytest.skip(f"transformers {tf.__version__} has no {name}")
     with torch.device('meta'): model = cls(shrink(cls.config_class()))
-    assert [l.removeprefix('prophetnet.') for l in _Places(model).labels] == [l.removeprefix('prophetnet.') for l in TOWERS[name]]
+    assert [l.removeprefix('prophetnet.') for l in _Places(model).labels] == [
+        l.removeprefix('prophetnet.') for l in TOWERS[name]
+    ]
 
 def test_a_vision_language_model_learns_from_its_top():
     with torch.device('meta'): model = tf.SmolVLMForConditionalGeneration(shrink(tf.SmolVLMConfig()))
     layers = partition_layers(model)
     depth = {l: layers[ns[0]].depth for l,ns in layers.by_layer.items()}
-    assert depth['vision_model.block.1'] < depth['text_model.block.0'] and depth['connector'] == depth['vision_model.block.1']
-    assert layers['connector.modality_projection.proj'].kind == 'matrix' and layers['connector.modality_projection.proj'].eligible
+    assert (
+        depth['vision_model.block.1'] < depth['text_model.block.0']
+        and depth['connector'] == depth['vision_model.block.1']
+    )
+    assert (
+        layers['connector.modality_projection.proj'].kind == 'matrix'
+        and layers['connector.modality_projection.proj'].eligible
+    )

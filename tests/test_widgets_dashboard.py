@@ -11,7 +11,10 @@ sys.path.insert(0, __file__.rpartition('/')[0])
 from fake_run import fake_run, fake_units  # noqa: E402
 from live_run import LiveRun, Sent, wait_for  # noqa: E402
 
-TRACE = 'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    g()\n  File "train.py", line 12, in loss\n    return x/0\n           ~^~\nZeroDivisionError: division by zero\n'
+TRACE = (
+    'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    g()\n  File "train.py", line 12, in loss\n   '
+    ' return x/0\n           ~^~\nZeroDivisionError: division by zero\n'
+)
 
 
 @pytest.fixture
@@ -39,10 +42,17 @@ def test_a_complete_run(tmp_path, view):
     assert words(d) == ('complete', 'Complete') and not d.live
     assert [b.layout.display for b in (d.pause, d.stop)] == ['none']*2 and d.choose.description == 'What if'
     text = d.tiles.value
-    assert '1.405' in text and '2.189 at step 0' in text and 'tokens/s' in text and 'trained last' in text and 'of full fine-tuning' in text
+    assert (
+        '1.405' in text
+        and '2.189 at step 0' in text
+        and 'tokens/s' in text
+        and 'trained last' in text
+        and 'of full fine-tuning' in text
+    )
     assert 'time left' not in text and 'width:100.00%' in d.progress.value and 'step 120 of 120' in d.progress.value
     assert d.curve.value.count('role="img"') == 2 and d.side.value.count('role="img"') == 2
-    assert 'Held out: 2.189 to 1.405' in d.curve.value and 'other' not in d.curve.value        # another text has another scale
+    # another text has another scale
+    assert 'Held out: 2.189 to 1.405' in d.curve.value and 'other' not in d.curve.value
     for w in ('gradients', 'optimizer', 'references', 'parked'): assert w in d.side.value
     assert not d.error.value and repr(d) == f'TrainingDashboard of {tmp_path.name}: complete, step 120 of 120'
 
@@ -64,9 +74,13 @@ def test_a_run_of_another_process(tmp_path, view):
     log.write('log', step=3, loss=1., seconds_per_step=2.)
     d = view(tmp_path)
     assert words(d) == ('running', 'Unfinished') and d.pause.layout.display == 'none'
-    log.write('pause', step=3); d.follower.update(); d.at_once()
+    log.write('pause', step=3)
+    d.follower.update()
+    d.at_once()
     assert words(d) == ('paused', 'Paused')
-    log.write('unpause', step=3, paused_s=1.); log.write('log', step=4, loss=.9, t=d0 - 1); log.write('run_end', step=4, stopped=True)
+    log.write('unpause', step=3, paused_s=1.)
+    log.write('log', step=4, loss=.9, t=d0 - 1)
+    log.write('run_end', step=4, stopped=True)
     wait_for(lambda: 'Stopped' in d.what.value)
     assert words(d) == ('stopped', 'Stopped') and 'after step 4 of 10' in d.what.value
 
@@ -81,11 +95,19 @@ def test_going_silent_is_noticed_without_an_event(tmp_path, view, monkeypatch):
     wait_for(lambda: 'Interrupted' in d.what.value)
 
 
-@pytest.mark.parametrize('status, activity, kind, says, off', [
-    ('starting', 'starting', 'probing', 'Starting', [True, False]), ('running', 'training', 'running', 'Training', [False, False]), ('running', 'probing 3/8', 'probing', 'batch 3 of 8', [False, False]),
-    ('paused', 'training', 'paused', 'Paused', [False, False]), ('stopping', 'training', 'stopping', 'with a checkpoint', [True, True])])
+@pytest.mark.parametrize(
+    'status, activity, kind, says, off',
+    [
+        ('starting', 'starting', 'probing', 'Starting', [True, False]),
+        ('running', 'training', 'running', 'Training', [False, False]),
+        ('running', 'probing 3/8', 'probing', 'batch 3 of 8', [False, False]),
+        ('paused', 'training', 'paused', 'Paused', [False, False]),
+        ('stopping', 'training', 'stopping', 'with a checkpoint', [True, True]),
+    ],
+)
 def test_what_happens_now(live, view, status, activity, kind, says, off):
-    live.begin(); live.train(3)
+    live.begin()
+    live.train(3)
     live.status, live.activity = status, activity
     d = view(live)
     assert d._words()[0] == kind and says in d.what.value and buttons(d) == off
@@ -103,7 +125,8 @@ def test_a_new_activity_is_shown_without_an_event(live, view):
 
 
 def test_a_failure_is_told_with_its_place(live, view):
-    live.begin(); live.train(5)
+    live.begin()
+    live.train(5)
     d = view(live)
     live.fail(ZeroDivisionError('division by <zero>'), TRACE)
     wait_for(lambda: 'Failed at step 5' in d.what.value)
@@ -116,9 +139,14 @@ def test_a_recorded_failure(tmp_path, view):
     log = fake_run(tmp_path, blocks=2, steps=20, stop=10)
     log.write('error', step=10, type='ValueError', message='a loss that is no number')
     d = view(tmp_path)
-    assert words(d) == ('failed', 'Failed at step 10 of 20') and 'ValueError: a loss that is no number' in d.what.value and '<code>' not in d.what.value
+    assert (
+        words(d) == ('failed', 'Failed at step 10 of 20')
+        and 'ValueError: a loss that is no number' in d.what.value
+        and '<code>' not in d.what.value
+    )
     log.write('error', step=10, type='ZeroDivisionError', message='x', traceback=TRACE)
-    d.follower.update(); d.at_once()
+    d.follower.update()
+    d.at_once()
     assert 'line 12, in loss' in d.what.value
 
 
@@ -161,7 +189,8 @@ def test_a_pause_can_be_taken_back_before_it_holds(live, view):
 
 
 def test_the_threshold_opens_below(live, view):
-    live.begin(); live.train(2)
+    live.begin()
+    live.train(2)
     d = view(live)
     assert d._picker is None and d.choose.description == 'Threshold'
     d.choose.value = True
@@ -183,11 +212,14 @@ def test_the_threshold_opens_below(live, view):
 def test_a_tick_is_small(tmp_path, view, interval):
     "30 layers × 7 matrices × 500 steps: everything drawn anew, map and all"
     run = LiveRun(tmp_path/'a', interval=interval)
-    run.begin(); run.train(489)
+    run.begin()
+    run.train(489)
     d = view(run)
     sent = Sent(d.box)
     run.train(1)
-    d.follower.update(); d.at_once(); d.map.at_once()
+    d.follower.update()
+    d.at_once()
+    d.map.at_once()
     n = sent.take()
     assert 5000 < n <= 20_000, (n, sent.last)
     run.close()
@@ -199,19 +231,31 @@ def test_a_live_run_sends_little_in_all(live, view, monkeypatch):
     per_tick, sent = [], Sent(d.box)
     tick = ticker.tick
     def counted(views):
-        sent.take(); changed = tick(views); per_tick.append(sent.take()); return changed
+        sent.take()
+        changed = tick(views)
+        per_tick.append(sent.take())
+        return changed
     monkeypatch.setattr(ticker, 'tick', counted)
     live.start(rate=400)
-    wait_for(lambda: 'Complete' in d.what.value and 'up to step 500' in d.map.drawing.value and 'step 500' in d.tiles.value + d.curve.value, 20)
+    wait_for(
+        lambda: 'Complete' in d.what.value
+        and 'up to step 500' in d.map.drawing.value
+        and 'step 500' in d.tiles.value + d.curve.value,
+        20,
+    )
     assert max(per_tick) <= 20_000
     assert not d.error.value and not d.map.error.value
 
 
 def test_only_what_changed_is_sent(live, view):
-    live.begin(); live.train(40)
+    live.begin()
+    live.train(40)
     d = view(live)
     sent = Sent(d.box)
-    for _ in range(3): d.refresh(); d.tick(); d.map.tick()
+    for _ in range(3):
+        d.refresh()
+        d.tick()
+        d.map.tick()
     assert sent.take() == 0
     live.status = 'paused'
     d.refresh()
@@ -220,7 +264,18 @@ def test_only_what_changed_is_sent(live, view):
 
 def test_time_does_not_run_while_paused(tmp_path, view):
     log = RunLog(tmp_path)
-    for kind, step, t in (('run_begin', 0, 0), ('log', 1, 10), ('log', 2, 20), ('pause', 2, 21), ('unpause', 2, 5000), ('log', 3, 5010), ('run_begin', 0, 9000), ('resume', 2, 9001), ('log', 3, 9011), ('run_end', 3, 9012)):
+    for kind, step, t in (
+        ('run_begin', 0, 0),
+        ('log', 1, 10),
+        ('log', 2, 20),
+        ('pause', 2, 21),
+        ('unpause', 2, 5000),
+        ('log', 3, 5010),
+        ('run_begin', 0, 9000),
+        ('resume', 2, 9001),
+        ('log', 3, 9011),
+        ('run_end', 3, 9012),
+    ):
         log.write(kind, step=step, t=t, run_id='a', loss=1., units=[], config={})
     d = view(tmp_path)
     assert spent_s(d.state) == 32.0        # 0…21, 9001…9012: what was done after the checkpoint was done again
@@ -232,9 +287,14 @@ def test_unlogged_and_odd_values(tmp_path, view):
     log.write('run_begin', step=0, units=fake_units(1), config={})
     d = view(log)
     assert 'No loss was logged yet' in d.curve.value and not d.error.value and d.side.value == ''
-    log.write('log', step=1, loss=float('nan')); log.write('log', step=2, loss=float('inf'), learning_rate=None); log.write('memory', step=2, grad_bytes=None)
-    log.write('eval', step=2, loss=None, when='during'); log.write('select', step=2, names=[], share=0.)
-    d.follower.update(); d.at_once(); d.map.at_once()
+    log.write('log', step=1, loss=float('nan'))
+    log.write('log', step=2, loss=float('inf'), learning_rate=None)
+    log.write('memory', step=2, grad_bytes=None)
+    log.write('eval', step=2, loss=None, when='during')
+    log.write('select', step=2, names=[], share=0.)
+    d.follower.update()
+    d.at_once()
+    d.map.at_once()
     assert not d.error.value and not d.map.error.value and 'nan' not in d.curve.value
     d.picture()
 
@@ -247,17 +307,38 @@ def test_a_folder_without_a_run(tmp_path):
 def test_names_are_escaped(tmp_path, view):
     log = RunLog(tmp_path)
     log.write('run_begin', step=0, model='<script>', units=fake_units(1), config={})
-    log.write('error', step=0, type='<b>', message='<script>', traceback='  File "<script>", line 1, in <script>\n    <script>\nX: y')
+    log.write(
+        'error',
+        step=0,
+        type='<b>',
+        message='<script>',
+        traceback='  File "<script>", line 1, in <script>\n    <script>\nX: y',
+    )
     d = view(tmp_path)
     assert '<script' not in d.what.value + d.still()
 
 
 def test_pictures_hold_what_the_widgets_show(live, view):
-    live.begin(); live.train(35)
+    live.begin()
+    live.train(35)
     d = view(live)
     p = d.picture()
-    for part in ('step 35 of 500', 'Training', 'tokens/s', 'Training loss, averaged', 'Training state in memory', 'Share of the parameters that train', 'colour: importance of what trains', 'Since step 30'): assert part in p, part
-    assert '<script' not in p and 'id=' not in re.sub(r'(model_)?id="?alf', '', p) and not re.search(r'(src|href)="http', p)
+    for part in (
+        'step 35 of 500',
+        'Training',
+        'tokens/s',
+        'Training loss, averaged',
+        'Training state in memory',
+        'Share of the parameters that train',
+        'colour: importance of what trains',
+        'Since step 30',
+    ):
+        assert part in p, part
+    assert (
+        '<script' not in p
+        and 'id=' not in re.sub(r'(model_)?id="?alf', '', p)
+        and not re.search(r'(src|href)="http', p)
+    )
 
 
 def test_nothing_is_left_after_close(live):
@@ -267,7 +348,8 @@ def test_nothing_is_left_after_close(live):
     live.start()
     wait_for(lambda: d.state.step > 3)
     ws = _all(d.box)
-    d.close(); d.close()
+    d.close()
+    d.close()
     assert all(w.comm is None for w in ws)
     live._end = True
     wait_for(lambda: ticker._thread is None and threading.active_count() <= before)

@@ -32,7 +32,8 @@ def live(tmp_path):
 def test_a_recorded_run_stands_still(tmp_path, view):
     fake_run(tmp_path, steps=120)
     m = view(tmp_path)
-    assert 'up to step 120 of 120' in m.drawing.value and not re.search(r'<img[^>]*width:', m.drawing.value)      # the map fills its axis
+    # the map fills its axis
+    assert 'up to step 120 of 120' in m.drawing.value and not re.search(r'<img[^>]*width:', m.drawing.value)
     assert m.drawing.value.count('<img') == 2 and 'role="img"' in m.drawing.value
     assert 'trained (2' in m.said.value                        # it is over
     n = m.drawing.value
@@ -56,13 +57,38 @@ def test_colours_say_what_was_chosen_then(tmp_path, view):
     log = RunLog(tmp_path)
     units = [UnitInfo(f'b.{i}.{r}', f'b.{i}', 'matrix', r, 100, i+1) for i in range(2) for r in 'qv']
     log.write('run_begin', step=0, units=units, n_total=400, max_steps=8, config=dict(signal='gain'))
-    log.write('select', step=0, names=['b.0.q'], share=.25, signal='gain', scores={'b.0.q': 1., 'b.0.v': .2, 'b.1.q': .5, 'b.1.v': None}, ages={})
-    log.write('select', step=4, names=['b.1.v', 'b.0.v'], share=.5, signal='gain', scores={'b.0.q': .3, 'b.0.v': .4, 'b.1.q': .2, 'b.1.v': .8}, ages={})
-    log.write('select', step=6, names=['b.0.q', 'b.1.q'], share=.5, signal='gain', scores={'b.0.q': 0., 'b.0.v': 1., 'b.1.q': None, 'b.1.v': .5}, ages={})
+    log.write(
+        'select',
+        step=0,
+        names=['b.0.q'],
+        share=0.25,
+        signal='gain',
+        scores={'b.0.q': 1.0, 'b.0.v': 0.2, 'b.1.q': 0.5, 'b.1.v': None},
+        ages={},
+    )
+    log.write(
+        'select',
+        step=4,
+        names=['b.1.v', 'b.0.v'],
+        share=0.5,
+        signal='gain',
+        scores={'b.0.q': 0.3, 'b.0.v': 0.4, 'b.1.q': 0.2, 'b.1.v': 0.8},
+        ages={},
+    )
+    log.write(
+        'select',
+        step=6,
+        names=['b.0.q', 'b.1.q'],
+        share=0.5,
+        signal='gain',
+        scores={'b.0.q': 0.0, 'b.0.v': 1.0, 'b.1.q': None, 'b.1.v': 0.5},
+        ages={},
+    )
     log.write('run_end', step=8)
     m = view(tmp_path)
     groups = map_rows(m.state)
-    assert m._values(groups, 'importance') == [[1., 0], [.5, 1.], [.02, .5]]     # of what trains, the largest is 1; what is worth nothing or unknown did train all the same
+    # of what trains, the largest is 1; what is worth nothing or unknown did train all the same
+    assert m._values(groups, 'importance') == [[1., 0], [.5, 1.], [.02, .5]]
     assert m._values(groups, 'share') == [[.5, 0], [.5, .5], [.5, .5]]
     assert m._values(groups, 'all') == [[1., .5/.6], [.7, 1.], [1., 1.]]         # b.1.v was not known at first
     m.zoom.value = 'b.1'
@@ -75,7 +101,8 @@ def test_a_policy_without_scores(tmp_path, view):
     units = fake_units(4)
     log = RunLog(tmp_path)
     log.write('run_begin', step=0, units=units, n_total=1, max_steps=20, config={})
-    for s in range(0, 20, 5): log.write('select', step=s, names=list(LISAPolicy(2).select(None, units, s)), share=.1, policy='lisa')
+    for s in range(0, 20, 5):
+        log.write('select', step=s, names=list(LISAPolicy(2).select(None, units, s)), share=.1, policy='lisa')
     log.write('run_end', step=20)
     m = view(tmp_path)
     assert '<img' in m.drawing.value and not m.error.value
@@ -99,7 +126,8 @@ def test_what_was_zoomed_stays_zoomed(live, view):
     live.begin()
     m = view(live)
     m.zoom.value = 'block.7'
-    live._out.write('select', step=1, names=['embeddings', 'block.7.self_attn.q_proj'], share=.2)       # a layer that is new to the map
+    # a layer that is new to the map
+    live._out.write('select', step=1, names=['embeddings', 'block.7.self_attn.q_proj'], share=.2)
     live.train(40)
     wait_for(lambda: 'up to step 40' in m.drawing.value)
     assert len(map_rows(m.state)) == 31 and m.zoom.value == 'block.7' and 'q_proj' in m.drawing.value
@@ -109,11 +137,14 @@ def test_what_was_zoomed_stays_zoomed(live, view):
 def test_updates_are_small(tmp_path, view, interval):
     "30 layers × 7 matrices × 500 steps, even when every step selects anew"
     run = LiveRun(tmp_path/'a', interval=interval)
-    run.begin(); run.train(498)
+    run.begin()
+    run.train(498)
     m = view(run)
     m.table_on.value = True
     sent = Sent(m.box)
-    run.train(1); m.follower.update(); m.at_once()
+    run.train(1)
+    m.follower.update()
+    m.at_once()
     assert 2000 < sent.take() <= 20_000
     for z in ('block.20', 'kinds of matrix', 'all layers'):
         m.zoom.value = z
@@ -122,11 +153,15 @@ def test_updates_are_small(tmp_path, view, interval):
 
 
 def test_nothing_new_sends_nothing(live, view):
-    live.begin(); live.train(40)
+    live.begin()
+    live.train(40)
     m = view(live)
     sent = Sent(m.box)
     m._picture = m._hover = lambda: pytest.fail('drawn again')
-    for _ in range(5): m.at_once(); m.tick()        # nothing has to wait, but nothing is new
+    for _ in range(5):
+        # nothing has to wait, but nothing is new
+        m.at_once()
+        m.tick()
     assert sent.take() == 0 and not m.error.value
 
 
@@ -135,12 +170,17 @@ def test_a_resumed_run_forgets_what_came_later(tmp_path, view):
     m = view(tmp_path)
     assert 'up to step 70' in m.drawing.value
     log.write('resume', step=30, path='checkpoint-30')
-    m.follower.update(); m.at_once()
-    assert 'up to step 31' in m.drawing.value and len(m.state.selections) == len(m._values(map_rows(m.state), 'share')) == 2
+    m.follower.update()
+    m.at_once()
+    assert (
+        'up to step 31' in m.drawing.value
+        and len(m.state.selections) == len(m._values(map_rows(m.state), 'share')) == 2
+    )
 
 
 def test_before_anything_happened(tmp_path, view):
-    log = RunLog(tmp_path); log.write('run_begin', step=0, units=fake_units(2), config={})
+    log = RunLog(tmp_path)
+    log.write('run_begin', step=0, units=fake_units(2), config={})
     m = view(tmp_path)
     assert 'Nothing was selected yet' in m.drawing.value and m.said.value == ''
     assert 'Nothing was selected yet' in m.picture()
@@ -149,7 +189,13 @@ def test_before_anything_happened(tmp_path, view):
 
 def test_names_are_escaped(tmp_path, view):
     log = RunLog(tmp_path)
-    log.write('run_begin', step=0, units=[UnitInfo(f'<b>.{r}', '<b>', 'matrix', r, 10, 1) for r in ('<i>', 'v')], config={}, n_total=20)
+    log.write(
+        'run_begin',
+        step=0,
+        units=[UnitInfo(f'<b>.{r}', '<b>', 'matrix', r, 10, 1) for r in ('<i>', 'v')],
+        config={},
+        n_total=20,
+    )
     log.write('select', step=0, names=['<b>.<i>'], share=.5, reason='<script>')
     m = view(tmp_path)
     m.table_on.value = True
@@ -157,7 +203,8 @@ def test_names_are_escaped(tmp_path, view):
 
 
 def test_two_on_a_page_know_nothing_of_each_other(live, view):
-    live.begin(); live.train(10)
+    live.begin()
+    live.train(10)
     a, b = view(live), view(live)
     a.zoom.value = 'block.2'
     assert b.zoom.value == 'all layers' and a.follower is b.follower
@@ -168,4 +215,8 @@ def test_two_on_a_page_know_nothing_of_each_other(live, view):
 
 
 def test_axes_end_where_the_run_ends():
-    assert [axis_end(s, 500) for s in (0, 21, 400)] == [20, 40, 500] and axis_end(700, 500) == 700 and axis_end(7, None, over=True) == 7
+    assert (
+        [axis_end(s, 500) for s in (0, 21, 400)] == [20, 40, 500]
+        and axis_end(700, 500) == 700
+        and axis_end(7, None, over=True) == 7
+    )

@@ -33,9 +33,28 @@ def made_up_scores(units, seed=0, signal='gain'):
 class Live:
     "What `train_in_background` returns: trains in a thread when told to, and writes a real run log"
     def __init__(self, path, policy=BudgetPolicy(.25), blocks=4, interval=10, steps=1000):
-        self.log, self.units, self.policy, self.interval, self.max_steps = RunLog(path), fake_units(blocks), policy, interval, steps
-        self.status, self.alive, self.error, self.current, self.step, self.pending, self.asked = 'starting', True, None, None, 0, None, []
-        self.log.write('run_begin', step=0, run_id='live', config=dict(policy=policy.to_dict(), signal='gain', interval=interval), units=self.units, n_total=sum(u.n_params for u in self.units), max_steps=steps, interval=interval)
+        self.log = RunLog(path)
+        self.units = fake_units(blocks)
+        self.policy = policy
+        self.interval = interval
+        self.max_steps = steps
+        self.status = 'starting'
+        self.alive = True
+        self.error = None
+        self.current = None
+        self.step = 0
+        self.pending = None
+        self.asked = []
+        self.log.write(
+            'run_begin',
+            step=0,
+            run_id='live',
+            config=dict(policy=policy.to_dict(), signal='gain', interval=interval),
+            units=self.units,
+            n_total=sum(u.n_params for u in self.units),
+            max_steps=steps,
+            interval=interval,
+        )
         self.select(0)
         self.status = 'running'
 
@@ -49,7 +68,19 @@ class Live:
     def select(self, step):
         scores = self.draw(step)
         sel = self.policy.select(scores, self.units, step, self.current)
-        self.log.write('select', step=step, names=list(sel), entered=[], left=[], reason=sel.reason, policy=sel.policy, share=sel.share, signal='gain', scores=scores.values, ages=scores.ages)
+        self.log.write(
+            'select',
+            step=step,
+            names=list(sel),
+            entered=[],
+            left=[],
+            reason=sel.reason,
+            policy=sel.policy,
+            share=sel.share,
+            signal='gain',
+            scores=scores.values,
+            ages=scores.ages,
+        )
         self.current = sel
 
     def _train(self, n):
@@ -60,10 +91,18 @@ class Live:
                 (self.policy, now), self.pending = self.pending, None
                 self.log.write('choose', step=self.step, policy=self.policy.to_dict(), now=now)
             if now or self.step % self.interval == 0: self.select(self.step)
-            self.log.write('log', step=self.step, loss=1., seconds_per_step=.8*step_cost(self.units, self.current.names), tokens_per_second=9.)
+            self.log.write(
+                'log',
+                step=self.step,
+                loss=1.0,
+                seconds_per_step=0.8 * step_cost(self.units, self.current.names),
+                tokens_per_second=9.0,
+            )
 
     def train(self, n=1):
-        t = threading.Thread(target=self._train, args=(n,)); t.start(); t.join()
+        t = threading.Thread(target=self._train, args=(n,))
+        t.start()
+        t.join()
 
     def end(self, stopped=True):
         self.log.write('run_end', step=self.step, stopped=stopped)
@@ -87,12 +126,17 @@ def test_sliders_numbers_and_traits_are_one(picker):
     p.budget_number.value = .1
     assert (p.by, p.policy, p.budget_slider.value) == ('budget', BudgetPolicy(.1), .1)
     p.threshold = .7
-    assert (p.by, p.threshold_slider.value, p.threshold_number.value) == ('threshold', .7, .7) and p.selection.share <= p.budget + 1e-9
+    assert (p.by, p.threshold_slider.value, p.threshold_number.value) == (
+        'threshold',
+        0.7,
+        0.7,
+    ) and p.selection.share <= p.budget + 1e-9
 
 
 def test_a_rounded_echo_is_no_choice(picker):
     p = picker(scores=scores, units=units)
-    p.threshold_slider.set_state({'value': round(p.threshold, 2)}); p.budget_slider.set_state({'value': .25000000001})
+    p.threshold_slider.set_state({'value': round(p.threshold, 2)})
+    p.budget_slider.set_state({'value': .25000000001})
     assert p.by is None
 
 
@@ -108,7 +152,9 @@ def test_traits_can_be_linked_and_observed(picker):
 def test_the_policy_keeps_its_other_settings(picker):
     base = BudgetPolicy(.3, pin='norm', ban='block.2*', explore=.2, hysteresis=.5)
     p = picker(scores=scores, units=units, policy=base, budget=.2)
-    assert p.policy == BudgetPolicy(.2, pin='norm', ban='block.2*', explore=.2, hysteresis=.5) and p.selection == p.policy.select(scores, units)
+    assert p.policy == BudgetPolicy(
+        0.2, pin='norm', ban='block.2*', explore=0.2, hysteresis=0.5
+    ) and p.selection == p.policy.select(scores, units)
     p.threshold_slider.value = .5
     assert p.policy == ThresholdPolicy(.5, pin='norm', ban='block.2*') and 'norm' in p.selection
     q = picker(scores=scores, units=units, policy=dict(policy='lisa', k=3))
@@ -136,9 +182,18 @@ def test_what_selects_nothing_is_said(picker):
 
 
 def test_bad_input_is_refused():
-    for kw, match in ((dict(), 'of a run, or of scores= and units='), (dict(scores=scores), 'of a run'), (dict(source=3), 'got int'), (dict(scores={}, units=units), 'a Scores'),
-                      (dict(scores=scores, units=fake_units(2)), 'another model'), (dict(scores=scores, units=units, policy=3), 'policy is a Policy'), (dict(scores=scores, units=units, policy=dict(policy='none')), 'unknown policy'),
-                      (dict(scores=scores, units=units, threshold=.1, budget=.1), 'give one'), (dict(scores=scores, units=units, budget=25), 'did you mean 0.25'), (dict(scores=scores, units=[]), 'no parameters')):
+    for kw, match in (
+        (dict(), 'of a run, or of scores= and units='),
+        (dict(scores=scores), 'of a run'),
+        (dict(source=3), 'got int'),
+        (dict(scores={}, units=units), 'a Scores'),
+        (dict(scores=scores, units=fake_units(2)), 'another model'),
+        (dict(scores=scores, units=units, policy=3), 'policy is a Policy'),
+        (dict(scores=scores, units=units, policy=dict(policy='none')), 'unknown policy'),
+        (dict(scores=scores, units=units, threshold=0.1, budget=0.1), 'give one'),
+        (dict(scores=scores, units=units, budget=25), 'did you mean 0.25'),
+        (dict(scores=scores, units=[]), 'no parameters'),
+    ):
         with pytest.raises(ValueError, match=re.escape(match)): ThresholdPicker(**kw)
     p = ThresholdPicker(scores=scores, units=units)
     with pytest.raises(traitlets.TraitError): p.threshold = 2
@@ -206,13 +261,21 @@ def test_it_follows_a_run_and_its_policy(picker, tmp_path):
     run = Live(tmp_path, BudgetPolicy(.25, hysteresis=.3))
     p = picker(run)
     assert p.by is None and p.selection == run.policy.select(run_scores(run), run.units, 0, run.current)
-    assert p.actions.layout.display is None and p.step.layout.display == 'none' and p.apply.disabled and 'trains now' in p.drawing.value
+    assert (
+        p.actions.layout.display is None
+        and p.step.layout.display == 'none'
+        and p.apply.disabled
+        and 'trains now' in p.drawing.value
+    )
     run.train(25)
     wait_for(lambda: p.state.step == 25 and 'Since step 20' in p.said.value)
     assert p.selection.names == run.policy.select(p.state.scores(), run.units, 25, run.current).names
     p.threshold_slider.value = .33
     assert not p.apply.disabled and p.policy == ThresholdPolicy(.33)
-    assert human_time(float(f'{.8*step_cost(run.units, p.selection.names):.2g}')) in p.tiles.value and 'timed' in p.tiles.value
+    assert (
+        human_time(float(f'{.8*step_cost(run.units, p.selection.names):.2g}')) in p.tiles.value
+        and 'timed' in p.tiles.value
+    )
 
 
 def run_scores(run):
@@ -279,7 +342,10 @@ def test_a_run_that_ends_can_be_looked_back_at(picker, tmp_path):
     run.end()
     wait_for(lambda: 'ended before it was taken' in p.request.value)
     assert p.apply.layout.display == p.apply_now.layout.display == 'none'
-    run2 = Live(tmp_path/'2'); q = picker(run2); run2.train(30); run2.end()
+    run2 = Live(tmp_path/'2')
+    q = picker(run2)
+    run2.train(30)
+    run2.end()
     wait_for(lambda: q.step.layout.display is None)
     assert [o[0] for o in q.step.options] == ['0', '10', '20', '30'] and 'At step 30' in q.said.value
 
@@ -288,23 +354,38 @@ def test_a_run_that_ends_can_be_looked_back_at(picker, tmp_path):
 
 def test_a_recorded_run_is_reproduced_at_every_step(picker, tmp_path):
     run = Live(tmp_path, BudgetPolicy(.2, explore=.3, hysteresis=.4), blocks=6)
-    run.train(25); run.choose(threshold=.5, now=True); run.train(25); run.end()
+    run.train(25)
+    run.choose(threshold=.5, now=True)
+    run.train(25)
+    run.end()
     p = picker(tmp_path)
     events = RunLog(tmp_path).events('select')
     assert len(p.step.options) == len(events) == 7
     for i, e in enumerate(events):
         p.step.value = i
-        assert list(p.selection.names) == e['names'] and f"At step {e['step']}" in p.said.value and 'the same' in p.said.value, e['step']
+        assert (
+            list(p.selection.names) == e['names']
+            and f"At step {e['step']}" in p.said.value
+            and 'the same' in p.said.value
+        ), e['step']
         assert p.policy.name == e['policy']
     p.step.value = 2
     p.budget_slider.value = .12
-    before = BudgetPolicy(.2, explore=.3, hysteresis=.4).select(Scores('gain', events[1]['scores']), run.units, 10, Selection(events[0]['names']))
-    assert p.selection.names == BudgetPolicy(.12, explore=.3, hysteresis=.4).select(Scores('gain', events[2]['scores']), run.units, 20, before).names
+    before = BudgetPolicy(0.2, explore=0.3, hysteresis=0.4).select(
+        Scores('gain', events[1]['scores']), run.units, 10, Selection(events[0]['names'])
+    )
+    assert (
+        p.selection.names == BudgetPolicy(0.12, explore=0.3, hysteresis=0.4).select(
+            Scores('gain', events[2]['scores']), run.units, 20, before
+        ).names
+    )
     p.step.value = 1
     p.threshold_slider.value = .6
     assert p.selection.names == ThresholdPolicy(.6).select(Scores('gain', events[1]['scores']), run.units, 10).names
     here, there = set(p.selection.names), set(events[1]['names'])
-    assert f'<b>{len(here-there)}</b> only here' in p.said.value and f'<b>{len(there-here)}</b> only there' in p.said.value
+    assert (
+        f'<b>{len(here-there)}</b> only here' in p.said.value and f'<b>{len(there-here)}</b> only there' in p.said.value
+    )
     wait_for(lambda: p._hovered == p._seen_data)        # the words under the pointer follow a tick later
 
 
@@ -321,10 +402,22 @@ def test_a_run_that_has_not_measured_yet(picker, tmp_path):
     log.write('eval', step=0, when='before', name='domain', loss=1.)
     p = picker(log)
     assert p.selection is None and 'Waiting for the run' in p.drawing.value and not p.error.value
-    log.write('run_begin', step=0, run_id='x', config=dict(policy=dict(policy='budget', budget=.3), signal='rate'), units=fake_units(2))
+    log.write(
+        'run_begin',
+        step=0,
+        run_id='x',
+        config=dict(policy=dict(policy='budget', budget=0.3), signal='rate'),
+        units=fake_units(2),
+    )
     wait_for(lambda: 'Nothing was measured' in p.drawing.value)
     log.write('select', step=0, names=['block.0.mlp.up_proj'], share=.2, reason='warm-up', policy='warm-up')
-    log.write('measure', step=10, signals=dict(rate={'block.0.mlp.up_proj': .1, 'block.1.mlp.up_proj': .05}, coherence={'block.0.mlp.up_proj': .5}))
+    log.write(
+        'measure',
+        step=10,
+        signals=dict(
+            rate={'block.0.mlp.up_proj': 0.1, 'block.1.mlp.up_proj': 0.05}, coherence={'block.0.mlp.up_proj': 0.5}
+        ),
+    )
     wait_for(lambda: p.selection and 'block.0.mlp.up_proj' in p.selection)
     assert [o[0] for o in p.step.options] == ['0', 'now'] and 'trains now' in p.drawing.value
     p.step.value = 0
@@ -340,7 +433,8 @@ def test_the_still_picture_holds_the_same(picker):
     p = picker(scores=scores, units=units, threshold=.5)
     html = p.picture()._repr_html_()
     assert p.tiles.value in html and '<svg' in html and html.count('<tr>') == 31 and 'alf-chart' in html
-    bare = re.sub(r'<style>.*?</style>|<svg.*?</svg>| style="[^"]*"| class="[^"]*"', '', html, flags=re.S)        # what a careful viewer leaves
+    # what a careful viewer leaves
+    bare = re.sub(r'<style>.*?</style>|<svg.*?</svg>| style="[^"]*"| class="[^"]*"', '', html, flags=re.S)
     assert f'{len(p.selection)} <small>of 210' in bare and 'block.29' in bare and f'{len(p.selection)} units' in bare
     assert repr(p).startswith('ThresholdPicker: importance ≥ 0.5, ')
 
@@ -361,13 +455,34 @@ def test_closing_lets_go(tmp_path):
 # ---- the chart
 
 def test_bars_of_odd_models():
-    for us in ([], [UnitInfo('a', 'a', 'block', 'a', 5, 1)], [UnitInfo(f'{s}.block.{i}', f'{s}.block.{i}', 'block', 'block', 5, i+1) for s in ('encoder', 'decoder') for i in range(13)],
-               [UnitInfo(f'l.{i}', 'l', 'matrix', f'r{i}', 5, 1) for i in range(12)]):
+    for us in (
+        [],
+        [UnitInfo('a', 'a', 'block', 'a', 5, 1)],
+        [
+            UnitInfo(f'{s}.block.{i}', f'{s}.block.{i}', 'block', 'block', 5, i + 1)
+            for s in ('encoder', 'decoder')
+            for i in range(13)
+        ],
+        [UnitInfo(f'l.{i}', 'l', 'matrix', f'r{i}', 5, 1) for i in range(12)],
+    ):
         c = BarChart(us)
-        svg = c.svg({u.name: None for u in us}, [u.name for u in us[:1]], [u.name for u in us], .5, us[0].name if us else '')
+        svg = c.svg(
+            {u.name: None for u in us}, [u.name for u in us[:1]], [u.name for u in us], 0.5, us[0].name if us else ''
+        )
         assert svg.count('M') >= len(us) and c.frame(svg, 'label').count('<svg') == 1
         assert c.legend().count('<li>') <= 9 and c.hover(lambda u: u.name).count('<i title') == len(us)
-    assert {'encoder.block.0', 'decoder.block.0'} <= set(re.findall(r'>([\w.]+)<', BarChart([UnitInfo(f'{s}.block.{i}', f'{s}.block.{i}', 'block', 'block', 5, i+1) for s in ('encoder', 'decoder') for i in range(13)])._layer_names()))
+    assert {'encoder.block.0', 'decoder.block.0'} <= set(
+        re.findall(
+            r'>([\w.]+)<',
+            BarChart(
+                [
+                    UnitInfo(f'{s}.block.{i}', f'{s}.block.{i}', 'block', 'block', 5, i + 1)
+                    for s in ('encoder', 'decoder')
+                    for i in range(13)
+                ]
+            )._layer_names(),
+        )
+    )
 
 
 # ---- with a real model
@@ -384,8 +499,24 @@ def test_beside_a_real_run(picker, tmp_path):
     class Slow(TrainerCallback):
         def on_step_begin(self, args, state, control, **kw): time.sleep(.03)
 
-    args = TrainingArguments(output_dir=str(tmp_path), max_steps=60, per_device_train_batch_size=4, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no')
-    run = train_in_background(Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[ALFCallback(budget=.3, interval=10, lock=1.), Slow()]))
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=60,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy='no',
+    )
+    run = train_in_background(
+        Trainer(
+            demo_model(),
+            args,
+            train_dataset=demo_dataset(),
+            callbacks=[ALFCallback(budget=0.3, interval=10, lock=1.0), Slow()],
+        )
+    )
     wait_for(lambda: run.log.path.exists() and run.log.events('log'), 60)
     p = picker(run)
     p.budget_slider.value = .5
@@ -395,10 +526,17 @@ def test_beside_a_real_run(picker, tmp_path):
     run.wait(60)
     wait_for(lambda: p.step.layout.display is None)
     chosen = run.log.events('select')
-    assert [s for e in chosen if (s := e['step']) >= at][0] == at and all(e['share'] <= .5 for e in chosen) and any(e['share'] > .3 for e in chosen)
+    assert (
+        [s for e in chosen if (s := e['step']) >= at][0] == at
+        and all(e['share'] <= 0.5 for e in chosen)
+        and any(e['share'] > 0.3 for e in chosen)
+    )
     fresh = picker(tmp_path)
     for e in chosen:                        # the follower blends what was measured as the tracker does
-        if e.get('scores'): assert {n: v for n, v in fresh.state.scores(step=e['step']).values.items() if v is not None} == {n: v for n, v in e['scores'].items() if v is not None}
+        if e.get('scores'):
+            assert {n: v for n, v in fresh.state.scores(step=e['step']).values.items() if v is not None} == {
+                n: v for n, v in e['scores'].items() if v is not None
+            }
     tracked = run.callback.tracker.scores(run.callback.signal, 60)
     assert fresh.state.scores().known == pytest.approx(tracked.known)
     for i, e in enumerate(chosen):

@@ -1,6 +1,8 @@
-"""What others may rely on: `python tools/api.py` writes tests/api.txt, a line for every public signature, and the tables of nbs/api.ipynb; `--check` only compares.
+"""What others may rely on: `python tools/api.py` writes tests/api.txt, a line for every public signature, and the
+tables of nbs/api.ipynb; `--check` only compares.
 
-Public is what `alf_nb.all` holds, and of its classes what has no leading underscore. Annotations are left out: they may become more precise without breaking anybody.
+Public is what `alf_nb.all` holds, and of its classes what has no leading underscore. Annotations are left out: they may
+become more precise without breaking anybody.
 """
 import dataclasses, functools, importlib, inspect, json, sys
 from pathlib import Path
@@ -12,15 +14,26 @@ LINES, PAGE = root/'tests'/'api.txt', root/'nbs'/'api.ipynb'
 def rooms():
     "room → its public names, in order; of the widgets' rooms the one view each"
     everything = importlib.import_module('alf_nb.all')
-    res = {r: list(importlib.import_module(f'alf_nb.{r}').__all__) for r in everything._ROOMS} | {r: [n] for r,n in everything._VIEWS.items()}
+    res = {r: list(importlib.import_module(f'alf_nb.{r}').__all__) for r in everything._ROOMS} | {
+        r: [n] for r, n in everything._VIEWS.items()
+    }
     return res | {'cli': ['main']}
 
 
 def value(x):
     "A default as it would be written, never with an address in it"
     if inspect.isroutine(x) or inspect.isclass(x): return x.__name__
-    if isinstance(x, (tuple, list)): return '({})'.format(', '.join(map(value, x)) + ','*(len(x) == 1)) if isinstance(x, tuple) else '[{}]'.format(', '.join(map(value, x)))
-    return repr(x) if x is None or isinstance(x, (bool, int, float, str)) else str(x) if type(x).__name__ == 'dtype' else f'{type(x).__name__}(…)'
+    if isinstance(x, (tuple, list)):
+        return (
+            '({})'.format(', '.join(map(value, x)) + ',' * (len(x) == 1))
+            if isinstance(x, tuple)
+            else '[{}]'.format(', '.join(map(value, x)))
+        )
+    return (
+        repr(x)
+        if x is None or isinstance(x, (bool, int, float, str))
+        else str(x) if type(x).__name__ == 'dtype' else f'{type(x).__name__}(…)'
+    )
 
 
 def call(f, name):
@@ -29,9 +42,20 @@ def call(f, name):
     except (TypeError, ValueError): return f'{name}(…)'
     shown, star = [], False
     for i,p in enumerate(ps):
-        if p.kind is p.KEYWORD_ONLY and not star: shown.append('*'); star = True
+        if p.kind is p.KEYWORD_ONLY and not star:
+            shown.append('*')
+            star = True
         star |= p.kind is p.VAR_POSITIONAL
-        shown.append({p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '') + p.name + ('' if p.default is p.empty else '=' + ('…' if p.default is dataclasses.MISSING or repr(p.default) == '<factory>' else value(p.default))))
+        shown.append(
+            {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
+            + p.name
+            + (
+                ''
+                if p.default is p.empty
+                else '='
+                + ('…' if p.default is dataclasses.MISSING or repr(p.default) == '<factory>' else value(p.default))
+            )
+        )
         if p.kind is p.POSITIONAL_ONLY and (i+1 == len(ps) or ps[i+1].kind is not p.POSITIONAL_ONLY): shown.append('/')
     return f"{name}({', '.join(shown)})"
 
@@ -43,7 +67,8 @@ def members(cls):
         if name.startswith('_') or inspect.isclass(x): continue
         if isinstance(x, (property, functools.cached_property)): yield at
         elif isinstance(x, (staticmethod, classmethod)): yield call(getattr(cls, name), at)
-        elif inspect.isfunction(x) and x.__module__.startswith('alf_nb.'): yield call(x, at).replace('(self, ', '(').replace('(self)', '()')
+        elif inspect.isfunction(x) and x.__module__.startswith('alf_nb.'):
+            yield call(x, at).replace('(self, ', '(').replace('(self)', '()')
 
 
 def lines():
@@ -66,7 +91,11 @@ def tables():
         for n in names:
             x = getattr(module, n)
             args = call(x, '') if callable(x) else ''
-            text = first(x) if callable(x) and not (inspect.isclass(x) and first(x).startswith(f'{n}(')) else '' if callable(x) else f'a constant: {type(x).__name__}'
+            text = (
+                first(x)
+                if callable(x) and not (inspect.isclass(x) and first(x).startswith(f'{n}('))
+                else '' if callable(x) else f'a constant: {type(x).__name__}'
+            )
             yield f'| `{n}`{f" <code>{cell(args)}</code>" if args else ""} | {cell(text)} |'
         yield ''
 
@@ -82,7 +111,11 @@ def page():
 def main():
     files = {LINES: '\n'.join(lines()) + '\n', PAGE: page()}
     wrong = [p for p,text in files.items() if not p.exists() or p.read_text(encoding='utf-8') != text]
-    if '--check' in sys.argv and wrong: sys.exit(f"{', '.join(p.relative_to(root).as_posix() for p in wrong)}: not what the code says; run python tools/api.py")
+    if '--check' in sys.argv and wrong:
+        sys.exit(
+            f"{', '.join(p.relative_to(root).as_posix() for p in wrong)}: not what the code says; run python"
+            " tools/api.py"
+        )
     if '--check' not in sys.argv:
         for p in wrong: p.write_text(files[p], encoding='utf-8')
 

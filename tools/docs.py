@@ -1,7 +1,9 @@
 """Build the documentation site from the notebooks, offline: `python tools/docs.py [folder]`, default `_docs`.
 
-nbdev turns each notebook into a page, smalldocs lays the pages out as Quarto would, and this script does what neither does: it documents exported names without running
-notebooks, orders the sidebar, writes maths as MathML, and lets a page load nothing from outside. Any broken link is an error. Notebooks are not run: their stored outputs are shown.
+nbdev turns each notebook into a page, smalldocs lays the pages out as Quarto would, and this script does what neither
+does: it documents exported names without running
+notebooks, orders the sidebar, writes maths as MathML, and lets a page load nothing from outside. Any broken link is an
+error. Notebooks are not run: their stored outputs are shown.
 """
 import configparser, html, importlib, operator, os, re, shutil, sys, tempfile
 from functools import reduce
@@ -20,8 +22,10 @@ root = Path(__file__).resolve().parents[1]
 settings = configparser.ConfigParser(delimiters=['='])
 settings.read(root/'settings.ini', encoding='utf-8')
 settings = settings['DEFAULT']
-SITE, BLOB = settings['doc_host']+settings['doc_baseurl'], f"{settings['git_url']}/blob/{settings['branch']}/{settings['nbs_path']}"
-# pictures of ours follow the theme that is switched on; a page opened from disk may not fetch the search index, but may load it as a script
+SITE = settings['doc_host']+settings['doc_baseurl']
+BLOB = f"{settings['git_url']}/blob/{settings['branch']}/{settings['nbs_path']}"
+# pictures of ours follow the theme that is switched on; a page opened from disk may not fetch the search index, but may
+# load it as a script
 HEAD = """<script>(f=>{f();new MutationObserver(f).observe(document.documentElement,{attributeFilter:['class']})})(()=>document.documentElement.setAttribute('theme',document.documentElement.classList.contains('quarto-dark')?'dark':'light'));
 if(location.protocol==='file:'){const get=window.fetch;window.fetch=(u,...a)=>!String(u).endsWith('search.json')?get(u,...a):new Promise(r=>{const s=document.createElement('script');s.src=u+'.js';s.onload=()=>r(new Response(JSON.stringify(window.searchIndex)));document.head.append(s)})}</script>"""
 BADGE = 'https://colab.research.google.com/assets/colab-badge.svg'
@@ -31,7 +35,9 @@ BADGE = 'https://colab.research.google.com/assets/colab-badge.svg'
 
 def notebooks(folder):
     "Notebooks of the project, in order"
-    return sorted(p for p in folder.rglob('*.ipynb') if not any(s.startswith(('.', '_')) for s in p.relative_to(folder).parts))
+    return sorted(
+        p for p in folder.rglob('*.ipynb') if not any(s.startswith(('.', '_')) for s in p.relative_to(folder).parts)
+    )
 
 
 def page_of(rel):
@@ -42,7 +48,10 @@ def page_of(rel):
 class document_exports(Processor):
     "`show_doc` of exported names, taken from the exported module: no cell is run"
     def begin(self):
-        name = next((d['default_exp'] for c in self.nb.cells if 'default_exp' in (d := getattr(c, 'directives_', None) or {})), None)
+        name = next(
+            (d['default_exp'] for c in self.nb.cells if 'default_exp' in (d := getattr(c, 'directives_', None) or {})),
+            None,
+        )
         self.module = name and importlib.import_module(f"{settings['lib_path']}.{name}")
 
     def cell(self, cell):
@@ -76,7 +85,8 @@ def stage(nbs, folder):
         Pages()(nb)
         nb.metadata.pop('widgets', None)
         for c in nb.cells:
-            if c.cell_type == 'markdown': c.source = re.sub(rf'\[!\[([^\]]*)\]\({re.escape(BADGE)}\)\]\(([^)]*)\)', r'[\1](\2){.colab}', c.source)
+            if c.cell_type == 'markdown':
+                c.source = re.sub(rf'\[!\[([^\]]*)\]\({re.escape(BADGE)}\)\]\(([^)]*)\)', r'[\1](\2){.colab}', c.source)
         dst = folder/page_of(rel).with_suffix('.ipynb')
         if dst.exists(): sys.exit(f"two notebooks would be the page {page_of(rel)}: rename {rel}")
         dst.parent.mkdir(parents=True, exist_ok=True)
@@ -93,9 +103,14 @@ def sidebar(made):
     number = lambda rel: int(m[1]) if (m := re.match(r'(\d+)_', rel.name)) else 0
     entry = lambda rel, text=None: dict(text=text or made[rel][1], href=made[rel][0].with_suffix('.ipynb').as_posix())
     top = [r for r in made if len(r.parts) == 1]
-    sections = {'Tutorials': [entry(r, f'{number(r)} · {made[r][1]}') for r in sorted((r for r in made if r.parts[0] == 'tutorials'), key=number)],
-                'Evidence': [entry(r) for r in top if not r.name[0].isdigit() and r.name not in ('index.ipynb', 'api.ipynb')],
-                'Rooms': [entry(r) for r in top if r.name == 'api.ipynb'] + [entry(r) for r in top if r.name[0].isdigit()]}
+    sections = {
+        'Tutorials': [
+            entry(r, f'{number(r)} · {made[r][1]}')
+            for r in sorted((r for r in made if r.parts[0] == 'tutorials'), key=number)
+        ],
+        'Evidence': [entry(r) for r in top if not r.name[0].isdigit() and r.name not in ('index.ipynb', 'api.ipynb')],
+        'Rooms': [entry(r) for r in top if r.name == 'api.ipynb'] + [entry(r) for r in top if r.name[0].isdigit()],
+    }
     return [dict(text='Start', href='index.ipynb'), *(dict(section=k, contents=v) for k,v in sections.items() if v)]
 
 
@@ -103,10 +118,22 @@ def configure(nbs, folder, made):
     "The site's settings: `_quarto.yml` as committed, and what nbdev would write beside it"
     for f in ('_quarto.yml', 'styles.css'): shutil.copy(nbs/f, folder)
     if (nbs/'images').is_dir(): shutil.copytree(nbs/'images', folder/'images')
-    site = {'title': settings['title'], 'site-url': SITE, 'description': settings['description'], 'repo-branch': settings['branch'], 'repo-url': settings['git_url'], 'llms-txt': True}
+    site = {
+        'title': settings['title'],
+        'site-url': SITE,
+        'description': settings['description'],
+        'repo-branch': settings['branch'],
+        'repo-url': settings['git_url'],
+        'llms-txt': True,
+    }
     page = {'include-in-header': [dict(text=HEAD)]}
-    (folder/'nbdev.yml').write_text(yaml.safe_dump(dict(project={'output-dir': '_docs'}, website=site, format=dict(html=page))), encoding='utf-8')
-    (folder/'sidebar.yml').write_text(yaml.safe_dump(dict(website=dict(sidebar=dict(contents=sidebar(made)))), sort_keys=False, allow_unicode=True), encoding='utf-8')
+    (folder / 'nbdev.yml').write_text(
+        yaml.safe_dump(dict(project={'output-dir': '_docs'}, website=site, format=dict(html=page))), encoding='utf-8'
+    )
+    (folder / 'sidebar.yml').write_text(
+        yaml.safe_dump(dict(website=dict(sidebar=dict(contents=sidebar(made)))), sort_keys=False, allow_unicode=True),
+        encoding='utf-8',
+    )
 
 
 def render(folder):
@@ -114,7 +141,8 @@ def render(folder):
     try:
         from smalldocs.config import load
         from smalldocs.site import Site
-    except ImportError: sys.exit("building the docs needs the package smalldocs, which needs Python 3.11: pip install -e '.[dev]'")
+    except ImportError:
+        sys.exit("building the docs needs the package smalldocs, which needs Python 3.11: pip install -e '.[dev]'")
     site = Site(load(folder), quiet=True)
     site.build()
     return site.out, list(site.warnings)
@@ -131,30 +159,41 @@ def mathml(m):
 
 def offline(out, made):
     "Let the pages load nothing from outside, and let links to this project's own pages be relative"
-    urls = {f'{BLOB}/{rel.as_posix()}': page for rel,(page,_) in made.items()} | {f'{SITE}/{page.as_posix()}': page for page,_ in made.values()}
+    urls = {f'{BLOB}/{rel.as_posix()}': page for rel, (page, _) in made.items()} | {
+        f'{SITE}/{page.as_posix()}': page for page, _ in made.values()
+    }
     for css in (out/'site_libs').rglob('*.css'):
-        css.write_text(re.sub(r'@import\s*(url\([^)]*\)|"[^"]*"|\'[^\']*\')\s*;', '', css.read_text(encoding='utf-8')), encoding='utf-8')
+        css.write_text(
+            re.sub(r'@import\s*(url\([^)]*\)|"[^"]*"|\'[^\']*\')\s*;', '', css.read_text(encoding='utf-8')),
+            encoding='utf-8',
+        )
     for f in sorted(out.rglob('*.html')):
         here, text = f.relative_to(out), f.read_text(encoding='utf-8')
         def link(m):
             url, _, anchor = html.unescape(m[1]).partition('#')
             if url not in urls: return m[0]
-            place = f'#{anchor}' if anchor and not anchor.startswith('_') else ''      # nbdev links private names too, which have no place on a page
+            # nbdev links private names too, which have no place on a page
+            place = f'#{anchor}' if anchor and not anchor.startswith('_') else ''
             return f'href="{Path(os.path.relpath(urls[url], here.parent)).as_posix()}{place}"'
         text = re.sub(r'<span class="math (inline|display)">(.*?)</span>', mathml, text, flags=re.S)
         text = re.sub(r'<(link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(</script>)?', '', text)
         f.write_text(re.sub(r'href="([^"]*)"', link, text), encoding='utf-8')
-    (out/'search.json.js').write_text('window.searchIndex='+(out/'search.json').read_text(encoding='utf-8')+'\n', encoding='utf-8')
+    (out / 'search.json.js').write_text(
+        'window.searchIndex=' + (out / 'search.json').read_text(encoding='utf-8') + '\n', encoding='utf-8'
+    )
     for f in sorted(out.rglob('*.llms.md')):      # where the modules' docstrings say it is
         f.rename(f.with_name(f.name.replace('.llms.md', '.html.md')))
-    for f in [*out.rglob('*.html.md'), out/'llms.txt']: f.write_text(f.read_text(encoding='utf-8').replace('.llms.md', '.html.md'), encoding='utf-8')
+    for f in [*out.rglob('*.html.md'), out/'llms.txt']:
+        f.write_text(f.read_text(encoding='utf-8').replace('.llms.md', '.html.md'), encoding='utf-8')
 
 
 # ---- what is wrong
 
 class _Tags(HTMLParser):
     "Ids, links and loads of a page"
-    def __init__(self): super().__init__(); self.ids,self.links,self.loads = set(),[],[]
+    def __init__(self):
+        super().__init__()
+        self.ids,self.links,self.loads = set(),[],[]
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         if a.get('id'): self.ids.add(a['id'])
@@ -162,7 +201,8 @@ class _Tags(HTMLParser):
         if tag == 'a' and a.get('href'): self.links.append(a['href'])
         self.loads += [a[k] for k in ('src', 'poster', 'data') if a.get(k) and tag != 'a']
         self.loads += [part.split()[0] for part in a.get('srcset', '').split(',') if part.strip()]
-        if tag == 'link' and a.get('href') and a.get('rel') not in ('canonical', 'alternate', 'license'): self.loads.append(a['href'])
+        if tag == 'link' and a.get('href') and a.get('rel') not in ('canonical', 'alternate', 'license'):
+            self.loads.append(a['href'])
         self.loads += _css_urls(a.get('style') or '')
 
 
@@ -188,8 +228,14 @@ def problems(out):
                 to = (f.parent/unquote(parts.path)).resolve() if parts.path else f
                 if to.is_dir(): to = to/'index.html'
                 if not to.exists(): found.append(f'{where}: broken link {url}')
-                elif parts.fragment and to in pages and unquote(parts.fragment) not in pages[to].ids: found.append(f'{where}: no such place {url}')
-    for f in out.rglob('*.css'): found += [f'{f.relative_to(out).as_posix()} loads {u}' for u in _css_urls(f.read_text(encoding='utf-8')) if re.match(r'(https?:)?//', u)]
+                elif parts.fragment and to in pages and unquote(parts.fragment) not in pages[to].ids:
+                    found.append(f'{where}: no such place {url}')
+    for f in out.rglob('*.css'):
+        found += [
+            f'{f.relative_to(out).as_posix()} loads {u}'
+            for u in _css_urls(f.read_text(encoding='utf-8'))
+            if re.match(r'(https?:)?//', u)
+        ]
     return found
 
 

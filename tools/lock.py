@@ -2,8 +2,10 @@
 
     python tools/lock.py [INTERPRETER …]     # default: python3.10 python3.11 python3.12 python3.13
 
-Each interpreter resolves for itself (`pip install --dry-run`), so that its own markers and wheels count; a package whose versions differ gets
-one line for each range of Pythons. Packages that only torch asks for on Linux (CUDA) are left to torch, which pins them itself.
+Each interpreter resolves for itself (`pip install --dry-run`), so that its own markers and wheels count; a package
+whose versions differ gets
+one line for each range of Pythons. Packages that only torch asks for on Linux (CUDA) are left to torch, which pins them
+itself.
 """
 import json, re, subprocess, sys, tempfile
 from configparser import ConfigParser
@@ -30,7 +32,21 @@ def resolve(python, requirements, pins):
     "(3, minor) of this interpreter, and {package: version} as its pip resolves it"
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp)/'report.json'
-        cmd = [python, '-m', 'pip', '--disable-pip-version-check', 'install', '-q', '--dry-run', '--ignore-installed', '--only-binary=:all:', '--report', str(report), *requirements, *pins]
+        cmd = [
+            python,
+            '-m',
+            'pip',
+            '--disable-pip-version-check',
+            'install',
+            '-q',
+            '--dry-run',
+            '--ignore-installed',
+            '--only-binary=:all:',
+            '--report',
+            str(report),
+            *requirements,
+            *pins,
+        ]
         if subprocess.run(cmd).returncode: sys.exit(f"{python} cannot resolve settings.ini: see pip's message above")
         found = json.loads(report.read_text(encoding='utf-8'))
     minor = tuple(map(int, found['environment']['python_version'].split('.')))
@@ -59,8 +75,19 @@ def main():
     requirements, pins = asked()
     table = dict(resolve(p, requirements, pins) for p in sys.argv[1:] or [f'python3.{m}' for m in range(10, 14)])
     first, last = ('.'.join(map(str, f(table))) for f in (min, max))
-    body = list(lines(table, {canonical(re.split('[^A-Za-z0-9._-]', r)[0]) for r in (*requirements, *pins) if 'platform_system=="Linux"' in r}))
-    (root/'requirements.lock').write_text(HEAD.format(first=first, last=last) + '\n'.join(body) + '\n', encoding='utf-8')
+    body = list(
+        lines(
+            table,
+            {
+                canonical(re.split('[^A-Za-z0-9._-]', r)[0])
+                for r in (*requirements, *pins)
+                if 'platform_system=="Linux"' in r
+            },
+        )
+    )
+    (root / 'requirements.lock').write_text(
+        HEAD.format(first=first, last=last) + '\n'.join(body) + '\n', encoding='utf-8'
+    )
     print(f"requirements.lock: {len(body)} pins for Python {first} to {last}")
 
 

@@ -27,12 +27,21 @@ def as_maps(
 )->np.ndarray:    # [layers, heads, n, n], float32, 0–1; what was no number is 0
     "Attention weights as one array"
     try: maps = _array(x) if hasattr(x, 'shape') else np.stack([_array(l) for l in x])
-    except (TypeError, ValueError) as e: raise ValueError(f"{name} are attention weights [layers, heads, n, n], and all layers have one shape: {e}") from None
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            f"{name} are attention weights [layers, heads, n, n], and all layers have one shape: {e}"
+        ) from None
     if maps.ndim == 5 and maps.shape[1] == 1: maps = maps[:, 0]
-    if maps.ndim == 5: raise ValueError(f"{name} hold a batch of {maps.shape[1]} texts: give one, as [l[:1] for l in attentions]")
-    if maps.ndim != 4 or maps.shape[2] != maps.shape[3] or not maps.size: raise ValueError(f"{name} are attention weights [layers, heads, n, n], got shape {list(maps.shape)}")
+    if maps.ndim == 5:
+        raise ValueError(f"{name} hold a batch of {maps.shape[1]} texts: give one, as [l[:1] for l in attentions]")
+    if maps.ndim != 4 or maps.shape[2] != maps.shape[3] or not maps.size:
+        raise ValueError(f"{name} are attention weights [layers, heads, n, n], got shape {list(maps.shape)}")
     maps = np.nan_to_num(maps, nan=0., posinf=np.inf, neginf=-np.inf)
-    if maps.min() < -1e-3 or maps.max() > 1.001: raise ValueError(f"{name} are attention weights between 0 and 1, got {maps.min():.3g} to {maps.max():.3g}: apply softmax first")
+    if maps.min() < -1e-3 or maps.max() > 1.001:
+        raise ValueError(
+            f"{name} are attention weights between 0 and 1, got {maps.min():.3g} to {maps.max():.3g}: apply softmax"
+            " first"
+        )
     return maps.clip(0, 1)
 
 # %% ../../nbs/11e_widgets.attention.ipynb #ee389fec
@@ -56,7 +65,8 @@ def pool(
     "A smaller map; each cell keeps the value that stands out most"
     k = -(-len(m)//most)
     if k == 1: return m
-    p = np.zeros((-(-len(m)//k)*k,)*2, m.dtype); p[:len(m), :len(m)] = m
+    p = np.zeros((-(-len(m)//k)*k,)*2, m.dtype)
+    p[:len(m), :len(m)] = m
     blocks = p.reshape(len(p)//k, k, len(p)//k, k).swapaxes(1, 2).reshape(len(p)//k, len(p)//k, k*k)
     return np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
 
@@ -87,11 +97,38 @@ def square_map(
     "Attention of each token (rows) to each token (columns)"
     n = len(m)
     every = max(1, -(-n*14//270))
-    y = ''.join(f'<span class="row{" now" if i == row else ""}" style="top:{100*(i+.5)/n:.1f}%">{escape(str(names[i])[:12])}</span>' for i in range(n) if row is None and i % every == 0 or i == row or row is not None and i % every == 0 and abs(i-row) >= every) if names else ''
-    over = f'<svg viewBox="0 0 {n} {n}" preserveAspectRatio="none" aria-hidden="true"><rect class="pick" x="0" y="{row}" width="{n}" height="1"/></svg>' if row is not None else ''
-    hover = f'<div class="alf-hover">{"".join(f"<i title={chr(34)}{escape(h)}{chr(34)}></i>" for h in hints)}</div>' if hints else ''
-    return Picture(f'<figure class="alf-sq" style="--left:{74 if names else 0}px"><figcaption>{title}</figcaption><div class="alf-chart" role="img" aria-label="{escape(label)}"><div class="alf-y">{y}</div>'
-                   f'<div class="alf-plot">{map_images(_levels(pool(np.asarray(m), most), signed), signed=signed)}{over}{hover}</div></div></figure>')
+    y = (
+        ''.join(
+            f'<span class="row{" now" if i == row else ""}"'
+            f' style="top:{100*(i+.5)/n:.1f}%">{escape(str(names[i])[:12])}</span>'
+            for i in range(n)
+            if row is None
+            and i % every == 0
+            or i == row
+            or row is not None
+            and i % every == 0
+            and abs(i - row) >= every
+        )
+        if names
+        else ''
+    )
+    over = (
+        f'<svg viewBox="0 0 {n} {n}" preserveAspectRatio="none" aria-hidden="true"><rect class="pick" x="0" y="{row}"'
+        f' width="{n}" height="1"/></svg>'
+        if row is not None
+        else ''
+    )
+    hover = (
+        f'<div class="alf-hover">{"".join(f"<i title={chr(34)}{escape(h)}{chr(34)}></i>" for h in hints)}</div>'
+        if hints
+        else ''
+    )
+    return Picture(
+        f'<figure class="alf-sq" style="--left:{74 if names else 0}px"><figcaption>{title}</figcaption><div'
+        f' class="alf-chart" role="img" aria-label="{escape(label)}"><div class="alf-y">{y}</div>'
+        '<div'
+        f' class="alf-plot">{map_images(_levels(pool(np.asarray(m), most), signed), signed=signed)}{over}{hover}</div></div></figure>'
+    )
 
 # %% ../../nbs/11e_widgets.attention.ipynb #29bfedd1
 def head_grid(
@@ -112,12 +149,27 @@ def head_grid(
     blank = [[[none]*n]*n]*(rows*columns - h)
     out, small = [], small + blank
     for r in range(rows):
-        for i in range(n): out.append(sum((small[r*columns+c][i] + [none]*gap*(c < columns-1) for c in range(columns)), []))
+        for i in range(n):
+            out.append(sum((small[r*columns+c][i] + [none]*gap*(c < columns-1) for c in range(columns)), []))
         out += [[none]*(columns*(n+gap)-gap)]*below
     wide, high, step = columns*(n+gap)-gap, len(out), n+below
-    text = ''.join(f'<span class="{"now" if i == pick else ""}" style="left:{100*(i % columns)*(n+gap)/wide:.2f}%;top:{100*((i//columns)*step + n)/high:.2f}%;width:{100*n/wide:.2f}%">{c}</span>' for i,c in enumerate(captions))
-    over = '' if pick is None else f'<svg viewBox="0 0 {wide} {high}" preserveAspectRatio="none" aria-hidden="true"><rect class="pick" x="{(pick % columns)*(n+gap)}" y="{(pick//columns)*step}" width="{n}" height="{n}"/></svg>'
-    return Picture(f'<figure class="alf-heads" role="img" aria-label="{escape(label)}"><div class="alf-plot" style="aspect-ratio:{wide}/{high}">{map_images(out, signed=signed)}{over}{text}</div></figure>')
+    text = ''.join(
+        f'<span class="{"now" if i == pick else ""}"'
+        f' style="left:{100*(i % columns)*(n+gap)/wide:.2f}%;top:{100*((i//columns)*step + n)/high:.2f}%;width:{100*n/wide:.2f}%">{c}</span>'
+        for i, c in enumerate(captions)
+    )
+    over = (
+        ''
+        if pick is None
+        else (
+            f'<svg viewBox="0 0 {wide} {high}" preserveAspectRatio="none" aria-hidden="true"><rect class="pick"'
+            f' x="{(pick % columns)*(n+gap)}" y="{(pick//columns)*step}" width="{n}" height="{n}"/></svg>'
+        )
+    )
+    return Picture(
+        f'<figure class="alf-heads" role="img" aria-label="{escape(label)}"><div class="alf-plot"'
+        f' style="aspect-ratio:{wide}/{high}">{map_images(out, signed=signed)}{over}{text}</div></figure>'
+    )
 
 # %% ../../nbs/11e_widgets.attention.ipynb #82993858
 class AttentionViewer(View):
@@ -126,36 +178,89 @@ class AttentionViewer(View):
         before,      # attention weights [layers, heads, n, n]: array, nested lists, tensor, or one per layer
         after=None,  # the same after training; default: none
         tokens=None, # the tokens of the text; default: their positions
-        source=None  # run that they belong to: its folder, `RunLog`, or a run in the background; it gives the view its name
+        # run that they belong to: its folder, `RunLog`, or a run in the background; it gives the view its name
+        source=None
     ):
         self.before, self.after = as_maps(before, 'before'), None if after is None else as_maps(after, 'after')
-        if self.after is not None and self.after.shape != self.before.shape: raise ValueError(f"before and after show one text in one model, but their shapes differ: {list(self.before.shape)} and {list(self.after.shape)}")
+        if self.after is not None and self.after.shape != self.before.shape:
+            raise ValueError(
+                f"before and after show one text in one model, but their shapes differ: {list(self.before.shape)} and"
+                f" {list(self.after.shape)}"
+            )
         n_layers, n_heads, n = self.before.shape[:3]
-        if tokens is not None and len(tokens) != n: raise ValueError(f"the maps have {n} tokens, but {len(tokens)} tokens were given")
+        if tokens is not None and len(tokens) != n:
+            raise ValueError(f"the maps have {n} tokens, but {len(tokens)} tokens were given")
         super().__init__(source)
         self.tokens = [token_text(t) for t in tokens] if tokens is not None else [str(i) for i in range(n)]
         self.score = head_sharpness(self.before) if after is None else head_change(self.before, self.after)
         layer, head = (int(v) for v in np.unravel_index(self.score.argmax(), self.score.shape))
-        moved = np.abs(self.after - self.before)[layer, head].sum(-1) if after is not None else 1 - self.before[layer, head].max(-1)
+        moved = (
+            np.abs(self.after - self.before)[layer, head].sum(-1)
+            if after is not None
+            else 1 - self.before[layer, head].max(-1)
+        )
         wide = dict(width='100%')
         def index(what, n, value):
-            number = W.BoundedIntText(value, min=0, max=n-1, description=what, layout=dict(width='120px'), style=dict(description_width='50px'))
-            slider = W.IntSlider(value, min=0, max=max(n-1, 1), readout=False, disabled=n == 1, layout=dict(flex='1 1 110px', width='auto', min_width='90px'))
+            number = W.BoundedIntText(
+                value,
+                min=0,
+                max=n - 1,
+                description=what,
+                layout=dict(width='120px'),
+                style=dict(description_width='50px'),
+            )
+            slider = W.IntSlider(
+                value,
+                min=0,
+                max=max(n - 1, 1),
+                readout=False,
+                disabled=n == 1,
+                layout=dict(flex='1 1 110px', width='auto', min_width='90px'),
+            )
             W.link((slider, 'value'), (number, 'value'))
             return number, slider
         self.layer, self.layer_slider = index('layer', n_layers, layer)
         self.head, self.head_slider = index('head', n_heads, head)
-        drop = lambda what, options, value, px: W.Dropdown(options=options, value=value, description=what, layout=dict(width=px, max_width='100%'), style=dict(description_width='50px'))
-        self.show = drop('show', ['before'] if after is None else ['difference', 'after', 'before'], 'before' if after is None else 'difference', '190px')
-        self.token = drop('token', [(f'{i}: {visible(t)}', i) for i,t in enumerate(self.tokens)], int(moved.argmax()), '230px')
+        drop = lambda what, options, value, px: W.Dropdown(
+            options=options,
+            value=value,
+            description=what,
+            layout=dict(width=px, max_width='100%'),
+            style=dict(description_width='50px'),
+        )
+        self.show = drop(
+            'show',
+            ['before'] if after is None else ['difference', 'after', 'before'],
+            'before' if after is None else 'difference',
+            '190px',
+        )
+        self.token = drop(
+            'token', [(f'{i}: {visible(t)}', i) for i, t in enumerate(self.tokens)], int(moved.argmax()), '230px'
+        )
         pair = lambda *ws: W.HBox(ws, layout=dict(flex='1 1 240px', width='auto', align_items='center'))
         row = lambda *ws, **kw: W.HBox(ws, layout=dict(wide, flex_flow='row wrap', grid_gap='4px 16px', **kw))
         html = lambda **kw: W.HTML(layout=dict(wide, **kw))
-        self.said, self.legend, self.heads, self.maps, self.strip, self.table = html(), html(), html(flex='2 1 380px', width='auto'), html(), html(), html()
+        self.said = html()
+        self.legend = html()
+        self.heads = html(flex='2 1 380px', width='auto')
+        self.maps = html()
+        self.strip = html()
+        self.table = html()
         self.overview, self.hints = html(grid_area='1 / 1 / 2 / 2'), html(grid_area='1 / 1 / 2 / 2')
-        heads = W.GridBox([self.overview, self.hints], layout=dict(flex='1 1 230px', width='auto', grid_template_columns='minmax(0, 1fr)'))
+        heads = W.GridBox(
+            [self.overview, self.hints],
+            layout=dict(flex='1 1 230px', width='auto', grid_template_columns='minmax(0, 1fr)'),
+        )
         for w in (self.layer, self.head, self.show, self.token): self.on(w, self.at_once)
-        self.open(row(pair(self.layer, self.layer_slider), pair(self.head, self.head_slider), self.show, self.token), self.said, self.legend, row(heads, self.heads, align_items='flex-start'), self.maps, self.strip, self.table)
+        self.open(
+            row(pair(self.layer, self.layer_slider), pair(self.head, self.head_slider), self.show, self.token),
+            self.said,
+            self.legend,
+            row(heads, self.heads, align_items='flex-start'),
+            self.maps,
+            self.strip,
+            self.table,
+        )
 
     @property
     def at(self)->tuple: # layer, head, token
@@ -166,7 +271,8 @@ class AttentionViewer(View):
 def _named(word, i): return f'{word} {i}'
 
 @patch
-def _measure(self:AttentionViewer): return 'how sharp it is' if self.after is None else 'how much of its attention moved'
+def _measure(self:AttentionViewer):
+    return 'how sharp it is' if self.after is None else 'how much of its attention moved'
 
 @patch
 def _words(self:AttentionViewer):
@@ -174,12 +280,24 @@ def _words(self:AttentionViewer):
     rank = 1 + int((self.score > self.score[l, h]).sum())
     t, a = self.tokens[q], self.before[l, h, q]
     most = int(a.argmax())
-    said = f'Layer {l}, head {h}: ' + (f'<b>{percent(self.score[l, h], 0)}</b> of its attention moved' if self.after is not None else f'largest weight of a token <b>{self.score[l, h]:.2f}</b>, averaged') + f', place {rank} of {self.score.size}. '
+    said = (
+        f'Layer {l}, head {h}: '
+        + (
+            f'<b>{percent(self.score[l, h], 0)}</b> of its attention moved'
+            if self.after is not None
+            else f'largest weight of a token <b>{self.score[l, h]:.2f}</b>, averaged'
+        )
+        + f', place {rank} of {self.score.size}. '
+    )
     said += f'<b>{escape(t)}</b> (token {q}) attends most to <b>{escape(self.tokens[most])}</b> ({a[most]:.2f})'
     if self.after is not None:
         b = self.after[l, h, q]
         now = int(b.argmax())
-        said += f' before, and ' + (f'still does after ({b[now]:.2f})' if now == most else f'to <b>{escape(self.tokens[now])}</b> after ({b[now]:.2f})')
+        said += f' before, and ' + (
+            f'still does after ({b[now]:.2f})'
+            if now == most
+            else f'to <b>{escape(self.tokens[now])}</b> after ({b[now]:.2f})'
+        )
     name = f' <small>{escape(self.log.dir.resolve().name)}</small>' if self.log else ''
     return f'<p class="alf-said" role="status">{said}.{name}</p>'
 
@@ -189,43 +307,99 @@ def _overview(self:AttentionViewer):
     l, h, _ = self.at
     n_layers, n_heads = self.score.shape
     top = self.score.max() or 1
-    y = ''.join(f'<span class="row{" now" if i == l else ""}" style="top:{100*(i+.5)/n_layers:.1f}%">{i}</span>' for i in range(n_layers) if i == l or n_layers <= 24 or i % 2 == l % 2)
-    x = ''.join(f'<span class="{"now" if i == h else ""}" style="left:{100*(i+.5)/n_heads:.1f}%">{i}</span>' for i in range(n_heads) if i == h or n_heads <= 16 or i % 4 == 0 and abs(i-h) > 2)
+    y = ''.join(
+        f'<span class="row{" now" if i == l else ""}" style="top:{100*(i+.5)/n_layers:.1f}%">{i}</span>'
+        for i in range(n_layers)
+        if i == l or n_layers <= 24 or i % 2 == l % 2
+    )
+    x = ''.join(
+        f'<span class="{"now" if i == h else ""}" style="left:{100*(i+.5)/n_heads:.1f}%">{i}</span>'
+        for i in range(n_heads)
+        if i == h or n_heads <= 16 or i % 4 == 0 and abs(i - h) > 2
+    )
     px = max(9, min(26, 300//n_layers))
     best = [tuple(map(int, np.unravel_index(k, self.score.shape))) for k in self.score.ravel().argsort()[::-1][:3]]
-    said = f"{n_layers} layers by {n_heads} heads, colour: {self._measure()}. Most: " + ', '.join(f'layer {a} head {b} ({self.score[a, b]:.2f})' for a,b in best)
-    return (f'<figure class="alf-sq over" style="--left:34px;--h:{px*n_layers}px"><figcaption>layers by heads: {self._measure()}</figcaption><div class="alf-chart" role="img" aria-label="{escape(said)}"><div class="alf-y">{y}</div>'
-            f'<div class="alf-plot">{map_images(np.where(self.score < .02*top, 0, self.score/top).tolist())}<svg viewBox="0 0 {n_heads} {n_layers}" preserveAspectRatio="none" aria-hidden="true"><rect class="pick" x="{h}" y="{l}" width="1" height="1"/></svg></div><div class="alf-x">{x}</div></div></figure>')
+    said = f"{n_layers} layers by {n_heads} heads, colour: {self._measure()}. Most: " + ', '.join(
+        f'layer {a} head {b} ({self.score[a, b]:.2f})' for a, b in best
+    )
+    return (
+        f'<figure class="alf-sq over" style="--left:34px;--h:{px*n_layers}px"><figcaption>layers by heads:'
+        f' {self._measure()}</figcaption><div class="alf-chart" role="img" aria-label="{escape(said)}"><div'
+        f' class="alf-y">{y}</div><div'
+        f' class="alf-plot">{map_images(np.where(self.score < .02*top, 0, self.score/top).tolist())}<svg viewBox="0 0'
+        f' {n_heads} {n_layers}" preserveAspectRatio="none" aria-hidden="true"><rect class="pick" x="{h}" y="{l}"'
+        f' width="1" height="1"/></svg></div><div class="alf-x">{x}</div></div></figure>'
+    )
 
 @patch
 def _hints(self:AttentionViewer):
     "Words under the pointer for each head, where there are not too many"
     if self.score.size > 600: return ''
     px = max(9, min(26, 300//len(self.score)))
-    rows = ''.join('<i>' + ''.join(f'<u title="layer {i}, head {j}: {v:.2f}"></u>' for j,v in enumerate(r)) + '</i>' for i,r in enumerate(self.score))
-    return f'<div class="alf-sq" aria-hidden="true"><div class="alf-head">&nbsp;</div><div class="alf-over" style="--left:34px;--h:{px*len(self.score)}px"><div class="alf-hover">{rows}</div></div></div>'
+    rows = ''.join(
+        '<i>' + ''.join(f'<u title="layer {i}, head {j}: {v:.2f}"></u>' for j, v in enumerate(r)) + '</i>'
+        for i, r in enumerate(self.score)
+    )
+    return (
+        '<div class="alf-sq" aria-hidden="true"><div class="alf-head">&nbsp;</div><div class="alf-over"'
+        f' style="--left:34px;--h:{px*len(self.score)}px"><div class="alf-hover">{rows}</div></div></div>'
+    )
 
 @patch
 def _kinds(self:AttentionViewer):
     "name → maps [layers, heads, n, n]"
-    return dict(before=self.before) if self.after is None else dict(before=self.before, after=self.after, difference=self.after - self.before)
+    return (
+        dict(before=self.before)
+        if self.after is None
+        else dict(before=self.before, after=self.after, difference=self.after - self.before)
+    )
 
 @patch
 def _heads(self:AttentionViewer):
     l, h, _ = self.at
     show, layer = self.show.value, self._kinds()[self.show.value][l]
-    return (f'<p class="alf-head">layer {l}: {"what changed in each head" if show == "difference" else f"each head {show} training" if self.after is not None else "each head"}</p>'
-            + head_grid(layer, [f'{i} <small>{v:.2f}</small>' for i,v in enumerate(self.score[l])], f'{show} of {len(layer)} heads of layer {l}. {self._measure()}: ' + ', '.join(f'head {i} {v:.2f}' for i,v in enumerate(self.score[l])), h, show == 'difference'))
+    return (
+        f'<p class="alf-head">layer {l}:'
+        f' {"what changed in each head" if show == "difference" else f"each head {show} training" if self.after is not None else "each head"}</p>'
+        + head_grid(
+            layer,
+            [f'{i} <small>{v:.2f}</small>' for i, v in enumerate(self.score[l])],
+            f'{show} of {len(layer)} heads of layer {l}. {self._measure()}: '
+            + ', '.join(f'head {i} {v:.2f}' for i, v in enumerate(self.score[l])),
+            h,
+            show == 'difference',
+        )
+    )
 
 @patch
 def _maps(self:AttentionViewer):
     l, h, q = self.at
     n = len(self.tokens)
-    def hints(m): return [f'{t} → ' + ', '.join(f'{self.tokens[j]} {m[i, j]:.2f}' for j in m[i].argsort()[::-1][:2]) for i,t in enumerate(self.tokens)] if n <= 40 else None
+    def hints(m):
+        return (
+            [
+                f'{t} → ' + ', '.join(f'{self.tokens[j]} {m[i, j]:.2f}' for j in m[i].argsort()[::-1][:2])
+                for i, t in enumerate(self.tokens)
+            ]
+            if n <= 40
+            else None
+        )
     last = 'before' if self.after is None else 'after'
-    out = [square_map(m[l, h], f'Attention of layer {l}, head {h}, {k}: rows look at columns, {n} tokens', f'<b>{k}</b>' if self.after is not None else f'<b>layer {l}, head {h}</b>', self.tokens, k == 'difference', q, hints(m[l, h]) if k == last else None)
-           for k,m in self._kinds().items()]
-    note = f'<p class="note">{n} tokens: each cell shows the largest of {-(-n//64)} × {-(-n//64)}.</p>' if n > 64 else ''
+    out = [
+        square_map(
+            m[l, h],
+            f'Attention of layer {l}, head {h}, {k}: rows look at columns, {n} tokens',
+            f'<b>{k}</b>' if self.after is not None else f'<b>layer {l}, head {h}</b>',
+            self.tokens,
+            k == 'difference',
+            q,
+            hints(m[l, h]) if k == last else None,
+        )
+        for k, m in self._kinds().items()
+    ]
+    note = (
+        f'<p class="note">{n} tokens: each cell shows the largest of {-(-n//64)} × {-(-n//64)}.</p>' if n > 64 else ''
+    )
     return f'<div class="alf-maps">{"".join(out)}</div>{note}'
 
 @patch
@@ -233,8 +407,23 @@ def _strip(self:AttentionViewer):
     "The text, coloured by what the token looks at"
     l, h, q = self.at
     lo, hi = max(0, min(q-48, len(self.tokens)-64)), max(0, min(q-48, len(self.tokens)-64)) + 64
-    def line(name, w): return f'<div class="alf-toks"><em>{name}</em><div>' + ''.join(f'<span{" class=now" if i == q else ""}{f" style=--v:{w[i]**.5:.2f}" if w[i] > 1e-3 else ""}>{escape(self.tokens[i])}</span>' for i in range(lo, min(hi, len(self.tokens)))) + '</div></div>'
-    return f'<div role="img" aria-label="The text, coloured by how much {escape(self.tokens[q])} attends to each token; the table has the numbers">' + ''.join(line(k if self.after is not None else '', m[l, h, q]) for k,m in self._kinds().items() if k != 'difference') + '</div>'
+    def line(name, w):
+        return (
+            f'<div class="alf-toks"><em>{name}</em><div>'
+            + ''.join(
+                f'<span{" class=now" if i == q else ""}{f" style=--v:{w[i]**.5:.2f}" if w[i] > 1e-3 else ""}>{escape(self.tokens[i])}</span>'
+                for i in range(lo, min(hi, len(self.tokens)))
+            )
+            + '</div></div>'
+        )
+    return (
+        f'<div role="img" aria-label="The text, coloured by how much {escape(self.tokens[q])} attends to each token;'
+        ' the table has the numbers">'
+        + ''.join(
+            line(k if self.after is not None else '', m[l, h, q]) for k, m in self._kinds().items() if k != 'difference'
+        )
+        + '</div>'
+    )
 
 @patch
 def _table(self:AttentionViewer):
@@ -249,27 +438,47 @@ def _table(self:AttentionViewer):
         if b is None: cells = f'<td>{a[j]:.3f}</td>'
         else:
             d = b[j] - a[j]
-            cells = f'<td>{a[j]:.3f}</td><td><strong>{b[j]:.3f}</strong></td><td>{"" if abs(d) < 5e-4 else "more " if d > 0 else "less "}{d:+.3f}</td>'
+            cells = (
+                f'<td>{a[j]:.3f}</td><td><strong>{b[j]:.3f}</strong></td><td>{"" if abs(d) < 5e-4 else "more " if d > 0 else "less "}{d:+.3f}</td>'
+            )
         return f'<tr><th scope="row" class="txt">{escape(self.tokens[j])}</th><td>{j}</td>{cells}</tr>'
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="What the token attends to"><table class="data plain"><caption>What {escape(self.tokens[q])} (token {q}) attends to in layer {l}, head {h}; the {len(keys)} largest weights</caption>'
-            f'<thead><tr>{"".join(f"""<th scope="col"{" class=txt" if i == 0 else ""}>{c}</th>""" for i,c in enumerate(head))}</tr></thead><tbody>{"".join(map(row, keys))}</tbody></table></div>')
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="What the token attends to"><table class="data'
+        f' plain"><caption>What {escape(self.tokens[q])} (token {q}) attends to in layer {l}, head {h}; the {len(keys)}'
+        ' largest weights</caption>'
+        f'<thead><tr>{"".join(f"""<th scope="col"{" class=txt" if i == 0 else ""}>{c}</th>""" for i,c in enumerate(head))}</tr></thead><tbody>{"".join(map(row, keys))}</tbody></table></div>'
+    )
 
 @patch
 def _legend(self:AttentionViewer):
-    items = ['no weight<i class="alf-key ramp" aria-hidden="true"></i>all of it'] + (['less<i class="alf-key ramp signed" aria-hidden="true"></i>more than before'] if self.after is not None else [])
+    items = ['no weight<i class="alf-key ramp" aria-hidden="true"></i>all of it'] + (
+        ['less<i class="alf-key ramp signed" aria-hidden="true"></i>more than before'] if self.after is not None else []
+    )
     return f'<ul class="alf-legend">{"".join(f"<li>{i}</li>" for i in items)}<li>rows attend to columns</li></ul>'
 
 @patch
 def draw(self:AttentionViewer):
     l, h, q = self.at
     part = lambda w, mark, f: self.seldom(w, mark, lambda: put(getattr(self, w), value=f()))
-    part('said', (l, h, q), self._words); part('legend', 0, self._legend); part('hints', 0, self._hints); part('overview', (l, h), self._overview); part('heads', (l, h, self.show.value), self._heads)
-    part('maps', (l, h, q), self._maps); part('strip', (l, h, q), self._strip); part('table', (l, h, q), self._table)
+    part('said', (l, h, q), self._words)
+    part('legend', 0, self._legend)
+    part('hints', 0, self._hints)
+    part('overview', (l, h), self._overview)
+    part('heads', (l, h, self.show.value), self._heads)
+    part('maps', (l, h, q), self._maps)
+    part('strip', (l, h, q), self._strip)
+    part('table', (l, h, q), self._table)
 
 @patch
 def still(self:AttentionViewer):
-    return f'{self._words()}{self._legend()}<div class="alf-pair"><div>{self._overview()}</div><div>{self._heads()}</div></div>{self._maps()}{self._strip()}{self._table()}'
+    return (
+        f'{self._words()}{self._legend()}<div'
+        f' class="alf-pair"><div>{self._overview()}</div><div>{self._heads()}</div></div>{self._maps()}{self._strip()}{self._table()}'
+    )
 
 @patch
 def __repr__(self:AttentionViewer):
-    return f"AttentionViewer: {self.before.shape[0]} layers, {self.before.shape[1]} heads, {len(self.tokens)} tokens" + (", before and after" if self.after is not None else "")
+    return (
+        f"AttentionViewer: {self.before.shape[0]} layers, {self.before.shape[1]} heads, {len(self.tokens)} tokens"
+        + (", before and after" if self.after is not None else "")
+    )

@@ -41,19 +41,29 @@ class RunState:
         kind, step = e['event'], e.get('step', 0)
         if kind in ('run_begin', 'select', 'choose', 'error', 'probe', 'measure'): getattr(self, f'_{kind}')(e)
         if kind in ('log', 'measure', 'select', 'pause', 'unpause', 'run_end'): self.step = max(self.step, step)
-        if kind in ('run_begin', 'resume', 'unpause', *_ends): self.status = 'stopped' if e.get('stopped') else _ends.get(kind, 'unfinished')
+        if kind in ('run_begin', 'resume', 'unpause', *_ends):
+            self.status = 'stopped' if e.get('stopped') else _ends.get(kind, 'unfinished')
         self._kinds.setdefault(kind, []).append(e)
 
     def _run_begin(self, e):
         known = {f.name for f in fields(UnitInfo)}           # a newer version may write more
-        self.begin, self.units = e, tuple(UnitInfo(**{k:v for k,v in u.items() if k in known}) for u in e.get('units', ()))
+        self.begin = e
+        self.units = tuple(UnitInfo(**{k:v for k,v in u.items() if k in known}) for u in e.get('units', ()))
         self.sizes = {u.name: u.n_params for u in self.units}
         self.policy = self.config.get('policy') if isinstance(self.config.get('policy'), dict) else None
 
     def _select(self, e):
         self.selections.append(Selection(**{f.name: e[f.name] for f in fields(Selection) if f.name in e}))
         if not (signal := e.get('signal')) or not e.get('scores'): return
-        if self._newest.get(signal): self._keep(signal, {n: (v, e.get('step', 0) - e.get('ages', {}).get(n, 0)) for n,v in e['scores'].items() if v is not None})
+        if self._newest.get(signal):
+            self._keep(
+                signal,
+                {
+                    n: (v, e.get('step', 0) - e.get('ages', {}).get(n, 0))
+                    for n, v in e['scores'].items()
+                    if v is not None
+                },
+            )
         else: self._stand_in = Scores(signal, e['scores'])      # nothing was measured: the prior stood in
 
     def _choose(self, e): self.policy = e.get('policy') or self.policy
@@ -61,7 +71,14 @@ class RunState:
     def _measure(self, e, beta=.5):
         for k,vs in (e.get('signals') or {}).items():
             old = self._newest.get(k, {})
-            self._keep(k, {n: ((v if n not in old else beta*old[n][0] + (1-beta)*v), e.get('step', 0)) for n,v in vs.items() if v is not None})
+            self._keep(
+                k,
+                {
+                    n: ((v if n not in old else beta * old[n][0] + (1 - beta) * v), e.get('step', 0))
+                    for n, v in vs.items()
+                    if v is not None
+                },
+            )
     def _probe(self, e): self._measure(e, .7)
     def _keep(self, signal, found): self._newest = {**self._newest, signal: {**self._newest.get(signal, {}), **found}}
 
@@ -101,7 +118,9 @@ def series(self:RunState,
         n, xs, ys = self._columns.setdefault((kind, field), [0, [], []])
         new = self.events(kind)[n:]
         for e in new:
-            if field in e: xs.append(e.get('step', 0)); ys.append(e[field])
+            if field in e:
+                xs.append(e.get('step', 0))
+                ys.append(e[field])
         self._columns[kind, field][0] = n + len(new)
         return xs, ys
 
@@ -114,7 +133,11 @@ def seconds_per_step(self:RunState)->float|None:
 @patch(as_prop=True)
 def signal(self:RunState)->str:
     "The signal that the run chooses by"
-    return self.config.get('signal') or next((e['signal'] for e in reversed(self.events('select')) if e.get('signal')), '') or next(iter(self._newest), '')
+    return (
+        self.config.get('signal')
+        or next((e['signal'] for e in reversed(self.events('select')) if e.get('signal')), '')
+        or next(iter(self._newest), '')
+    )
 
 @patch
 def scores(self:RunState,
@@ -126,13 +149,20 @@ def scores(self:RunState,
     if step is not None and step < self.step:
         past = RunState()
         past.begin, past.units, past.sizes = self.begin, self.units, self.sizes
-        for e in sorted(self.events('probe') + self.events('measure') + self.events('select'), key=lambda e: e.get('step', 0)):
+        for e in sorted(
+            self.events('probe') + self.events('measure') + self.events('select'), key=lambda e: e.get('step', 0)
+        ):
             if e.get('step', 0) <= step: past.add(e)
         past.step = step
         return past.scores(signal)
     found, stand_in = self._newest.get(signal, {}), self._stand_in
-    if not found and stand_in and signal == self.signal: return Scores(stand_in.signal, {n: stand_in.values.get(n) for n in self.sizes or stand_in.values})
-    return Scores(signal, {n: found[n][0] if n in found else None for n in self.sizes or found}, {n: self.step - s for n,(_,s) in found.items()})
+    if not found and stand_in and signal == self.signal:
+        return Scores(stand_in.signal, {n: stand_in.values.get(n) for n in self.sizes or stand_in.values})
+    return Scores(
+        signal,
+        {n: found[n][0] if n in found else None for n in self.sizes or found},
+        {n: self.step - s for n, (_, s) in found.items()},
+    )
 
 # %% ../../nbs/11a_widgets.base.ipynb #1fe1bbbe
 class Follower:
@@ -149,7 +179,8 @@ class Follower:
             new = self.log.poll()
             if not new: return False
             self._raw += new
-            if any(e['event'] in ('run_begin', 'resume') for e in new): self.state = RunState((survivors(self._raw) or [()])[-1])
+            if any(e['event'] in ('run_begin', 'resume') for e in new):
+                self.state = RunState((survivors(self._raw) or [()])[-1])
             else:
                 for e in new: self.state.add(e)
             self.version += 1
@@ -178,15 +209,24 @@ def as_source(
         if not log.path.exists(): raise FileNotFoundError(f"no run here: {log.path} does not exist{log._neighbours()}")
         return log, None
     if isinstance(log := getattr(x, 'log', None), RunLog) and hasattr(x, 'choose'): return log, x
-    if hasattr(x, 'choose') and log is None and hasattr(x, 'log'): raise ValueError(f"this {type(x).__name__} has no run log yet: begin training first")
-    hint = "; train it with train_in_background(trainer), and give what that returns" if hasattr(x, 'train') and hasattr(x, 'args') else ''
-    raise ValueError(f"a view is made of a run in the background, a RunLog, or the folder of a run, got {type(x).__name__}{hint}")
+    if hasattr(x, 'choose') and log is None and hasattr(x, 'log'):
+        raise ValueError(f"this {type(x).__name__} has no run log yet: begin training first")
+    hint = (
+        "; train it with train_in_background(trainer), and give what that returns"
+        if hasattr(x, 'train') and hasattr(x, 'args')
+        else ''
+    )
+    raise ValueError(
+        f"a view is made of a run in the background, a RunLog, or the folder of a run, got {type(x).__name__}{hint}"
+    )
 
 # %% ../../nbs/11a_widgets.base.ipynb #df6d773b
 class Ticker:
     "Keeps open views fresh from one daemon thread."
-    fast, slow, linger = .2, 2., 20.     # seconds: at most this often, at least this often, and how long after the end of a run
-    def __init__(self): self._views, self._thread, self._lock, self._wake = [], None, threading.Lock(), threading.Event()
+    # seconds: at most this often, at least this often, and how long after the end of a run
+    fast, slow, linger = .2, 2., 20.
+    def __init__(self):
+        self._views, self._thread, self._lock, self._wake = [], None, threading.Lock(), threading.Event()
 
     def add(self, view):
         "Begin to refresh a view"
@@ -210,12 +250,15 @@ class Ticker:
         pause = self.fast
         while True:
             with self._lock:
-                if not self._views: self._thread = None; return
+                if not self._views:
+                    self._thread = None
+                    return
                 views = self._views
             changed = self.tick(views)
             pause = self.fast if changed else min(self.slow, pause*1.3)
             time.sleep(self.fast)
-            self._wake.wait(max(pause - self.fast, 0)); self._wake.clear()
+            self._wake.wait(max(pause - self.fast, 0))
+            self._wake.clear()
 
     def tick(self,
         views # open views
@@ -254,7 +297,8 @@ class View(HasTraits):
         self.lock, self.closed = threading.RLock(), False
         self.error = W.HTML('', layout=dict(display='none', width='100%'))
         self.box = W.VBox(layout=dict(width='100%'))
-        self.box.add_class('alf'); self.box.add_class('alf-view')
+        self.box.add_class('alf')
+        self.box.add_class('alf-view')
         self._on, self._parts, self._displays, self._drawn, self._seen, self._due = [], [], [], None, False, {}
         self._changed, self._kept, self._stale = time.monotonic(), 0., False
         self.box._view_count = 0        # asks the front end to count the places where this box is shown
@@ -274,14 +318,17 @@ class View(HasTraits):
     def live(self)->bool:
         "May the run still go on?"
         alive = getattr(self.control, 'alive', None)
-        return self.follower is not None and (self.status in ('starting', 'running', 'paused', 'stopping', 'unfinished') if alive is None else bool(alive))
+        return self.follower is not None and (
+            self.status in ('starting', 'running', 'paused', 'stopping', 'unfinished') if alive is None else bool(alive)
+        )
 
     def draw(self):
         "Set the widgets to what is known now"
     def still(self)->str:
         "The same as HTML that needs no kernel"
         return ''
-    def __repr__(self): return f"{type(self).__name__} of {self.log.dir.name}: {self.status}" if self.log else type(self).__name__
+    def __repr__(self):
+        return f"{type(self).__name__} of {self.log.dir.name}: {self.status}" if self.log else type(self).__name__
 
 # %% ../../nbs/11a_widgets.base.ipynb #d20af0aa
 @patch
@@ -290,7 +337,9 @@ def open(self:View,
 ):
     "Fill the box, draw, and keep the view fresh"
     self.box_id = self.box.model_id
-    style = W.HTML(f'<style>{theme_css()} .alf-still-{self.box_id} {{ display:none }}</style>', layout=dict(display='none'))
+    style = W.HTML(
+        f'<style>{theme_css()} .alf-still-{self.box_id} {{ display:none }}</style>', layout=dict(display='none')
+    )
     self.box.children = (style, *children, self.error)
     self.refresh()
     if self.follower and self.live: ticker.add(self)
@@ -339,7 +388,9 @@ def seldom(self:View,
     "Draw a part if it changed, but only so often; what has to wait is drawn by a later tick"
     seen, due = self._due.get(part, (None, 0.))
     if seen == (mark,): return
-    if time.monotonic() < due: self._drawn = None; return
+    if time.monotonic() < due:
+        self._drawn = None
+        return
     t = time.thread_time()
     draw()
     self._due[part] = (mark,), time.monotonic() + min(10., max(gap, (time.thread_time() - t)/share))
@@ -353,11 +404,17 @@ def at_once(self:View, *args):
 @patch(as_prop=True)
 def idle(self:View)->float:
     "Seconds since the last change of a run that is over; 0 while it lives"
-    return math.inf if self.closed else 0. if self.live or self._stale and self._displays else time.monotonic() - self._changed
+    return (
+        math.inf
+        if self.closed
+        else 0.0 if self.live or self._stale and self._displays else time.monotonic() - self._changed
+    )
 
 @patch
 def _watched(self:View, change):
-    if change['new']: self._seen = True; ticker.wake()
+    if change['new']:
+        self._seen = True
+        ticker.wake()
 
 @patch
 def fail(self:View,
@@ -365,7 +422,13 @@ def fail(self:View,
 ):
     "Say in the view what went wrong"
     tb = ''.join(traceback.format_exception(type(e), e, e.__traceback__)[-6:])
-    put(self.error, value=f'<div class="warning" role="alert"><b>{escape(type(e).__name__)}</b>: {escape(str(e))}<details><summary>where</summary><pre>{escape(tb)}</pre></details></div>')
+    put(
+        self.error,
+        value=(
+            f'<div class="warning" role="alert"><b>{escape(type(e).__name__)}</b>:'
+            f' {escape(str(e))}<details><summary>where</summary><pre>{escape(tb)}</pre></details></div>'
+        ),
+    )
     put(self.error.layout, display=None)
 
 @patch
@@ -380,11 +443,16 @@ def on(self:View,
             if self.closed: return
             try: handler(change)
             except Exception as e: self.fail(e)
-    if isinstance(widget, W.Button): widget.on_click(call); self._on.append(lambda: widget.on_click(call, remove=True))
-    else: widget.observe(call, names); self._on.append(lambda: widget.unobserve(call, names))
+    if isinstance(widget, W.Button):
+        widget.on_click(call)
+        self._on.append(lambda: widget.on_click(call, remove=True))
+    else:
+        widget.observe(call, names)
+        self._on.append(lambda: widget.unobserve(call, names))
 
 # %% ../../nbs/11a_widgets.base.ipynb #40e2aa11
-_gone = '.jp-OutputArea-child:not(:has(.alf-view)):has(+ .jp-OutputArea-child .alf-still) { display:none }'    # the place of widgets whose kernel is gone
+# the place of widgets whose kernel is gone
+_gone = '.jp-OutputArea-child:not(:has(.alf-view)):has(+ .jp-OutputArea-child .alf-still) { display:none }'
 
 @patch
 def picture(self:View)->Picture:
@@ -393,11 +461,21 @@ def picture(self:View)->Picture:
 
 @patch
 def _still_bundle(self:View):
-    with self.lock: return {'text/plain': repr(self), 'text/html': f'<div class="alf-still alf-still-{self.box_id}"><style>{_gone}</style>{self.picture()._repr_html_()}</div>'}
+    with self.lock:
+        return {
+            'text/plain': repr(self),
+            'text/html': (
+                '<div class="alf-still'
+                f' alf-still-{self.box_id}"><style>{_gone}</style>{self.picture()._repr_html_()}</div>'
+            ),
+        }
 
 @patch
 def _live_bundle(self:View):
-    return {'text/plain': type(self).__name__, 'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.box.model_id)}
+    return {
+        'text/plain': type(self).__name__,
+        'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.box.model_id),
+    }
 
 def _in_kernel():
     from IPython import get_ipython
@@ -406,8 +484,12 @@ def _in_kernel():
 @patch
 def _ipython_display_(self:View, **kw):
     from IPython.display import display
-    shown = [display(b, raw=True, display_id=True) for b in ([] if self.closed else [self._live_bundle()]) + [self._still_bundle()]]
-    if len(shown) == 2 and _in_kernel(): self._displays.append(shown)      # elsewhere nobody replaces what was displayed
+    shown = [
+        display(b, raw=True, display_id=True)
+        for b in ([] if self.closed else [self._live_bundle()]) + [self._still_bundle()]
+    ]
+    # elsewhere nobody replaces what was displayed
+    if len(shown) == 2 and _in_kernel(): self._displays.append(shown)
 
 @patch
 def _keep(self:View):

@@ -50,11 +50,23 @@ def short_names(
 # %% ../../nbs/12a_widgets.compare.ipynb #766e62ac
 def _text(v): return '–' if v is None else str(v)
 
-COLUMNS = {     # key of `summarize` → title, value → text, which is best
-    'run': ('run', _text, None), 'status': ('status', _text, None), 'policy': ('policy', _text, None), 'budget': ('budget', lambda v: percent(v, 0), None), 'steps': ('steps', _text, None),
-    'domain_loss_after': ('held-out loss', num, min), 'domain_perplexity_after': ('perplexity', lambda v: num(v, 2), min), 'other_loss_after': ('loss on other text', num, min), 'train_loss': ('training loss', num, min),
-    'trainable_share_peak': ('trains, peak', percent, min), 'state_bytes_peak': ('state, peak', human_bytes, min), 'seconds_per_step': ('time per step', human_time, min),
-    'tokens_per_second': ('tokens/s', lambda v: num(v, 0), max), 'wall_s': ('time in all', human_time, min), 'importance_overhead_share': ('choosing', percent, min)}
+COLUMNS = {  # key of `summarize` → title, value → text, which is best
+    'run': ('run', _text, None),
+    'status': ('status', _text, None),
+    'policy': ('policy', _text, None),
+    'budget': ('budget', lambda v: percent(v, 0), None),
+    'steps': ('steps', _text, None),
+    'domain_loss_after': ('held-out loss', num, min),
+    'domain_perplexity_after': ('perplexity', lambda v: num(v, 2), min),
+    'other_loss_after': ('loss on other text', num, min),
+    'train_loss': ('training loss', num, min),
+    'trainable_share_peak': ('trains, peak', percent, min),
+    'state_bytes_peak': ('state, peak', human_bytes, min),
+    'seconds_per_step': ('time per step', human_time, min),
+    'tokens_per_second': ('tokens/s', lambda v: num(v, 0), max),
+    'wall_s': ('time in all', human_time, min),
+    'importance_overhead_share': ('choosing', percent, min),
+}
 
 def differences(
     configs # one dict of settings per run
@@ -65,14 +77,25 @@ def differences(
     return [{k: c.get(k, '–') for k in keys} for c in flat]
 
 # %% ../../nbs/12a_widgets.compare.ipynb #1816eb16
-CURVES = {'training loss, averaged': 'loss', 'training loss': 'raw', 'held-out loss': 'eval', 'learning rate': 'learning_rate', 'tokens per second': 'tokens_per_second', 'share that trains': 'share'}
+CURVES = {
+    'training loss, averaged': 'loss',
+    'training loss': 'raw',
+    'held-out loss': 'eval',
+    'learning rate': 'learning_rate',
+    'tokens per second': 'tokens_per_second',
+    'share that trains': 'share',
+}
 
 class CompareView(View):
     "Runs side by side."
     def __init__(self,
         runs # folders of runs, `RunLog`s, or runs in the background
     ):
-        runs = [runs] if hasattr(runs, 'poll') or hasattr(runs, 'log') or isinstance(runs, str) or hasattr(runs, '__fspath__') else list(runs)
+        runs = (
+            [runs]
+            if hasattr(runs, 'poll') or hasattr(runs, 'log') or isinstance(runs, str) or hasattr(runs, '__fspath__')
+            else list(runs)
+        )
         if not runs: raise ValueError("no runs to compare; give their folders")
         found = [as_source(r) for r in runs]
         super().__init__()
@@ -80,15 +103,38 @@ class CompareView(View):
         self.follower = _Several([follow(l) for l in self.logs])
         self.follower.update()
         self.names, self._rows = short_names([l.dir for l in self.logs]), []
-        drop = lambda what, options, px: W.Dropdown(options=options, description=what, layout=dict(width=px, max_width='100%'), style=dict(description_width='initial'))
-        self.by, self.order = drop('sort by', [('run', 'run')], '250px'), W.ToggleButtons(options=['ascending', 'descending'], layout=dict(width='auto'), style=dict(button_width='100px'))
-        self.curve, self.over = drop('curve', list(CURVES), '250px'), W.ToggleButtons(options=['steps', 'seconds'], layout=dict(width='auto'), style=dict(button_width='100px'))
-        self.shown = [W.Checkbox(value=True, description=visible(n), indent=False, layout=dict(width='auto', margin='0 14px 0 0')) for n in self.names]
-        row = lambda *ws, **kw: W.HBox(ws, layout=dict(width='100%', flex_flow='row wrap', grid_gap='2px 10px', align_items='center', **kw))
-        keys = [W.HBox([W.HTML(f'<i class="alf-key {self._look(i)[0]} alf-c{self._look(i)[1]}" aria-hidden="true"></i>'), c], layout=dict(width='auto', align_items='center')) for i,c in enumerate(self.shown)]
+        drop = lambda what, options, px: W.Dropdown(
+            options=options,
+            description=what,
+            layout=dict(width=px, max_width='100%'),
+            style=dict(description_width='initial'),
+        )
+        self.by = drop('sort by', [('run', 'run')], '250px')
+        self.order = W.ToggleButtons(
+            options=['ascending', 'descending'], layout=dict(width='auto'), style=dict(button_width='100px')
+        )
+        self.curve = drop('curve', list(CURVES), '250px')
+        self.over = W.ToggleButtons(
+            options=['steps', 'seconds'], layout=dict(width='auto'), style=dict(button_width='100px')
+        )
+        self.shown = [
+            W.Checkbox(value=True, description=visible(n), indent=False, layout=dict(width='auto', margin='0 14px 0 0'))
+            for n in self.names
+        ]
+        row = lambda *ws, **kw: W.HBox(
+            ws, layout=dict(width='100%', flex_flow='row wrap', grid_gap='2px 10px', align_items='center', **kw)
+        )
+        keys = [
+            W.HBox(
+                [W.HTML(f'<i class="alf-key {self._look(i)[0]} alf-c{self._look(i)[1]}" aria-hidden="true"></i>'), c],
+                layout=dict(width='auto', align_items='center'),
+            )
+            for i, c in enumerate(self.shown)
+        ]
         wide = dict(width='100%')
         self.said, self.table, self.chart = W.HTML(layout=wide), W.HTML(layout=wide), W.HTML(layout=wide)
-        for w in (self.by, self.order, self.curve, self.over, *self.shown): self.on(w, lambda c: None if self._busy else self.at_once())
+        for w in (self.by, self.order, self.curve, self.over, *self.shown):
+            self.on(w, lambda c: None if self._busy else self.at_once())
         self._busy = False
         self._sort_at_first()
         self.open(self.said, row(*keys), row(self.by, self.order), self.table, row(self.curve, self.over), self.chart)
@@ -100,7 +146,11 @@ class CompareView(View):
 
     def _alive(self, i):
         c, s = self.controls[i], self.states[i]
-        return bool(c.alive) if hasattr(c, 'alive') else s.status in ('starting', 'unfinished', 'paused') and not is_silent(s)
+        return (
+            bool(c.alive)
+            if hasattr(c, 'alive')
+            else s.status in ('starting', 'unfinished', 'paused') and not is_silent(s)
+        )
 
     @property
     def live(self)->bool:
@@ -110,7 +160,10 @@ class CompareView(View):
     @property
     def status(self)->tuple:
         "Of each run"
-        return tuple(getattr(c, 'status', None) or ('interrupted' if s.status == 'unfinished' and is_silent(s) else s.status) for c,s in zip(self.controls, self.states))
+        return tuple(
+            getattr(c, 'status', None) or ('interrupted' if s.status == 'unfinished' and is_silent(s) else s.status)
+            for c, s in zip(self.controls, self.states)
+        )
 
     def _look(self, i): return ('dash' if i % 10 > 4 else 'line', i % 5 + 1)
 
@@ -122,28 +175,46 @@ def figures(self:CompareView)->list: # dicts in the order given: what `summarize
     differ = differences([s.config for s in self.states])
     for r,name,s,d,status in zip(rows, self.names, self.states, differ, self.status):
         known = [v for v in trend(s.series('log', 'loss')[1]) if v is not None]
-        r.update(run=name, status=status, train_loss=known[-1] if known else None, differs={k.removeprefix('policy.'): v for k,v in d.items() if k not in ('policy', 'policy.policy', 'policy.budget')})
+        r.update(
+            run=name,
+            status=status,
+            train_loss=known[-1] if known else None,
+            differs={
+                k.removeprefix('policy.'): v
+                for k, v in d.items()
+                if k not in ('policy', 'policy.policy', 'policy.budget')
+            },
+        )
     return rows
 
 @patch
 def _known(self:CompareView):
     "Columns that somebody has a figure for"
     rows = self._rows
-    more = {f'{n}_loss_after': (f'{n}, loss', num, min) for r in rows for n in r['evals'] if n not in ('domain', 'other')}
-    return {k: c for k,c in (COLUMNS | more).items() if k in ('run', 'status', 'policy') or any(r.get(k) is not None for r in rows)}
+    more = {
+        f'{n}_loss_after': (f'{n}, loss', num, min) for r in rows for n in r['evals'] if n not in ('domain', 'other')
+    }
+    return {
+        k: c
+        for k, c in (COLUMNS | more).items()
+        if k in ('run', 'status', 'policy') or any(r.get(k) is not None for r in rows)
+    }
 
 @patch
 def _sort_at_first(self:CompareView):
     self._rows = self.figures()
     first = next((k for k in ('domain_loss_after', 'train_loss') if k in self._known()), 'run')
-    self._options(); put(self.by, value=first)
+    self._options()
+    put(self.by, value=first)
 
 @patch
 def _options(self:CompareView):
     self._busy, keep = True, self.by.value
     try:
         options = [(visible(title), k) for k,(title,_,_) in self._known().items()]
-        if list(self.by.options) != options: self.by.options = options; self.by.value = keep if keep in dict(map(reversed, options)) else 'run'
+        if list(self.by.options) != options:
+            self.by.options = options
+            self.by.value = keep if keep in dict(map(reversed, options)) else 'run'
     finally: self._busy = False
 
 @patch
@@ -158,23 +229,42 @@ def order_of(self:CompareView)->list: # indices of the runs that are not hidden
 def _table(self:CompareView):
     cols, order, rows = self._known(), self.order_of(), self._rows
     if not order: return '<p class="note">All runs are hidden.</p>'
-    best = {k: f(v) for k,(_,_,f) in cols.items() if f and len(v := [rows[i][k] for i in order if rows[i].get(k) is not None]) > 1}
+    best = {
+        k: f(v)
+        for k, (_, _, f) in cols.items()
+        if f and len(v := [rows[i][k] for i in order if rows[i].get(k) is not None]) > 1
+    }
     word = {'run', 'status', 'policy'}
     def th(k, title):
         on = k == self.by.value
         sort = f' aria-sort="{self.order.value}"' if on else ''
-        return f'<th scope="col"{sort}{" class=txt" if k in word else ""}>{escape(title)}{" ▲" if on and self.order.value == "ascending" else " ▼" if on else ""}</th>'
+        return (
+            f'<th scope="col"{sort}{" class=txt" if k in word else ""}>{escape(title)}{" ▲" if on and self.order.value == "ascending" else " ▼" if on else ""}</th>'
+        )
     def td(i, k, f):
         v = rows[i].get(k)
         text = escape(f(v))
-        if k == 'run': kind, c = self._look(i); return f'<th scope="row" class="txt"><i class="alf-key {kind} alf-c{c}" aria-hidden="true"></i>{text}</th>'
-        return f'<td{" class=txt" if k in word else ""}>{f"<strong>{text}</strong>" if k in best and v == best[k] else text}</td>'
+        if k == 'run':
+            kind, c = self._look(i)
+            return f'<th scope="row" class="txt"><i class="alf-key {kind} alf-c{c}" aria-hidden="true"></i>{text}</th>'
+        return (
+            f'<td{" class=txt" if k in word else ""}>{f"<strong>{text}</strong>" if k in best and v == best[k] else text}</td>'
+        )
     some = any(r['differs'] for r in rows)
-    diff = lambda i: '<td class="txt">' + escape(', '.join(f'{k} {v}' for k,v in list(rows[i]['differs'].items())[:5]) or '–') + '</td>' if some else ''
+    diff = lambda i: (
+        '<td class="txt">'
+        + escape(', '.join(f'{k} {v}' for k, v in list(rows[i]['differs'].items())[:5]) or '–')
+        + '</td>'
+        if some
+        else ''
+    )
     body = ''.join(f'<tr>{"".join(td(i, k, f) for k,(_,f,_) in cols.items())}{diff(i)}</tr>' for i in order)
     said = f"{len(order)} runs by {cols[self.by.value][0]}, {self.order.value}; the best figure of a column is bold"
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(said)}"><table class="data plain alf-runs"><caption>{escape(said)}</caption><thead><tr>{"".join(th(k, t) for k,(t,_,_) in cols.items())}'
-            f'{"<th scope=col class=txt>differs in</th>" if some else ""}</tr></thead><tbody>{body}</tbody></table></div>')
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(said)}"><table class="data plain'
+        f' alf-runs"><caption>{escape(said)}</caption><thead><tr>{"".join(th(k, t) for k,(t,_,_) in cols.items())}'
+        f'{"<th scope=col class=txt>differs in</th>" if some else ""}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 @patch
 def _words(self:CompareView):
@@ -182,12 +272,27 @@ def _words(self:CompareView):
     order, rows = self.order_of(), self._rows
     if len(order) < 2: return ''
     out = []
-    for keys,what in ((('domain_loss_after', 'train_loss'), 'loss'), (('state_bytes_peak',), 'training state'), (('seconds_per_step',), 'time per step')):
+    for keys, what in (
+        (('domain_loss_after', 'train_loss'), 'loss'),
+        (('state_bytes_peak',), 'training state'),
+        (('seconds_per_step',), 'time per step'),
+    ):
         k = next((k for k in keys if sum(rows[i].get(k) is not None for i in order) > 1), None)
         if k is None: continue
         i = min((i for i in order if rows[i].get(k) is not None), key=lambda i: rows[i][k])
-        out.append(f"<b>{escape(self.names[i])}</b> the {'smallest' if what == 'training state' else 'shortest' if what == 'time per step' else 'lowest'} {'held-out loss' if k == 'domain_loss_after' else 'training loss' if k == 'train_loss' else what} ({COLUMNS[k][1](rows[i][k])})")
-    return f'<p class="alf-said" role="status">Of {len(order)} runs, {", ".join(out)}.</p>'.replace('</b> the', '</b> has the', 1) if out else ''
+        out.append(
+            f"<b>{escape(self.names[i])}</b> the"
+            f" {'smallest' if what == 'training state' else 'shortest' if what == 'time per step' else 'lowest'}"
+            f" {'held-out loss' if k == 'domain_loss_after' else 'training loss' if k == 'train_loss' else what}"
+            f" ({COLUMNS[k][1](rows[i][k])})"
+        )
+    return (
+        f'<p class="alf-said" role="status">Of {len(order)} runs, {", ".join(out)}.</p>'.replace(
+            '</b> the', '</b> has the', 1
+        )
+        if out
+        else ''
+    )
 
 # %% ../../nbs/12a_widgets.compare.ipynb #872e95c2
 @patch
@@ -197,12 +302,15 @@ def _points(self:CompareView, i):
     if what == 'eval':
         found = {}
         for e in s.events('eval'):
-            if e.get('loss') is not None: found.setdefault(e.get('name', 'eval'), []).append((e.get('step', 0), e['loss']))
+            if e.get('loss') is not None:
+                found.setdefault(e.get('name', 'eval'), []).append((e.get('step', 0), e['loss']))
         pts = found.get('domain') or next((v for k,v in found.items() if k != 'other'), [])
         x, y = [a for a,_ in pts], [b for _,b in pts]
     elif what == 'share':
         x, y = [], []
-        for a,b in zip(s.selections, [*s.selections[1:], None]): x += [a.step, b.step if b else max(s.step, a.step+1)]; y += [100*a.share]*2
+        for a,b in zip(s.selections, [*s.selections[1:], None]):
+            x += [a.step, b.step if b else max(s.step, a.step+1)]
+            y += [100*a.share]*2
     else:
         x, y = map(list, s.series('log', 'loss' if what in ('loss', 'raw') else what))
         if what == 'loss': y = trend(y)
@@ -211,7 +319,9 @@ def _points(self:CompareView, i):
         known = sorted(at)
         j = 0
         for v in x:
-            while j < len(known) and known[j] <= v: last = at[known[j]]; j += 1
+            while j < len(known) and known[j] <= v:
+                last = at[known[j]]
+                j += 1
             seconds.append(last)
         x = seconds
     return x, y
@@ -224,7 +334,16 @@ def _chart(self:CompareView):
         if not any(v is not None for v in y): continue
         kind, c = self._look(i)
         last = next(v for v in reversed(y) if v is not None)
-        series.append(dict(name=self.names[i], x=x, y=y, c=c, kind=kind, last=f'{last:.3g}' if what in ('learning_rate', 'tokens_per_second', 'share') else num(last)))
+        series.append(
+            dict(
+                name=self.names[i],
+                x=x,
+                y=y,
+                c=c,
+                kind=kind,
+                last=f'{last:.3g}' if what in ('learning_rate', 'tokens_per_second', 'share') else num(last),
+            )
+        )
         if what == 'eval': series.append(dict(x=x, y=y, c=c, kind='dots'))
     if not series: return f'<p class="note">No run has logged its {escape(self.curve.value)}.</p>'
     top = max(max(s['x']) for s in series)
@@ -232,21 +351,29 @@ def _chart(self:CompareView):
     if self.over.value == 'seconds':
         k, name = (1, 'seconds') if top < 600 else (60, 'minutes') if top < 36000 else (3600, 'hours')
         for s in series: s['x'] = [v/k for v in s['x']]
-    label = f"{self.curve.value[0].upper()}{self.curve.value[1:]} by {name}. Last values: " + ', '.join(f"{s['name']} {s['last']}" for s in series if s.get('name'))
+    label = f"{self.curve.value[0].upper()}{self.curve.value[1:]} by {name}. Last values: " + ', '.join(
+        f"{s['name']} {s['last']}" for s in series if s.get('name')
+    )
     return line_chart(series, label, lambda v: f'{v:.3g}', 280, x_name=name, points=max(120, 1600//len(series)))
 
 @patch
 def draw(self:CompareView):
     mark = (self.follower.version, self.status)
-    def read(): self._rows = self.figures(); self._options()
+    def read():
+        self._rows = self.figures()
+        self._options()
     self.seldom('rows', mark, read, 1, .02)
     view = (self.by.value, self.order.value, tuple(c.value for c in self.shown), self._due['rows'][0])
     self.seldom('table', view, lambda: (put(self.table, value=self._table()), put(self.said, value=self._words())), .5)
-    self.seldom('chart', (mark, view[2], self.curve.value, self.over.value), lambda: put(self.chart, value=self._chart()), 1)
+    self.seldom(
+        'chart', (mark, view[2], self.curve.value, self.over.value), lambda: put(self.chart, value=self._chart()), 1
+    )
 
 @patch
 def still(self:CompareView):
-    return f'{self._words()}{self._table()}<h3>{escape(self.curve.value[0].upper() + self.curve.value[1:])}</h3>{self._chart()}'
+    return (
+        f'{self._words()}{self._table()}<h3>{escape(self.curve.value[0].upper() + self.curve.value[1:])}</h3>{self._chart()}'
+    )
 
 @patch
 def __repr__(self:CompareView): return f"CompareView of {', '.join(self.names)}"

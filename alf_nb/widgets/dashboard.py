@@ -30,7 +30,12 @@ def last_line(
     code = lines[at+1] if at+1 < len(lines)-1 and not set(lines[at+1]) <= set('^~ ') else ''
     return lines[at] + (f': {code}' if code else '')
 
-def _when(t): return 'a time that no clock told' if not t else datetime.fromtimestamp(t, timezone.utc).strftime('%Y-%m-%d %H:%M:%S UTC')
+def _when(t):
+    return (
+        'a time that no clock told'
+        if not t
+        else datetime.fromtimestamp(t, timezone.utc).strftime('%Y-%m-%d %H:%M:%S UTC')
+    )
 
 # %% ../../nbs/11d_widgets.dashboard.ipynb #62757746
 class TrainingDashboard(View):
@@ -42,11 +47,17 @@ class TrainingDashboard(View):
         self._wish, self._picker = None, None
         wide = dict(width='100%')
         html = lambda **kw: W.HTML(layout=dict(wide, **kw))
-        self.what, self.progress, self.tiles, self.curve, self.side = html(flex='1 1 300px', width='auto'), html(), html(), html(flex='3 1 420px', width='auto', min_width='0'), html(flex='2 1 270px', width='auto', min_width='0')
+        self.what = html(flex='1 1 300px', width='auto')
+        self.progress = html()
+        self.tiles = html()
+        self.curve = html(flex='3 1 420px', width='auto', min_width='0')
+        self.side = html(flex='2 1 270px', width='auto', min_width='0')
         self.pause = W.Button(description='Pause', icon='pause', layout=dict(width='110px'))
         self.stop = W.Button(description='Stop', icon='stop', button_style='warning', layout=dict(width='110px'))
         self.choose = W.ToggleButton(description='Threshold', icon='sliders', layout=dict(width='120px'))
-        self.buttons = W.HBox([self.pause, self.stop, self.choose], layout=dict(flex='0 0 auto', width='auto', flex_flow='row wrap'))
+        self.buttons = W.HBox(
+            [self.pause, self.stop, self.choose], layout=dict(flex='0 0 auto', width='auto', flex_flow='row wrap')
+        )
         self.map = SelectionMap(self.control or self.log)
         self.map.box.children = self.map.box.children[1:]      # one style sheet is enough
         self._parts.append(self.map)
@@ -55,7 +66,14 @@ class TrainingDashboard(View):
         self.on(self.stop, self._stop)
         self.on(self.choose, lambda c: self._toggle(c['new']))
         row = lambda *ws, **kw: W.HBox(ws, layout=dict(wide, flex_flow='row wrap', grid_gap='4px 18px', **kw))
-        self.open(row(self.what, self.buttons, align_items='center'), self.progress, self.tiles, row(self.curve, self.side), self.picker_box, self.map.box)
+        self.open(
+            row(self.what, self.buttons, align_items='center'),
+            self.progress,
+            self.tiles,
+            row(self.curve, self.side),
+            self.picker_box,
+            self.map.box,
+        )
 
 # %% ../../nbs/11d_widgets.dashboard.ipynb #4bc6b698
 @patch
@@ -68,27 +86,59 @@ def _words(self:TrainingDashboard):
         error = getattr(self.control, 'error', None)
         said = f"{type(error).__name__}: {error}" if error is not None else s.error or 'no message was logged'
         trace = str(getattr(self.control, 'traceback', '') or (s.events('error') or [{}])[-1].get('traceback') or '')
-        return 'failed', f'Failed at {step}', f'<b>{escape(said)}</b>' + (f'<br><code>{escape(last_line(trace))}</code>' if last_line(trace) else '') + (f'<details><summary>Traceback</summary><pre>{escape(trace)}</pre></details>' if trace else '')
+        return (
+            'failed',
+            f'Failed at {step}',
+            f'<b>{escape(said)}</b>'
+            + (f'<br><code>{escape(last_line(trace))}</code>' if last_line(trace) else '')
+            + (f'<details><summary>Traceback</summary><pre>{escape(trace)}</pre></details>' if trace else ''),
+        )
     if at == 'complete': return at, 'Complete', f'{step} made'
-    if at == 'stopped': return at, 'Stopped', f'on request, after {step}' + ('; its checkpoint can be resumed' if s.events('save') else '')
+    if at == 'stopped':
+        return (
+            at,
+            'Stopped',
+            f'on request, after {step}' + ('; its checkpoint can be resumed' if s.events('save') else ''),
+        )
     if self.control is None or not self.live:
         if not s.begin: return 'waiting', 'Waiting for the run to begin', ''
-        if not goes_on(self): return 'interrupted', 'Interrupted', f'at {step}: its log has no end, and nothing was written since {_when(last_t(s))}. What is shown is what was logged'
-        return ('paused', 'Paused', f'at {step}, since {_when(last_t(s))}, by the process that trains it') if at == 'paused' else ('running', 'Unfinished', f'at {step}, written a moment ago: another process seems to train it')
+        if not goes_on(self):
+            return (
+                'interrupted',
+                'Interrupted',
+                (
+                    f'at {step}: its log has no end, and nothing was written since {_when(last_t(s))}. What is shown is'
+                    ' what was logged'
+                ),
+            )
+        return (
+            ('paused', 'Paused', f'at {step}, since {_when(last_t(s))}, by the process that trains it')
+            if at == 'paused'
+            else ('running', 'Unfinished', f'at {step}, written a moment ago: another process seems to train it')
+        )
     if at == 'stopping': return at, 'Stopping', 'after the step under way, with a checkpoint'
     if self._wish == 'pause' and at == 'running': return 'paused', 'Pausing', 'after the step under way'
     if at == 'paused': return at, 'Paused', f'at {step}; the layers may be chosen anew meanwhile'
     if activity.startswith('probing'):
         done = activity.partition(' ')[2].replace('/', ' of ')
-        return 'probing', 'Probing', f'which matrices matter: the gradient of {"batch " + done if done else "a few batches"}'
+        return (
+            'probing',
+            'Probing',
+            f'which matrices matter: the gradient of {"batch " + done if done else "a few batches"}',
+        )
     if at == 'starting': return 'probing', 'Starting', 'model, data and optimizer get ready'
     return 'running', 'Training', step
 
 @patch
 def _what(self:TrainingDashboard):
     kind, head, more = self._words()
-    about = [str(v) for v in (str(self.state.begin.get('model') or '').rpartition('/')[2], self.log.dir.resolve().name) if v]
-    return f'<div class="alf-now" role="status"><span class="alf-dot {kind}" aria-hidden="true"></span><b>{head}</b> <span>{more}</span> <small>{escape(" · ".join(dict.fromkeys(about)))}</small></div>'
+    about = [
+        str(v) for v in (str(self.state.begin.get('model') or '').rpartition('/')[2], self.log.dir.resolve().name) if v
+    ]
+    return (
+        f'<div class="alf-now" role="status"><span class="alf-dot {kind}" aria-hidden="true"></span><b>{head}</b>'
+        f' <span>{more}</span> <small>{escape(" · ".join(dict.fromkeys(about)))}</small></div>'
+    )
 
 @patch
 def _mark(self:TrainingDashboard):
@@ -104,7 +154,9 @@ def _small(t): return re.sub(r'([a-z]+)', r'<small>\1</small>', t)
 def _ticks(state):
     "(step, seconds so far) for each event, without pauses and the time between a kill and a resume"
     kinds = ('run_begin', 'probe', 'measure', 'select', 'log', 'pause', 'unpause', 'resume', 'run_end')
-    ts, out, spent = sorted((e['t'], e.get('step', 0), k) for k in kinds for e in state.events(k) if e.get('t') is not None), [], 0.
+    ts = sorted((e['t'], e.get('step', 0), k) for k in kinds for e in state.events(k) if e.get('t') is not None)
+    out = []
+    spent = 0.
     for (a,_,_),(b,step,k) in zip(ts, ts[1:]):
         if k not in ('unpause', 'resume', 'run_begin'): spent += b-a
         out.append((step, spent))
@@ -125,24 +177,50 @@ def spent_s(
 @patch
 def _tiles(self:TrainingDashboard):
     s, out = self.state, []
-    def tile(name, big, sub): out.append(f'<div><dt>{name}</dt><dd><div class="big">{big}</div><div class="sub">{sub}</div></dd></div>')
+    def tile(name, big, sub):
+        out.append(f'<div><dt>{name}</dt><dd><div class="big">{big}</div><div class="sub">{sub}</div></dd></div>')
     y = s.series('log', 'loss')[1]
     avg = [v for v in trend(y[-400:]) if v is not None]
     first = next((v for v in y if v is not None), None)
     tile('loss, averaged', num(avg[-1] if avg else None), f'{num(first)} at first' if avg else 'not logged yet')
     secs, tps = s.seconds_per_step, _recent(s, 'tokens_per_second')
-    tile('speed', f'{tps:.0f} <small>tokens/s</small>' if tps else f'{human_time(secs)} <small>per step</small>', f'{human_time(secs)} per step' if tps else '')
+    tile(
+        'speed',
+        f'{tps:.0f} <small>tokens/s</small>' if tps else f'{human_time(secs)} <small>per step</small>',
+        f'{human_time(secs)} per step' if tps else '',
+    )
     left = (s.max_steps - s.step)*secs if s.max_steps and secs and goes_on(self) else None
     spent = spent_s(s)
-    tile('time left', _small(human_time(left)), f'{human_time(spent)} so far') if left is not None else tile('time', _small(human_time(spent)), f'{s.step} steps')
+    (
+        tile('time left', _small(human_time(left)), f'{human_time(spent)} so far')
+        if left is not None
+        else tile('time', _small(human_time(spent)), f'{s.step} steps')
+    )
     now = s.selections[-1] if s.selections else None
     able = sum(u.eligible for u in s.units)
-    tile('trains now' if goes_on(self) else 'trained last', percent(now.share if now else None), f'{len(now)} of {able} units' if now else 'nothing was selected yet')
+    tile(
+        'trains now' if goes_on(self) else 'trained last',
+        percent(now.share if now else None),
+        f'{len(now)} of {able} units' if now else 'nothing was selected yet',
+    )
     mem = (s.events('memory') or [None])[-1]
     full, state = self._full(), mem and sum(mem.get(k) or 0 for k,_,c in _kinds if c < 4)
-    tile('training state', human_bytes(state), f'{state/full:.2f} of full fine-tuning' if mem and full else 'gradients, optimizer, references')
-    held = [(e.get('step', 0), e['loss']) for e in s.events('eval') if e.get('name') != 'other' and e.get('loss') is not None]
-    if held: tile('held-out loss', num(held[-1][1]), f'{num(held[0][1])} at step {held[0][0]}' if len(held) > 1 else f'at step {held[0][0]}')
+    tile(
+        'training state',
+        human_bytes(state),
+        f'{state/full:.2f} of full fine-tuning' if mem and full else 'gradients, optimizer, references',
+    )
+    held = [
+        (e.get('step', 0), e['loss'])
+        for e in s.events('eval')
+        if e.get('name') != 'other' and e.get('loss') is not None
+    ]
+    if held:
+        tile(
+            'held-out loss',
+            num(held[-1][1]),
+            f'{num(held[0][1])} at step {held[0][0]}' if len(held) > 1 else f'at step {held[0][0]}',
+        )
     return f'<dl class="alf-tiles six">{"".join(out)}</dl>'
 
 @patch
@@ -157,10 +235,20 @@ def _bar(self:TrainingDashboard):
     n, of = s.step, s.max_steps or 0
     done = min(1, n/of) if of else 1. if self.status == 'complete' else 0.
     said = f'step {n} of {of}' if of else f'step {n}'
-    return f'<div class="alf-bar {self._words()[0]}" role="progressbar" aria-label="{said}" aria-valuemin="0" aria-valuemax="{of or 1}" aria-valuenow="{n if of else done:g}"><i style="width:{100*done:.2f}%"></i></div><div class="alf-barsay"><span>{said}</span><span>{percent(done, 0)}</span></div>'
+    return (
+        f'<div class="alf-bar {self._words()[0]}" role="progressbar" aria-label="{said}" aria-valuemin="0"'
+        f' aria-valuemax="{of or 1}" aria-valuenow="{n if of else done:g}"><i'
+        f' style="width:{100*done:.2f}%"></i></div><div'
+        f' class="alf-barsay"><span>{said}</span><span>{percent(done, 0)}</span></div>'
+    )
 
 # %% ../../nbs/11d_widgets.dashboard.ipynb #de95003e
-_kinds = (('grad_bytes', 'gradients', 1), ('optimizer_bytes', 'optimizer', 2), ('reference_bytes', 'references', 3), ('parked_bytes', 'parked, host', 4))
+_kinds = (
+    ('grad_bytes', 'gradients', 1),
+    ('optimizer_bytes', 'optimizer', 2),
+    ('reference_bytes', 'references', 3),
+    ('parked_bytes', 'parked, host', 4),
+)
 
 def _steps_of(xs, ys, end):
     "A value holds until the next one"
@@ -174,20 +262,62 @@ def _curve(self:TrainingDashboard):
     marks = marks if len(marks) <= 60 else []
     avg = trend(y)
     last, first = (next((v for v in vs if v is not None), None) for vs in (reversed(avg), avg))
-    series, said = [], f'Training loss, averaged: {num(first)} at first, {num(last)} at step {s.step}.' if x else 'No loss was logged yet.'
-    if x: series += [dict(name='loss', x=x, y=y, c=1, kind='thin'), dict(name='average', x=x, y=avg, c=1, last=num(last))]
+    series = []
+    said = (
+        f'Training loss, averaged: {num(first)} at first, {num(last)} at step {s.step}.'
+        if x
+        else 'No loss was logged yet.'
+    )
+    if x:
+        series += [dict(name='loss', x=x, y=y, c=1, kind='thin'), dict(name='average', x=x, y=avg, c=1, last=num(last))]
     held = {}
     for e in s.events('eval'):
-        if e.get('name') != 'other' and e.get('loss') is not None: held.setdefault(e.get('name', 'eval'), []).append((e.get('step', 0), e['loss']))
+        if e.get('name') != 'other' and e.get('loss') is not None:
+            held.setdefault(e.get('name', 'eval'), []).append((e.get('step', 0), e['loss']))
     for i,(name,points) in enumerate(held.items()):
         hx, hy = zip(*points)
-        series += [dict(x=hx, y=hy, c=(2, 3, 5)[i % 3], kind='dash'), dict(name='held out' if len(held) == 1 else f'{name}, held out', x=hx, y=hy, c=(2, 3, 5)[i % 3], kind='dots', last=num(hy[-1]))]
+        series += [
+            dict(x=hx, y=hy, c=(2, 3, 5)[i % 3], kind='dash'),
+            dict(
+                name='held out' if len(held) == 1 else f'{name}, held out',
+                x=hx,
+                y=hy,
+                c=(2, 3, 5)[i % 3],
+                kind='dots',
+                last=num(hy[-1]),
+            ),
+        ]
         said += f' Held out: {num(hy[0])} to {num(hy[-1])}.'
     lx, ly = (list(v) for v in s.series('log', 'learning_rate'))
-    out = line_chart(series, said, lambda v: f'{v:.3g}', 216, marks, (0, end), x_labels=not lx, x_name='' if lx else 'step', points=260) if series else f'<p class="note">{said}</p>'
+    out = (
+        line_chart(
+            series,
+            said,
+            lambda v: f'{v:.3g}',
+            216,
+            marks,
+            (0, end),
+            x_labels=not lx,
+            x_name='' if lx else 'step',
+            points=260,
+        )
+        if series
+        else f'<p class="note">{said}</p>'
+    )
     if lx:
         top, now = max((v or 0 for v in ly), default=0), ly[-1]
-        out += line_chart([dict(name='learning rate', x=lx, y=ly, c=4, last='–' if now is None else f'{now:.2g}')], f'Learning rate, at most {top:.3g}, now {now}', lambda v: f'{v:.0e}'.replace('e-0', 'e-') if v else '0', 44, marks, (0, end), (0, top*1.1 or 1), 'step', n_ticks=2, points=80)
+        out += line_chart(
+            [dict(name='learning rate', x=lx, y=ly, c=4, last='–' if now is None else f'{now:.2g}')],
+            f'Learning rate, at most {top:.3g}, now {now}',
+            lambda v: f'{v:.0e}'.replace('e-0', 'e-') if v else '0',
+            44,
+            marks,
+            (0, end),
+            (0, top * 1.1 or 1),
+            'step',
+            n_ticks=2,
+            points=80,
+        )
     return out
 
 @patch
@@ -199,20 +329,55 @@ def _side(self:TrainingDashboard):
     if ev:
         full = self._full()
         hi = max(max(sum(e.get(k) or 0 for k,_,_ in _kinds) for e in ev), full or 0)*1.08 or 1
-        i = min(4, max(0, int(math.log(hi, 1024)))); unit = ('B', 'KB', 'MB', 'GB', 'TB')[i]
+        i = min(4, max(0, int(math.log(hi, 1024))))
+        unit = ('B', 'KB', 'MB', 'GB', 'TB')[i]
         xs = [0, *(e['step'] for e in ev[1:])]
         series = []
         for k,name,c in _kinds:
             if not any(e.get(k) for e in ev): continue
             x, y = _steps_of(xs, [(e.get(k) or 0)/1024**i for e in ev], upto)
-            series.append(dict(name=name, x=[v + j*1e-6 for j,v in enumerate(x)], y=y, c=c, kind='area', last=human_bytes(ev[-1].get(k) or 0)))      # equal x would merge in the stack
-        if full: series.append(dict(name='full fine-tuning', x=[0, end], y=[full/1024**i]*2, c=5, kind='dash', last=human_bytes(full)))
+            # equal x would merge in the stack
+            series.append(
+                dict(
+                    name=name,
+                    x=[v + j * 1e-6 for j, v in enumerate(x)],
+                    y=y,
+                    c=c,
+                    kind='area',
+                    last=human_bytes(ev[-1].get(k) or 0),
+                )
+            )
+        if full:
+            series.append(
+                dict(
+                    name='full fine-tuning',
+                    x=[0, end],
+                    y=[full / 1024**i] * 2,
+                    c=5,
+                    kind='dash',
+                    last=human_bytes(full),
+                )
+            )
         said = 'Training state in memory: ' + ', '.join(f"{r['name']} {r['last']}" for r in series)
-        out += line_chart(series, said, lambda v: f'{v:g} {unit}', 120, (), (0, end), (0, hi/1024**i), x_labels=False, n_ticks=3)
+        out += line_chart(
+            series, said, lambda v: f'{v:g} {unit}', 120, (), (0, end), (0, hi / 1024**i), x_labels=False, n_ticks=3
+        )
     if s.selections:
         few = _few(s.selections)
         x, y = _steps_of([e.step for e in few], [100*e.share for e in few], max(upto, few[-1].step+1))
-        out += line_chart([dict(name='parameters that train', x=x, y=y, c=3, last=percent(few[-1].share))], f'Share of the parameters that train: {percent(few[-1].share)} now, {percent(max(e.share for e in few))} at most', lambda v: f'{v:g} %', 60, (), (0, end), (0, max(y)*1.25 or 1), 'step', n_ticks=2, n_x_ticks=4)
+        out += line_chart(
+            [dict(name='parameters that train', x=x, y=y, c=3, last=percent(few[-1].share))],
+            f'Share of the parameters that train: {percent(few[-1].share)} now, {percent(max(e.share for e in few))} at'
+            ' most',
+            lambda v: f'{v:g} %',
+            60,
+            (),
+            (0, end),
+            (0, max(y) * 1.25 or 1),
+            'step',
+            n_ticks=2,
+            n_x_ticks=4,
+        )
     return out
 
 def _few(ev, n=32): return ev if len(ev) <= n else [ev[i*len(ev)//n] for i in range(n-1)] + [ev[-1]]
@@ -223,10 +388,19 @@ def _buttons(self:TrainingDashboard):
     at = self.status
     if at not in ('running', 'starting') or self._wish == 'resume': self._wish = None
     held = at == 'paused' or self._wish == 'pause'
-    put(self.pause, description='Resume' if held else 'Pause', icon='play' if held else 'pause', disabled=not self.live or at not in ('running', 'paused'))
+    put(
+        self.pause,
+        description='Resume' if held else 'Pause',
+        icon='play' if held else 'pause',
+        disabled=not self.live or at not in ('running', 'paused'),
+    )
     put(self.stop, disabled=not self.live or at not in ('starting', 'running', 'paused'))
     for b in (self.pause, self.stop): put(b.layout, display='none' if self.control is None else None)
-    put(self.choose, description='Threshold' if self.live and self.control is not None else 'What if', disabled=not self.state.units)
+    put(
+        self.choose,
+        description='Threshold' if self.live and self.control is not None else 'What if',
+        disabled=not self.state.units,
+    )
 
 @patch
 def _pause(self:TrainingDashboard, b):
@@ -261,13 +435,20 @@ def draw(self:TrainingDashboard):
     self.seldom('tiles', (mark, s.step), lambda: put(self.tiles, value=self._tiles()), 2)
     self.seldom('curve', mark, lambda: put(self.curve, value=self._curve()), 2)
     end = axis_end(s.step, s.max_steps, not goes_on(self))
-    self.seldom('side', (s, n['select'], n['memory'], end, s.step*100//end), lambda: put(self.side, value=self._side()), 5)
+    self.seldom(
+        'side', (s, n['select'], n['memory'], end, s.step * 100 // end), lambda: put(self.side, value=self._side()), 5
+    )
 
 @patch
 def still(self:TrainingDashboard):
-    return f'{self._what()}{self._bar()}{self._tiles()}<div class="alf-pair"><div>{self._curve()}</div><div>{self._side()}</div></div>{self.map.still()}'
+    return (
+        f'{self._what()}{self._bar()}{self._tiles()}<div'
+        f' class="alf-pair"><div>{self._curve()}</div><div>{self._side()}</div></div>{self.map.still()}'
+    )
 
 @patch
 def __repr__(self:TrainingDashboard):
     kind, head, _ = self._words()
-    return f"TrainingDashboard of {self.log.dir.name}: {head.lower()}, step {self.state.step}" + (f" of {self.state.max_steps}" if self.state.max_steps else '')
+    return f"TrainingDashboard of {self.log.dir.name}: {head.lower()}, step {self.state.step}" + (
+        f" of {self.state.max_steps}" if self.state.max_steps else ''
+    )

@@ -72,7 +72,11 @@ def mean_importance(
     "Importance of each row: the mean over its parameters, largest 1 unless every row is one unit"
     out = []
     for us in groups.values():
-        known = [(importance[u.name], u.n_params) for u in us if importance.get(u.name) is not None and (only is None or u.name in only)]
+        known = [
+            (importance[u.name], u.n_params)
+            for u in us
+            if importance.get(u.name) is not None and (only is None or u.name in only)
+        ]
         out.append(sum(v*n for v,n in known)/sum(n for _,n in known) if known else None)
     return out if all(len(us) == 1 for us in groups.values()) else _scaled(out)
 
@@ -91,12 +95,23 @@ class SelectionMap(View):
         super().__init__(source)
         self._busy, self._cache, self._shape = False, {}, None
         wide, over = dict(width='100%'), dict(grid_area='1 / 1 / 2 / 2', width='100%')
-        pick = lambda name, options, px: W.Dropdown(options=options, description=name, layout=dict(width=px, max_width='100%'), style=dict(description_width='initial'))
+        pick = lambda name, options, px: W.Dropdown(
+            options=options,
+            description=name,
+            layout=dict(width=px, max_width='100%'),
+            style=dict(description_width='initial'),
+        )
         self.zoom, self.colour = pick('show', [_all], '270px'), pick('colour', list(COLOURS), '270px')
         self.table_on = W.ToggleButton(description='Table', icon='table', layout=dict(width='90px'))
         self.controls = W.HBox([self.zoom, self.colour, self.table_on], layout=dict(width='100%', flex_flow='row wrap'))
-        self.drawing, self.hints, self.legend, self.said, self.table = W.HTML(layout=over), W.HTML(layout=over), W.HTML(layout=wide), W.HTML(layout=wide), W.HTML(layout=dict(width='100%', display='none'))
-        self.map = W.GridBox([self.drawing, self.hints], layout=dict(width='100%', grid_template_columns='minmax(0, 1fr)'))
+        self.drawing = W.HTML(layout=over)
+        self.hints = W.HTML(layout=over)
+        self.legend = W.HTML(layout=wide)
+        self.said = W.HTML(layout=wide)
+        self.table = W.HTML(layout=dict(width='100%', display='none'))
+        self.map = W.GridBox(
+            [self.drawing, self.hints], layout=dict(width='100%', grid_template_columns='minmax(0, 1fr)')
+        )
         for w in (self.zoom, self.colour, self.table_on): self.on(w, lambda c: None if self._busy else self.at_once())
         self.open(self.controls, self.legend, self.map, self.said, self.table)
 
@@ -129,7 +144,11 @@ def _values(self:SelectionMap, groups, how):
             imp = self._importance(i)
             mean = mean_importance(groups, imp, None if how == 'all' else set(s.selections[i].names))
             # trained, but unimportant or unknown, is not frozen
-            share = mean if how == 'all' else [(max(v, .02) if v is not None else f) if f else 0 for v,f in zip(mean, share)]
+            share = (
+                mean
+                if how == 'all'
+                else [(max(v, 0.02) if v is not None else f) if f else 0 for v, f in zip(mean, share)]
+            )
         done.append(share)
     return done
 
@@ -141,11 +160,21 @@ def _facts(self:SelectionMap, groups):
     weight = [max(0, b - x.step) for x,b in zip(s.selections, ends)]
     shares, scores = self._values(groups, 'share'), s.scores()
     able = {u.name for u in s.units if u.eligible}
-    imp = mean_importance(groups, Scores(scores.signal, {k: v for k,v in scores.values.items() if k in able}).importance)
+    imp = mean_importance(
+        groups, Scores(scores.signal, {k: v for k, v in scores.values.items() if k in able}).importance
+    )
     now = set(s.selections[-1].names) if s.selections else set()
     mean = [sum(w*v[j] for w,v in zip(weight, shares))/(sum(weight) or 1) for j in range(len(groups))]
-    return {k: dict(mean=m, imp=v, on=[u for u in us if u.name in now], of=len(us), age=max((scores.ages[u.name] for u in us if u.name in scores.ages), default=None))
-            for (k,us),m,v in zip(groups.items(), mean, imp)}, scores
+    return {
+        k: dict(
+            mean=m,
+            imp=v,
+            on=[u for u in us if u.name in now],
+            of=len(us),
+            age=max((scores.ages[u.name] for u in us if u.name in scores.ages), default=None),
+        )
+        for (k, us), m, v in zip(groups.items(), mean, imp)
+    }, scores
 
 @patch
 def _mark(self:SelectionMap): return super(SelectionMap, self)._mark(), goes_on(self)
@@ -156,14 +185,22 @@ def _marks(self:SelectionMap):
     return steps if len(steps) <= 60 else []       # more would hide the map
 
 # %% ../../nbs/11c_widgets.map.ipynb #00e860a4
-_why = {'importance': ('least important', 'most important of what trains', 'frozen'), 'share': ('a little of it', 'all of it trains', 'frozen'), 'all': ('unimportant', 'most important, frozen or not', 'unknown')}
+_why = {
+    'importance': ('least important', 'most important of what trains', 'frozen'),
+    'share': ('a little of it', 'all of it trains', 'frozen'),
+    'all': ('unimportant', 'most important, frozen or not', 'unknown'),
+}
 
 def _row_px(groups): return max(3, min(20, 340//len(groups))) if len(groups) > 8 else 26
 
 @patch
 def _legend(self:SelectionMap):
     "What the colours mean"
-    return ramp_legend(*_why[COLOURS[self.colour.value]], ['dotted line: a new selection'] if self._marks() else ()) if self.state.selections else ''
+    return (
+        ramp_legend(*_why[COLOURS[self.colour.value]], ['dotted line: a new selection'] if self._marks() else ())
+        if self.state.selections
+        else ''
+    )
 
 @patch
 def _picture(self:SelectionMap, still=False):
@@ -172,13 +209,38 @@ def _picture(self:SelectionMap, still=False):
     if not s.selections or not groups: return '<p class="note">Nothing was selected yet.</p>'
     values, facts, (n, end) = self._values(groups, how), self._facts(groups), self._steps()
     facts, scores = facts
-    most = [f"{k} ({percent(facts[k]['mean'], 0)})" for k in sorted((k for k,f in facts.items() if f['mean'] > 0), key=lambda k: -facts[k]['mean'])[:3]]
-    label = (f"{'Layers' if self.zoom.value == _all else self.zoom.value[0].upper()+self.zoom.value[1:]} by step, up to step {n} of {s.max_steps or n}; colour: {self.colour.value}. "
-             f"{sum(f['mean'] > 0 for f in facts.values())} of {len(groups)} trained; most of all {', '.join(most)}.")
-    side = dict(side=[f['imp'] for f in facts.values()], side_name=f'importance now ({scores.signal})', side_on=[bool(f['on']) for f in facts.values()]) if scores.known else {}
+    most = [
+        f"{k} ({percent(facts[k]['mean'], 0)})"
+        for k in sorted((k for k, f in facts.items() if f['mean'] > 0), key=lambda k: -facts[k]['mean'])[:3]
+    ]
+    label = (
+        f"{'Layers' if self.zoom.value == _all else self.zoom.value[0].upper()+self.zoom.value[1:]} by step, up to step"
+        f" {n} of {s.max_steps or n}; colour: {self.colour.value}. {sum(f['mean'] > 0 for f in facts.values())} of"
+        f" {len(groups)} trained; most of all {', '.join(most)}."
+    )
+    side = (
+        dict(
+            side=[f['imp'] for f in facts.values()],
+            side_name=f'importance now ({scores.signal})',
+            side_on=[bool(f['on']) for f in facts.values()],
+        )
+        if scores.known
+        else {}
+    )
     marks = self._marks()
-    draw = lambda columns: heat_map(list(groups), step_map(values, [x.step for x in s.selections], n, columns), label, (0, end), marks=marks, left=names_px(groups), upto=n, row_px=_row_px(groups), hints=[self._hint(k, f) for k,f in facts.items()] if still else None,
-                    legend=self._legend() if still else '', **side)
+    draw = lambda columns: heat_map(
+        list(groups),
+        step_map(values, [x.step for x in s.selections], n, columns),
+        label,
+        (0, end),
+        marks=marks,
+        left=names_px(groups),
+        upto=n,
+        row_px=_row_px(groups),
+        hints=[self._hint(k, f) for k, f in facts.items()] if still else None,
+        legend=self._legend() if still else '',
+        **side
+    )
     out = draw(240)
     return out if len(out) < 9000 or still else draw(100)      # selections that change at every step do not compress
 
@@ -194,7 +256,10 @@ def _hover(self:SelectionMap):
     if not groups or not self.state.selections: return ''
     px = _row_px(groups)
     rows = ''.join(f'<i title="{escape(self._hint(k, f))}"></i>' for k,f in self._facts(groups)[0].items())
-    return f'<div class="alf-over" aria-hidden="true" style="--left:{names_px(groups)}px;--h:{px*len(groups)}px"><div class="alf-hover">{rows}</div></div>'
+    return (
+        f'<div class="alf-over" aria-hidden="true" style="--left:{names_px(groups)}px;--h:{px*len(groups)}px"><div'
+        f' class="alf-hover">{rows}</div></div>'
+    )
 
 # %% ../../nbs/11c_widgets.map.ipynb #486cb0ec
 def _n(k, what): return f"{k} {what}{'s'*(k != 1)}"
@@ -208,9 +273,16 @@ def _words(self:SelectionMap):
     before = set(s.selections[-2].names) if len(s.selections) > 1 else set()
     new, gone = set(now.names) - before, before - set(now.names)
     verb = 'train' if goes_on(self) else 'trained'
-    change = '' if len(s.selections) == 1 else f"; {len(new)} came, {len(gone)} went" if new or gone else '; the same as before'
+    change = (
+        ''
+        if len(s.selections) == 1
+        else f"; {len(new)} came, {len(gone)} went" if new or gone else '; the same as before'
+    )
     why = f": {escape(now.reason)}" if now.reason else ''
-    return f'<p class="alf-said" role="status">Since step {e.get("step", 0)} <b>{_n(len(now), "unit")}</b> {verb} ({percent(now.share)} of the parameters{change}){why}.</p>'
+    return (
+        f'<p class="alf-said" role="status">Since step {e.get("step", 0)} <b>{_n(len(now), "unit")}</b> {verb}'
+        f' ({percent(now.share)} of the parameters{change}){why}.</p>'
+    )
 
 @patch
 def _table(self:SelectionMap):
@@ -219,10 +291,36 @@ def _table(self:SelectionMap):
     if not groups: return ''
     facts, scores = self._facts(groups)
     one = all(f['of'] == 1 for f in facts.values())
-    which = lambda f: ('yes' if f['on'] else 'no') if one else f"{len(f['on'])} of {f['of']}" + (f": {escape(', '.join(dict.fromkeys(u.role if self.zoom.value == _all else u.layer for u in f['on'])))}" if 0 < len(f['on']) < f['of'] else '')
-    body = ''.join(f'<tr><th scope="row" class="txt">{escape(k)}</th><td class="txt">{which(f)}</td><td>{percent(f["mean"], 0)}</td><td>{num(f["imp"], 2)}</td><td>{"–" if f["age"] is None else f["age"]}</td></tr>' for k,f in facts.items())
-    head = ''.join(f'<th scope="col"{c}>{h}</th>' for h,c in (('row', ' class="txt"'), ('trains now' if goes_on(self) else 'trained last', ' class="txt"'), ('of all steps', ''), (f'importance ({escape(scores.signal)})', ''), ('age, steps', '')))
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="The map in numbers"><table class="data plain"><caption>{escape(self.zoom.value)}, at step {self.state.step}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    which = lambda f: (
+        ('yes' if f['on'] else 'no')
+        if one
+        else f"{len(f['on'])} of {f['of']}"
+        + (
+            f": {escape(', '.join(dict.fromkeys(u.role if self.zoom.value == _all else u.layer for u in f['on'])))}"
+            if 0 < len(f['on']) < f['of']
+            else ''
+        )
+    )
+    body = ''.join(
+        f'<tr><th scope="row" class="txt">{escape(k)}</th><td'
+        f' class="txt">{which(f)}</td><td>{percent(f["mean"], 0)}</td><td>{num(f["imp"], 2)}</td><td>{"–" if f["age"] is None else f["age"]}</td></tr>'
+        for k, f in facts.items()
+    )
+    head = ''.join(
+        f'<th scope="col"{c}>{h}</th>'
+        for h, c in (
+            ('row', ' class="txt"'),
+            ('trains now' if goes_on(self) else 'trained last', ' class="txt"'),
+            ('of all steps', ''),
+            (f'importance ({escape(scores.signal)})', ''),
+            ('age, steps', ''),
+        )
+    )
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="The map in numbers"><table class="data'
+        f' plain"><caption>{escape(self.zoom.value)}, at step'
+        f' {self.state.step}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 # %% ../../nbs/11c_widgets.map.ipynb #88d9d13e
 @patch
@@ -232,7 +330,11 @@ def draw(self:SelectionMap):
     if self._shape != layers:
         self._busy, keep = True, self.zoom.value
         try:
-            options = [_all, *([_kinds] if len({u.role for u in s.units if u.eligible}) > 1 else []), *(l for l in layers if len(map_rows(s, l)) > 1)]
+            options = [
+                _all,
+                *([_kinds] if len({u.role for u in s.units if u.eligible}) > 1 else []),
+                *(l for l in layers if len(map_rows(s, l)) > 1),
+            ]
             labels = list(map(visible, options))      # the front end's messages are UTF-8
             put(self.zoom, options=options if labels == options else list(zip(labels, options)))
             put(self.zoom, value=keep if keep in options else _all)
@@ -244,12 +346,17 @@ def draw(self:SelectionMap):
     self.seldom('said', (at, goes_on(self)), lambda: put(self.said, value=self._words()))
     measured = (at, len(s.events('measure')), len(s.events('probe')))
     self.seldom('hints', measured, lambda: put(self.hints, value=self._hover()), 5)
-    if self.table_on.value: self.seldom('table', (measured, self.table_on.value), lambda: put(self.table, value=self._table()), 5)
+    if self.table_on.value:
+        self.seldom('table', (measured, self.table_on.value), lambda: put(self.table, value=self._table()), 5)
     put(self.table.layout, display=None if self.table_on.value else 'none')
 
 @patch
 def still(self:SelectionMap):
-    return self._picture(still=True) + self._words() + f'<details><summary>The map in numbers</summary>{self._table()}</details>'
+    return (
+        self._picture(still=True)
+        + self._words()
+        + f'<details><summary>The map in numbers</summary>{self._table()}</details>'
+    )
 
 @patch
 def __repr__(self:SelectionMap):

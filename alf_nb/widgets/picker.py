@@ -30,7 +30,8 @@ def bytes_per_param(
     "Gradients, optimizer state and references for each parameter that trains, as measured last"
     for e in reversed(state.events('memory')):
         on = next((s for s in reversed(state.selections) if s.step < e['step']), None)
-        if on and (n := sum(state.sizes.get(u, 0) for u in on.names)): return sum(e.get(k) or 0 for k in ('grad_bytes', 'optimizer_bytes', 'reference_bytes'))/n
+        if on and (n := sum(state.sizes.get(u, 0) for u in on.names)):
+            return sum(e.get(k) or 0 for k in ('grad_bytes', 'optimizer_bytes', 'reference_bytes'))/n
     return None
 
 def seconds_per_full_step(
@@ -50,7 +51,8 @@ def seconds_per_full_step(
 class BarChart:
     "Importance of units as bars, grouped by layer."
     left, height, top = 84, 264, 1200     # px, px, and the height in which importance 1 is 1000: below lie two strips
-    colours = ('#2f6fd0', '#0e8f9c', '#2c8f4e', '#7a57cf', '#b98300', '#d4622a', '#bf3569', '#7b8794')    # k1 … k8 of theme.css, for viewers that drop styles
+    # k1 … k8 of theme.css, for viewers that drop styles
+    colours = ('#2f6fd0', '#0e8f9c', '#2c8f4e', '#7a57cf', '#b98300', '#d4622a', '#bf3569', '#7b8794')
     def __init__(self,
         units # `UnitInfo` to draw, in model order
     ):
@@ -58,7 +60,9 @@ class BarChart:
         self.gap = 1 if len(self.units) > 2*len(self.layers) else 0
         self.at, x = {}, 0
         for us in self.layers.values():
-            for u in us: self.at[u.name] = x; x += 1
+            for u in us:
+                self.at[u.name] = x
+                x += 1
             x += self.gap
         self.width = max(x, 1)
         roles = list(dict.fromkeys(u.role for u in self.units))
@@ -67,8 +71,17 @@ class BarChart:
     def legend(self)->str:
         "Which colour is which role, and what filled means"
         n = {r: i for r,i in self.roles.items() if i < 8 or len(self.roles) == 8}
-        keys = [f'<i class="alf-key full alf-k{i}" aria-hidden="true"></i>{escape(r)}' for r,i in n.items()] + (['<i class="alf-key full alf-k8" aria-hidden="true"></i>others'] if len(n) < len(self.roles) else [])
-        return '<ul class="alf-legend">' + ''.join(f'<li>{k}</li>' for k in (*keys, '<i class="alf-key hollow" aria-hidden="true"></i>hollow: stays frozen')) + '</ul>'
+        keys = [f'<i class="alf-key full alf-k{i}" aria-hidden="true"></i>{escape(r)}' for r, i in n.items()] + (
+            ['<i class="alf-key full alf-k8" aria-hidden="true"></i>others'] if len(n) < len(self.roles) else []
+        )
+        return (
+            '<ul class="alf-legend">'
+            + ''.join(
+                f'<li>{k}</li>'
+                for k in (*keys, '<i class="alf-key hollow" aria-hidden="true"></i>hollow: stays frozen')
+            )
+            + '</ul>'
+        )
 
     def _strip(self, names, y):
         "A bar code of `names`; neighbours melt together"
@@ -94,22 +107,36 @@ class BarChart:
             d = paths.setdefault((k, f), [])
             d.append(f'M{x} {1000-h}h.8v{h}H{x}z')
             if f: d.append(f'M{x} 1040h.8v60H{x}z')
-        body = ''.join(f'<path class="{"f" if f else "o"} alf-k{k}" fill="{self.colours[k-1] if f else "none"}" d="{"".join(d)}"/>' for (k,f),d in sorted(paths.items()))
+        body = ''.join(
+            f'<path class="{"f" if f else "o"} alf-k{k}" fill="{self.colours[k-1] if f else "none"}" d="{"".join(d)}"/>'
+            for (k, f), d in sorted(paths.items())
+        )
         if now: body += f'<path class="now" fill="#8592a3" d="{self._strip(now, 1130)}"/>'
         if pick in self.at: body += f'<path class="pick" d="M{self.at[pick]+.4} 0V{self.top}"/>'
         if cut is not None: body += f'<path class="cut" stroke="#1b2430" d="M0 {1000-1000*cut:.0f}H{self.width}"/>'
         grid = '<path class="grid" d="' + ''.join(f'M0 {y}H{self.width}' for y in (0, 250, 500, 750, 1000)) + '"/>'
-        return f'<svg viewBox="0 0 {self.width} {self.top}" preserveAspectRatio="none" aria-hidden="true">{grid}{body}</svg>'
+        return (
+            f'<svg viewBox="0 0 {self.width} {self.top}" preserveAspectRatio="none"'
+            f' aria-hidden="true">{grid}{body}</svg>'
+        )
 
     def frame(self, inside, label, strip='', cut=None):
         "What stands around the bars"
         y = lambda v: f'{100*(1-(1000-1000*v)/self.top):.2f}%'
-        marks = ''.join(f'<span style="bottom:{y(v)}">{v:g}</span>' for v in (0, .25, .5, .75, 1) if cut is None or abs(v-cut) > .05)
+        marks = ''.join(
+            f'<span style="bottom:{y(v)}">{v:g}</span>'
+            for v in (0, 0.25, 0.5, 0.75, 1)
+            if cut is None or abs(v - cut) > 0.05
+        )
         if cut is not None: marks += f'<span class="cut" style="bottom:{y(cut)}">≥ {cut:.2f}</span>'
-        for i,t in enumerate(('would train', strip)): marks += f'<span style="bottom:{100*(1-(1070+90*i)/self.top):.1f}%">{t}</span>' if t else ''
+        for i,t in enumerate(('would train', strip)):
+            marks += f'<span style="bottom:{100*(1-(1070+90*i)/self.top):.1f}%">{t}</span>' if t else ''
         if head := self._head(): marks += f'<span style="bottom:-13px">{escape(head)}</span>'
-        return (f'<div class="alf-chart alf-bars" role="img" aria-label="{escape(label)}" style="--left:{self.left}px;--right:0px;--h:{self.height}px"><div class="alf-y">{marks}</div>'
-                f'<div class="alf-plot">{inside}</div><div class="alf-x">{self._layer_names()}</div></div>')
+        return (
+            f'<div class="alf-chart alf-bars" role="img" aria-label="{escape(label)}"'
+            f' style="--left:{self.left}px;--right:0px;--h:{self.height}px"><div class="alf-y">{marks}</div><div'
+            f' class="alf-plot">{inside}</div><div class="alf-x">{self._layer_names()}</div></div>'
+        )
 
     def _head(self):
         "What all layers are called, but for their number"
@@ -124,15 +151,28 @@ class BarChart:
             new = i == 0 or names[i-1].rpartition('.')[0] != before
             if tail.isdigit() and not new and int(tail) % every: continue
             us = self.layers[n]
-            out.append(f'<span style="left:{100*(self.at[us[0].name] + len(us)/2)/self.width:.1f}%">{escape(tail if head or tail.isdigit() and not new else n)}</span>')
+            out.append(
+                '<span'
+                f' style="left:{100*(self.at[us[0].name] + len(us)/2)/self.width:.1f}%">{escape(tail if head or tail.isdigit() and not new else n)}</span>'
+            )
         return ''.join(out)
 
     def hover(self,
         hint # unit → words
     )->str:
         "Words under the pointer"
-        cols = ''.join(f'<div style="flex:{len(us)+self.gap} 1 0">' + ''.join(f'<i title="{escape(hint(u))}"></i>' for u in us) + ('<u></u>' if self.gap else '') + '</div>' for us in self.layers.values())
-        return f'<div class="alf-chart alf-bars" aria-hidden="true" style="--left:{self.left}px;--right:0px;--h:{self.height}px;--gap:{self.gap}"><div></div><div class="alf-plot"><div class="alf-hover cols">{cols}</div></div></div>'
+        cols = ''.join(
+            f'<div style="flex:{len(us)+self.gap} 1 0">'
+            + ''.join(f'<i title="{escape(hint(u))}"></i>' for u in us)
+            + ('<u></u>' if self.gap else '')
+            + '</div>'
+            for us in self.layers.values()
+        )
+        return (
+            '<div class="alf-chart alf-bars" aria-hidden="true"'
+            f' style="--left:{self.left}px;--right:0px;--h:{self.height}px;--gap:{self.gap}"><div></div><div'
+            f' class="alf-plot"><div class="alf-hover cols">{cols}</div></div></div>'
+        )
 
 # %% ../../nbs/11b_widgets.picker.ipynb #eaf2f5e7
 _Context = namedtuple('Context', 'scores units step current policy asked actual')
@@ -141,7 +181,12 @@ class ThresholdPicker(View):
     "Choose by slider which units train, and see what that means."
     threshold = Float(.5, min=0., max=1., help="least importance that trains")
     budget = Float(.25, min=0., max=1., help="fraction of the parameters that may train")
-    by = Enum((None, 'threshold', 'budget'), None, allow_none=True, help="what was chosen last; None: nothing yet, the policy stands as it is")
+    by = Enum(
+        (None, 'threshold', 'budget'),
+        None,
+        allow_none=True,
+        help="what was chosen last; None: nothing yet, the policy stands as it is",
+    )
     selection = Instance(Selection, allow_none=True, help="what would train")
     policy = Instance(Policy, allow_none=True, help="the policy that selects it: give it to ALFCallback")
     def __init__(self,
@@ -153,49 +198,113 @@ class ThresholdPicker(View):
         threshold:float=None, # to begin with, 0–1
         budget:float=None     # or this
     ):
-        if source is None and (scores is None or units is None): raise ValueError("a ThresholdPicker is made of a run, or of scores= and units=")
-        if source is not None and not (scores is None and units is None): raise ValueError("both a run and scores or units: give one")
-        if threshold is not None and budget is not None: raise ValueError(f"both threshold={threshold!r} and budget={budget!r}: give one")
-        if scores is not None and not isinstance(scores, Scores): raise ValueError(f"scores is a Scores, as prior_scores(layers) or tracker.scores(signal) give, got {type(scores).__name__}")
+        if source is None and (scores is None or units is None):
+            raise ValueError("a ThresholdPicker is made of a run, or of scores= and units=")
+        if source is not None and not (scores is None and units is None):
+            raise ValueError("both a run and scores or units: give one")
+        if threshold is not None and budget is not None:
+            raise ValueError(f"both threshold={threshold!r} and budget={budget!r}: give one")
+        if scores is not None and not isinstance(scores, Scores):
+            raise ValueError(
+                "scores is a Scores, as prior_scores(layers) or tracker.scores(signal) give, got"
+                f" {type(scores).__name__}"
+            )
         if isinstance(policy, dict): policy = Policy.from_dict(policy)
-        if not isinstance(policy, (Policy, type(None))): raise ValueError(f"policy is a Policy such as BudgetPolicy(0.25), or its dict, got {policy!r}")
+        if not isinstance(policy, (Policy, type(None))):
+            raise ValueError(f"policy is a Policy such as BudgetPolicy(0.25), or its dict, got {policy!r}")
         super().__init__(source)
         self._scores, self._units, self._base = scores, tuple(getattr(units, 'units', units) or ()), policy
-        if scores is not None: FullPolicy(pin=policy.pin if policy else (), ban=policy.ban if policy else ()).select(scores, self._units)     # what does not fit together is said at once
+        if scores is not None:
+            # what does not fit together is said at once
+            FullPolicy(pin=policy.pin if policy else (), ban=policy.ban if policy else ()).select(scores, self._units)
         self._busy, self._key, self._why, self._request, self._chart = False, None, '', None, None
-        self._ctx = self._seen_data = self._hovered = self._known = None; self._hover_t = 0.
+        self._ctx = self._seen_data = self._hovered = self._known = None
+        self._hover_t = 0.
         self._build()
         for by,v in dict(threshold=threshold, budget=budget).items():
-            if v is not None: adjusted(self._asked(), self._asked(), **{by: v}); self.by = by; setattr(self, by, v)
+            if v is not None:
+                adjusted(self._asked(), self._asked(), **{by: v})
+                self.by = by
+                setattr(self, by, v)
         self.observe(self._linked, ['threshold', 'budget'])
-        self.open(self.tiles, self.controls, self.legend, self.bars, self.said, self.actions, W.HBox([self.unit, self.about], layout=dict(width='100%', align_items='flex-start', flex_flow='row wrap')))
+        self.open(
+            self.tiles,
+            self.controls,
+            self.legend,
+            self.bars,
+            self.said,
+            self.actions,
+            W.HBox([self.unit, self.about], layout=dict(width='100%', align_items='flex-start', flex_flow='row wrap')),
+        )
 
-    def _asked(self): return self._base or (Policy.from_dict(self.state.policy) if self.state.policy else BudgetPolicy())
+    def _asked(self):
+        return self._base or (Policy.from_dict(self.state.policy) if self.state.policy else BudgetPolicy())
 
 # %% ../../nbs/11b_widgets.picker.ipynb #f4935413
 @patch
 def _build(self:ThresholdPicker):
     wide = dict(width='100%')
     def pair(what):
-        number = W.BoundedFloatText(min=0, max=1, step=.01, description=what, layout=dict(width='190px'), style=dict(description_width='100px'))
-        slider = W.FloatSlider(min=0, max=1, step=.01, readout=False, layout=dict(flex='1 1 120px', width='auto', min_width='100px'))
+        number = W.BoundedFloatText(
+            min=0, max=1, step=0.01, description=what, layout=dict(width='190px'), style=dict(description_width='100px')
+        )
+        slider = W.FloatSlider(
+            min=0, max=1, step=0.01, readout=False, layout=dict(flex='1 1 120px', width='auto', min_width='100px')
+        )
         return slider, number
     self.threshold_slider, self.threshold_number = pair('importance ≥')
     self.budget_slider, self.budget_number = pair('budget ≤')
     line = lambda *ws: W.HBox(ws, layout=dict(flex='1 1 320px', width='auto', align_items='center'))
-    self.step = W.SelectionSlider(options=[('–', -1)], description='at step', layout=dict(display='none', width='100%'), style=dict(description_width='100px'))
-    self.controls = W.VBox([W.HBox([line(self.threshold_number, self.threshold_slider), line(self.budget_number, self.budget_slider)], layout=dict(width='100%', flex_flow='row wrap')), self.step], layout=wide)
-    self.tiles, self.legend, self.said, self.about = W.HTML(layout=wide), W.HTML(layout=wide), W.HTML(layout=wide), W.HTML(layout=dict(flex='1 1 300px', width='auto'))
+    self.step = W.SelectionSlider(
+        options=[('–', -1)],
+        description='at step',
+        layout=dict(display='none', width='100%'),
+        style=dict(description_width='100px'),
+    )
+    self.controls = W.VBox(
+        [
+            W.HBox(
+                [line(self.threshold_number, self.threshold_slider), line(self.budget_number, self.budget_slider)],
+                layout=dict(width='100%', flex_flow='row wrap'),
+            ),
+            self.step,
+        ],
+        layout=wide,
+    )
+    self.tiles = W.HTML(layout=wide)
+    self.legend = W.HTML(layout=wide)
+    self.said = W.HTML(layout=wide)
+    self.about = W.HTML(layout=dict(flex='1 1 300px', width='auto'))
     over = dict(grid_area='1 / 1 / 2 / 2', width='100%')
     self.drawing, self.hints = W.HTML(layout=over), W.HTML(layout=over)
     self.bars = W.GridBox([self.drawing, self.hints], layout=dict(width='100%', grid_template_columns='minmax(0, 1fr)'))
-    self.unit = W.Dropdown(options=[('choose one to look at', '')], value='', description='unit', layout=dict(width='330px', max_width='100%'), style=dict(description_width='40px'))
-    self.apply, self.apply_now = W.Button(description='Apply at next re-selection', button_style='primary', icon='check', layout=dict(width='auto')), W.Button(description='Apply now', icon='bolt', layout=dict(width='auto'))
+    self.unit = W.Dropdown(
+        options=[('choose one to look at', '')],
+        value='',
+        description='unit',
+        layout=dict(width='330px', max_width='100%'),
+        style=dict(description_width='40px'),
+    )
+    self.apply = W.Button(
+        description='Apply at next re-selection', button_style='primary', icon='check', layout=dict(width='auto')
+    )
+    self.apply_now = W.Button(description='Apply now', icon='bolt', layout=dict(width='auto'))
     self.request = W.HTML(layout=dict(flex='1 1 240px', width='auto'))
-    self.actions = W.HBox([self.apply, self.apply_now, self.request], layout=dict(width='100%', flex_flow='row wrap', align_items='center', display='none'))
+    self.actions = W.HBox(
+        [self.apply, self.apply_now, self.request],
+        layout=dict(width='100%', flex_flow='row wrap', align_items='center', display='none'),
+    )
     for by in ('threshold', 'budget'):
         self.on(getattr(self, f'{by}_number'), lambda c, by=by: None if self._busy else self._pick(by, c['new']))
-        self.on(getattr(self, f'{by}_slider'), lambda c, by=by: None if self._busy or round(c['new'], 2) == round(getattr(self, by), 2) else self._pick(by, round(c['new'], 6)))    # a front end may send a rounded echo
+        # a front end may send a rounded echo
+        self.on(
+            getattr(self, f'{by}_slider'),
+            lambda c, by=by: (
+                None
+                if self._busy or round(c['new'], 2) == round(getattr(self, by), 2)
+                else self._pick(by, round(c['new'], 6))
+            ),
+        )
     self.on(self.step, lambda c: None if self._busy else self.refresh())
     self.on(self.unit, lambda c: None if self._busy else self.refresh())
     self.on(self.apply, lambda b: self._ask(False))
@@ -217,7 +326,8 @@ def _show(self:ThresholdPicker, by):
     "Number and slider say what the trait says; the slider as its steps allow"
     v = getattr(self, by)
     put(getattr(self, f'{by}_number'), value=round(v, 3))
-    if round(getattr(self, f'{by}_slider').value, 2) != round(v, 2): put(getattr(self, f'{by}_slider'), value=round(v, 2))
+    if round(getattr(self, f'{by}_slider').value, 2) != round(v, 2):
+        put(getattr(self, f'{by}_slider'), value=round(v, 2))
 
 @patch
 def _linked(self:ThresholdPicker, change):
@@ -244,11 +354,25 @@ def _context(self:ThresholdPicker):
     asked = self._base or (Policy.from_dict(p) if isinstance(p := s.config.get('policy'), dict) else BudgetPolicy())
     step, events = self.step.value, s.events('select')
     if not self._back():
-        return _Context(s.scores(), s.units, s.step, now := s.selections[-1] if s.selections else None, self._base or (Policy.from_dict(s.policy) if s.policy else asked), asked, now)
+        return _Context(
+            s.scores(),
+            s.units,
+            s.step,
+            now := s.selections[-1] if s.selections else None,
+            self._base or (Policy.from_dict(s.policy) if s.policy else asked),
+            asked,
+            now,
+        )
     e, before = events[step], [c for c in s.events('choose') if c.get('step', 0) <= events[step].get('step', 0)]
     policy = self._base or (Policy.from_dict(before[-1]['policy']) if before else asked)
-    scores = Scores(e['signal'], e['scores'], e.get('ages') or {}) if e.get('scores') and e.get('signal') else s.scores(step=e.get('step', 0))
-    return _Context(scores, s.units, e.get('step', 0), s.selections[step-1] if step else None, policy, asked, s.selections[step])
+    scores = (
+        Scores(e['signal'], e['scores'], e.get('ages') or {})
+        if e.get('scores') and e.get('signal')
+        else s.scores(step=e.get('step', 0))
+    )
+    return _Context(
+        scores, s.units, e.get('step', 0), s.selections[step - 1] if step else None, policy, asked, s.selections[step]
+    )
 
 @patch
 def _compute(self:ThresholdPicker):
@@ -278,12 +402,25 @@ def _compute(self:ThresholdPicker):
 def _link(self:ThresholdPicker, c, sel):
     "Set the slider that follows"
     p, by = self.policy, self.by
-    if by is None: by = 'threshold' if hasattr(p, 'threshold') else 'budget' if getattr(p, 'budget', None) is not None else None
+    if by is None:
+        by = 'threshold' if hasattr(p, 'threshold') else 'budget' if getattr(p, 'budget', None) is not None else None
     own = getattr(p, by) if by and self.by is None else None
-    try: other = budget_for_threshold(c.scores, c.units, own if own is not None else self.threshold, p.pin, p.ban) if by == 'threshold' else \
-                 threshold_for_budget(c.scores, c.units, own if own is not None else self.budget, p.pin, p.ban) if by == 'budget' and c.scores.known else None
+    try:
+        other = (
+            budget_for_threshold(c.scores, c.units, own if own is not None else self.threshold, p.pin, p.ban)
+            if by == 'threshold'
+            else (
+                threshold_for_budget(c.scores, c.units, own if own is not None else self.budget, p.pin, p.ban)
+                if by == 'budget' and c.scores.known
+                else None
+            )
+        )
     except ValueError: other = None
-    new = {by: own, dict(threshold='budget', budget='threshold').get(by): other} if by else dict(budget=sel.share if sel else None)
+    new = (
+        {by: own, dict(threshold='budget', budget='threshold').get(by): other}
+        if by
+        else dict(budget=sel.share if sel else None)
+    )
     busy, self._busy = self._busy, True
     try:
         for k,v in new.items():
@@ -299,7 +436,15 @@ def draw(self:ThresholdPicker):
     if self.follower and not self._steers(): self._steps()
     self._compute()
     c, steers = self._ctx, self._steers()
-    shown = () if c is None else tuple(u for u in c.units if u.eligible or c.actual and u.name in c.actual or self.selection and u.name in self.selection)
+    shown = (
+        ()
+        if c is None
+        else tuple(
+            u
+            for u in c.units
+            if u.eligible or c.actual and u.name in c.actual or self.selection and u.name in self.selection
+        )
+    )
     if self._chart is None or self._chart.units != shown:
         self._chart, self._hovered = BarChart(shown), None
         put(self.legend, value=self._chart.legend() if shown else '')
@@ -308,7 +453,11 @@ def draw(self:ThresholdPicker):
         finally: self._busy = False
     put(self.tiles, value=self._tiles())
     drawn = put(self.drawing, value=self._drawing(self.unit.value))
-    if c is not None and self._hovered != self._seen_data and (not self.live or self._hovered is None or time.monotonic() - self._hover_t > 5):
+    if (
+        c is not None
+        and self._hovered != self._seen_data
+        and (not self.live or self._hovered is None or time.monotonic() - self._hover_t > 5)
+    ):
         if drawn and self._hovered is not None: self.later()     # the two together would be a large message
         else:
             self._hovered, self._hover_t = self._seen_data, time.monotonic()
@@ -330,7 +479,9 @@ def _steps(self:ThresholdPicker):
     if list(self.step.options) == options: return
     last = self.step.value == self.step.options[-1][1]
     self._busy, keep = True, self.step.value
-    try: self.step.options = options; self.step.value = options[-1][1] if last or keep >= len(options) else keep
+    try:
+        self.step.options = options
+        self.step.value = options[-1][1] if last or keep >= len(options) else keep
     finally: self._busy = False
 
 @patch
@@ -343,30 +494,63 @@ def _forecast(self:ThresholdPicker):
     try: cost = step_cost(c.units, sel.names)
     except ValueError: cost = None
     full = seconds_per_full_step(s) if cost is not None else None
-    return (n*(per or ADAMW_BYTES), f'{per:.3g} B per weight, measured' if per else 'AdamW fp32: 4 B gradient, 8 optimizer, 4 reference each',
-            cost, f'{cost:.2f} of full training' + (', timed' if full else '') if cost is not None else 'unknown', full*cost if full else None)
+    return (
+        n * (per or ADAMW_BYTES),
+        f'{per:.3g} B per weight, measured' if per else 'AdamW fp32: 4 B gradient, 8 optimizer, 4 reference each',
+        cost,
+        f'{cost:.2f} of full training' + (', timed' if full else '') if cost is not None else 'unknown',
+        full * cost if full else None,
+    )
 
 @patch
 def _tiles(self:ThresholdPicker):
     sel, c = self.selection, self._ctx
-    tile = lambda name, big, sub='': f'<div><dt>{name}</dt><dd><div class="big">{big}</div><div class="sub">{escape(sub)}</div></dd></div>'
+    tile = lambda name, big, sub='': (
+        f'<div><dt>{name}</dt><dd><div class="big">{big}</div><div class="sub">{escape(sub)}</div></dd></div>'
+    )
     if not sel: return f'<dl class="alf-tiles">{tile("would train", "–", self._why)}</dl>'
     able = sum(u.eligible for u in c.units)
     mem, mem_why, cost, cost_why, secs = self._forecast()
     n = sum(u.n_params for u in c.units if u.name in set(sel.names))
-    return '<dl class="alf-tiles">' + tile('would train', f'{len(sel)} <small>of {able}</small>', f'units, in {len({u.layer for u in c.units if u.name in set(sel.names)})} layers') + tile('share of weights', percent(sel.share), f'{human_count(n)} of {human_count(sum(u.n_params for u in c.units))}') \
-        + tile('predicted memory', human_bytes(mem), mem_why) + tile('predicted time per step', human_time(float(f'{secs:.2g}')) if secs else '–' if cost is None else f'× {cost:.2f}', cost_why) + '</dl>'
+    return (
+        '<dl class="alf-tiles">'
+        + tile(
+            'would train',
+            f'{len(sel)} <small>of {able}</small>',
+            f'units, in {len({u.layer for u in c.units if u.name in set(sel.names)})} layers',
+        )
+        + tile(
+            'share of weights',
+            percent(sel.share),
+            f'{human_count(n)} of {human_count(sum(u.n_params for u in c.units))}',
+        )
+        + tile('predicted memory', human_bytes(mem), mem_why)
+        + tile(
+            'predicted time per step',
+            human_time(float(f'{secs:.2g}')) if secs else '–' if cost is None else f'× {cost:.2f}',
+            cost_why,
+        )
+        + '</dl>'
+    )
 
 @patch
 def _drawing(self:ThresholdPicker, pick=''):
     c, sel = self._ctx, self.selection
     if c is None: return '<p class="note">Waiting for the run to begin.</p>'
-    if not self._imp or not any(v is not None for v in self._imp.values()): note = '<p class="note">Nothing was measured yet.</p>'
+    if not self._imp or not any(v is not None for v in self._imp.values()):
+        note = '<p class="note">Nothing was measured yet.</p>'
     else: note = ''
     strip = '' if c.actual is None else 'did train' if self._back() else 'trains now'
-    cut = None if getattr(self.policy, 'strata', 0) else self.threshold      # in strata every one has its own: no line divides them all
-    label = f"Importance of {len(self._chart.units)} units by layer. {len(sel) if sel else 0} would train" + (f", {sel.share:.1%} of the parameters" if sel else '') + (f", at importance of at least {cut:.2f}" if cut is not None else '')
-    return note + self._chart.frame(self._chart.svg(self._imp, sel.names if sel else (), c.actual and c.actual.names, cut, pick), label, strip, cut)
+    # in strata every one has its own: no line divides them all
+    cut = None if getattr(self.policy, 'strata', 0) else self.threshold
+    label = (
+        f"Importance of {len(self._chart.units)} units by layer. {len(sel) if sel else 0} would train"
+        + (f", {sel.share:.1%} of the parameters" if sel else '')
+        + (f", at importance of at least {cut:.2f}" if cut is not None else '')
+    )
+    return note + self._chart.frame(
+        self._chart.svg(self._imp, sel.names if sel else (), c.actual and c.actual.names, cut, pick), label, strip, cut
+    )
 
 @patch
 def _facts(self:ThresholdPicker, u):
@@ -375,8 +559,12 @@ def _facts(self:ThresholdPicker, u):
     other = {k: v for k,vs in self._signals().items() if (v := vs.get(u.name)) is not None}
     if c.scores.values.get(u.name) is not None: other[c.scores.signal] = c.scores.values[u.name]
     known = self._imp.get(u.name)
-    return dict(shape=', '.join('×'.join(map(str, s)) for s in u.shapes) or '–', importance='unknown' if known is None else f'{known:.2f}', **{k.replace('_', ' '): f'{v:.2g}' for k,v in other.items()},
-                age=f'{c.scores.ages[u.name]}' if u.name in c.scores.ages else '–' if known is None else '0')
+    return dict(
+        shape=', '.join('×'.join(map(str, s)) for s in u.shapes) or '–',
+        importance='unknown' if known is None else f'{known:.2f}',
+        **{k.replace('_', ' '): f'{v:.2g}' for k, v in other.items()},
+        age=f'{c.scores.ages[u.name]}' if u.name in c.scores.ages else '–' if known is None else '0',
+    )
 
 @patch
 def _signals(self:ThresholdPicker):
@@ -402,30 +590,65 @@ def _about(self:ThresholdPicker, name):
     u = next((u for u in self._chart.units if u.name == name), None)
     if u is None: return ''
     c, sel = self._ctx, self.selection
-    rows = dict(parameters=human_count(u.n_params), **self._facts(u), here='would train' if sel and name in sel else 'stays frozen')
+    rows = dict(
+        parameters=human_count(u.n_params),
+        **self._facts(u),
+        here='would train' if sel and name in sel else 'stays frozen'
+    )
     if c.actual is not None: rows['did train' if self._back() else 'trains now'] = 'yes' if name in c.actual else 'no'
-    return f'<dl class="alf-unit" aria-label="{escape(name)}">' + ''.join(f'<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>' for k,v in rows.items()) + '</dl>'
+    return (
+        f'<dl class="alf-unit" aria-label="{escape(name)}">'
+        + ''.join(f'<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>' for k, v in rows.items())
+        + '</dl>'
+    )
 
 # %% ../../nbs/11b_widgets.picker.ipynb #4d05e38b
 def _units(n): return f"{n} unit{'s'*(n != 1)}"
 
 @patch
 def _wish(self:ThresholdPicker):
-    return {'threshold': f'importance ≥ {self.threshold:g}', 'budget': f'a budget of {self.budget:g}'}.get(self.by) or f'the {self.policy.name} policy' if self.policy else ''
+    return (
+        {'threshold': f'importance ≥ {self.threshold:g}', 'budget': f'a budget of {self.budget:g}'}.get(self.by)
+        or f'the {self.policy.name} policy'
+        if self.policy
+        else ''
+    )
 
 @patch
 def _said(self:ThresholdPicker):
     "The choice beside what trains, or did"
     c, sel = self._ctx, self.selection
     if c is None: return ''
-    if not sel: return f'<p class="alf-said" role="status"><span class="bad">No selection:</span> {escape(self._why)}</p>'
-    said = lambda does: f"with {escape(self._wish())} {does} <b>{_units(len(sel))}</b> ({percent(sel.share)}): {escape(sel.reason)}."
+    if not sel:
+        return f'<p class="alf-said" role="status"><span class="bad">No selection:</span> {escape(self._why)}</p>'
+    said = lambda does: (
+        f"with {escape(self._wish())} {does} <b>{_units(len(sel))}</b> ({percent(sel.share)}): {escape(sel.reason)}."
+    )
     if c.actual is None: said = said('it selects')
     else:
         here, there = set(sel.names), set(c.actual.names)
-        differ = 'the same' if here == there else f'{len(here & there)} the same, <b>{len(here - there)}</b> only here, <b>{len(there - here)}</b> only there'
-        if self._back(): said = f'At step {c.step}: ' + said('it would have chosen') + f" It did choose <b>{_units(len(there))}</b> ({percent(c.actual.share)}, {escape(c.actual.policy)}): {differ}."
-        else: said = said('it selects') + f" Since step {c.actual.step} <b>{_units(len(there))}</b> train ({percent(c.actual.share)}): " + (differ if here == there else f'{len(here - there)} would come, {len(there - here)} would go') + '.'
+        differ = (
+            'the same'
+            if here == there
+            else (
+                f'{len(here & there)} the same, <b>{len(here - there)}</b> only here, <b>{len(there - here)}</b> only'
+                ' there'
+            )
+        )
+        if self._back():
+            said = (
+                f'At step {c.step}: '
+                + said('it would have chosen')
+                + f" It did choose <b>{_units(len(there))}</b> ({percent(c.actual.share)}, {escape(c.actual.policy)}):"
+                f" {differ}."
+            )
+        else:
+            said = (
+                said('it selects')
+                + f" Since step {c.actual.step} <b>{_units(len(there))}</b> train ({percent(c.actual.share)}): "
+                + (differ if here == there else f'{len(here - there)} would come, {len(there - here)} would go')
+                + '.'
+            )
     return f'<p class="alf-said" role="status">{said[0].upper()}{said[1:]}</p>'
 
 # %% ../../nbs/11b_widgets.picker.ipynb #b581dd0e
@@ -450,9 +673,20 @@ def _answer(self:ThresholdPicker):
     if (r := self._request) is None: return ''
     s, wish = self.state, f"{'importance ≥' if r['by'] == 'threshold' else 'budget'} {r['value']:g}"
     if r['error']: text, kind = f"refused: {escape(r['error'])}", 'bad'
-    elif (e := self._taken()) is None: text, kind = (f'{wish}: <b>pending</b>, the run takes it between two steps', '') if self.live else (f'{wish}: the run ended before it was taken', 'bad')
-    elif (sel := next((x for x in s.selections if x.step >= e['step']), None)) is None: text, kind = f"{wish}: <b>in force since step {e['step']}</b>, the next re-selection{self._next()} uses it", ''
-    else: text, kind = f"{wish}: taken at step {e['step']}, <b>{'trains since' if self.live else 'trained from'} step {sel.step}</b>: {_units(len(sel))}, {percent(sel.share)}", 'good'
+    elif (e := self._taken()) is None:
+        text, kind = (
+            (f'{wish}: <b>pending</b>, the run takes it between two steps', '')
+            if self.live
+            else (f'{wish}: the run ended before it was taken', 'bad')
+        )
+    elif (sel := next((x for x in s.selections if x.step >= e['step']), None)) is None:
+        text, kind = f"{wish}: <b>in force since step {e['step']}</b>, the next re-selection{self._next()} uses it", ''
+    else:
+        text = (
+            f"{wish}: taken at step {e['step']}, <b>{'trains since' if self.live else 'trained from'} step"
+            f" {sel.step}</b>: {_units(len(sel))}, {percent(sel.share)}"
+        )
+        kind = 'good'
     return f'<p class="alf-said {kind}" role="status">{text}</p>'
 
 @patch
@@ -470,12 +704,30 @@ def still(self:ThresholdPicker):
         if (c := self._ctx) is None: return '<p class="note">Nothing is known of this run yet.</p>'
         on, rows = set(self.selection.names if self.selection else ()), []
         for l,us in self._chart.layers.items():
-            here, imp = [u.role for u in us if u.name in on], [v for u in us if (v := self._imp.get(u.name)) is not None]
-            rows.append(f'<tr><th scope="row" class="txt">{escape(l)}</th><td>{len(here)} of {len(us)}</td><td class="txt">{escape(", ".join(here)) or "–"}</td><td>{num(max(imp, default=None), 2)}</td></tr>')
-        table = '<table class="data plain"><thead><tr><th scope="col" class="txt">layer</th><th scope="col">would train</th><th scope="col" class="txt">which</th><th scope="col">highest importance</th></tr></thead><tbody>' + ''.join(rows) + '</tbody></table>'
-        return self.tiles.value + self.legend.value + self.drawing.value + self.said.value + f'<details><summary>Layer by layer</summary>{table}</details>'
+            here = [u.role for u in us if u.name in on]
+            imp = [v for u in us if (v := self._imp.get(u.name)) is not None]
+            rows.append(
+                f'<tr><th scope="row" class="txt">{escape(l)}</th><td>{len(here)} of {len(us)}</td><td'
+                f' class="txt">{escape(", ".join(here)) or "–"}</td><td>{num(max(imp, default=None), 2)}</td></tr>'
+            )
+        table = (
+            '<table class="data plain"><thead><tr><th scope="col" class="txt">layer</th><th scope="col">would'
+            ' train</th><th scope="col" class="txt">which</th><th scope="col">highest'
+            ' importance</th></tr></thead><tbody>'
+            + ''.join(rows)
+            + '</tbody></table>'
+        )
+        return (
+            self.tiles.value
+            + self.legend.value
+            + self.drawing.value
+            + self.said.value
+            + f'<details><summary>Layer by layer</summary>{table}</details>'
+        )
 
 @patch
 def __repr__(self:ThresholdPicker):
     sel = self.selection
-    return f"{type(self).__name__}: {self._wish()}" + (f", {_units(len(sel))}, {percent(sel.share)} of the parameters" if sel else f', {self._why}')
+    return f"{type(self).__name__}: {self._wish()}" + (
+        f", {_units(len(sel))}, {percent(sel.share)} of the parameters" if sel else f', {self._why}'
+    )

@@ -8,7 +8,14 @@ from lab import CHROMIUM, Notebook, browser, jupyterlab
 
 SHOTS = Path(os.environ.get("ALF_SHOTS", Path(__file__).parents[2]/"build"/"screenshots"))       # kept to be looked at
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"       # the tutorials' own, in markdown
-HARMLESS = ("favicon", "/api/contents/", "Failed to load resource: the server responded with a status of 404", "ResizeObserver loop", BADGE)      # JupyterLab's own
+# JupyterLab's own
+HARMLESS = (
+    "favicon",
+    "/api/contents/",
+    "Failed to load resource: the server responded with a status of 404",
+    "ResizeObserver loop",
+    BADGE,
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -47,7 +54,11 @@ def notebook(root, lab, context, request):
     opened = []
 
     def open_(*cells, path=None):
-        nb = nbformat.read(path, 4) if path else nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+        nb = (
+            nbformat.read(path, 4)
+            if path
+            else nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+        )
         nb.metadata.kernelspec = dict(name="python3", display_name="Python 3", language="python")
         for c in nb.cells:
             if c.cell_type == "code": c.outputs, c.execution_count = [], None
@@ -62,7 +73,9 @@ def notebook(root, lab, context, request):
     for n in opened:
         if failed: n.page.screenshot(path=SHOTS/f"FAILED_{request.node.name}.png")
         errors += [e for e in n.errors if not any(h in e for h in HARMLESS)]
-        away = [u for u in n.requests if not u.startswith((lab[0], lab[0].replace("http", "ws"), "data:", "blob:", BADGE))]
+        away = [
+            u for u in n.requests if not u.startswith((lab[0], lab[0].replace("http", "ws"), "data:", "blob:", BADGE))
+        ]
         n.close()
         if not failed: assert not away, f"the page went to the network: {away[:3]}"
     if not failed: assert not errors, f"errors in the browser's console: {errors[:3]}"

@@ -12,9 +12,17 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable") if (p := shutil.which(n))), None)
-QUIET = {"@jupyterlab/apputils-extension": ("notification", {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}),
-         "@jupyterlab/docmanager-extension": ("plugin", {"autosave": False})}
+CHROMIUM = next(
+    (p for n in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable") if (p := shutil.which(n))),
+    None,
+)
+QUIET = {
+    "@jupyterlab/apputils-extension": (
+        "notification",
+        {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
+    ),
+    "@jupyterlab/docmanager-extension": ("plugin", {"autosave": False}),
+}
 
 
 def free_port():
@@ -29,16 +37,43 @@ def jupyterlab(root, python=sys.executable, timeout=90):
     root = Path(root).resolve()
     home = root/".lab"
     port, token = free_port(), secrets.token_hex(12)
-    env = dict(os.environ, HOME=str(home), JUPYTER_CONFIG_DIR=str(home/"config"), JUPYTER_DATA_DIR=str(home/"data"), JUPYTER_RUNTIME_DIR=str(home/"runtime"), IPYTHONDIR=str(home/"ipython"),
-               JUPYTER_PREFER_ENV_PATH="1", JUPYTERLAB_SETTINGS_DIR=str(home/"settings"), JUPYTERLAB_WORKSPACES_DIR=str(home/"workspaces"), XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", str(Path.home()/".cache")))
+    env = dict(
+        os.environ,
+        HOME=str(home),
+        JUPYTER_CONFIG_DIR=str(home / "config"),
+        JUPYTER_DATA_DIR=str(home / "data"),
+        JUPYTER_RUNTIME_DIR=str(home / "runtime"),
+        IPYTHONDIR=str(home / "ipython"),
+        JUPYTER_PREFER_ENV_PATH="1",
+        JUPYTERLAB_SETTINGS_DIR=str(home / "settings"),
+        JUPYTERLAB_WORKSPACES_DIR=str(home / "workspaces"),
+        XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
+    )
     for extension, (name, settings) in QUIET.items():
         f = home/"settings"/extension/f"{name}.jupyterlab-settings"
         f.parent.mkdir(parents=True, exist_ok=True)
         f.write_text(json.dumps(settings))
     with open(home/"lab.log", "w") as log:
-        server = subprocess.Popen([python, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
-                                   f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True", "--allow-root", "--ServerApp.terminals_enabled=False"],
-                                  env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(
+            [
+                python,
+                "-m",
+                "jupyterlab",
+                "--no-browser",
+                "--ip=127.0.0.1",
+                f"--port={port}",
+                "--ServerApp.port_retries=0",
+                f"--IdentityProvider.token={token}",
+                f"--ServerApp.root_dir={root}",
+                "--LabApp.expose_app_in_browser=True",
+                "--allow-root",
+                "--ServerApp.terminals_enabled=False",
+            ],
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     url, t0 = f"http://127.0.0.1:{port}", time.time()
     try:
         while True:
@@ -46,7 +81,8 @@ def jupyterlab(root, python=sys.executable, timeout=90):
                 urllib.request.urlopen(f"{url}/api/status?token={token}", timeout=2)
                 break
             except OSError:
-                if server.poll() is not None or time.time() - t0 > timeout: raise RuntimeError(f"JupyterLab did not start:\n{(home/'lab.log').read_text()[-3000:]}") from None
+                if server.poll() is not None or time.time() - t0 > timeout:
+                    raise RuntimeError(f"JupyterLab did not start:\n{(home/'lab.log').read_text()[-3000:]}") from None
                 time.sleep(.2)
         yield url, token
     finally:
@@ -59,7 +95,11 @@ def jupyterlab(root, python=sys.executable, timeout=90):
 def browser(**kw):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"])
+        b = p.chromium.launch(
+            executable_path=CHROMIUM,
+            headless=True,
+            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"],
+        )
         try: yield b.new_context(viewport=dict(width=1280, height=1500), **kw)
         finally: b.close()
 
@@ -70,17 +110,34 @@ class Notebook:
         url, token = base
         self.page, self.errors, self.requests = context.new_page(), [], []
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
-        self.page.on("console", lambda m: m.type == "error" and self.errors.append(f"{m.text} ({m.location.get('url', '')})"))
+        self.page.on(
+            "console", lambda m: m.type == "error" and self.errors.append(f"{m.text} ({m.location.get('url', '')})")
+        )
         self.page.on("request", lambda r: self.requests.append(r.url))
         self.page.goto(f"{url}/lab/tree/{path}?token={token}&reset")
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
-        self.page.wait_for_function("() => !!window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel", timeout=60_000)
+        self.page.wait_for_function(
+            "() => !!window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel", timeout=60_000
+        )
         # the status circle says idle before the connection is ready, and a cell run then is dropped
-        self.page.evaluate("async () => { const s = window.jupyterapp.shell.currentWidget.sessionContext; await s.ready; await s.session.kernel.info; }")
-        self.page.wait_for_function("() => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel; return k.connectionStatus === 'connected' && k.status === 'idle' }", timeout=60_000)
+        self.page.evaluate(
+            "async () => { const s = window.jupyterapp.shell.currentWidget.sessionContext; await s.ready; await"
+            " s.session.kernel.info; }"
+        )
+        self.page.wait_for_function(
+            "() => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel; return"
+            " k.connectionStatus === 'connected' && k.status === 'idle' }",
+            timeout=60_000,
+        )
 
-    def command(self, name, **args): return self.page.evaluate("([c, a]) => window.jupyterapp.commands.execute(c, a).then(() => null)", [name, args])
-    def source(self, i): return self.page.evaluate("i => window.jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type === 'code')[i].model.sharedModel.getSource()", i)
+    def command(self, name, **args):
+        return self.page.evaluate("([c, a]) => window.jupyterapp.commands.execute(c, a).then(() => null)", [name, args])
+    def source(self, i):
+        return self.page.evaluate(
+            "i => window.jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type ==="
+            " 'code')[i].model.sharedModel.getSource()",
+            i,
+        )
     def cell(self, i): return self.page.locator(".jp-Notebook .jp-CodeCell").nth(i)
     def output(self, i): return self.cell(i).locator(".jp-OutputArea").inner_text()
 
@@ -91,15 +148,25 @@ class Notebook:
         if wait: self.wait_done(i, timeout)
 
     def wait_done(self, i, timeout=60):
-        self.page.wait_for_function("i => /^\\[\\d+\\]:$/.test(document.querySelectorAll('.jp-Notebook .jp-CodeCell')[i].querySelector('.jp-InputPrompt').textContent)", arg=i, timeout=timeout*1000)
+        self.page.wait_for_function(
+            "i => /^\\[\\d+\\]:$/.test(document.querySelectorAll('.jp-Notebook"
+            " .jp-CodeCell')[i].querySelector('.jp-InputPrompt').textContent)",
+            arg=i,
+            timeout=timeout * 1000,
+        )
 
     def theme(self, name):
         self.command("apputils:change-theme", theme=f"JupyterLab {name}")
-        self.page.wait_for_function("name => document.body.dataset.jpThemeName === name", arg=f"JupyterLab {name}", timeout=20_000)
+        self.page.wait_for_function(
+            "name => document.body.dataset.jpThemeName === name", arg=f"JupyterLab {name}", timeout=20_000
+        )
         self.page.locator("#jupyterlab-splash").wait_for(state="detached", timeout=20_000)
 
     def restart(self):
-        self.page.evaluate("async () => { const s = window.jupyterapp.shell.currentWidget.sessionContext; await s.session.kernel.restart(); await s.session.kernel.info; }")
+        self.page.evaluate(
+            "async () => { const s = window.jupyterapp.shell.currentWidget.sessionContext; await"
+            " s.session.kernel.restart(); await s.session.kernel.info; }"
+        )
 
     def close(self):
         self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")

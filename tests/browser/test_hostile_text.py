@@ -20,7 +20,10 @@ def show(name, *evils):
 """
 # one object for each payload; of views and pictures, in which every text gets one of them, one with each order of them
 RICH = ("Picture", "View", "ThresholdPicker", "SelectionMap", "TrainingDashboard", "AttentionViewer", "CompareView")
-CELL = {n: f"show({n!r}, *({'map(each_its_own, (PAYLOADS, PAYLOADS[::-1]))' if n in RICH else 'map(the_same, PAYLOADS)'}))" for n in MAKERS}
+CELL = {
+    n: f"show({n!r}, *({'map(each_its_own, (PAYLOADS, PAYLOADS[::-1]))' if n in RICH else 'map(the_same, PAYLOADS)'}))"
+    for n in MAKERS
+}
 LOOK = """() => {
   const out = Array.from(document.querySelectorAll('.jp-OutputArea-output'));
   const all = out.flatMap(o => Array.from(o.querySelectorAll('*')));
@@ -38,12 +41,14 @@ def test_nothing_that_data_brings_runs_or_leads_elsewhere(notebook):
     nb.run(0)
     for i in range(1, len(CELL) + 1): nb.run(i, timeout=90)
     nb.page.wait_for_timeout(1500)      # what loads late
-    for b in nb.page.locator(".jp-OutputArea-output details summary").all()[:20]: b.evaluate("e => { e.parentElement.open = true }")
+    for b in nb.page.locator(".jp-OutputArea-output details summary").all()[:20]:
+        b.evaluate("e => { e.parentElement.open = true }")
     for e in nb.page.locator(".jp-OutputArea-output :is(code, th, b)").all()[:40]: e.dispatch_event("mouseover")
     nb.page.wait_for_timeout(500)
     seen = nb.page.evaluate(LOOK)
     assert not seen["ran"] and not dialogs and not seen["bad"], (seen["ran"], dialogs, seen["bad"][:5])
     assert seen["outputs"] >= len(PAYLOADS)*(len(MAKERS) - len(RICH)) and not seen["errors"]
-    assert seen["text"].count("<script>") > 20 and "javascript:" in seen["text"] and re.search(r"\\u202e", seen["text"])      # they were there, as text
+    # they were there, as text
+    assert seen["text"].count("<script>") > 20 and "javascript:" in seen["text"] and re.search(r"\\u202e", seen["text"])
     assert "tracker.invalid" not in "".join(nb.requests)
     assert nb.page.title() and nb.page.frames == [nb.page.main_frame]

@@ -1,4 +1,5 @@
-"""What a person does: start a training in the background, move sliders by key and mouse, press buttons, change the theme, restart the kernel."""
+"""What a person does: start a training in the background, move sliders by key and mouse, press buttons, change the
+theme, restart the kernel."""
 import re
 from pathlib import Path
 
@@ -36,9 +37,17 @@ def slider(nb, i, n=0): return nb.cell(i).get_by_role("slider").nth(n)
 
 def test_what_the_slider_says_is_what_trains(notebook, shot):
     "By keyboard, then by mouse, while training runs"
-    nb = notebook(START + "run = start('steered')", "picker = ThresholdPicker(run); picker", "run.step", "picker.budget, share(), run.log.events('choose')[-1]['policy']['budget']",
-                  "picker.threshold, run.callback.policy.threshold, share()", "run.alive, run.step", "run.stop(); run.wait(); run.status")
-    nb.run(0); nb.run(1)
+    nb = notebook(
+        START + "run = start('steered')",
+        "picker = ThresholdPicker(run); picker",
+        "run.step",
+        "picker.budget, share(), run.log.events('choose')[-1]['policy']['budget']",
+        "picker.threshold, run.callback.policy.threshold, share()",
+        "run.alive, run.step",
+        "run.stop(); run.wait(); run.status",
+    )
+    nb.run(0)
+    nb.run(1)
     assert int(ask(nb, 2)) >= 0
     budget = slider(nb, 1, 1)
     budget.wait_for()
@@ -52,7 +61,7 @@ def test_what_the_slider_says_is_what_trains(notebook, shot):
     shot(nb, "picker_live", 1)
     # the mouse: drag the threshold to about 0.9
     threshold = slider(nb, 1, 0)
-    nb.cell(1).locator(".noUi-base").first.scroll_into_view_if_needed()     # the slider is not redrawn, the read-outs are
+    nb.cell(1).locator(".noUi-base").first.scroll_into_view_if_needed()  # the slider is not redrawn, the read-outs are
     h, track = threshold.bounding_box(), nb.cell(1).locator(".noUi-base").first.bounding_box()
     nb.page.mouse.move(h["x"] + h["width"]/2, h["y"] + h["height"]/2)
     nb.page.mouse.down()
@@ -69,9 +78,17 @@ def test_what_the_slider_says_is_what_trains(notebook, shot):
 
 def test_pause_resume_stop(notebook, shot):
     "By the dashboard's buttons; the stop leaves a checkpoint"
-    nb = notebook(START + "run = start('buttons')", "dash = TrainingDashboard(run); dash", "run.status, run.step", "time.sleep(.5); run.status, run.step", "time.sleep(.5); run.status, run.step",
-                  "import pathlib; run.status, run.step < 2000, len(list(pathlib.Path('buttons').glob('checkpoint-*/alf/state.json')))")
-    nb.run(0); nb.run(1)
+    nb = notebook(
+        START + "run = start('buttons')",
+        "dash = TrainingDashboard(run); dash",
+        "run.status, run.step",
+        "time.sleep(.5); run.status, run.step",
+        "time.sleep(.5); run.status, run.step",
+        "import pathlib; run.status, run.step < 2000,"
+        " len(list(pathlib.Path('buttons').glob('checkpoint-*/alf/state.json')))",
+    )
+    nb.run(0)
+    nb.run(1)
     button = lambda name: nb.cell(1).get_by_role("button", name=name)
     button("Pause").click(timeout=20_000)
     button("Resume").wait_for(timeout=20_000)
@@ -90,8 +107,14 @@ def test_pause_resume_stop(notebook, shot):
 
 
 def test_two_on_a_page_dark_narrow_and_after_a_restart(notebook, shot):
-    nb = notebook(START + "run = start('shown', 60)", "TrainingDashboard(run)", "ThresholdPicker(run)", "run.wait(); run.status", "SelectionMap('shown')",
-                  "from alf_nb.widgets.dashboard import TrainingDashboard; TrainingDashboard('shown')")
+    nb = notebook(
+        START + "run = start('shown', 60)",
+        "TrainingDashboard(run)",
+        "ThresholdPicker(run)",
+        "run.wait(); run.status",
+        "SelectionMap('shown')",
+        "from alf_nb.widgets.dashboard import TrainingDashboard; TrainingDashboard('shown')",
+    )
     for i in range(3): nb.run(i)
     assert ask(nb, 3, 60) == "'complete'"
     nb.run(4)
@@ -111,14 +134,19 @@ def test_two_on_a_page_dark_narrow_and_after_a_restart(notebook, shot):
     nb.restart()
     nb.run(5)
     nb.cell(5).get_by_text(re.compile("complete", re.I)).first.wait_for(timeout=20_000)
-    assert nb.cell(5).get_by_role("button", name="Pause").count() == 0 or not nb.cell(5).get_by_role("button", name="Pause").is_visible()
+    assert (
+        nb.cell(5).get_by_role("button", name="Pause").count() == 0
+        or not nb.cell(5).get_by_role("button", name="Pause").is_visible()
+    )
     shot(nb, "after_restart", 5)
 
 
 def test_the_live_tutorial_in_the_page(notebook, shot):
     "Run all, as a student does, with the real model"
     nb = notebook(path=TUTORIALS/"2_choose_live.ipynb")
-    n = nb.page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type === 'code').length")
+    n = nb.page.evaluate(
+        "() => window.jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type === 'code').length"
+    )
     live = [i for i in range(n) if "eval: false" not in nb.source(i)]       # the install cell is for Colab
     for i in live: nb.run(i, timeout=180)
     for i in live: assert "Traceback" not in nb.output(i)

@@ -2,9 +2,11 @@
 
     with audit(dict(w=w, r=r)) as a: …launch…
 
-- An access outside the named buffers and the kernel's own tensor arguments raises IndexError *before* it happens: the bare interpreter would scribble on the process, or die.
+- An access outside the named buffers and the kernel's own tensor arguments raises IndexError *before* it happens: the
+bare interpreter would scribble on the process, or die.
 - A `tl.multiple_of` promise that an address breaks raises ValueError: on a GPU that is a misaligned-address fault.
-- `a.reads[name]`, `a.writes[name]`: how often each byte was read and written (`count=False` leaves this out, for huge sparse buffers).
+- `a.reads[name]`, `a.writes[name]`: how often each byte was read and written (`count=False` leaves this out, for huge
+sparse buffers).
 """
 import contextlib
 import numpy as np
@@ -21,7 +23,8 @@ class Audit:
         if self.count: self.reads[k], self.writes[k] = np.zeros(span[1], np.int32), np.zeros(span[1], np.int32)
     def hit(self, counts, ptrs, mask):
         width = max(1, ptrs.get_element_ty().primitive_bitwidth//8)
-        p, m = np.broadcast_arrays(ptrs.data, mask.data); p = p[m].ravel()
+        p, m = np.broadcast_arrays(ptrs.data, mask.data)
+        p = p[m].ravel()
         todo = np.ones(p.shape, bool)
         for k,(base,n) in self.spans.items():
             inside = todo & (p >= np.uint64(base)) & (p + np.uint64(width) <= np.uint64(base + n))
@@ -31,14 +34,23 @@ class Audit:
                 off = (p[inside] - np.uint64(base)).astype(np.int64)
                 for i in range(width): np.add.at(counts[k], off + i, 1)
             if not todo.any(): return
-        if todo.any(): raise IndexError(f"{'load' if counts is self.reads else 'store'} outside every buffer: {int(todo.sum())} lanes, first {int(p[todo][0]):#x}")
+        if todo.any():
+            raise IndexError(
+                f"{'load' if counts is self.reads else 'store'} outside every buffer: {int(todo.sum())} lanes, first"
+                f" {int(p[todo][0]):#x}"
+            )
 
 @contextlib.contextmanager
 def audit(buffers, count=True):
-    a = Audit(buffers, count); B, T, X = I.InterpreterBuilder, I.TensorHandle, I.GridExecutor
+    a = Audit(buffers, count)
+    B, T, X = I.InterpreterBuilder, I.TensorHandle, I.GridExecutor
     old = B.create_masked_load, B.create_masked_store, T.set_attr, X._init_args_hst
-    def load(self, ptrs, mask, *rest): a.hit(a.reads, ptrs, mask); return old[0](self, ptrs, mask, *rest)
-    def store(self, ptrs, value, mask, *rest): a.hit(a.writes, ptrs, mask); return old[1](self, ptrs, value, mask, *rest)
+    def load(self, ptrs, mask, *rest):
+        a.hit(a.reads, ptrs, mask)
+        return old[0](self, ptrs, mask, *rest)
+    def store(self, ptrs, value, mask, *rest):
+        a.hit(a.writes, ptrs, mask)
+        return old[1](self, ptrs, value, mask, *rest)
     def set_attr(self, key, v):
         if key == 'tt.divisibility' and (np.asarray(self.data).astype(np.uint64) % np.uint64(v[0])).any():
             raise ValueError(f"multiple_of({v[0]}) is false for {int(np.ravel(self.data)[0]):#x}")

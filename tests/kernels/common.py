@@ -12,7 +12,15 @@ def tensor(n, dtype, seed=0, offset=0):
 
 def pair(n, d1, d2, seed=0, o1=0, o2=0): return tensor(n, d1, 2*seed, o1), tensor(n, d2, 2*seed+1, o2)
 
-def f64(t): return (t.dequantize() if hasattr(t, 'dequantize') and not isinstance(t, torch.Tensor) else t).detach().cpu().double().reshape(-1).numpy()
+def f64(t):
+    return (
+        (t.dequantize() if hasattr(t, 'dequantize') and not isinstance(t, torch.Tensor) else t)
+        .detach()
+        .cpu()
+        .double()
+        .reshape(-1)
+        .numpy()
+    )
 
 def judge(items):
     "Σd², Σr² and max|d| of each pair in fp64"
@@ -29,9 +37,20 @@ def judge_dot(items):
 
 def awkward(d):
     "Weights that are hard to round to 8 bits: exact ties, every magnitude, zeros, NaN, infinity, a short last block"
-    g = torch.Generator().manual_seed(0); ties = torch.randint(-254, 255, (2560,), generator=g)/2; ties[::256] = 127.
-    odd = torch.ones(1024); odd[3], odd[300], odd[600] = float('nan'), float('inf'), -float('inf')
-    return torch.cat([ties, torch.zeros(256), torch.randn(25_600, generator=g)*torch.logspace(-40, 37, 100).repeat_interleave(256), odd, torch.randn(77, generator=g)]).to(d)
+    g = torch.Generator().manual_seed(0)
+    ties = torch.randint(-254, 255, (2560,), generator=g)/2
+    ties[::256] = 127.
+    odd = torch.ones(1024)
+    odd[3], odd[300], odd[600] = float('nan'), float('inf'), -float('inf')
+    return torch.cat(
+        [
+            ties,
+            torch.zeros(256),
+            torch.randn(25_600, generator=g) * torch.logspace(-40, 37, 100).repeat_interleave(256),
+            odd,
+            torch.randn(77, generator=g),
+        ]
+    ).to(d)
 
 def bits(t): return t.reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
@@ -54,16 +73,42 @@ def liger_and_plain(folder, device, **sizes):
     from alf_nb.trainer import ALFCallback
     for liger in (False, True):      # the kernels stay in transformers' module: the plain run comes first
         torch.manual_seed(0)
-        args = TrainingArguments(output_dir=str(folder/str(liger)), max_steps=4, per_device_train_batch_size=1, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=device == 'cpu', disable_tqdm=True, save_strategy='no', seed=3, use_liger_kernel=liger)
-        t = Trainer(demo_model(**sizes), args, train_dataset=demo_dataset(16, length=8), callbacks=[ALFCallback(budget=.15, hysteresis=0., interval=2, probe_batches=2, measure_every=1, lock=1.)])
+        args = TrainingArguments(
+            output_dir=str(folder / str(liger)),
+            max_steps=4,
+            per_device_train_batch_size=1,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=device == 'cpu',
+            disable_tqdm=True,
+            save_strategy='no',
+            seed=3,
+            use_liger_kernel=liger,
+        )
+        t = Trainer(
+            demo_model(**sizes),
+            args,
+            train_dataset=demo_dataset(16, length=8),
+            callbacks=[
+                ALFCallback(budget=0.15, hysteresis=0.0, interval=2, probe_batches=2, measure_every=1, lock=1.0)
+            ],
+        )
         t.remove_callback(PrinterCallback)
         t.train()
-        yield [h['loss'] for h in t.state.log_history if 'loss' in h], [s.names for s in RunLog(folder/str(liger)).selections()], t
+        yield (
+            [h['loss'] for h in t.state.log_history if 'loss' in h],
+            [s.names for s in RunLog(folder / str(liger)).selections()],
+            t,
+        )
 
 def check_liger(plain, liger):
     "Liger is really in the model, trains like the model without it, and under selections that change"
-    model = liger[2].model; inner = model.model
-    for f in (model.forward, inner.norm.forward, inner.layers[0].mlp.forward): assert f.__func__.__module__.startswith('liger_kernel.'), f       # head with its loss, norms, SwiGLU
+    model = liger[2].model
+    inner = model.model
+    for f in (model.forward, inner.norm.forward, inner.layers[0].mlp.forward):
+        # head with its loss, norms, SwiGLU
+        assert f.__func__.__module__.startswith('liger_kernel.'), f
     from transformers.models.llama import modeling_llama
     assert modeling_llama.apply_rotary_pos_emb.__module__.startswith('liger_kernel.')
     np.testing.assert_allclose(liger[0], plain[0], rtol=1e-4)

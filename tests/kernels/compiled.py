@@ -1,6 +1,8 @@
-"""The Triton source compiled ahead of time, and its machine code read: no GPU, no driver. Run by test_triton.py in a process of its own without TRITON_INTERPRET.
+"""The Triton source compiled ahead of time, and its machine code read: no GPU, no driver. Run by test_triton.py in a
+process of its own without TRITON_INTERPRET.
 
-Widths of loads are checked exactly, counts of instructions as bounds: they depend a little on the ptxas in the triton wheel."""
+Widths of loads are checked exactly, counts of instructions as bounds: they depend a little on the ptxas in the
+triton wheel."""
 import hashlib, re, subprocess, sys, tempfile, os
 from collections import Counter
 import pytest, torch, triton
@@ -17,26 +19,59 @@ WARPS = 4
 
 def build(target, fn=K._delta_partials, **consts):
     "Compile a kernel with these constants, as a launch would"
-    types = dict(w_ptrs='*i64', r_ptrs='*i64', s_ptrs='*i64', g_ptrs='*i64', numels='*i64', slots='*i32', blk_tensor='*i32', blk_chunk='*i32', part='*fp32', start='*i32', out='*fp64', n_slots='i32')
+    types = dict(
+        w_ptrs='*i64',
+        r_ptrs='*i64',
+        s_ptrs='*i64',
+        g_ptrs='*i64',
+        numels='*i64',
+        slots='*i32',
+        blk_tensor='*i32',
+        blk_chunk='*i32',
+        part='*fp32',
+        start='*i32',
+        out='*fp64',
+        n_slots='i32',
+    )
     sig = {k: 'constexpr' if k in consts else types[k] for k in fn.arg_names}
     attrs = {(i,): [['tt.divisibility', 16]] for i,k in enumerate(fn.arg_names) if sig[k][0] == '*'}
-    return triton.compile(ASTSource(fn=fn, signature=sig, constexprs=consts, attrs=attrs), target=target, options=dict(num_warps=WARPS, enable_fp_fusion=True))
+    return triton.compile(
+        ASTSource(fn=fn, signature=sig, constexprs=consts, attrs=attrs),
+        target=target,
+        options=dict(num_warps=WARPS, enable_fp_fusion=True),
+    )
 
 def partials(target, d1=torch.bfloat16, d2=torch.bfloat16, d3=None, offset=0, **more):
-    "The data pass with the very constants that the host side chooses for such tensors; int8 as dtype of the reference: in 8 bits"
-    w = tensor(64, d1, offset=offset); g = None if d3 is None else tensor(64, d3)
-    n, tables, consts, kernel = K._TritonSweep([(0, w, K.empty_reference(w) if d2 == torch.int8 else tensor(64, d2), g)]).launches[0]
-    return build(target, kernel, **{**consts, **dict(BLOCK=2048 if target.backend == 'hip' else consts['BLOCK'], REFRESH=False), **more})
+    """The data pass with the very constants that the host side chooses for such tensors; int8 as dtype of the
+    reference: in 8 bits"""
+    w = tensor(64, d1, offset=offset)
+    g = None if d3 is None else tensor(64, d3)
+    n, tables, consts, kernel = K._TritonSweep(
+        [(0, w, K.empty_reference(w) if d2 == torch.int8 else tensor(64, d2), g)]
+    ).launches[0]
+    return build(
+        target,
+        kernel,
+        **{**consts, **dict(BLOCK=2048 if target.backend == 'hip' else consts['BLOCK'], REFRESH=False), **more}
+    )
 
 class Sass:
     "Machine code of an NVIDIA kernel: registers and spills, instructions, the hot loop"
     def __init__(self, cubin):
         with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
-            f.write(cubin); f.flush()
-            tool = lambda flag: subprocess.run([triton.knobs.nvidia.cuobjdump.path, flag, f.name], check=True, capture_output=True, text=True).stdout
+            f.write(cubin)
+            f.flush()
+            tool = lambda flag: subprocess.run(
+                [triton.knobs.nvidia.cuobjdump.path, flag, f.name], check=True, capture_output=True, text=True
+            ).stdout
             self.text, use = tool('-sass'), tool('-res-usage')
         self.use = {k: int(v) for k,v in re.findall(r'(REG|STACK|LOCAL|SHARED):(\d+)', use)}
-        self.code = [(int(a, 16), op, args) for a,op,args in re.findall(r'/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)\s*([^;]*);', self.text)]
+        self.code = [
+            (int(a, 16), op, args)
+            for a, op, args in re.findall(
+                r'/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)\s*([^;]*);', self.text
+            )
+        ]
         assert self.code and self.use
     @property
     def ops(self): return Counter(op for _,op,_ in self.code)
@@ -64,10 +99,16 @@ MORE = [(sm, *case) for sm in ('sm_86', 'sm_89', 'sm_100') for case in ((BF16, T
 
 @pytest.mark.parametrize('sm,dtypes,refresh', MAIN + MORE, ids=ids)
 def test_nvidia(sm, dtypes, refresh):
-    k = partials(CUDA[sm], *dtypes, REFRESH=refresh); s = Sass(k.asm['cubin']); loop = s.loop
+    k = partials(CUDA[sm], *dtypes, REFRESH=refresh)
+    s = Sass(k.asm['cubin'])
+    loop = s.loop
     assert f'.target {sm}' in k.asm['ptx']
-    clean(s); assert s.use['REG'] <= 64, 'fewer than 8 blocks of 4 warps fit'
-    sizes = [d.itemsize for d in dtypes]; per = 16//max(sizes); n = 1024//(32*WARPS)//per      # elements per access, accesses per thread and loop
+    clean(s)
+    assert s.use['REG'] <= 64, 'fewer than 8 blocks of 4 warps fit'
+    # elements per access, accesses per thread and loop
+    sizes = [d.itemsize for d in dtypes]
+    per = 16//max(sizes)
+    n = 1024//(32*WARPS)//per
     want = Counter()
     for b in sizes: want[f'LDG.E.{8*per*b}'] += n
     assert only(loop, 'LDG') == want, 'every load in the loop is as wide as the dtypes allow'
@@ -75,26 +116,48 @@ def test_nvidia(sm, dtypes, refresh):
     assert not only(loop, 'BAR', 'LDS', 'STS', 'SHFL'), 'shared memory in the loop'
     per_16_bytes = sum(loop.values())*16/(8*sum(sizes))
     rounds = refresh and dtypes[0] != dtypes[1]
-    assert per_16_bytes <= (76 if rounds else 46 if max(sizes) == 2 else 32), f'{per_16_bytes} instructions per 16 bytes read'
+    assert per_16_bytes <= (
+        76 if rounds else 46 if max(sizes) == 2 else 32
+    ), f'{per_16_bytes} instructions per 16 bytes read'
 
 B, H, F, Q = torch.bfloat16, torch.float16, torch.float32, torch.int8
-DOT = [('sm_90', (a, b, c), refresh) for a,b,c in ((B, B, B), (F, F, F), (F, F, B), (B, B, F), (F, B, H)) for refresh in (False, True)] + [(sm, t, False) for sm in ('sm_80', 'sm_86', 'sm_89', 'sm_100') for t in ((B, B, B), (F, F, F))]
+DOT = [
+    ('sm_90', (a, b, c), refresh)
+    for a, b, c in ((B, B, B), (F, F, F), (F, F, B), (B, B, F), (F, B, H))
+    for refresh in (False, True)
+] + [(sm, t, False) for sm in ('sm_80', 'sm_86', 'sm_89', 'sm_100') for t in ((B, B, B), (F, F, F))]
 
 @pytest.mark.parametrize('sm,dtypes,refresh', DOT, ids=ids)
 def test_dot_on_nvidia(sm, dtypes, refresh):
-    s = Sass(partials(CUDA[sm], *dtypes, REFRESH=refresh).asm['cubin']); loop = s.loop; clean(s)
+    s = Sass(partials(CUDA[sm], *dtypes, REFRESH=refresh).asm['cubin'])
+    loop = s.loop
+    clean(s)
     assert s.use['REG'] <= 64, 'fewer than 8 blocks of 4 warps fit'
-    sizes = [d.itemsize for d in dtypes]; per = 16//max(sizes); n = 1024//(32*WARPS)//per; want = Counter()
+    sizes = [d.itemsize for d in dtypes]
+    per = 16//max(sizes)
+    n = 1024//(32*WARPS)//per
+    want = Counter()
     for b in sizes: want[f'LDG.E.{8*per*b}'] += n
     assert only(loop, 'LDG') == want and not only(loop, 'BAR', 'LDS', 'STS', 'SHFL')
-    assert sum(loop.values())*16/(8*sum(sizes)) <= (56 if refresh and len({*dtypes[:2]}) > 1 else 42 if max(sizes) == 2 else 32)
+    assert sum(loop.values()) * 16 / (8 * sum(sizes)) <= (
+        56 if refresh and len({*dtypes[:2]}) > 1 else 42 if max(sizes) == 2 else 32
+    )
 
-REF8 = [('sm_90', (d, Q, g), refresh) for d in (B, H, F) for g in (None, B, F) for refresh in (False, True)] + [(sm, (d, Q, None), refresh) for sm in ('sm_80', 'sm_86', 'sm_89', 'sm_100') for d in (B, F) for refresh in (False, True)]
+REF8 = [('sm_90', (d, Q, g), refresh) for d in (B, H, F) for g in (None, B, F) for refresh in (False, True)] + [
+    (sm, (d, Q, None), refresh)
+    for sm in ('sm_80', 'sm_86', 'sm_89', 'sm_100')
+    for d in (B, F)
+    for refresh in (False, True)
+]
 
 @pytest.mark.parametrize('sm,dtypes,refresh', REF8, ids=ids)
 def test_ref8_on_nvidia(sm, dtypes, refresh):
-    s = Sass(partials(CUDA[sm], *dtypes, REFRESH=refresh).asm['cubin']); loop = s.loop; clean(s)
-    sizes = [d.itemsize for d in dtypes if d]; want = Counter({'LDG.E.64': 1, 'LDG.E': 1})          # 8 codes per lane, one scale per warp
+    s = Sass(partials(CUDA[sm], *dtypes, REFRESH=refresh).asm['cubin'])
+    loop = s.loop
+    clean(s)
+    # 8 codes per lane, one scale per warp
+    sizes = [d.itemsize for d in dtypes if d]
+    want = Counter({'LDG.E.64': 1, 'LDG.E': 1})
     for d in dtypes:
         if d and d != Q: want['LDG.E.128'] += d.itemsize//2
     assert only(loop, 'LDG') == want
@@ -106,12 +169,14 @@ def test_ref8_on_nvidia(sm, dtypes, refresh):
 def test_ref8_rounds_product_and_sum_apart():
     ptx = partials(CUDA['sm_90'], B, Q, REFRESH=True).asm['ptx']
     assert '0f4B400000' in ptx and 'div.rn.f32' in ptx
-    assert not re.search(r'fma\S* .*0f4B400000', ptx), 'a fused multiply-add skips a rounding that the other backends make'
+    assert not re.search(
+        r'fma\S* .*0f4B400000', ptx
+    ), 'a fused multiply-add skips a rounding that the other backends make'
 
 def test_the_checks_can_fail():
-    s = Sass(partials(CUDA['sm_90'], offset=1).asm['cubin'])                                       # misaligned: no promise, so no vector loads
+    s = Sass(partials(CUDA['sm_90'], offset=1).asm['cubin'])  # misaligned: no promise, so no vector loads
     assert s.ops['LDG.E.128'] == 0 and s.ops['LDG.E.U16'] > 8
-    s = Sass(partials(CUDA['sm_90'], BLOCK=8192).asm['cubin'])                                     # far too many registers
+    s = Sass(partials(CUDA['sm_90'], BLOCK=8192).asm['cubin'])  # far too many registers
     assert s.use['REG'] > 64
 
 def test_offsets_are_64_bit():
@@ -124,16 +189,32 @@ def test_finish_on_nvidia(sm):
     s = Sass(build(CUDA[sm], K._delta_finish, BLOCK=1024).asm['cubin'])
     assert s.use['LOCAL'] == s.use['STACK'] == 0 and not only(s.ops, 'ATOM', 'RED.', 'REDG') and s.use['REG'] <= 128
 
-@pytest.mark.parametrize('gfx,dtypes,refresh', [('gfx942', p, p[0] == p[1]) for p in PAIRS] + [('gfx942', (torch.float32, torch.bfloat16), True), ('gfx90a', BF16, True), ('gfx90a', FP32, False)],
-                         ids=ids)
+@pytest.mark.parametrize(
+    'gfx,dtypes,refresh',
+    [('gfx942', p, p[0] == p[1]) for p in PAIRS]
+    + [('gfx942', (torch.float32, torch.bfloat16), True), ('gfx90a', BF16, True), ('gfx90a', FP32, False)],
+    ids=ids,
+)
 def test_amd(gfx, dtypes, refresh):
-    k = partials(HIP[gfx], *dtypes, REFRESH=refresh); check_amd(k)
-    assert not refresh or re.search(rf'(buffer|global)_store_dwordx{min(4, 4*dtypes[1].itemsize//max(d.itemsize for d in dtypes))}', k.asm['amdgcn'])
+    k = partials(HIP[gfx], *dtypes, REFRESH=refresh)
+    check_amd(k)
+    assert not refresh or re.search(
+        rf'(buffer|global)_store_dwordx{min(4, 4*dtypes[1].itemsize//max(d.itemsize for d in dtypes))}', k.asm['amdgcn']
+    )
 
 @pytest.mark.parametrize('gfx', HIP)
-@pytest.mark.parametrize('dtypes,refresh', [((B, B, B), False), ((F, F, B), True), *(((d, Q, g), r) for d in (B, F) for g in (None, B) for r in (False, True))], ids=ids)
+@pytest.mark.parametrize(
+    'dtypes,refresh',
+    [
+        ((B, B, B), False),
+        ((F, F, B), True),
+        *(((d, Q, g), r) for d in (B, F) for g in (None, B) for r in (False, True)),
+    ],
+    ids=ids,
+)
 def test_variants_on_amd(gfx, dtypes, refresh):
-    k = partials(HIP[gfx], *dtypes, REFRESH=refresh); check_amd(k)
+    k = partials(HIP[gfx], *dtypes, REFRESH=refresh)
+    check_amd(k)
     assert Q not in dtypes or re.search(r'(buffer|global)_load_dwordx2', k.asm['amdgcn'])
 
 def check_amd(k):
@@ -147,6 +228,12 @@ def check_amd(k):
 
 def test_compiling_twice_gives_the_same_bits(tmp_path):
     code = "import compiled as c, hashlib; print(hashlib.sha256(c.partials(c.CUDA['sm_90']).asm['cubin']).hexdigest())"
-    run = lambda i: subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=os.environ | dict(TRITON_CACHE_DIR=str(tmp_path/str(i))), cwd=os.path.dirname(__file__),
-                                   capture_output=True, text=True, check=True).stdout.split()[-1]
+    run = lambda i: subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code],
+        env=os.environ | dict(TRITON_CACHE_DIR=str(tmp_path / str(i))),
+        cwd=os.path.dirname(__file__),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()[-1]
     assert run(0) == run(1)

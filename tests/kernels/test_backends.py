@@ -1,4 +1,5 @@
-"""The CPU backends where a notebook cell is not enough: properties over random models, huge tensors, foreign threads, forks, missing packages, caches that cannot be written."""
+"""The CPU backends where a notebook cell is not enough: properties over random models, huge tensors, foreign
+threads, forks, missing packages, caches that cannot be written."""
 import os, subprocess, sys, textwrap, threading
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -7,13 +8,35 @@ from alf_nb import kernels as K
 from common import *
 
 BACKENDS = [b for b in ('torch', 'numba') if K.available_backends()[b] is True]
-tensors = st.tuples(st.integers(0, 40_000), st.sampled_from((*DTYPES, torch.float64)), st.sampled_from((*DTYPES, torch.float64)), st.integers(0, 9), st.integers(0, 9))
+tensors = st.tuples(
+    st.integers(0, 40_000),
+    st.sampled_from((*DTYPES, torch.float64)),
+    st.sampled_from((*DTYPES, torch.float64)),
+    st.integers(0, 9),
+    st.integers(0, 9),
+)
 models = st.lists(st.lists(tensors, max_size=3), min_size=1, max_size=4)
-few_dtypes = st.lists(st.lists(st.tuples(st.integers(0, 40_000), st.sampled_from((torch.bfloat16, torch.float32, torch.float64)), st.just(torch.float32), st.integers(0, 9), st.integers(0, 9)), max_size=3), min_size=1, max_size=4)
+few_dtypes = st.lists(
+    st.lists(
+        st.tuples(
+            st.integers(0, 40_000),
+            st.sampled_from((torch.bfloat16, torch.float32, torch.float64)),
+            st.just(torch.float32),
+            st.integers(0, 9),
+            st.integers(0, 9),
+        ),
+        max_size=3,
+    ),
+    min_size=1,
+    max_size=4,
+)
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 def make(spec, seed):
-    pairs = {f'u{u}': [pair(n, a, b, seed + i, o1, o2) for i,(n,a,b,o1,o2) in enumerate(unit)] for u,unit in enumerate(spec)}
+    pairs = {
+        f'u{u}': [pair(n, a, b, seed + i, o1, o2) for i, (n, a, b, o1, o2) in enumerate(unit)]
+        for u, unit in enumerate(spec)
+    }
     return tuple({k: [p[j] for p in v] for k,v in pairs.items()} for j in (0, 1))
 
 def want(now, ref):
@@ -25,7 +48,13 @@ def want(now, ref):
 
 def got(d): return np.array([d.delta, d.ref, d.max_abs])
 def run_python(code, **env):
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code)], env=os.environ | env, capture_output=True, text=True, timeout=120)
+    p = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code)],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert p.returncode == 0, p.stderr[-3000:]
     return p.stdout
 
@@ -33,32 +62,52 @@ def run_python(code, **env):
 @few
 @given(spec=models, seed=st.integers(0, 99), refresh=st.booleans())
 def test_any_model_is_measured_right(backend, spec, seed, refresh):
-    now, ref = make(spec, seed); judged = want(now, ref); kept = {k: [t.clone() for t in v] for k,v in now.items()}
+    now, ref = make(spec, seed)
+    judged = want(now, ref)
+    kept = {k: [t.clone() for t in v] for k,v in now.items()}
     np.testing.assert_allclose(got(K.delta_norms(now, ref, backend, refresh)), judged, rtol=1e-6)
     for k in now:
         for w,old,r in zip(now[k], kept[k], ref[k]):
             assert same(w, old) and (not refresh or same(r, w.to(r.dtype)))
 
-def gradients(now, d, seed): return {k: [None if (i + seed)%4 == 0 else tensor(w.numel(), (d, torch.float32)[(i + seed)%2], seed + i) for i,w in enumerate(v)] for k,v in now.items()}
+def gradients(now, d, seed):
+    return {
+        k: [
+            None if (i + seed) % 4 == 0 else tensor(w.numel(), (d, torch.float32)[(i + seed) % 2], seed + i)
+            for i, w in enumerate(v)
+        ]
+        for k, v in now.items()
+    }
 def items(now, ref, grads): return [(k, w, r, g) for k in now for w,r,g in zip(now[k], ref[k], grads[k])]
-def per_unit(now, x): return np.array([sum(v for v,k in zip(x, [k for k in now for _ in now[k]]) if k == u) for u in now])
+def per_unit(now, x):
+    return np.array([sum(v for v,k in zip(x, [k for k in now for _ in now[k]]) if k == u) for u in now])
 
 @pytest.mark.parametrize('backend', BACKENDS)
 @few
-@given(spec=few_dtypes, seed=st.integers(0, 99), refresh=st.booleans(), d=st.sampled_from((torch.float32, torch.bfloat16)), eight=st.booleans())
+@given(
+    spec=few_dtypes,
+    seed=st.integers(0, 99),
+    refresh=st.booleans(),
+    d=st.sampled_from((torch.float32, torch.bfloat16)),
+    eight=st.booleans(),
+)
 def test_any_model_with_gradients_and_8_bits_is_measured_right(backend, spec, seed, refresh, d, eight):
-    now, ref = make(spec, seed); grads = gradients(now, d, seed)
+    now, ref = make(spec, seed)
+    grads = gradients(now, d, seed)
     if eight: ref = {k: [K.quantize_reference(t, backend) for t in v] for k,v in ref.items()}
     j, (dot, size) = want(now, ref), (per_unit(now, x) for x in judge_dot(items(now, ref, grads)))
     errors = np.array([sum(r.error for r in v) for v in ref.values()]) if eight else np.zeros(len(now))
     out = K.delta_norms(now, ref, backend, refresh, grads)
-    np.testing.assert_allclose(np.square(out.delta), np.maximum(j[0]**2 - errors, 0), rtol=2e-6, atol=2e-6*max(1e-9, errors.max()))
+    np.testing.assert_allclose(
+        np.square(out.delta), np.maximum(j[0] ** 2 - errors, 0), rtol=2e-6, atol=2e-6 * max(1e-9, errors.max())
+    )
     np.testing.assert_allclose(got(out)[1:], j[1:], rtol=1e-6)
     assert (np.abs(np.array(out.dot) - dot) <= 1e-6*size).all()
     if not eight: assert out.error == ()
     elif refresh:
         for k,w,r,_ in items(now, ref, grads):
-            q, scale = K._quantize(w); assert torch.equal(r.q, q) and same(r.scale, scale)
+            q, scale = K._quantize(w)
+            assert torch.equal(r.q, q) and same(r.scale, scale)
             assert abs(r.error - ((f64(w) - f64(r))**2).sum()) <= 1e-5*r.error + 1e-12*w.numel()
 
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -71,9 +120,13 @@ def test_codes_and_scales_are_the_specifications(backend, d):
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_nothing_beyond_the_ends_of_8_bit_references_is_touched(backend):
     for n in (1, 15, 255, 257, 4097, 16385):
-        w = tensor(n + 64, torch.bfloat16); w[:32] = w[-32:] = float('nan'); m = -(-n//256)
+        w = tensor(n + 64, torch.bfloat16)
+        w[:32] = w[-32:] = float('nan')
+        m = -(-n//256)
         q, scale = torch.full((n + 64,), 7, dtype=torch.int8), torch.full((m + 2,), 7.)
-        d = K.delta_norms({'a': [w[32:-32]]}, {'a': [K.Reference8(q[32:-32], scale[1:-1])]}, backend, True, {'a': [w[32:-32]]})
+        d = K.delta_norms(
+            {'a': [w[32:-32]]}, {'a': [K.Reference8(q[32:-32], scale[1:-1])]}, backend, True, {'a': [w[32:-32]]}
+        )
         assert not d.bad and (q[:32] == 7).all() and (q[-32:] == 7).all() and scale[[0, -1]].tolist() == [7, 7]
         assert torch.equal(q[32:-32], K._quantize(w[32:-32])[0])
 
@@ -84,7 +137,8 @@ def test_variants_take_any_strides(backend):
         other = tensor(w.numel(), torch.float32, 1).view(w.shape)
         for g in (w.clone() + 1, torch.ones((*w.shape, 2))[...,0], w.t().contiguous().t() if w.dim() == 2 else w + 2):
             for r in (other.clone(), K.quantize_reference(other)):
-                i = [('a', w, r, g)]; dot, size = judge_dot(i)
+                i = [('a', w, r, g)]
+                dot, size = judge_dot(i)
                 out = K.delta_norms({'a': [w]}, {'a': [r]}, backend, True, {'a': [g]})
                 assert abs(out.dot[0] - dot[0]) <= 1e-6*size[0]
                 if isinstance(r, K.Reference8): assert (r.dequantize() - w).abs().max() <= r.scale.max()*.5001
@@ -92,17 +146,25 @@ def test_variants_take_any_strides(backend):
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_a_correction_of_the_rounding(backend):
-    w = tensor(1_000_000, torch.float32)*.02; r = K.quantize_reference(w, backend)
+    w = tensor(1_000_000, torch.float32)*.02
+    r = K.quantize_reference(w, backend)
     assert K.delta_norms({'a': [w]}, {'a': [r]}, backend).delta[0] < 1e-3*r.error**.5
-    moved = w + tensor(1_000_000, torch.float32, 1)*2e-5; true = float((moved.double() - w).norm())
-    plan = K.DeltaPlan({'a': [moved]}, {'a': [r]}, backend); old = r.error; first = plan.run(refresh=True)
+    moved = w + tensor(1_000_000, torch.float32, 1)*2e-5
+    true = float((moved.double() - w).norm())
+    plan = K.DeltaPlan({'a': [moved]}, {'a': [r]}, backend)
+    old = r.error
+    first = plan.run(refresh=True)
     assert first.error[0] == old**.5 != r.error**.5
     assert first.delta[0] == pytest.approx(true, rel=.05) and (first.delta[0]**2 + first.error[0]**2)**.5 > 5*true
-    assert plan.run().delta[0] < 1e-3*r.error**.5 and plan.run().error[0] == r.error**.5   # the new reference has an error of its own
+    # the new reference has an error of its own
+    assert plan.run().delta[0] < 1e-3*r.error**.5 and plan.run().error[0] == r.error**.5
 
 def test_a_plan_takes_gradients_of_new_memory_and_dtype():
-    w, r, g = (tensor(50_000, torch.float32, i) for i in range(3)); plan = K.DeltaPlan({'a': [w]}, {'a': [r]}, dot={'a': [g]})
-    one = plan.run().dot[0]; want, size = judge_dot([(0, w, r, g)]); assert abs(one - want[0]) <= 1e-6*size[0]
+    w, r, g = (tensor(50_000, torch.float32, i) for i in range(3))
+    plan = K.DeltaPlan({'a': [w]}, {'a': [r]}, dot={'a': [g]})
+    one = plan.run().dot[0]
+    want, size = judge_dot([(0, w, r, g)])
+    assert abs(one - want[0]) <= 1e-6*size[0]
     g.data = g.double()*2
     assert plan.run().dot[0] == pytest.approx(2*one, rel=1e-6) and plan.n_builds == 2
 
@@ -117,11 +179,20 @@ def test_powers_of_two_scale_exactly(backend, spec, k, seed):
 @few
 @given(spec=models, seed=st.integers(0, 99), threads=st.integers(1, 5))
 def test_no_bit_depends_on_threads_or_company(spec, seed, threads):
-    now, ref = make(spec, seed); n = torch.get_num_threads()
+    now, ref = make(spec, seed)
+    n = torch.get_num_threads()
     for backend in BACKENDS:
-        for refs,grads in ((ref, None), ({k: [K.quantize_reference(t, backend) for t in v] for k,v in ref.items()}, {k: [t.flip(0) for t in v] for k,v in now.items()})):
+        for refs, grads in (
+            (ref, None),
+            (
+                {k: [K.quantize_reference(t, backend) for t in v] for k, v in ref.items()},
+                {k: [t.flip(0) for t in v] for k, v in now.items()},
+            ),
+        ):
             one = K.delta_norms(now, refs, backend, dot=grads)
-            try: torch.set_num_threads(threads); assert K.delta_norms(now, refs, backend, dot=grads) == one
+            try:
+                torch.set_num_threads(threads)
+                assert K.delta_norms(now, refs, backend, dot=grads) == one
             finally: torch.set_num_threads(n)
             for i,k in enumerate(now):
                 alone = K.delta_norms({k: now[k]}, {k: refs[k]}, backend, dot=grads and {k: grads[k]})
@@ -131,24 +202,38 @@ def test_no_bit_depends_on_threads_or_company(spec, seed, threads):
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_nothing_beyond_the_ends_is_touched(backend, d1, d2):
     for n in (1, 15, 127, 4097, 16385):
-        w, r = tensor(n + 64, d1), torch.full((n + 64,), 7., dtype=d2); w[:32] = w[-32:] = float('nan')
+        w, r = tensor(n + 64, d1), torch.full((n + 64,), 7., dtype=d2)
+        w[:32] = w[-32:] = float('nan')
         d = K.delta_norms({'a': [w[32:-32]]}, {'a': [r[32:-32]]}, backend, refresh=True)
         assert not d.bad and (r[:32] == 7).all() and (r[-32:] == 7).all() and same(r[32:-32], w[32:-32].to(d2))
 
-@pytest.mark.skipif(not sys.platform.startswith('linux') or sys.maxsize < 2**32, reason='needs 9 GB of address space without memory behind it')
+@pytest.mark.skipif(
+    not sys.platform.startswith('linux') or sys.maxsize < 2**32,
+    reason='needs 9 GB of address space without memory behind it',
+)
 def test_more_than_2_31_elements():
-    n = 2**31 + 40_000; w, r = sparse(n), sparse(n)
+    n = 2**31 + 40_000
+    w, r = sparse(n), sparse(n)
     for k,i in enumerate((0, 2**31 - 1, 2**31, n - 1)): w[i] = k + 1.
-    plan = K.DeltaPlan({'a': [w]}, {'a': [r]}, 'numba'); s = plan._sweeps[0][1]
+    plan = K.DeltaPlan({'a': [w]}, {'a': [r]}, 'numba')
+    s = plan._sweeps[0][1]
     assert len(s.tensor) == -(-n//K._CHUNK)
-    visit = np.unique(np.array([0, 2**31 - 1, 2**31, n - 1])//K._CHUNK)               # the other chunks are zeros, and take seconds to read
+    # the other chunks are zeros, and take seconds to read
+    visit = np.unique(np.array([0, 2**31 - 1, 2**31, n - 1])//K._CHUNK)
     s.tensor, s.index, s.owners = s.tensor[visit], s.index[visit], s.owners[visit]
     assert plan.run().delta == (30**.5,) and plan.run().max_abs == (4.,)
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_any_strides(backend):
     base = tensor(60*80, torch.float32).view(60, 80)
-    for w in (base.t(), base[::2], base[:,3:50], base[:,0], base[:1].expand(60, 80), base.view(3, 4, 5, 80).to(memory_format=torch.channels_last)):
+    for w in (
+        base.t(),
+        base[::2],
+        base[:, 3:50],
+        base[:, 0],
+        base[:1].expand(60, 80),
+        base.view(3, 4, 5, 80).to(memory_format=torch.channels_last),
+    ):
         for r in (w.clone() + 1, torch.ones(w.shape), torch.ones((*w.shape, 2))[...,0]):
             j = want({'a': [w]}, {'a': [r]})
             np.testing.assert_allclose(got(K.delta_norms({'a': [w]}, {'a': [r]}, backend, refresh=True)), j, rtol=1e-6)
@@ -156,9 +241,11 @@ def test_any_strides(backend):
 
 def test_a_plan_notices_new_memory():
     p, r = torch.nn.Parameter(torch.ones(5000)), torch.zeros(5000)
-    plan = K.DeltaPlan({'a': [p]}, {'a': [r]}); assert plan.run().max_abs == (1.,)
+    plan = K.DeltaPlan({'a': [p]}, {'a': [r]})
+    assert plan.run().max_abs == (1.,)
     for t in (torch.full((5000,), 2.), torch.full((5000,), 3.).half(), torch.full((5000,), 4.).double()):
-        p.data = t; assert plan.run().max_abs == (t[0].item(),)
+        p.data = t
+        assert plan.run().max_abs == (t[0].item(),)
     p.data = torch.ones(7)
     with pytest.raises(ValueError, match='must be equal'): plan.run()
 
@@ -167,7 +254,8 @@ def test_a_plan_notices_new_memory():
 def test_nan_and_infinity_are_reported(backend, d):
     for bad in (float('nan'), float('inf'), -float('inf')):
         for where in (0, 17, 4999):
-            w, r = pair(5000, d, d); w[where] = bad
+            w, r = pair(5000, d, d)
+            w[where] = bad
             out = K.delta_norms({'a': [w], 'b': [r]}, {'a': [r], 'b': [r + 1]}, backend)
             assert out.bad == ('a',) and np.isnan(out.max_abs[0]) == np.isnan(bad) and not np.isfinite(out.max_abs[0])
 
@@ -218,8 +306,10 @@ def test_importing_asks_for_no_gpu():
         driver = K.triton and K.triton.runtime.driver
         print(driver and (driver._active if hasattr(driver, '_active') else driver.active._obj))     # the second in triton 3.2""", TRITON_INTERPRET='0').strip() == 'None'
 
-@pytest.mark.parametrize('how', ["numba.core.caching.CacheImpl._locator_classes = []",              # no folder to write to
-                                 "numba.core.caching.FunctionCache.save_overload = fail"])          # the disk is full
+# the disk is full
+# no folder to write to
+@pytest.mark.parametrize('how', ["numba.core.caching.CacheImpl._locator_classes = []",
+                                 "numba.core.caching.FunctionCache.save_overload = fail"])
 def test_a_cache_that_cannot_be_written_is_no_error(how, tmp_path):
     run_python(f"""
         import torch, numba.core.caching

@@ -1,4 +1,5 @@
-"""On a real CUDA or ROCm device: values, bits, misaligned views, one copy to the host. Skipped, and counted as skipped, without one."""
+"""On a real CUDA or ROCm device: values, bits, misaligned views, one copy to the host. Skipped, and counted as
+skipped, without one."""
 import itertools
 import numpy as np, pytest, torch
 from alf_nb import kernels as K
@@ -8,14 +9,22 @@ why = K.available_backends()['triton']
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(why is not True, reason=str(why))]
 
 @pytest.fixture(scope='module')
-def items(): return [(i, *(t.cuda() for t in pair(n, a, b, i))) for i,((a,b),n) in enumerate(itertools.product(PAIRS, (*SIZES, 1_000_001)))]
+def items():
+    return [
+        (i, *(t.cuda() for t in pair(n, a, b, i)))
+        for i, ((a, b), n) in enumerate(itertools.product(PAIRS, (*SIZES, 1_000_001)))
+    ]
 
 def model(items): return {str(u): [w] for u,w,_ in items}, {str(u): [r] for u,_,r in items}
 
 def test_values_and_refresh(items):
-    now, ref = model(items); want = judge(items); ref = {k: [t.clone() for t in v] for k,v in ref.items()}
-    plan = K.DeltaPlan(now, ref); assert plan.n_tensors == dict(triton=len(items))
-    d = plan.run(); np.testing.assert_allclose(np.array([d.delta, d.ref, d.max_abs]).T, np.c_[want[:,:2]**.5, want[:,2]], rtol=1e-6)
+    now, ref = model(items)
+    want = judge(items)
+    ref = {k: [t.clone() for t in v] for k,v in ref.items()}
+    plan = K.DeltaPlan(now, ref)
+    assert plan.n_tensors == dict(triton=len(items))
+    d = plan.run()
+    np.testing.assert_allclose(np.array([d.delta, d.ref, d.max_abs]).T, np.c_[want[:,:2]**.5, want[:,2]], rtol=1e-6)
     assert all(plan.run() == d for _ in range(5)) and plan.run(refresh=True) == d, 'not deterministic'
     for k in now: assert same(ref[k][0], now[k][0].to(ref[k][0].dtype))
 
@@ -27,10 +36,13 @@ def test_misaligned_views():
 
 def test_dot(items):
     items = [(u, w, r, None if u%5 == 4 else tensor(w.numel(), DTYPES[u%3], u).cuda()) for u,w,r in items]
-    now, ref = model([i[:3] for i in items]); dot, size = judge_dot(items)
-    plan = K.DeltaPlan(now, ref, dot={str(u): [g] for u,_,_,g in items}); d = plan.run()
+    now, ref = model([i[:3] for i in items])
+    dot, size = judge_dot(items)
+    plan = K.DeltaPlan(now, ref, dot={str(u): [g] for u,_,_,g in items})
+    d = plan.run()
     assert (np.abs(d.dot - dot) <= 1e-6*size).all() and plan.run() == d
-    for f in ('delta', 'ref', 'max_abs'): np.testing.assert_allclose(getattr(d, f), getattr(K.delta_norms(now, ref), f), rtol=1e-6)
+    for f in ('delta', 'ref', 'max_abs'):
+        np.testing.assert_allclose(getattr(d, f), getattr(K.delta_norms(now, ref), f), rtol=1e-6)
 
 @pytest.mark.parametrize('d', DTYPES)
 def test_8_bit_references_are_those_of_the_specification(d):
@@ -40,28 +52,41 @@ def test_8_bit_references_are_those_of_the_specification(d):
         if not w.isfinite().all(): continue
         assert abs(a.error - b.error) <= 1e-5*b.error + 1e-12*w.numel()
         got, want = (K.delta_norms({'a': [x + 1]}, {'a': [r]}) for x,r in ((w.cuda(), a), (w, b)))
-        assert got.delta[0] == pytest.approx(want.delta[0], rel=1e-4) and got.ref[0] == pytest.approx(want.ref[0], rel=1e-6)
+        assert got.delta[0] == pytest.approx(want.delta[0], rel=1e-4) and got.ref[0] == pytest.approx(
+            want.ref[0], rel=1e-6
+        )
 
 def test_nan_and_infinity():
     for bad in (float('nan'), float('inf')):
-        w = torch.ones(5000, device='cuda'); w[4999] = bad
+        w = torch.ones(5000, device='cuda')
+        w[4999] = bad
         d = K.delta_norms({'a': [w]}, {'a': [torch.zeros_like(w)]})
         assert d.bad == ('a',) and np.isnan(d.max_abs[0]) == np.isnan(bad)
 
 def test_one_copy_to_the_host(items):
     now, ref = model(items + [(-1, torch.ones(9, device='cuda').double(), torch.zeros(9, device='cuda').double())])
-    plan = K.DeltaPlan(now, ref); plan.run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as p: plan.run()
-    copies = [e for e in p.events() if 'memcpy' in e.name.lower() and ('dtoh' in e.name.lower() or 'devicetohost' in e.name.lower())]
+    plan = K.DeltaPlan(now, ref)
+    plan.run()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as p:
+        plan.run()
+    copies = [
+        e
+        for e in p.events()
+        if 'memcpy' in e.name.lower() and ('dtoh' in e.name.lower() or 'devicetohost' in e.name.lower())
+    ]
     assert len(copies) == 1
     torch.cuda.set_sync_debug_mode('error')
     try:
-        with pytest.raises(RuntimeError): plan.run()                                # the one copy is a synchronisation, and the only one
+        # the one copy is a synchronisation, and the only one
+        with pytest.raises(RuntimeError): plan.run()
     finally: torch.cuda.set_sync_debug_mode('default')
 
 def test_from_another_stream_and_thread(items):
     from concurrent.futures import ThreadPoolExecutor
-    plan = K.DeltaPlan(*model(items)); want = plan.run()
+    plan = K.DeltaPlan(*model(items))
+    want = plan.run()
     with ThreadPoolExecutor(3) as pool: assert list(pool.map(lambda _: plan.run(), range(6))) == [want]*6
     with torch.cuda.stream(torch.cuda.Stream()): assert plan.run() == want
 

@@ -1,6 +1,7 @@
 """Runs interpreted.py and compiled.py, each in a process of its own, and shows each of their tests as one here.
 
-The choice between interpreter and compiler is made when triton is imported, and anything in this process may have imported it already."""
+The choice between interpreter and compiler is made when triton is imported, and anything in this process may have
+imported it already."""
 import ast, os, subprocess, sys
 from collections import defaultdict
 from pathlib import Path
@@ -10,7 +11,12 @@ import pytest
 HERE = Path(__file__).parent
 pytest.importorskip('triton', reason='no triton for this system')
 
-def names(file): return [f.name for f in ast.parse((HERE/file).read_text()).body if isinstance(f, ast.FunctionDef) and f.name.startswith('test_')]
+def names(file):
+    return [
+        f.name
+        for f in ast.parse((HERE / file).read_text()).body
+        if isinstance(f, ast.FunctionDef) and f.name.startswith('test_')
+    ]
 
 @pytest.fixture(scope='session')
 def results(tmp_path_factory):
@@ -18,9 +24,31 @@ def results(tmp_path_factory):
     done = {}
     def run(file):
         if file in done: return done[file]
-        tmp = tmp_path_factory.mktemp(file[:-3]); xml = tmp/'junit.xml'
-        env = os.environ | dict(TRITON_INTERPRET=str(int(file == 'interpreted.py')), TRITON_CACHE_DIR=str(tmp/'cache'), OMP_NUM_THREADS='1')
-        p = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-o', 'addopts=', '-p', 'no:cacheprovider', f'--junitxml={xml}', file], cwd=HERE, env=env, capture_output=True, text=True)
+        tmp = tmp_path_factory.mktemp(file[:-3])
+        xml = tmp/'junit.xml'
+        env = os.environ | dict(
+            TRITON_INTERPRET=str(int(file == 'interpreted.py')),
+            TRITON_CACHE_DIR=str(tmp / 'cache'),
+            OMP_NUM_THREADS='1',
+        )
+        p = subprocess.run(
+            [
+                sys.executable,
+                '-m',
+                'pytest',
+                '-q',
+                '-o',
+                'addopts=',
+                '-p',
+                'no:cacheprovider',
+                f'--junitxml={xml}',
+                file,
+            ],
+            cwd=HERE,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
         assert xml.exists(), f'{file} died with status {p.returncode}:\n{p.stdout[-3000:]}\n{p.stderr[-3000:]}'
         out = done[file] = defaultdict(list)
         for case in ElementTree.parse(xml).iter('testcase'):
