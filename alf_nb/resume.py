@@ -187,8 +187,8 @@ class _Tracked:
 @dataclass(frozen=True)
 class _Reached:
     "Which units gradients reach."
-    dry:dict[_Unit, _Count]      # steps and batches of probes in a row without a gradient for a unit
-    out:dict[_Unit, _Count]      # step up to which a unit is left out
+    dry:list[_Count]  # per unit, 1 + steps and batches of probes in a row without a gradient; 0: not looked at yet
+    out:list[_Count]             # per unit, the step up to which it is left out
     got:list[_Unit]              # units with a gradient since the last count
     noted:_Step                  # steps since then
     window:list[_Unit]           # units with a gradient since windows ended
@@ -246,6 +246,9 @@ def _misfits(s:_State, units, rates_of, n_rates):
     trains = set(s.selection.names)
     if both := [n for n in s.banned if n in trains]: yield f"banned has {both[0]}, which trains"
     if any(map(_doubled, (s.banned, s.optimizer, s.made_up))): yield "banned, optimizer or made_up has a name twice"
+    if not len(s.reach.dry) == len(s.reach.out) == len(units):
+        yield f"reach.dry and reach.out are not of {len(units)} units"
+    if any(map(_doubled, (s.reach.got, s.reach.window, s.reach.away))): yield "reach has a name twice"
     if s.made_up and s.made_up != s.optimizer: yield "made_up and optimizer differ"
     if (signal := Policy.from_dict(s.policy).signal) not in (None, s.config.signal):
         yield f"policy chooses by {signal}, and the run measures {s.config.signal}"

@@ -39,7 +39,7 @@ from .probe import _probe_batches, _same_draws
 from .probe import _same_modules, _same_objects, _takes_by_index, probe_gradients
 from .records import KINDS, DeltaNorms, Scores, Selection
 from .resume import (_check_loaded, _check_names, _check_references, _check_states, _check_tensor_names, _named,
-                           _piece, _read_state, _read_tensors, _State, _Totals)
+                           _piece, _read_state, _read_tensors, _Reached, _State, _Totals)
 from .runlog import RunLog
 from .shards import _any_process, _n_started, is_sharded, local_tensor, over_shards, reshard, set_up_shards
 from .shards import whole_tensor
@@ -1421,7 +1421,7 @@ class _Reach:
 
     def count(self, names, step):
         "End the count; units that are left out from now on"
-        before = set(self.out)
+        before = set(self.waiting(self.out, step))
         lost = self.lost(names)      # what trains is not reached at all: no use to wait
         for n in names if self.noted else ():
             self.dry[n] = 0 if n in self.got else self.dry.get(n, 0) + self.noted
@@ -1445,21 +1445,19 @@ class _Reach:
         self.got,self.noted = set(),0
         self.window.difference_update(entered)
 
-    def state_dict(self):
+    def state_dict(self, names):
+        dry = [self.dry[n] + 1 if n in self.dry else 0 for n in names]
         return dict(
-            dry=self.dry,
-            out=self.out,
+            dry=dry,
+            out=[self.out.get(n, 0) for n in names],
             got=sorted(self.got),
             noted=self.noted,
             window=sorted(self.window),
             away=self.away,
         )
-    def load_state_dict(self, saved):
-        self.dry = dict(saved['dry'])
-        self.out = dict(saved['out'])
-        self.noted = saved['noted']
-        self.away = list(saved['away'])
-        self.got,self.window = set(saved['got']),set(saved['window'])
+    def load_state_dict(self, saved, names):
+        self.dry,self.out = {n: k-1 for n,k in zip(names, saved.dry) if k},{n: k for n,k in zip(names, saved.out) if k}
+        self.got,self.noted,self.window,self.away = set(saved.got),saved.noted,set(saved.window),list(saved.away)
 
 def _unmoved(norms):
     "Units of which every bit is as before, as far as this can be told: 8-bit references round"
@@ -1581,7 +1579,8 @@ def _count_reached(self:ALFCallback, step, max_steps):
     lost,new = reach.lost(names),set(reach.count(names, step))
     if not lost or step >= max_steps and not self._measuring: return
     ballot = _ballot(None, self.units, self.policy.pin, self.policy.ban)
-    free = [u.name for u in ballot.units if u.name not in reach.out]
+    waiting = set(reach.waiting(reach.out, step))
+    free = [u.name for u in ballot.units if u.name not in waiting]
     if free and new and step < max_steps:
         self._again = True
         return
@@ -1901,7 +1900,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
         units=[(u.name, u.n_params) for u in self.units], selection=self.selection, tracker=self.tracker.state_dict(),
         marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain,
         optimizer=made_up or [k for k,p in params.items() if _state_of(states, p)], made_up=made_up, first=first,
-        policy=self.policy.to_dict(), reach=self._reach.state_dict(), again=self._again,
+        policy=self.policy.to_dict(), reach=_Reached(**self._reach.state_dict(self.names)), again=self._again,
         banned=[n for n in self.names if n in self._banned])
     with replacing(folder/'alf', durable=False) as part:      # the seal flushes all
         part.mkdir()
@@ -2074,7 +2073,7 @@ def _restore(self:ALFCallback, state, folder, saved, tensors, held, first):
     if 'policy' not in changed: self.policy,self._again = Policy.from_dict(saved.policy),saved.again
     self._banned = set(saved.banned)
     self.policy = self._without_banned(self.policy)
-    self._reach.load_state_dict(asdict(saved.reach))
+    self._reach.load_state_dict(saved.reach, self.names)
     self._seen = self._scores(state.global_step)
     if self.references != 'none':      # saved in another form, or not at all: such windows begin anew
         fresh = [n for n in self.selection.names if n not in self.snapshot.names]

@@ -29,7 +29,6 @@ DEEP = json.loads("[" * 500 + "]" * 500)
 FREE = {"selection.reason"}  # any text will do
 SIGNED = {"config.seed", "config.policy.seed", "policy.seed"}  # whole numbers of any size and sign
 MAYBE = {"config.interval"}  # None is a value of it
-SPARSE = {("reach", "dry"), ("reach", "out")}  # which hold only the units that have been counted
 RUN = dict(budget=0.2, interval=2, measure_every=1, lock=1.0, hysteresis=0.0)
 SETTINGS = {"v": {}, "full": dict(state="full"), "8bit": dict(references="8bit")}
 
@@ -121,7 +120,7 @@ def bad_states(state):
             new = copy.deepcopy(state)
             held_in(new, at[:-1])[at[-1]] = v
             yield f"{name}: {words}", json.dumps(new)
-        if isinstance(at[-1], int) or at[:-1] in SPARSE:
+        if isinstance(at[-1], int):
             continue
         new = copy.deepcopy(state)
         del held_in(new, at[:-1])[at[-1]]

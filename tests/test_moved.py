@@ -421,6 +421,19 @@ def test_what_stays_without_a_gradient_is_left_out_and_looked_at_again(tmp_path)
     assert sum("left out" in w for w in said) == 1
 
 
+def test_what_is_looked_at_again_in_vain_makes_way_again_at_once(tmp_path):
+    "One of two matrices is never reached: of 200 steps the few in which it has its turn alone are lost"
+    one = ALFCallback(
+        policy=dict(policy="badam", order="descending"), kinds=KINDS, interval=10, measure_every=5, lock=1.0
+    )
+    model = Skips()
+    t, said = train(tmp_path, one, model=model, data=numbers(), steps=200)
+    alone = [e["step"] for e in RunLog(tmp_path).events("select") if all("sometimes" in n for n in e["names"])]
+    after = {e["step"] for e in RunLog(tmp_path).events("select")}
+    assert len(alone) > 1 and all(step + 1 in after for step in alone), "chosen anew after one step"
+    assert 0 < len(alone) <= 6
+
+
 def test_a_pinned_unit_stays_and_is_said(tmp_path):
     one = ALFCallback(policy="rotate", budget=1., kinds=KINDS, interval=10, measure_every=5, lock=1., pin="*sometimes*")
     t, said = train(tmp_path, one, model=Skips(), data=numbers(), steps=40)
