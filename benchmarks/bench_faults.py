@@ -63,8 +63,10 @@ def rows(reports):
     for kind, names in KINDS.items():
         mine = [(n, held) for module, n, held in found if module in names]
         if not mine: continue
-        yield dict(kind=kind, tests=len(mine), tried=sum(n for n, _ in mine), held=sum(h for _, h in mine), files=names,
-                   device=f'{platform.machine()}, cpu', date=date.today().isoformat(), versions=versions)
+        ran = [name for name in names if any(module == name for module, *_ in found)]
+        tried, held = (sum(row[i] for row in mine) for i in (0, 1))
+        yield dict(kind=kind, tests=len(mine), tried=tried, held=held, files=ran, device=f'{platform.machine()}, cpu',
+                   date=date.today().isoformat(), versions=versions)
 
 
 def main():
