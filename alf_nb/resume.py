@@ -187,7 +187,7 @@ class _Tracked:
 @dataclass(frozen=True)
 class _Reached:
     "Which units gradients reach."
-    dry:list[_Count]             # per unit, 1 + steps and batches in a row without a gradient; 0: not looked at
+    dry:list[_Count]  # per unit, 1 + steps and batches of probes in a row without a gradient; 0: not looked at yet
     out:list[_Count]             # per unit, the step up to which it is left out
     got:list[_Unit]              # units with a gradient since the last count
     noted:_Step                  # steps since then

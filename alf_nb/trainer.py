@@ -1446,8 +1446,9 @@ class _Reach:
         self.window.difference_update(entered)
 
     def state_dict(self, names):
+        dry = [self.dry[n] + 1 if n in self.dry else 0 for n in names]
         return dict(
-            dry=[self.dry[n] + 1 if n in self.dry else 0 for n in names],
+            dry=dry,
             out=[self.out.get(n, 0) for n in names],
             got=sorted(self.got),
             noted=self.noted,
@@ -1455,11 +1456,8 @@ class _Reach:
             away=self.away,
         )
     def load_state_dict(self, saved, names):
-        self.dry = {n: k-1 for n,k in zip(names, saved.dry) if k}
-        self.out = {n: k for n,k in zip(names, saved.out) if k}
-        self.noted = saved.noted
-        self.away = list(saved.away)
-        self.got,self.window = set(saved.got),set(saved.window)
+        self.dry,self.out = {n: k-1 for n,k in zip(names, saved.dry) if k},{n: k for n,k in zip(names, saved.out) if k}
+        self.got,self.noted,self.window,self.away = set(saved.got),saved.noted,set(saved.window),list(saved.away)
 
 def _unmoved(norms):
     "Units of which every bit is as before, as far as this can be told: 8-bit references round"

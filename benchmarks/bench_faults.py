@@ -2,7 +2,7 @@
 results/faults.jsonl.
 
     python benchmarks/bench_faults.py                    # runs them, about ten minutes
-    python benchmarks/bench_faults.py --junit REPORT.xml # counts what `pytest --junitxml=REPORT.xml` has run
+    python benchmarks/bench_faults.py --junit REPORT.xml … # counts what `pytest --junitxml=REPORT.xml` has run
 
 A test is one case, or as many as it says itself (`record_property('tried', n)`).
 """
@@ -56,23 +56,25 @@ def cases(report):
         yield case.get('classname').removeprefix('tests.'), n, 0 if failed else n
 
 
-def rows(report):
+def rows(reports):
     "A row for each kind"
-    found = list(cases(report))
+    found = [case for report in reports for case in cases(report)]
     versions = dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version())
     for kind, names in KINDS.items():
         mine = [(n, held) for module, n, held in found if module in names]
         if not mine: continue
-        yield dict(kind=kind, tests=len(mine), tried=sum(n for n, _ in mine), held=sum(h for _, h in mine), files=names,
-                   device=f'{platform.machine()}, cpu', date=date.today().isoformat(), versions=versions)
+        ran = [name for name in names if any(module == name for module, *_ in found)]
+        tried, held = (sum(row[i] for row in mine) for i in (0, 1))
+        yield dict(kind=kind, tests=len(mine), tried=tried, held=held, files=ran, device=f'{platform.machine()}, cpu',
+                   date=date.today().isoformat(), versions=versions)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--junit', help='a report of pytest, instead of running the tests')
+    parser.add_argument('--junit', nargs='+', help='reports of pytest, instead of running the tests')
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        made = list(rows(given.junit or run(folder)))
+        made = list(rows(given.junit or [run(folder)]))
     with open(RESULTS, 'a', encoding='utf-8') as f:
         for row in made: f.write(json.dumps(row, ensure_ascii=False)+'\n')
     for row in made: print(f"{row['kind']}: {row['tried']} tried, {row['held']} held")

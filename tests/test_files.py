@@ -16,10 +16,10 @@ import torch
 from small_run import small_trainer
 
 from alf_nb import files
+from alf_nb import finetune as room
 from alf_nb.checkpoints import SEAL, check_checkpoint, seal_checkpoint
 from alf_nb.delta import fingerprint, save_delta
 from alf_nb.demo import demo_model, demo_tokenizer
-from alf_nb.finetune import finetune
 from alf_nb.reports import write_report
 from alf_nb.runlog import RunLog
 from alf_nb.sources import _publish, _sealed
@@ -298,32 +298,21 @@ def test_a_flush_that_fails_is_told_and_one_that_cannot_be_is_not(tmp_path, monk
 
 
 @posix
-def test_what_was_left_is_not_counted_as_the_delta(tmp_path):
-    "A part beside the delta (of a live writer, so it stays) and a file of somebody's"
-    (tmp_path / "texts.jsonl").write_text(
-        "\n".join(
-            json.dumps(dict(text=f"the {w} fox and the {w} dog " * 12)) for w in ("red", "blue", "old", "quick") * 15
-        )
-    )
-    (folder := tmp_path/"run"/"delta").mkdir(parents=True)
-    files._part(folder/"delta.safetensors").write_bytes(bytes(10**6))
-    (folder/"notes.bin").write_bytes(bytes(10**6))
-    s = finetune(
-        (demo_model(), demo_tokenizer()),
-        tmp_path / "texts.jsonl",
-        tmp_path / "run",
-        other=tmp_path / "texts.jsonl",
-        steps=2,
-        length=32,
-        eval_blocks=1,
-        bf16=False,
-        progress=False,
-    )
-    assert (
-        s["delta_bytes"]
-        == sum((folder / n).stat().st_size for n in ("delta.safetensors", "delta.json", "README.md"))
-        < 10**6
-    )
+def test_what_was_left_is_not_counted_as_the_delta(tmp_path, monkeypatch):
+    "A part of a writer that lives, so that it stays, and a file of somebody's, both there when the bytes are counted"
+    rows = [dict(text=f"the {w} fox and the {w} dog " * 12) for w in ("red", "blue", "old", "quick") * 15]
+    (text := tmp_path/"texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder, write = tmp_path/"run"/"delta", room.write_card
+
+    def beside(*args, **kw):
+        files._part(folder/"delta.safetensors").write_bytes(bytes(10**6))
+        (folder/"notes.bin").write_bytes(bytes(10**6))
+        return write(*args, **kw)
+    monkeypatch.setattr(room, "write_card", beside)
+    few = dict(steps=2, length=32, eval_blocks=1, bf16=False, progress=False)
+    s = room.finetune((demo_model(), demo_tokenizer()), text, tmp_path/"run", other=text, **few)
+    ours = [folder/n for n in ("delta.safetensors", "delta.json", "README.md")]
+    assert s["delta_bytes"] == sum(p.stat().st_size for p in ours) < 10**6
     assert len(parts(folder)) == 1
 
 

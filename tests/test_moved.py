@@ -423,9 +423,11 @@ def test_what_stays_without_a_gradient_is_left_out_and_looked_at_again(tmp_path)
 
 def test_what_is_looked_at_again_in_vain_makes_way_again_at_once(tmp_path):
     "One of two matrices is never reached: of 200 steps the few in which it has its turn alone are lost"
-    policy = dict(policy="badam", order="descending")
-    one = ALFCallback(policy=policy, kinds=KINDS, interval=10, measure_every=5, lock=1.)
-    train(tmp_path, one, model=Skips(), data=numbers(), steps=200)
+    one = ALFCallback(
+        policy=dict(policy="badam", order="descending"), kinds=KINDS, interval=10, measure_every=5, lock=1.0
+    )
+    model = Skips()
+    t, said = train(tmp_path, one, model=model, data=numbers(), steps=200)
     alone = [e["step"] for e in RunLog(tmp_path).events("select") if all("sometimes" in n for n in e["names"])]
     after = {e["step"] for e in RunLog(tmp_path).events("select")}
     assert len(alone) > 1 and all(step + 1 in after for step in alone), "chosen anew after one step"

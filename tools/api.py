@@ -83,7 +83,7 @@ def lines():
 
 def tables():
     "The public names as markdown, by room"
-    first = lambda x: ' '.join((inspect.getdoc(x) or '').partition('\n')[0].split())
+    first = lambda x: ' '.join((inspect.getdoc(x) or '').partition('\n\n')[0].split())
     cell = lambda s: s.replace('|', r'\|')
     for room, names in rooms().items():
         module = importlib.import_module(f'alf_nb.{room}')

@@ -166,7 +166,7 @@ def test_a_plan_takes_gradients_of_new_memory_and_dtype():
     want, size = judge_dot([(0, w, r, g)])
     assert abs(one - want[0]) <= 1e-6*size[0]
     g.data = g.double()*2
-    assert plan.run().dot[0] == pytest.approx(2*one, rel=1e-6) and plan.n_builds == 2
+    assert abs(plan.run().dot[0] - 2*one) <= 2e-6*size[0] and plan.n_builds == 2      # of what is summed: much cancels
 
 @pytest.mark.parametrize('backend', BACKENDS)
 @few
