@@ -14,11 +14,11 @@ import argparse, datetime, json, random, time
 from pathlib import Path
 import torch
 from transformers import DataCollatorWithPadding
-from alf_nb.audit import audit_signals
-from alf_nb.compare import device_name
-from alf_nb.layers import partition_layers
-from alf_nb.sources import load_model
-from alf_nb.trainer import versions
+from alf_nb.study.audit import audit_signals
+from alf_nb.study.compare import device_name
+from alf_nb.model.layers import partition_layers
+from alf_nb.sources.models import load_model
+from alf_nb.train.trainer import versions
 from chapters import new_classifier
 
 RESULTS = Path(__file__).parent/'results'/'audit.jsonl'

@@ -14,8 +14,8 @@ Kernel `dot` adds the dot product with gradients of the weights' dtype, `ref8` m
 import argparse, datetime, functools, json, platform, statistics, time
 from pathlib import Path
 import numpy as np, torch
-from alf_nb import kernels as K
-from alf_nb.compare import device_name
+from alf_nb.kernels.plan import plan as K
+from alf_nb.study.compare import device_name
 
 RESULTS = Path(__file__).parent/'results'/'delta_norms.jsonl'
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)

@@ -21,10 +21,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from alf_nb.compare import device_name
+from alf_nb.study.compare import device_name
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback, versions
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback, versions
 
 POLICIES = (
     dict(policy="budget", budget=0.3, explore=0.3),

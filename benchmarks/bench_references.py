@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from alf_nb.kernels import delta_norms, quantize_reference
-from alf_nb.optim import last_update, unwrap_optimizer
-from alf_nb.sources import load_model, load_texts, supports_bf16, token_blocks
-from alf_nb.trainer import ALFCallback, versions
+from alf_nb.kernels.plan import delta_norms, quantize_reference
+from alf_nb.model.optim import last_update, unwrap_optimizer
+from alf_nb.sources.models import load_model, load_texts, supports_bf16, token_blocks
+from alf_nb.train.trainer import ALFCallback, versions
 
 RESULTS = Path(__file__).parent/'results'/'references.jsonl'
 

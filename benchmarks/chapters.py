@@ -2,7 +2,7 @@
 from pydoc_data.topics import topics
 import torch
 from transformers import AutoModelForSequenceClassification
-from alf_nb.sources import load_encoder
+from alf_nb.sources.models import load_encoder
 
 CHAPTERS = dict(
     statements=(

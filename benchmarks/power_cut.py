@@ -19,9 +19,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from alf_nb import checkpoints
+from alf_nb.core import checkpoints
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.trainer import ALFCallback
+from alf_nb.train.trainer import ALFCallback
 
 MIB = 1 << 20
 

@@ -1,7 +1,7 @@
 "A recorded run of SmolLM2's shape, made up but plausible and the same every time: for tests of what reads a run."
 import math, random
-from alf_nb.records import UnitInfo
-from alf_nb.runlog import RunLog
+from alf_nb.core.records import UnitInfo
+from alf_nb.core.runlog import RunLog
 
 SHAPES = {
     'self_attn.q_proj': (576, 576),

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 import alf_nb
-from alf_nb.audit import SignalAudit
-from alf_nb.delta import Delta
-from alf_nb.layers import Layers
-from alf_nb.plots import Picture, cell_table
-from alf_nb.records import AttentionComparison, AttentionShift, Scores, Selection, UnitInfo
-from alf_nb.reports import PolicyComparison, compare_runs, layer_map, loss_chart, memory_chart, report_html, role_maps
-from alf_nb.runlog import RunLog, _read_once
-from alf_nb.shift import shift_map, shift_section
+from alf_nb.study.audit import SignalAudit
+from alf_nb.model.delta import Delta
+from alf_nb.model.layers import Layers
+from alf_nb.report.plots import Picture, cell_table
+from alf_nb.core.records import AttentionComparison, AttentionShift, Scores, Selection, UnitInfo
+from alf_nb.report.page import PolicyComparison, compare_runs, layer_map, loss_chart, memory_chart, report_html, role_maps
+from alf_nb.core.runlog import RunLog, _read_once
+from alf_nb.report.shift import shift_map, shift_section
 from fake_run import fake_run
 
 RAN = "window.ran=parent.ran=top.ran=1"      # what a test looks for in the page

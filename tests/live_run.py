@@ -3,9 +3,9 @@ told to or on its own."""
 import json, math, random, threading, time
 
 import ipywidgets as W
-from alf_nb.policies import BudgetPolicy, ThresholdPolicy
-from alf_nb.records import Scores
-from alf_nb.runlog import RunLog
+from alf_nb.core.policies import BudgetPolicy, ThresholdPolicy
+from alf_nb.core.records import Scores
+from alf_nb.core.runlog import RunLog
 from alf_nb.widgets.base import _all
 from fake_run import fake_units
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from small_run import same, small_trainer
 from transformers import TrainerCallback
 
-from alf_nb.checkpoints import seal_checkpoint
+from alf_nb.core.checkpoints import seal_checkpoint
 from alf_nb.demo import demo_model
-from alf_nb.loop import ALFLoop
-from alf_nb.optim import unwrap_optimizer
-from alf_nb.trainer import ALFCallback
+from alf_nb.train.loop import ALFLoop
+from alf_nb.model.optim import unwrap_optimizer
+from alf_nb.train.trainer import ALFCallback
 
 NAN, HUGE = float("nan"), 10**400
 DEEP = json.loads("[" * 500 + "]" * 500)

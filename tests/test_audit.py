@@ -8,11 +8,11 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding, default_data_collator
 
-import alf_nb.audit as A
-from alf_nb.audit import SignalAudit, audit_signals, rank_correlation, sample_units
+import alf_nb.study.audit as A
+from alf_nb.study.audit import SignalAudit, audit_signals, rank_correlation, sample_units
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
-from alf_nb.layers import partition_layers
-from alf_nb.records import UnitInfo
+from alf_nb.model.layers import partition_layers
+from alf_nb.core.records import UnitInfo
 
 FAST = dict(
     n_units=6,

@@ -13,18 +13,18 @@ import torch
 from nbclient import NotebookClient
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from alf_nb.background import train_in_background
+from alf_nb.train.background import train_in_background
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.loop import ALFLoop
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
+from alf_nb.train.loop import ALFLoop
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback
 
 SETUP = """
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from alf_nb.background import train_in_background
+from alf_nb.train.background import train_in_background
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.trainer import ALFCallback
+from alf_nb.train.trainer import ALFCallback
 def make(out, *callbacks, steps=30):
     args = TrainingArguments(output_dir=out, max_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', logging_steps=1)
     return Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[ALFCallback(budget=.3, interval=8), *callbacks])

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import ModelCard
 from hypothesis import example, given, settings, strategies as st
 
-from alf_nb.card import card_text, push_delta
-from alf_nb.delta import apply_delta, fingerprint, save_delta
+from alf_nb.app.publish import card_text, push_delta
+from alf_nb.model.delta import apply_delta, fingerprint, save_delta
 from alf_nb.demo import demo_model
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, DataCollatorWithPadding
 
-from alf_nb.cli import main
-from alf_nb.compare import METHODS, Method, Task, _layer_map, _train, alf_method, compare_policies, text_task
+from alf_nb.app.cli import main
+from alf_nb.study.compare import METHODS, Method, Task, _layer_map, _train, alf_method, compare_policies, text_task
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
-from alf_nb.reports import read_results
+from alf_nb.report.page import read_results
 
 FIELDS = (
     'method signal unit budget lr seed model data rule steps tokens wall_s task_loss other_loss trainable_share_peak'
@@ -105,7 +105,7 @@ def test_evaluation_while_training_changes_nothing(task):
 
 SCRIPT = '''
 import sys
-from alf_nb.compare import Task, compare_policies
+from alf_nb.study.compare import Task, compare_policies
 from alf_nb.demo import demo_dataset, demo_model
 task = Task(demo_model(), demo_dataset(96), demo_dataset(8, seed=7), demo_dataset(8, seed=9), 'demo', 'ring', batch_size=4, bf16=False)
 compare_policies(task, methods=('full', 'alf', 'random'), amount=10, seeds=(0, 1), lrs=(1e-3, 2e-3), extend=0, out=sys.argv[1], progress=False)

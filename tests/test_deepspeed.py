@@ -16,9 +16,9 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments, TrainerCallback
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.layers import partition_layers
-from alf_nb.optim import apply_selection
-from alf_nb.trainer import ALFCallback
+from alf_nb.model.layers import partition_layers
+from alf_nb.model.optim import apply_selection
+from alf_nb.train.trainer import ALFCallback
 torch.set_num_threads(1)
 out, world, rank = Path(sys.argv[1]), int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
 

@@ -5,8 +5,8 @@ import errno, json, signal, subprocess, sys, warnings
 from pathlib import Path
 import pytest, torch, transformers as tf
 from torch import nn
-from alf_nb import delta as D
-from alf_nb.delta import apply_delta, fingerprint, read_delta, save_delta
+from alf_nb.model import delta as D
+from alf_nb.model.delta import apply_delta, fingerprint, read_delta, save_delta
 
 warnings.filterwarnings('ignore', category=FutureWarning)
 DEC = dict(

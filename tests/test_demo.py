@@ -32,7 +32,7 @@ def weights(run): return (run/'delta'/'delta.safetensors').read_bytes()
 
 def call(out, **more):
     return (
-        f"from alf_nb.finetune import finetune\nfinetune(out={str(out)!r}, progress=False, **{ {**SHORT, **more} !r})"
+        f"from alf_nb.app.finetune import finetune\nfinetune(out={str(out)!r}, progress=False, **{ {**SHORT, **more} !r})"
     )
 
 
@@ -77,7 +77,7 @@ def test_a_notebook_gives_the_same(by_command, tmp_path):
 def test_a_resumed_run_gives_the_same(by_command, tmp_path):
     "Killed after the checkpoint of step 3, continued by another process"
     kill = (
-        "from transformers import TrainerCallback\nimport alf_nb.finetune as f, os\nclass Kill(f._Bar):\n    def"
+        "from transformers import TrainerCallback\nimport alf_nb.app.finetune as f, os\nclass Kill(f._Bar):\n    def"
         " on_step_end(self, args, state, control, **kw):\n        if state.global_step == 5: os._exit(9)\nf._Bar ="
         " Kill\n"
     )
@@ -91,8 +91,8 @@ def test_a_resumed_run_gives_the_same(by_command, tmp_path):
 
 
 def test_the_delta_makes_the_tuned_model(by_command):
-    from alf_nb.delta import apply_delta
-    from alf_nb.sources import evaluate_loss, load_model, domain_split, load_texts, token_blocks
+    from alf_nb.model.delta import apply_delta
+    from alf_nb.sources.models import evaluate_loss, load_model, domain_split, load_texts, token_blocks
     model, tokenizer = load_model(progress=False)
     apply_delta(model, by_command[0]/'delta')
     held = token_blocks(domain_split(load_texts(), seed=0)[1], tokenizer, SHORT['length'])

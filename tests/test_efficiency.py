@@ -8,12 +8,12 @@ import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.efficiency import ASSUMPTIONS, SHAPES, EnergyMeter, Estimate, ModelShape, Speed, StepCosts, StepMeter
-from alf_nb.efficiency import count_selections, extrapolate, measure_step, probe_batches
-from alf_nb.layers import partition_layers
-from alf_nb.policies import BudgetPolicy, StaticPolicy, step_cost
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
+from alf_nb.study.step_costs import ASSUMPTIONS, SHAPES, EnergyMeter, Estimate, ModelShape, Speed, StepCosts, StepMeter
+from alf_nb.study.step_costs import count_selections, extrapolate, measure_step, probe_batches
+from alf_nb.model.layers import partition_layers
+from alf_nb.core.policies import BudgetPolicy, StaticPolicy, step_cost
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback
 
 root = Path(__file__).resolve().parents[1]
 BYTES = (

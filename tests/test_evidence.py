@@ -34,7 +34,7 @@ def test_what_is_run_again_has_committed_rows(monkeypatch):
     "`make evidence` compares run with run: each method needs a row of the same rule, settings and seed"
     monkeypatch.syspath_prepend(root/'benchmarks')
     import bench_policies as bench
-    from alf_nb.compare import _described
+    from alf_nb.study.compare import _described
     rows = bench.read_results(bench.RESULTS)
     assert {name for name, *_ in bench.AGAIN} <= set(bench.PLAN)
     for name, rule, methods in bench.AGAIN:

@@ -9,11 +9,11 @@ import torch
 from small_run import same, small_trainer, weights
 from transformers import Trainer, TrainerCallback
 
-from alf_nb import trainer as room
-from alf_nb.checkpoints import find_checkpoint
+from alf_nb.train import trainer as room
+from alf_nb.core.checkpoints import find_checkpoint
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback
 
 
 def make(folder, *callbacks, **kw):
@@ -350,8 +350,8 @@ def test_empty_batches_in_the_probe_are_left_out(tmp_path):
 
 
 def _probe_only(data):
-    from alf_nb.layers import partition_layers
-    from alf_nb.probe import probe_gradients
+    from alf_nb.model.layers import partition_layers
+    from alf_nb.signals.probe import probe_gradients
     batch = lambda r: {k: torch.tensor([v]) for k, v in r.items()}
     found = probe_gradients(partition_layers(demo_model()), [batch(data[i]) for i in (0, -1, 1, 2)])
     clean = probe_gradients(partition_layers(demo_model()), [batch(data[i]) for i in (0, 1, 2)])

@@ -15,15 +15,15 @@ import pytest
 import torch
 from small_run import small_trainer
 
-from alf_nb import files
-from alf_nb import finetune as room
-from alf_nb.checkpoints import SEAL, check_checkpoint, seal_checkpoint
-from alf_nb.delta import fingerprint, save_delta
+from alf_nb.core import files
+from alf_nb.app import finetune as room
+from alf_nb.core.checkpoints import SEAL, check_checkpoint, seal_checkpoint
+from alf_nb.model.delta import fingerprint, save_delta
 from alf_nb.demo import demo_model, demo_tokenizer
-from alf_nb.reports import write_report
-from alf_nb.runlog import RunLog
-from alf_nb.sources import _publish, _sealed
-from alf_nb.trainer import ALFCallback
+from alf_nb.report.page import write_report
+from alf_nb.core.runlog import RunLog
+from alf_nb.sources.models import _publish, _sealed
+from alf_nb.train.trainer import ALFCallback
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork")
 
@@ -120,7 +120,7 @@ def test_the_part_of_a_living_writer_is_never_cleared(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(files.__file__).parents[1])!r})
-from alf_nb.files import replacing
+from alf_nb.core.files import replacing
 with replacing({str(tmp_path/'slow')!r}) as part:
     part.write_text('whole'); print('writing', flush=True); input()
 """

@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import Trainer
 
-from alf_nb import finetune as room
-from alf_nb.card import card_text
-from alf_nb.checkpoints import check_checkpoint
-from alf_nb.delta import apply_delta, read_delta
+from alf_nb.app import finetune as room
+from alf_nb.app.publish import card_text
+from alf_nb.core.checkpoints import check_checkpoint
+from alf_nb.model.delta import apply_delta, read_delta
 from alf_nb.demo import demo_model, demo_tokenizer
-from alf_nb.finetune import finetune
-from alf_nb.runlog import RunLog
+from alf_nb.app.finetune import finetune
+from alf_nb.core.runlog import RunLog
 
 STEPS = 4
 # the size of card and description depends on the times in them
@@ -215,7 +215,7 @@ PLACES = [
 @pytest.fixture(scope="module")
 def forks():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.trainer", "alf_nb.finetune", "alf_nb.demo"])
+    context.set_forkserver_preload(["torch", "transformers.trainer", "alf_nb.app.finetune", "alf_nb.demo"])
 
     def run(*args):
         process = context.Process(target=child, args=args)

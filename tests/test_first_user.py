@@ -11,11 +11,11 @@ from transformers.optimization import Adafactor
 from transformers.trainer_callback import PrinterCallback
 
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
-from alf_nb.loop import ALFLoop
-from alf_nb.policies import Policy
-from alf_nb.reports import summarize
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
+from alf_nb.train.loop import ALFLoop
+from alf_nb.core.policies import Policy
+from alf_nb.report.page import summarize
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback
 
 
 def train(folder, alf, model=None, kind=Trainer, data=None, settings=TrainingArguments, **kw):
@@ -232,7 +232,7 @@ def test_a_resume_with_other_references(tmp_path, first, then):
 def test_a_resume_with_nothing_left_to_make(tmp_path):
     """Trainer makes a step too many from a checkpoint of the last step: a run that died there is finished from its
     weights"""
-    from alf_nb.finetune import finetune
+    from alf_nb.app.finetune import finetune
     import shutil
     notes = tmp_path/"notes.txt"
     notes.write_text("\n\n".join(f"note {i}: the quick brown fox jumps over the lazy dog. "*6 for i in range(20)))
@@ -291,7 +291,7 @@ def test_a_loop_and_its_report(tmp_path, recwarn):
 
 def test_comparisons_that_cannot_be_made(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
-    from alf_nb.compare import Task, compare_policies
+    from alf_nb.study.compare import Task, compare_policies
     rows = [dict(input_ids=[2+i, 5, 7], attention_mask=[1]*3, labels=float(i)) for i in range(6)]
     model = BertForSequenceClassification(
         BertConfig(
@@ -316,6 +316,6 @@ def test_comparisons_that_cannot_be_made(tmp_path):
 
 
 def test_the_command_names_a_missing_run_in_words(tmp_path, capsys):
-    from alf_nb.cli import main
+    from alf_nb.app.cli import main
     assert main(["report", str(tmp_path/"nope")]) == 2
     assert capsys.readouterr().err.startswith("alf: error: no run here: ")

@@ -20,15 +20,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from alf_nb import delta as D
-from alf_nb.checkpoints import SEAL, check_checkpoint, find_checkpoint, seal_checkpoint
-from alf_nb.policies import POLICIES, Policy
-from alf_nb.records import Scores, UnitInfo
-from alf_nb.reports import compare_results, compare_runs, read_results, report_html, summarize, summary_table
-from alf_nb.reports import write_comparison, write_report
-from alf_nb.runlog import RunLog
-from alf_nb.resume import _read_state, _read_tensors
-from alf_nb.trainer import ALFCallback
+from alf_nb.model import delta as D
+from alf_nb.core.checkpoints import SEAL, check_checkpoint, find_checkpoint, seal_checkpoint
+from alf_nb.core.policies import POLICIES, Policy
+from alf_nb.core.records import Scores, UnitInfo
+from alf_nb.report.page import compare_results, compare_runs, read_results, report_html, summarize, summary_table
+from alf_nb.report.page import write_comparison, write_report
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.resume import _read_state, _read_tensors
+from alf_nb.train.trainer import ALFCallback
 from fake_run import fake_run
 
 MORE = int(os.environ.get("ALF_FUZZ", 1))
@@ -487,7 +487,7 @@ def test_deltas(delta, tmp_path_factory, seed, data):
 
 CHILD = """
 import resource, sys
-from alf_nb import delta as D; from alf_nb.runlog import RunLog
+from alf_nb.model import delta as D; from alf_nb.core.runlog import RunLog
 import torch
 used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (240 << 20),)*2)

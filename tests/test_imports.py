@@ -30,7 +30,7 @@ def notebook(name):
 
 
 def place(name):
-    "Sort key of a room from its notebook's number: `09a_delta.ipynb` → (9, 'a'); what has no number comes last"
+    "Sort key of a room from its notebook's number: `03_model/04_delta.ipynb` → (9, 'a'); what has no number comes last"
     number = re.match(r'(\d+)([a-z]*)_', Path(notebook(name) or '').name)
     return (int(number[1]), number[2]) if number else (999, '')
 

@@ -5,7 +5,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 import pytest, torch, transformers as tf
 from packaging.version import Version
 from torch import nn
-from alf_nb.layers import partition_layers
+from alf_nb.model.layers import partition_layers
 
 V,D = 96,32
 DEC = dict(

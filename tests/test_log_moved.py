@@ -9,10 +9,10 @@ import pytest
 from small_run import losses, same, small_trainer, weights
 from transformers import TrainerCallback
 
-from alf_nb import runlog
-from alf_nb.reports import summarize, write_report
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
+from alf_nb.core import runlog
+from alf_nb.report.page import summarize, write_report
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback
 from alf_nb.widgets.base import Follower
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="an open file cannot be moved there")

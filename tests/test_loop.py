@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, default_data_collator
 
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.loop import ALFLoop, lightning_callback
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
+from alf_nb.train.loop import ALFLoop, lightning_callback
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback
 
 STEPS = 14
 

@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 
 import mistune
 import pytest
-from alf_nb.card import card_text
-from alf_nb.delta import fingerprint, save_delta
-from alf_nb.foreign import escape, md_code, md_text, visible
-from alf_nb.reports import summarize, summary_table, write_comparison
+from alf_nb.app.publish import card_text
+from alf_nb.model.delta import fingerprint, save_delta
+from alf_nb.core.foreign import escape, md_code, md_text, visible
+from alf_nb.report.page import summarize, summary_table, write_comparison
 from markdown_it import MarkdownIt
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
 

@@ -8,13 +8,13 @@ import torch
 from small_run import losses, same, small_trainer, weights
 from transformers import BertConfig, BertModel, Trainer, TrainerCallback
 
-from alf_nb.checkpoints import find_checkpoint
+from alf_nb.core.checkpoints import find_checkpoint
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.loop import ALFLoop
-from alf_nb.policies import Policy
-from alf_nb.records import KINDS, Scores
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
+from alf_nb.train.loop import ALFLoop
+from alf_nb.core.policies import Policy
+from alf_nb.core.records import KINDS, Scores
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback
 
 
 def train(folder, alf, *more, model=None, steps=12, **kw):
@@ -378,7 +378,7 @@ def test_a_loop_survives_a_selection_that_reaches_nothing(tmp_path):
 
 def test_lightning_survives_a_selection_that_reaches_nothing(tmp_path):
     L = pytest.importorskip("lightning.pytorch")
-    from alf_nb.loop import lightning_callback
+    from alf_nb.train.loop import lightning_callback
     torch.manual_seed(0)
     class Module(L.LightningModule):
         def __init__(self):

@@ -11,12 +11,12 @@ from transformers import TrainerCallback
 from transformers.optimization import Adafactor, AdafactorSchedule
 
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.layers import partition_layers
-from alf_nb.loop import ALFLoop
-from alf_nb.optim import ParkedStates, apply_selection, check_optimizer, check_state, optimizer_bytes
-from alf_nb.runlog import RunLog
-from alf_nb.tracker import prior_scores
-from alf_nb.trainer import ALFCallback
+from alf_nb.model.layers import partition_layers
+from alf_nb.train.loop import ALFLoop
+from alf_nb.model.optim import ParkedStates, apply_selection, check_optimizer, check_state, optimizer_bytes
+from alf_nb.core.runlog import RunLog
+from alf_nb.signals.tracker import prior_scores
+from alf_nb.train.trainer import ALFCallback
 from alf_nb.widgets.base import RunState
 
 
@@ -335,7 +335,7 @@ def test_a_class_that_nobody_allowed_is_not_made_from_a_checkpoint(tmp_path):
     k = next(k for k, s in state["parked"].items() if isinstance(s.get("projector"), dict))
     state["parked"][k]["projector"]["of"] = "subprocess.Popen"
     file.write_text(json.dumps(state))
-    from alf_nb.checkpoints import seal_checkpoint
+    from alf_nb.core.checkpoints import seal_checkpoint
     seal_checkpoint(tmp_path / "checkpoint-7")
     with pytest.raises(RuntimeError, match="checkpoint-7.*object of class subprocess.Popen, which is not loaded"):
         trained(tmp_path, "low_rank", rotating("full"), resume=str(tmp_path / "checkpoint-7"))

@@ -209,13 +209,13 @@ def test_the_installed_wheel_fine_tunes_from_a_script(installed, tmp_path):
     )
     (tmp_path/'train.py').write_text(f"""
 from alf_nb.demo import demo_model, demo_tokenizer
-from alf_nb.finetune import finetune
+from alf_nb.app.finetune import finetune
 s = finetune((demo_model(), demo_tokenizer()), {str(tmp_path/'text.txt')!r}, {str(tmp_path/'run')!r}, steps=8, length=32, eval_blocks=2, lr=1e-2, bf16=False, progress=False)
 assert s['domain_loss_after'] < s['domain_loss_before'], s
 """, encoding='utf-8')
     res = run_installed(
         installed,
-        ['alf_nb.finetune'],
+        ['alf_nb.app.finetune'],
         TOOLS + SHELL,
         f"import runpy; runpy.run_path({str(tmp_path/'train.py')!r}, run_name='__main__')",
     )

@@ -15,12 +15,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.layers import partition_layers
-from alf_nb.policies import GRASSPolicy, LISAPolicy, Policy
-from alf_nb.probe import probe_gradients
-from alf_nb.records import Scores
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
+from alf_nb.model.layers import partition_layers
+from alf_nb.core.policies import GRASSPolicy, LISAPolicy, Policy
+from alf_nb.signals.probe import probe_gradients
+from alf_nb.core.records import Scores
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback
 
 BLOCKS, K = 4, 3
 SWEEP = BLOCKS*K

@@ -2,8 +2,8 @@
 import pytest
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.layers import partition_layers
-from alf_nb.trainer import ALFCallback
+from alf_nb.model.layers import partition_layers
+from alf_nb.train.trainer import ALFCallback
 
 peft = pytest.importorskip('peft')
 

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from alf_nb.card import card_text, write_card
-from alf_nb.checkpoints import SEAL, check_checkpoint, find_checkpoint, seal_checkpoint
-from alf_nb.cli import main
-from alf_nb.compare import _append
-from alf_nb.delta import apply_delta, fingerprint, read_delta, save_delta
-from alf_nb.files import write_whole
-from alf_nb.finetune import load_tuned
-from alf_nb.records import AttentionShift
-from alf_nb.resume import _read_state, _read_tensors
-from alf_nb.reports import compare_results, compare_runs, read_results, report_html, summarize, write_attention
-from alf_nb.reports import write_comparison, write_report
-from alf_nb.runlog import RunLog
+from alf_nb.app.publish import card_text, write_card
+from alf_nb.core.checkpoints import SEAL, check_checkpoint, find_checkpoint, seal_checkpoint
+from alf_nb.app.cli import main
+from alf_nb.study.compare import _append
+from alf_nb.model.delta import apply_delta, fingerprint, read_delta, save_delta
+from alf_nb.core.files import write_whole
+from alf_nb.app.finetune import load_tuned
+from alf_nb.core.records import AttentionShift
+from alf_nb.train.resume import _read_state, _read_tensors
+from alf_nb.report.page import compare_results, compare_runs, read_results, report_html, summarize, write_attention
+from alf_nb.report.page import write_comparison, write_report
+from alf_nb.core.runlog import RunLog
 from fake_run import fake_run
 from hostile_text import a_shift, results, the_same
 
@@ -173,7 +173,7 @@ def test_a_reader_refuses_in_words(run, reader, odd):
 
 @pytest.mark.parametrize("odd", ODD)
 def test_tensors_of_a_checkpoint_are_refused_before_safetensors_opens_them(run, odd, monkeypatch):
-    import alf_nb.resume as T
+    import alf_nb.train.resume as T
     put(run/"checkpoint-3"/"alf"/"tensors.safetensors", odd)
     monkeypatch.setattr(T, "load_file", lambda f: pytest.fail("it was opened"))
     with at_once(), pytest.raises(RuntimeError, match=rf"tensors.safetensors.* is {ODD[odd][1]}, not a file"):

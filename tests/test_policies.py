@@ -4,9 +4,9 @@ import json, math, subprocess, sys
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-from alf_nb.policies import *
-from alf_nb.policies import Ballot
-from alf_nb.records import Scores, Selection, UnitInfo
+from alf_nb.core.policies import *
+from alf_nb.core.policies import Ballot
+from alf_nb.core.records import Scores, Selection, UnitInfo
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 budgets = st.floats(.01, 1.)
@@ -171,7 +171,7 @@ def test_draws_are_the_same_in_another_process():
     """Hash randomisation, other draws and other versions of Python change nothing: the expected names are written
     down here"""
     code = """
-from alf_nb.policies import *; from alf_nb.records import UnitInfo, Scores
+from alf_nb.core.policies import *; from alf_nb.core.records import UnitInfo, Scores
 us = [UnitInfo(f'block.{i}', f'block.{i}', 'block', 'block', 10, i+1) for i in range(12)]; s = Scores('grad_norm', {u.name: i/12 for i,u in enumerate(us)})
 for p in (RotatePolicy(.25, seed=7), LISAPolicy(3, seed=7), StaticPolicy('random', .25, seed=7), GRASSPolicy(.25, seed=7), BAdamPolicy(interval=10, seed=7)):
     print(p.name, *[n.split('.')[1] for n in p.select(s, us, step=40)])

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRando
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, default_data_collator
 
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
-from alf_nb.layers import partition_layers
-from alf_nb.loop import ALFLoop
-from alf_nb.probe import _same_draws, _same_modules, probe_gradients
-from alf_nb.trainer import ALFCallback
+from alf_nb.model.layers import partition_layers
+from alf_nb.train.loop import ALFLoop
+from alf_nb.signals.probe import _same_draws, _same_modules, probe_gradients
+from alf_nb.train.trainer import ALFCallback
 
 
 def draws(): return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
@@ -568,7 +568,7 @@ def test_a_resume_draws_the_same_where_the_sampler_draws_from_the_global_generat
 
 
 def test_the_check_of_the_compiler_draws_nothing():
-    from alf_nb.trainer import _graphs_see_freezing
+    from alf_nb.train.trainer import _graphs_see_freezing
     _graphs_see_freezing.cache_clear()
     with _same_draws(): first = draws()
     _graphs_see_freezing()

@@ -18,13 +18,13 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
-from alf_nb.checkpoints import find_checkpoint
-from alf_nb.delta import fingerprint
+from alf_nb.core.checkpoints import find_checkpoint
+from alf_nb.model.delta import fingerprint
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.finetune import finetune
-from alf_nb.probe import _model_loss
-from alf_nb.shards import local_tensor, whole_tensor
-from alf_nb.trainer import ALFCallback
+from alf_nb.app.finetune import finetune
+from alf_nb.signals.probe import _model_loss
+from alf_nb.model.shards import local_tensor, whole_tensor
+from alf_nb.train.trainer import ALFCallback
 torch.set_num_threads(1)
 world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
 
@@ -256,7 +256,7 @@ def test_a_frozen_piece_costs_neither_gradient_nor_optimizer_state(runs):
 def test_what_is_saved_from_pieces_loads_in_one_process(runs, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
-    from alf_nb.delta import apply_delta, save_delta
+    from alf_nb.model.delta import apply_delta, save_delta
     from alf_nb.demo import demo_model
     model, base = AutoModelForCausalLM.from_pretrained(runs/'fsdp-gain2'/'model'), demo_model()
     assert [float(p.norm()) for p in model.state_dict().values()] == pytest.approx(
@@ -357,7 +357,7 @@ def test_ddp_buffers_only_what_trains(runs):
 def test_what_cannot_work_is_refused_before_the_first_step(monkeypatch):
     from types import SimpleNamespace
     from torch import nn
-    from alf_nb.trainer import _check_engine
+    from alf_nb.train.trainer import _check_engine
     args, model = SimpleNamespace(deepspeed=None, fsdp=None, world_size=1), nn.Linear(2, 2)
     _check_engine(args, model)
     with pytest.raises(ValueError, match='FSDP1 flattens.*version'):

@@ -5,13 +5,13 @@ import torch
 from small_run import losses, same, small_trainer, weights
 from torch import nn
 
-from alf_nb.delta import apply_delta, fingerprint, save_delta
+from alf_nb.model.delta import apply_delta, fingerprint, save_delta
 from alf_nb.demo import demo_model
-from alf_nb.layers import partition_layers
-from alf_nb.optim import FrozenGuard
-from alf_nb.runlog import RunLog
-from alf_nb.tracker import prior_scores
-from alf_nb.trainer import ALFCallback
+from alf_nb.model.layers import partition_layers
+from alf_nb.model.optim import FrozenGuard
+from alf_nb.core.runlog import RunLog
+from alf_nb.signals.tracker import prior_scores
+from alf_nb.train.trainer import ALFCallback
 
 BITS = {
     4: dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),

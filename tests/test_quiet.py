@@ -18,7 +18,7 @@ def alf(where, *argv, **env):
     (where/'sitecustomize.py').write_text(LOGS)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(where), str(ROOT)]), HF_HUB_OFFLINE='1', **env)
     return subprocess.run(
-        [sys.executable, '-c', 'import sys; from alf_nb.cli import main; sys.exit(main())', *map(str, argv)],
+        [sys.executable, '-c', 'import sys; from alf_nb.app.cli import main; sys.exit(main())', *map(str, argv)],
         capture_output=True,
         text=True,
         env=env,
@@ -76,7 +76,7 @@ def test_the_line_of_bitsandbytes_is_what_is_silenced(tmp_path):
     )
     assert 'gemm_4bit_forward' in res.stderr
     code = (
-        "import logging; from alf_nb.cli import _import_quietly; _import_quietly();"
+        "import logging; from alf_nb.app.cli import _import_quietly; _import_quietly();"
         " logging.getLogger('bitsandbytes').warning('heard again')"
     )
     res = subprocess.run(

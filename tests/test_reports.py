@@ -3,10 +3,10 @@ import base64, json, math, re, struct, zlib
 from html.parser import HTMLParser
 import pytest
 from fake_run import fake_run, fake_units
-from alf_nb.records import UnitInfo
-from alf_nb.runlog import RunLog
-from alf_nb import plots
-from alf_nb.reports import *
+from alf_nb.core.records import UnitInfo
+from alf_nb.core.runlog import RunLog
+from alf_nb.report import plots
+from alf_nb.report.page import *
 
 VOID = {'meta', 'br', 'img', 'link', 'input', 'hr', 'col'}
 class Page(HTMLParser):
@@ -210,7 +210,7 @@ def test_the_report_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     out = write_report(tmp_path/'r')
     old = out.read_bytes()
     monkeypatch.setattr(
-        'alf_nb.reports.os.replace', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device'))
+        'alf_nb.report.page.os.replace', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device'))
     )
     with pytest.raises(OSError, match='cannot write the report .No space'): write_report(tmp_path/'r')
     assert out.read_bytes() == old and sorted(p.name for p in (tmp_path / 'r').iterdir()) == [
@@ -264,7 +264,7 @@ def test_light_side_stays_light():
             sys.executable,
             '-c',
             (
-                "import sys, alf_nb.reports; print([m for m in ('torch', 'numpy', 'matplotlib', 'IPython') if m in"
+                "import sys, alf_nb.report.page; print([m for m in ('torch', 'numpy', 'matplotlib', 'IPython') if m in"
                 " sys.modules])"
             ),
         ],

@@ -42,7 +42,8 @@ def work(folder, name, die):
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments, trainer as hf
     from transformers.trainer_callback import PrinterCallback
-    from alf_nb import checkpoints, trainer as ours
+    from alf_nb.core import checkpoints
+    from alf_nb.train import trainer as ours
     from alf_nb.demo import demo_dataset, demo_model
     torch.set_num_threads(1)
     here = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -121,7 +122,7 @@ def work(folder, name, die):
 def forks():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch", "transformers.trainer", "alf_nb.checkpoints", "alf_nb.trainer", "alf_nb.demo"]
+        ["torch", "transformers.trainer", "alf_nb.core.checkpoints", "alf_nb.train.trainer", "alf_nb.demo"]
     )
 
     def run(*args):
@@ -134,7 +135,7 @@ def forks():
 
 
 def figures(folder):
-    from alf_nb.runlog import RunLog
+    from alf_nb.core.runlog import RunLog
     log = RunLog(folder)
     return json.loads((folder / "end.json").read_text()) | dict(
         selections=[(s.step, s.names, s.reason) for s in log.selections()],
@@ -181,7 +182,7 @@ def test_killed_again_and_again(forks, whole, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_name(forks, whole, tmp_path):
-    from alf_nb.checkpoints import find_checkpoint
+    from alf_nb.core.checkpoints import find_checkpoint
     assert forks(tmp_path, "default", ("step", 10)) == -signal.SIGKILL
     path = tmp_path/"checkpoint-9"/"model.safetensors"
     data = bytearray(path.read_bytes())

@@ -1,8 +1,8 @@
 "What `RunLog` promises when many threads write, a process is killed, or the disk is full."
 import errno, json, os, subprocess, sys, threading, time
 import pytest
-from alf_nb import runlog
-from alf_nb.runlog import RunLog, survivors
+from alf_nb.core import runlog
+from alf_nb.core.runlog import RunLog, survivors
 
 def run(code, *args):
     return subprocess.Popen(
@@ -26,7 +26,7 @@ def test_two_writers_share_a_file(tmp_path):
     assert [e['step'] for e in a.events('log')] == list(range(50))
 
 def test_killed_process_loses_nothing_written(tmp_path):
-    p = run("import sys, time\nfrom alf_nb.runlog import RunLog\nl = RunLog(sys.argv[1])\n"
+    p = run("import sys, time\nfrom alf_nb.core.runlog import RunLog\nl = RunLog(sys.argv[1])\n"
             "for i in range(100): l.write('log', step=i)\nprint('ready', flush=True)\ntime.sleep(60)", tmp_path)
     assert p.stdout.readline() == 'ready\n'
     p.kill()
@@ -65,7 +65,7 @@ def test_poll_waits_for_the_end_of_a_line(tmp_path):
 
 def test_poll_follows_a_live_writer(tmp_path):
     p = run(
-        "import sys\nfrom alf_nb.runlog import RunLog\nl = RunLog(sys.argv[1])\nfor i in range(3000): l.write('log',"
+        "import sys\nfrom alf_nb.core.runlog import RunLog\nl = RunLog(sys.argv[1])\nfor i in range(3000): l.write('log',"
         " step=i, pad='y'*(i%50))",
         tmp_path,
     )
@@ -96,7 +96,7 @@ def test_full_disk_raises_once_then_counts(tmp_path):
 def test_partly_written_line_does_not_corrupt_the_file(tmp_path):
     pytest.importorskip('resource')
     p = run(
-        "import sys, resource\nfrom alf_nb.runlog import RunLog\nl = RunLog(sys.argv[1])\nsoft, hard ="
+        "import sys, resource\nfrom alf_nb.core.runlog import RunLog\nl = RunLog(sys.argv[1])\nsoft, hard ="
         " resource.getrlimit(resource.RLIMIT_FSIZE)\nl.write('log', step=0)\nresource.setrlimit(resource.RLIMIT_FSIZE,"
         " (300, hard))\nn = 0\nfor i in range(1, 20):\n    try: l.write('log', step=i, pad='z'*40)\n    except OSError:"
         " n += 1\nresource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))\nl.write('log', step=20)\nprint(n,"
@@ -218,7 +218,7 @@ class Counted:
 
 def test_a_report_reads_the_log_once(tmp_path, monkeypatch):
     from fake_run import fake_run
-    from alf_nb.reports import summarize, write_report
+    from alf_nb.report.page import summarize, write_report
     log = fake_run(tmp_path)
     opened = Counted(monkeypatch, log.path)
     for read in (write_report, summarize, lambda l: l._repr_markdown_()):
@@ -228,7 +228,7 @@ def test_a_report_reads_the_log_once(tmp_path, monkeypatch):
 
 def test_a_report_of_blank_and_broken_lines_is_as_quick_as_reading_them(tmp_path):
     from fake_run import fake_run
-    from alf_nb.reports import write_report
+    from alf_nb.report.page import write_report
     log = fake_run(tmp_path)
     with open(log.path, 'ab') as f: f.write(b'\n'*40_000 + b'{"event":\n'*5_000)
     begun = time.process_time()
@@ -237,7 +237,7 @@ def test_a_report_of_blank_and_broken_lines_is_as_quick_as_reading_them(tmp_path
     assert '5,000 lines of the run log are damaged' in page
 
 def many_units(path, n):
-    from alf_nb.records import UnitInfo
+    from alf_nb.core.records import UnitInfo
     units = [
         UnitInfo(f'block.{i//8}.w{i%8}', f'block.{i//8}', 'matrix', f'w{i%8}', 1000, i // 8, ((10, 100),))
         for i in range(n)
@@ -252,7 +252,7 @@ def many_units(path, n):
     return log
 
 def test_a_report_of_forty_thousand_units_takes_seconds(tmp_path):
-    from alf_nb.reports import write_report
+    from alf_nb.report.page import write_report
     took = {}
     for n in (20_000, 40_000):
         log, begun = many_units(tmp_path/str(n), n), time.process_time()
@@ -263,8 +263,8 @@ def test_a_report_of_forty_thousand_units_takes_seconds(tmp_path):
     assert len(RunLog(tmp_path/'40000').units) == 40_000 and RunLog(tmp_path/'40000').damaged == 0
 
 def test_a_report_of_as_many_roles_as_units_takes_seconds(tmp_path):
-    from alf_nb.records import UnitInfo
-    from alf_nb.reports import write_report
+    from alf_nb.core.records import UnitInfo
+    from alf_nb.report.page import write_report
     units = [UnitInfo(f'layer{i}', f'layer{i}', 'matrix', f'role{i}', 1000, i, ((10, 100),)) for i in range(8_000)]
     with RunLog(tmp_path) as log:
         log.write('run_begin', units=units, n_total=8_000_000)
@@ -322,7 +322,7 @@ def test_a_log_resumed_thousands_of_times_is_read_in_seconds():
     assert len(run) == 30_000 and all(e['step'] < 5 for e in run)
 
 def test_a_reader_of_one_moment_does_not_mix_moments(tmp_path):
-    from alf_nb.runlog import _read_once
+    from alf_nb.core.runlog import _read_once
     log = RunLog(tmp_path)
     log.write('log', step=1)
     once = _read_once(log)
@@ -350,7 +350,7 @@ def test_an_event_that_readers_would_pass_over_is_warned_about(tmp_path):
 )
 def test_a_clock_that_is_wrong_costs_the_times_and_nothing_else(tmp_path, monkeypatch, clock):
     "Before 1970, after 8307, backwards and to and fro: each event counts, and no duration is negative"
-    from alf_nb.reports import summarize, summary_table, write_report
+    from alf_nb.report.page import summarize, summary_table, write_report
     from alf_nb.widgets.base import RunState
     from alf_nb.widgets.dashboard import TrainingDashboard, _ticks
     ticks = iter(range(99))

@@ -5,7 +5,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 import pytest, torch, transformers as tf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from alf_nb.layers import _Places, _before, _uses, partition_layers
+from alf_nb.model.layers import _Places, _before, _uses, partition_layers
 
 D = 4
 

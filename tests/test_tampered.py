@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_run import small_trainer
 
-from alf_nb.checkpoints import seal_checkpoint
+from alf_nb.core.checkpoints import seal_checkpoint
 from alf_nb.demo import demo_model
-from alf_nb.resume import _Settings, _State
-from alf_nb.trainer import ALFCallback
+from alf_nb.train.resume import _Settings, _State
+from alf_nb.train.trainer import ALFCallback
 
 
 @pytest.mark.parametrize("name", T.SETTINGS)

@@ -9,11 +9,11 @@ from datasets import Dataset
 from small_run import losses, same, small_trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from alf_nb.checkpoints import find_checkpoint
+from alf_nb.core.checkpoints import find_checkpoint
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
-from alf_nb.optim import unwrap_optimizer
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback, _graphs_see_freezing
+from alf_nb.model.optim import unwrap_optimizer
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback, _graphs_see_freezing
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")

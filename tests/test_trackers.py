@@ -9,8 +9,8 @@ import pytest
 from small_run import small_trainer
 from transformers import TrainerCallback
 
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback
 
 
 def train(folder, *callbacks, resume=None, **kw):

@@ -8,11 +8,11 @@ import torch
 from small_run import losses, same, small_trainer, weights
 from transformers import TrainerCallback
 
-from alf_nb.checkpoints import seal_checkpoint
+from alf_nb.core.checkpoints import seal_checkpoint
 from alf_nb.demo import demo_model
-from alf_nb.optim import optimizer_bytes
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import PRESETS, ALFCallback
+from alf_nb.model.optim import optimizer_bytes
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import PRESETS, ALFCallback
 
 
 def run(tmp_path, *callbacks, model=None, steps=12, freeze=None, resume=None, data=None, **kw):

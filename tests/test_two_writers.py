@@ -17,15 +17,15 @@ import torch
 from small_run import same, small_trainer, weights
 from transformers import TrainerCallback
 
-from alf_nb.background import train_in_background
-from alf_nb.checkpoints import find_checkpoint
-from alf_nb.compare import Task, compare_policies
+from alf_nb.train.background import train_in_background
+from alf_nb.core.checkpoints import find_checkpoint
+from alf_nb.study.compare import Task, compare_policies
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
-from alf_nb.finetune import finetune
-from alf_nb.lock import RunLock
-from alf_nb.loop import ALFLoop
-from alf_nb.runlog import RunLog
-from alf_nb.trainer import ALFCallback
+from alf_nb.app.finetune import finetune
+from alf_nb.core.lock import RunLock
+from alf_nb.train.loop import ALFLoop
+from alf_nb.core.runlog import RunLog
+from alf_nb.train.trainer import ALFCallback
 
 ROOT = Path(__file__).parents[1]
 ENV = {
@@ -36,7 +36,7 @@ import os, signal, sys, time
 sys.path.insert(0, sys.argv[2])
 from small_run import small_trainer
 from transformers import TrainerCallback
-from alf_nb.trainer import ALFCallback
+from alf_nb.train.trainer import ALFCallback
 class Wait(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if state.global_step == 3: print("training", flush=True); time.sleep(600)
@@ -112,7 +112,7 @@ def test_a_second_process_is_refused_and_told_who_the_first_is_and_a_killed_one_
 
 def test_a_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path):
     script = (
-        f"import os, time\nfrom alf_nb.lock import RunLock\nlock = RunLock({str(tmp_path)!r}).acquire()\nif not (pid :="
+        f"import os, time\nfrom alf_nb.core.lock import RunLock\nlock = RunLock({str(tmp_path)!r}).acquire()\nif not (pid :="
         " os.fork()): time.sleep(600)\nprint(pid, flush=True); time.sleep(600)"
     )
     p = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=ENV)
@@ -129,7 +129,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path):
 def test_a_child_that_is_started_from_a_run_does_not_write_beside_it(tmp_path):
     with RunLock(tmp_path):
         p = subprocess.run(
-            [sys.executable, "-c", f"from alf_nb.lock import RunLock; RunLock({str(tmp_path)!r}).acquire()"],
+            [sys.executable, "-c", f"from alf_nb.core.lock import RunLock; RunLock({str(tmp_path)!r}).acquire()"],
             capture_output=True,
             text=True,
             env=ENV,
@@ -144,7 +144,7 @@ def test_a_child_that_is_started_from_a_run_does_not_write_beside_it(tmp_path):
 
 def test_many_that_start_at_once_are_one(tmp_path):
     script = (
-        "import sys, time\nfrom alf_nb.lock import RunLock\nsys.stdin.readline()\ntry: lock ="
+        "import sys, time\nfrom alf_nb.core.lock import RunLock\nsys.stdin.readline()\ntry: lock ="
         f" RunLock({str(tmp_path)!r}).acquire()\nexcept RuntimeError: print('no', flush=True)\nelse: print('yes',"
         " flush=True)\nsys.stdin.readline()"
     )
@@ -165,7 +165,7 @@ def test_many_that_start_at_once_are_one(tmp_path):
 
 @pytest.mark.parametrize("fcntl", ["there", "without locks"])
 def test_the_owner_on_another_machine_and_a_number_that_is_used_again(tmp_path, monkeypatch, fcntl):
-    from alf_nb import lock as room
+    from alf_nb.core import lock as room
     # as some network file systems
     if fcntl == "without locks": monkeypatch.setattr(room, "_grab", lambda fd: None)
     me, path = room._me("a run"), tmp_path/"alf.lock"
@@ -390,8 +390,8 @@ LAUNCHED = '''
 import sys, torch
 from transformers import Trainer, TrainingArguments
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.loop import ALFLoop
-from alf_nb.trainer import ALFCallback
+from alf_nb.train.loop import ALFLoop
+from alf_nb.train.trainer import ALFCallback
 if sys.argv[2] == "loop":
     model = demo_model()
     ALFLoop(model, torch.optim.SGD(model.parameters(), lr=.1), [{k: torch.tensor([v]) for k, v in r.items()} for r in demo_dataset(4)], 2, out=sys.argv[1])

@@ -72,13 +72,13 @@ def test_what_is_too_old_is_named_before_it_is_imported(tmp_path, room, package,
 
 def test_the_light_side_minds_no_old_torch(tmp_path):
     pretend(tmp_path, torch='1.0', transformers='3.0', accelerate='0.1')
-    res = run(tmp_path, "import alf_nb.reports, alf_nb.widgets.dashboard")
+    res = run(tmp_path, "import alf_nb.report.page, alf_nb.widgets.dashboard")
     assert not res.returncode, res.stderr
 
 
 def test_an_old_optional_backend_is_no_backend(tmp_path):
     pretend(tmp_path, triton='3.0.0', numba='0.59')
-    res = run(tmp_path, "import alf_nb.kernels as k; print(*k.available_backends().values(), sep='\\n')")
+    res = run(tmp_path, "import alf_nb.kernels.plan as k; print(*k.available_backends().values(), sep='\\n')")
     assert not res.returncode, res.stderr
     said = res.stdout.splitlines()
     assert said[0] == 'True' and any(f"needs numba>={least('numba')}, found 0.59" in s for s in said)

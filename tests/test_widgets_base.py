@@ -4,7 +4,7 @@ import json, random, sys, threading, time
 import ipywidgets as W
 import pytest
 
-from alf_nb.runlog import RunLog, survivors
+from alf_nb.core.runlog import RunLog, survivors
 from alf_nb.widgets.base import Follower, RunState, View, as_source, follow, put, ticker
 
 sys.path.insert(0, __file__.rpartition('/')[0])

@@ -3,8 +3,8 @@ import re, sys
 
 import pytest
 
-from alf_nb.reports import compare_runs
-from alf_nb.runlog import RunLog
+from alf_nb.report.page import compare_runs
+from alf_nb.core.runlog import RunLog
 from alf_nb.widgets.base import Follower, _all, follow, ticker
 from alf_nb.widgets.compare import CURVES, CompareView, Followed, differences, short_names
 

@@ -3,7 +3,7 @@ import re, sys, threading, time
 
 import pytest
 
-from alf_nb.runlog import RunLog
+from alf_nb.core.runlog import RunLog
 from alf_nb.widgets.base import _all, ticker
 from alf_nb.widgets.dashboard import TrainingDashboard, clock, last_line, spent_s
 

@@ -3,9 +3,9 @@ import re, sys
 
 import pytest
 
-from alf_nb.policies import LISAPolicy
-from alf_nb.records import UnitInfo
-from alf_nb.runlog import RunLog
+from alf_nb.core.policies import LISAPolicy
+from alf_nb.core.records import UnitInfo
+from alf_nb.core.runlog import RunLog
 from alf_nb.widgets.base import RunState, ticker
 from alf_nb.widgets.map import COLOURS, SelectionMap, axis_end, map_rows
 

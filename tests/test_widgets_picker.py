@@ -5,10 +5,10 @@ import ipywidgets as W
 import pytest
 import traitlets
 
-from alf_nb.plots import human_time
-from alf_nb.policies import *
-from alf_nb.records import Scores, Selection, UnitInfo
-from alf_nb.runlog import RunLog
+from alf_nb.report.plots import human_time
+from alf_nb.core.policies import *
+from alf_nb.core.records import Scores, Selection, UnitInfo
+from alf_nb.core.runlog import RunLog
 from alf_nb.widgets.base import _all, ticker
 from alf_nb.widgets.picker import ADAMW_BYTES, BarChart, ThresholdPicker
 
@@ -492,9 +492,9 @@ def test_beside_a_real_run(picker, tmp_path):
     "What the picker showed is what the run went on to train, and every selection of the run is shown again afterwards"
     pytest.importorskip('torch')
     from transformers import Trainer, TrainerCallback, TrainingArguments
-    from alf_nb.background import train_in_background
+    from alf_nb.train.background import train_in_background
     from alf_nb.demo import demo_dataset, demo_model
-    from alf_nb.trainer import ALFCallback
+    from alf_nb.train.trainer import ALFCallback
 
     class Slow(TrainerCallback):
         def on_step_begin(self, args, state, control, **kw): time.sleep(.03)

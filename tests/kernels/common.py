@@ -69,8 +69,8 @@ def liger_and_plain(folder, device, **sizes):
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
     from alf_nb.demo import demo_dataset, demo_model
-    from alf_nb.runlog import RunLog
-    from alf_nb.trainer import ALFCallback
+    from alf_nb.core.runlog import RunLog
+    from alf_nb.train.trainer import ALFCallback
     for liger in (False, True):      # the kernels stay in transformers' module: the plain run comes first
         torch.manual_seed(0)
         args = TrainingArguments(

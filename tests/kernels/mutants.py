@@ -402,7 +402,7 @@ def run(mutant, package):
     file, _, words = tests.partition(' -k ')
     source = (ROOT/'alf_nb'/'kernels.py').read_text()
     if source.count(old) < 1:
-        raise SystemExit(f'{name}: the line {old!r} is not in alf_nb/kernels.py any more; update mutants.py')
+        raise SystemExit(f'{name}: the line {old!r} is not in alf_nb/kernels/plan.py any more; update mutants.py')
     (package/'kernels.py').write_text(source.replace(old, new, 1))
     env = os.environ | dict(
         PYTHONPATH=str(package.parent),

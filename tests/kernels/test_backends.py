@@ -4,7 +4,7 @@ import os, subprocess, sys, textwrap, threading
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from alf_nb import kernels as K
+from alf_nb.kernels.plan import plan as K
 from common import *
 
 BACKENDS = [b for b in ('torch', 'numba') if K.available_backends()[b] is True]
@@ -270,9 +270,9 @@ def test_many_threads_may_ask_at_once():
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
 def test_a_forked_child_can_measure():
     out = run_python("""
-        import os, signal, torch; from alf_nb.kernels import *
+        import os, signal, torch; from alf_nb.kernels.plan import *
         torch.set_num_threads(1); now = {'a': [torch.ones(400_000)]}; ref = {'a': [torch.zeros(400_000)]}
-        import alf_nb.kernels as K; K.torch.get_num_threads = lambda: 3                  # helpers of ours, none of OpenMP's
+        import alf_nb.kernels.plan as K; K.torch.get_num_threads = lambda: 3                  # helpers of ours, none of OpenMP's
         a = delta_norms(now, ref, 'numba')
         pid = os.fork()
         if not pid: signal.alarm(20); os._exit(0 if delta_norms(now, ref, 'numba') == a else 1)
@@ -281,7 +281,7 @@ def test_a_forked_child_can_measure():
 
 def test_a_thread_that_outlives_the_main_one_can_measure():
     out = run_python("""
-        import threading, time, torch; from alf_nb.kernels import *
+        import threading, time, torch; from alf_nb.kernels.plan import *
         torch.set_num_threads(3); now = {'a': [torch.ones(400_000)]}; ref = {'a': [torch.zeros(400_000)]}
         delta_norms(now, ref)
         def later(): time.sleep(.5); print(delta_norms(now, ref).max_abs[0], flush=True)
@@ -292,7 +292,7 @@ def test_a_thread_that_outlives_the_main_one_can_measure():
 def test_a_missing_package_is_no_error(missing):
     out = run_python(f"""
         import sys, torch; sys.modules['{missing}'] = None
-        from alf_nb.kernels import *
+        from alf_nb.kernels.plan import *
         print(available_backends()['{missing}'])
         a, b = torch.randn(5000), torch.randn(5000)
         assert abs(delta_norms({{'a': [a]}}, {{'a': [b]}}).delta[0] - (a.double()-b.double()).norm()) < 1e-3; warm_up()
@@ -302,7 +302,7 @@ def test_a_missing_package_is_no_error(missing):
 
 def test_importing_asks_for_no_gpu():
     assert run_python("""
-        import alf_nb.kernels as K
+        import alf_nb.kernels.plan as K
         driver = K.triton and K.triton.runtime.driver
         print(driver and (driver._active if hasattr(driver, '_active') else driver.active._obj))     # the second in triton 3.2""", TRITON_INTERPRET='0').strip() == 'None'
 
@@ -315,12 +315,12 @@ def test_a_cache_that_cannot_be_written_is_no_error(how, tmp_path):
         import torch, numba.core.caching
         def fail(*a): raise OSError(28, 'No space left on device')
         {how}
-        from alf_nb.kernels import *
+        from alf_nb.kernels.plan import *
         assert delta_norms({{'a': [torch.ones(9)]}}, {{'a': [torch.zeros(9)]}}, 'numba').delta == (3.,)""", NUMBA_CACHE_DIR=str(tmp_path))
 
 def test_second_process_does_not_compile_again(tmp_path):
     code = """
-        import time, torch, numba.core.compiler as c; from alf_nb.kernels import *
+        import time, torch, numba.core.compiler as c; from alf_nb.kernels.plan import *
         n = []; old = c.CompilerBase._compile_core; c.CompilerBase._compile_core = lambda *a: (n.append(1), old(*a))[1]
         warm_up([torch.float32], backend='numba'); print(len(n))"""
     first, second = (int(run_python(code, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2))
@@ -332,7 +332,7 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, kind):
     "A process killed or a power cut while kernels are written to disk"
     code = """
         import torch
-        from alf_nb import kernels as K
+        from alf_nb.kernels.plan import plan as K
         now, ref = [torch.ones(9)], [torch.zeros(9)]
         print(K.delta_norms({'u': now}, {'u': ref}, backend='numba').delta)
     """
