@@ -1,4 +1,4 @@
-"""`from alf_nb.all import *`: all public names, for notebooks.
+"""`from alf_nb.all import *`: the names that the tutorials use, and no others.
 
 Docs: https://example.github.io/alf_nb/10_app/all.html.md"""
 
@@ -11,54 +11,37 @@ __all__ = []
 import importlib
 
 # %% ../nbs/10_app/05_all.ipynb #9c166c98
-_ROOMS = (
-    'records',
-    'layers',
-    'shards',
-    'kernels',
-    'snapshots',
-    'tracker',
-    'probe',
-    'policies',
-    'optim',
-    'runlog',
-    'checkpoints',
-    'trainer',
-    'background',
-    'loop',
-    'delta',
-    'attention',
-    'plots',
-    'shift',
-    'reports',
-    'card',
-    'sources',
-    'finetune',
-    'compare',
-    'audit',
-    'efficiency',
-)
-
-_VIEWS = {
+_NAMES = {
+    'sources.models': 'load_model load_encoder load_texts domain_split token_blocks evaluate_loss unrelated_texts',
+    'model.layers': 'partition_layers',
+    'core.records': 'Selection Scores',
+    'core.policies': 'Policy BudgetPolicy ThresholdPolicy POLICIES '
+                     'budget_for_threshold threshold_for_budget',
+    'kernels.plan': 'delta_norms',
+    'signals.tracker': 'SIGNALS prior_scores',
+    'signals.probe': 'probe_gradients',
+    'train.trainer': 'ALFCallback PRESETS',
+    'train.loop': 'ALFLoop lightning_callback',
+    'train.background': 'train_in_background',
+    'core.runlog': 'RunLog',
+    'core.checkpoints': 'find_checkpoint',
+    'model.delta': 'fingerprint save_delta apply_delta read_delta',
+    'app.finetune': 'finetune load_tuned',
+    'app.publish': 'push_delta',
     'widgets.picker': 'ThresholdPicker',
     'widgets.map': 'SelectionMap',
     'widgets.dashboard': 'TrainingDashboard',
     'widgets.attention': 'AttentionViewer',
     'widgets.compare': 'CompareView',
+    'report.page': 'write_report summarize compare_runs latest_scores loss_chart layer_map role_maps',
+    'report.plots': 'line_chart cell_table percent human_bytes',
+    'study.attention': 'AttentionSnapshot compare_attention',
+    'study.step_costs': 'probe_batches',
+    'study.audit': 'audit_signals rank_correlation',
+    'study.compare': 'compare_policies',
 }
 
-def _public(rooms):
-    "name → object of every public name; a name that two rooms export is an error"
-    res = {}
-    for r in rooms:
-        m = importlib.import_module(f'alf_nb.{r}')
-        for n in m.__all__:
-            if n in res and res[n] is not getattr(m, n):
-                raise ImportError(f"{n} is exported by two rooms, the second is {r}")
-            res[n] = getattr(m, n)
-    return res
-
 # %% ../nbs/10_app/05_all.ipynb #d9531312
-_names = _public(_ROOMS) | {n: getattr(importlib.import_module(f'alf_nb.{r}'), n) for r,n in _VIEWS.items()}
-globals().update(_names)
-__all__ = list(_names)
+_found = {n: getattr(importlib.import_module(f'alf_nb.{m}'), n) for m, names in _NAMES.items() for n in names.split()}
+globals().update(_found)
+__all__ = list(_found)

@@ -14,7 +14,7 @@ Kernel `dot` adds the dot product with gradients of the weights' dtype, `ref8` m
 import argparse, datetime, functools, json, platform, statistics, time
 from pathlib import Path
 import numpy as np, torch
-from alf_nb.kernels.plan import plan as K
+from alf_nb.kernels import plan as K
 from alf_nb.study.compare import device_name
 
 RESULTS = Path(__file__).parent/'results'/'delta_norms.jsonl'

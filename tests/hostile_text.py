@@ -66,7 +66,7 @@ def classes():
         for c in vars(importlib.import_module(m.name)).values():
             if isinstance(c, type) and c.__module__.startswith("alf_nb") and any(hasattr(c, s) for s in SHOWS):
                 found.add(c)
-    return {c.__name__: c for c in found}
+    return {c.__name__: c for c in sorted(found, key=lambda c: c.__name__)}
 
 
 def poisoned(x, evil, fixed=("event", "kind", "t", "when", "signal")):

@@ -40,14 +40,14 @@ def test_docstrings_point_to_pages_that_exist(site):
 
 def test_public_names_are_documented(site):
     for room, names in (
-        ('records', ('UnitInfo', 'Scores', 'Selection')),
-        ('policies', ('ThresholdPolicy', 'step_cost')),
-        ('trainer', ('ALFCallback',)),
-        ('runlog', ('RunLog.series',)),
+        ('01_core/records', ('UnitInfo', 'Scores', 'Selection')),
+        ('01_core/policies', ('ThresholdPolicy', 'step_cost')),
+        ('06_train/trainer', ('ALFCallback',)),
+        ('01_core/runlog', ('RunLog.series',)),
     ):
         page = text(site, f'{room}.html')
         for n in names: assert re.search(rf'<h3[^>]*>\s*{re.escape(n)}', page), f"{n} has no entry on {room}.html"
-    assert 'exact name, unique in the model' in text(site, 'records.html'), "what a docment says of a parameter"
+    assert 'exact name, unique in the model' in text(site, '01_core/records.html'), "what a docment says of a parameter"
 
 
 def test_the_sidebar_leads_everywhere_in_order(site):
@@ -60,14 +60,14 @@ def test_the_sidebar_leads_everywhere_in_order(site):
     ]
     assert [l for l in links if l.startswith('tutorials/')] == tutorials
     assert (
-        links.index('index.html') < links.index(tutorials[0]) < links.index('speed.html') < links.index('records.html')
+        links.index('index.html') < links.index(tutorials[0]) < links.index('speed.html') < links.index('01_core/records.html')
     )
 
 
 def test_outputs_and_maths_are_shown(site):
-    assert '<math' in text(site, 'tracker.html') and 'katex' not in text(site, 'tracker.html')
-    assert r'\mathrm' not in re.sub(r'<code.*?</code>', '', text(site, 'tracker.html'), flags=re.S)
-    assert '<svg' in text(site, 'plots.html')
+    assert '<math' in text(site, '05_signals/tracker.html') and 'katex' not in text(site, '05_signals/tracker.html')
+    assert r'\mathrm' not in re.sub(r'<code.*?</code>', '', text(site, '05_signals/tracker.html'), flags=re.S)
+    assert '<svg' in text(site, '07_report/plots.html')
 
 
 def test_the_search_index_can_be_loaded_from_disk(site):

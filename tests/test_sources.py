@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from alf_nb.sources.models import models as sources
+from alf_nb.sources import models as sources
 from alf_nb.sources.models import continuation, evaluate_loss, load_encoder, load_model, token_blocks, unrelated_texts
 
 needs_package = pytest.mark.skipif(

@@ -2,7 +2,7 @@
 loaded."""
 import json
 import pytest
-from alf_nb.sources.models import models as sources
+from alf_nb.sources import models as sources
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.app.finetune import finetune
 from alf_nb.sources.models import load_texts, token_blocks

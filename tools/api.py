@@ -12,12 +12,9 @@ LINES, PAGE = root/'tests'/'api.txt', root/'nbs'/'api.ipynb'
 
 
 def rooms():
-    "room → its public names, in order; of the widgets' rooms the one view each"
-    everything = importlib.import_module('alf_nb.all')
-    res = {r: list(importlib.import_module(f'alf_nb.{r}').__all__) for r in everything._ROOMS} | {
-        r: [n] for r, n in everything._VIEWS.items()
-    }
-    return res | {'cli': ['main']}
+    "module → its public names, in the order of `alf_nb.all`"
+    named = importlib.import_module('alf_nb.all')._NAMES
+    return {module: names.split() for module, names in named.items()} | {'app.cli': ['main']}
 
 
 def value(x):

@@ -98,20 +98,25 @@ def stage(nbs, folder):
     return made
 
 
+def number(rel):
+    "A notebook's own number, for its place among its neighbours"
+    found = re.match(r'(\d+)_', rel.name)
+    return int(found[1]) if found else 0
+
+
 def sidebar(made):
-    "Start, tutorials, evidence, rooms"
-    number = lambda rel: int(m[1]) if (m := re.match(r'(\d+)_', rel.name)) else 0
-    entry = lambda rel, text=None: dict(text=text or made[rel][1], href=made[rel][0].with_suffix('.ipynb').as_posix())
-    top = [r for r in made if len(r.parts) == 1]
-    sections = {
-        'Tutorials': [
-            entry(r, f'{number(r)} · {made[r][1]}')
-            for r in sorted((r for r in made if r.parts[0] == 'tutorials'), key=number)
-        ],
-        'Evidence': [entry(r) for r in top if not r.name[0].isdigit() and r.name not in ('index.ipynb', 'api.ipynb')],
-        'Rooms': [entry(r) for r in top if r.name == 'api.ipynb'] + [entry(r) for r in top if r.name[0].isdigit()],
-    }
-    return [dict(text='Start', href='index.ipynb'), *(dict(section=k, contents=v) for k,v in sections.items() if v)]
+    "Start, tutorials, evidence, and the folders of the package in the order in which they are read"
+    def entry(rel, text=None):
+        return dict(text=text or made[rel][1], href=made[rel][0].with_suffix('.ipynb').as_posix())
+    pages = [r for r in made if len(r.parts) == 1 and r.name not in ('index.ipynb', 'api.ipynb')]
+    tutorials = sorted((r for r in made if r.parts[0] == 'tutorials'), key=number)
+    sections = {'Tutorials': [entry(r, f'{number(r)} · {made[r][1]}') for r in tutorials],
+                'Evidence': [entry(r) for r in pages],
+                'API': [entry(r) for r in made if r.name == 'api.ipynb']}
+    for folder in sorted({r.parts[0] for r in made if r.parts[0][0].isdigit()}):
+        sections[folder.partition('_')[2]] = [entry(r) for r in made if r.parts[0] == folder]
+    found = [dict(section=k, contents=v) for k, v in sections.items() if v]
+    return [dict(text='Start', href='index.ipynb'), *found]
 
 
 def configure(nbs, folder, made):

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from alf_nb.kernels.plan import plan as K
+from alf_nb.kernels import plan as K
 from common import *
 assert not triton.knobs.runtime.interpret, "the compiler cannot share a process with the interpreter"
 

@@ -9,7 +9,7 @@ assert (
 warnings.filterwarnings('ignore')
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from alf_nb.kernels.plan import plan as K
+from alf_nb.kernels import plan as K
 from audit import audit
 from common import *
 

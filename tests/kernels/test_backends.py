@@ -4,7 +4,7 @@ import os, subprocess, sys, textwrap, threading
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from alf_nb.kernels.plan import plan as K
+from alf_nb.kernels import plan as K
 from common import *
 
 BACKENDS = [b for b in ('torch', 'numba') if K.available_backends()[b] is True]
@@ -332,7 +332,7 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, kind):
     "A process killed or a power cut while kernels are written to disk"
     code = """
         import torch
-        from alf_nb.kernels.plan import plan as K
+        from alf_nb.kernels import plan as K
         now, ref = [torch.ones(9)], [torch.zeros(9)]
         print(K.delta_norms({'u': now}, {'u': ref}, backend='numba').delta)
     """

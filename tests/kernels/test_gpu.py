@@ -2,7 +2,7 @@
 skipped, without one."""
 import itertools
 import numpy as np, pytest, torch
-from alf_nb.kernels.plan import plan as K
+from alf_nb.kernels import plan as K
 from common import *
 
 why = K.available_backends()['triton']
