@@ -6,7 +6,7 @@ system has not written yet; the copy is mounted, which replays its journal, and 
     rows to a file
     python benchmarks/power_cut.py --dry      # copies nothing: only what the flushes cost
 
-Each cut is taken twice: with the flushes of `seal_checkpoint`, and with the seal alone flushed. One row of JSON is
+Each cut is taken twice: with the flushes of `write_manifest`, and with the seal alone flushed. One row of JSON is
 printed for each."""
 import argparse, json, platform, re, shutil, subprocess, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext
@@ -90,7 +90,7 @@ def train(folder, copy, cuts):
 def whole(image, tmp):
     "Steps of the whole checkpoints in a copy of the disk"
     with mounted(image, tmp/'after') as after:
-        return [int(p.name[11:]) for p in (after/'run').glob('checkpoint-*') if not checkpoints.check_checkpoint(p)]
+        return [int(p.name[11:]) for p in (after/'run').glob('checkpoint-*') if not checkpoints.verify_checkpoint(p)]
 
 
 def flushed(yes):

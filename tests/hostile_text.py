@@ -12,7 +12,7 @@ import alf_nb
 from alf_nb.study.audit import SignalAudit
 from alf_nb.model.delta import Delta
 from alf_nb.model.layers import Layers
-from alf_nb.report.plots import Picture, cell_table
+from alf_nb.report.plots import Html, cell_table
 from alf_nb.core.records import AttentionComparison, AttentionShift, Scores, Selection, UnitInfo
 from alf_nb.report.page import PolicyComparison, compare_runs, layer_map, loss_chart, memory_chart, report_html, role_maps
 from alf_nb.core.runlog import RunLog, _read_once
@@ -209,7 +209,7 @@ def pictures(folder, evil):
     log = RunLog(a_run(folder, evil))
     one, several = a_shift(evil), AttentionComparison({"a" + evil("a"): a_shift(evil), "b" + evil("b"): a_shift(evil)})
     body = report_html(log).partition("<main>")[2].partition("</main>")[0]
-    return Picture(
+    return Html(
         "".join(
             [
                 loss_chart(log),
@@ -299,7 +299,7 @@ MAKERS = dict(
     PolicyComparison=lambda folder, evil: PolicyComparison(results(evil)),
     Followed=a_followed_log,
     _Reading=lambda folder, evil: _read_once(a_run(folder, evil)),
-    Picture=pictures,
+    Html=pictures,
     View=a_failed_view,
     ThresholdPicker=a_picker,
     SelectionMap=a_map,

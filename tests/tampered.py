@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from small_run import same, small_trainer
 from transformers import TrainerCallback
 
-from alf_nb.core.checkpoints import seal_checkpoint
+from alf_nb.core.checkpoints import write_manifest
 from alf_nb.demo import demo_model
 from alf_nb.train.loop import ALFLoop
 from alf_nb.model.optim import unwrap_optimizer
@@ -309,7 +309,7 @@ class Resume:
 
     def whole(self):
         "As a user does it, from the seal on; the model has to be as Trainer loaded it"
-        seal_checkpoint(self.folder)
+        write_manifest(self.folder)
         why = attempt(lambda: self.trainer.train(resume_from_checkpoint=str(self.folder)), self.folder.name)
         now = {k: v for k, v in self.model.state_dict().items() if k in self.weights}
         if not why and not (same(now, self.weights) and all(p.requires_grad for p in self.model.parameters())):

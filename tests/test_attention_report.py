@@ -12,7 +12,7 @@ from alf_nb.app.finetune import finetune, load_tuned, tuned_kind
 from alf_nb.core.records import AttentionComparison, AttentionShift
 from alf_nb.report.page import report_html, summarize
 from alf_nb.core.runlog import RunLog
-from alf_nb.sources.models import _package_folder, domain_split, load_model, load_texts
+from alf_nb.sources.models import _package_folder, holdout_split, load_model, load_texts
 from fake_run import fake_run
 from test_attention import texts
 from test_reports import Page
@@ -154,7 +154,7 @@ def test_attention_is_of_the_held_out_texts_and_changes_no_training(tmp_path, st
     assert (tmp_path / 'plain' / 'delta' / 'delta.safetensors').read_bytes()[-4096:] == (
         tmp_path / 'seen' / 'delta' / 'delta.safetensors'
     ).read_bytes()[-4096:]
-    held = domain_split(load_texts(story), seed=3)[1]
+    held = holdout_split(load_texts(story), seed=3)[1]
     base, tuned = demo_model(), load_tuned_on(demo_model(), tmp_path/'plain')
     assert (
         attention_of(tmp_path / 'seen')
@@ -258,7 +258,7 @@ def test_models_of_every_kind_side_by_side(folders, story, tmp_path, capsys, mon
     assert most and max(most) == 0, 'two models in memory'
     got = AttentionComparison.from_json((tmp_path/'attention.json').read_text(encoding='utf-8'))
     assert list(got) == ['run', 'lora', '<b>whole', 'same']
-    held = passages(domain_split(load_texts(story))[1], 6, 192)
+    held = passages(holdout_split(load_texts(story))[1], 6, 192)
     assert (
         got['run']
         == compare_attention(

@@ -92,9 +92,9 @@ def test_a_resumed_run_gives_the_same(by_command, tmp_path):
 
 def test_the_delta_makes_the_tuned_model(by_command):
     from alf_nb.model.delta import apply_delta
-    from alf_nb.sources.models import evaluate_loss, load_model, domain_split, load_texts, token_blocks
+    from alf_nb.sources.models import evaluate_loss, load_model, holdout_split, load_texts, token_blocks
     model, tokenizer = load_model(progress=False)
     apply_delta(model, by_command[0]/'delta')
-    held = token_blocks(domain_split(load_texts(), seed=0)[1], tokenizer, SHORT['length'])
+    held = token_blocks(holdout_split(load_texts(), seed=0)[1], tokenizer, SHORT['length'])
     loss, _ = evaluate_loss(model, held.select(range(SHORT['eval_blocks'])), batch_size=SHORT['batch_size'])
     assert loss == pytest.approx(summary(by_command[0])['domain_loss_after'], abs=1e-6)

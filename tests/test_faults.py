@@ -169,8 +169,8 @@ def test_a_model_that_is_moved_while_training(tmp_path):
     one = alf()
 
     def move(kw):       # as it looks from another device; there is only one here
-        k, (p, _, dtype) = next(iter(one._place.items()))
-        one._place[k] = p, torch.device("cuda", 0), dtype
+        k, (p, _, dtype) = next(iter(one._param_places.items()))
+        one._param_places[k] = p, torch.device("cuda", 0), dtype
     with pytest.raises(RuntimeError, match=r"was torch.float32 on cuda:0, and is torch.float32 on cpu"):
         make(tmp_path, one, At(5, move)).train()
 

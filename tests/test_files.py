@@ -17,7 +17,7 @@ from small_run import small_trainer
 
 from alf_nb.core import files
 from alf_nb.app import finetune as room
-from alf_nb.core.checkpoints import SEAL, check_checkpoint, seal_checkpoint
+from alf_nb.core.checkpoints import MANIFEST, verify_checkpoint, write_manifest
 from alf_nb.model.delta import fingerprint, save_delta
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.report.page import write_report
@@ -61,7 +61,7 @@ def seal(folder):
     for n in ("model.safetensors", "alf/state.json"):
         (folder/n).parent.mkdir(exist_ok=True)
         (folder/n).write_bytes(bytes(100))
-    seal_checkpoint(folder)
+    write_manifest(folder)
 
 
 def report(folder):
@@ -107,11 +107,11 @@ def test_a_part_is_neither_sealed_nor_missed(tmp_path):
     seal(folder)
     assert died(lambda: files.write_whole(folder/"alf"/"big.bin", bytes(1000)), "replace", 1)
     left, = parts(folder)
-    assert check_checkpoint(folder) == ""                                # nothing is missing, and nothing too many
-    seal_checkpoint(folder)
-    assert left.name not in (folder/SEAL).read_text() and check_checkpoint(folder) == ""
+    assert verify_checkpoint(folder) == ""                                # nothing is missing, and nothing too many
+    write_manifest(folder)
+    assert left.name not in (folder/MANIFEST).read_text() and verify_checkpoint(folder) == ""
     left.unlink()
-    assert check_checkpoint(folder) == ""
+    assert verify_checkpoint(folder) == ""
 
 
 @posix
@@ -233,8 +233,8 @@ def test_a_checkpoint_is_on_the_disk_before_its_seal(tmp_path, monkeypatch):
         def on_save(self, args, state, control, **kw):
             super().on_save(args, state, control, **kw)
             folder = Path(args.output_dir)/f"checkpoint-{state.global_step}"
-            at = durable_when(seen, folder/SEAL)
-            inside = [p for p in folder.rglob("*") if p.name != SEAL]
+            at = durable_when(seen, folder/MANIFEST)
+            inside = [p for p in folder.rglob("*") if p.name != MANIFEST]
             assert {p.name for p in inside} >= {
                 "model.safetensors",
                 "optimizer.pt",
@@ -267,7 +267,7 @@ def test_a_seal_needs_so_many_flushes(tmp_path, monkeypatch):
     (folder/"alf").mkdir(parents=True)
     for n in ("a", "b", "alf/c"): (folder/n).write_text(n)
     seen = Recorder(monkeypatch)
-    seal_checkpoint(folder)
+    write_manifest(folder)
     assert [c[0] for c in seen.calls] == ["fsync"]*3 + ["fsync"]*2 + ["fsync", "replace", "fsync"] + ["fsync"]*2
 
 

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from alf_nb.app import finetune as room
 from alf_nb.app.publish import card_text
-from alf_nb.core.checkpoints import check_checkpoint
+from alf_nb.core.checkpoints import verify_checkpoint
 from alf_nb.model.delta import apply_delta, read_delta
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.app.finetune import finetune
@@ -164,7 +164,7 @@ def test_killed_anywhere_behind_the_last_step_a_resume_finishes_without_training
     for folder in copies:
         trained.clear()
         shutil.move(folder, again := tmp_path/"again")
-        saved = (again/"delta"/"delta.safetensors").exists() or not check_checkpoint(again/f"checkpoint-{STEPS}")
+        saved = (again/"delta"/"delta.safetensors").exists() or not verify_checkpoint(again/f"checkpoint-{STEPS}")
         try: job(notes, again, save_steps=save_steps, resume=True)
         except ValueError as e:
             if saved:
@@ -291,7 +291,7 @@ def test_a_second_run_in_a_folder_keeps_what_the_first_one_left(tmp_path, notes)
         == json.loads((tmp_path / "summary.json").read_text())["run_id"]
     )
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"] and not any(
-        check_checkpoint(p) for p in tmp_path.glob("checkpoint-*")
+        verify_checkpoint(p) for p in tmp_path.glob("checkpoint-*")
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from alf_nb.model import delta as D
-from alf_nb.core.checkpoints import SEAL, check_checkpoint, find_checkpoint, seal_checkpoint
+from alf_nb.core.checkpoints import MANIFEST, verify_checkpoint, find_checkpoint, write_manifest
 from alf_nb.core.policies import POLICIES, Policy
 from alf_nb.core.records import Scores, UnitInfo
 from alf_nb.report.page import compare_results, compare_runs, read_results, report_html, summarize, summary_table
@@ -154,7 +154,7 @@ def good(tmp_path_factory):
 
 def read_all(folder):
     "Everything that reads a log"
-    from alf_nb.widgets.base import Follower
+    from alf_nb.widgets.base import LogReader
     log = RunLog(folder)
     log.events()
     log.begin
@@ -169,7 +169,7 @@ def read_all(folder):
     html = report_html(folder)
     parse(html)
     compare_runs([folder, folder])._repr_markdown_()
-    f = Follower(folder)
+    f = LogReader(folder)
     f.update()
     s = f.state
     s.scores()
@@ -191,7 +191,7 @@ def look(folder):
     for cls in (TrainingDashboard, SelectionMap, ThresholdPicker):
         v = clear(cls, RunLog(folder))
         if v is None: continue
-        try: out += [w.value for w in _all_widgets(v.box) if type(w).__name__ == "HTML"] + [v.still()]
+        try: out += [w.value for w in _all_widgets(v.box) if type(w).__name__ == "HTML"] + [v.static_html()]
         finally: v.close()
     return out
 
@@ -603,16 +603,16 @@ def test_seals(tmp_path_factory, data):
     folder.mkdir()
     (folder/"a.bin").write_bytes(b"abc")
     (folder.parent/"outside").write_bytes(b"abc")
-    seal_checkpoint(folder)
-    assert check_checkpoint(folder) == ""
-    made = json.loads((folder/SEAL).read_text())
+    write_manifest(folder)
+    assert verify_checkpoint(folder) == ""
+    made = json.loads((folder/MANIFEST).read_text())
     if data.draw(st.booleans()):
         made["files"][data.draw(st.sampled_from(["a.bin", "../outside", "/etc/passwd", "\ud800", ""]))] = data.draw(
             junk | st.tuples(plain, plain)
         )
     else: made[data.draw(st.sampled_from(["version", "files"]))] = data.draw(junk)
-    (folder/SEAL).write_text(data.draw(st.sampled_from([json.dumps(made)]*4 + ["["*9000, "", "\x00", "null"])))
-    why = check_checkpoint(folder)
+    (folder/MANIFEST).write_text(data.draw(st.sampled_from([json.dumps(made)]*4 + ["["*9000, "", "\x00", "null"])))
+    why = verify_checkpoint(folder)
     assert isinstance(why, str)
     # what lies elsewhere is not part of a checkpoint
     if "../outside" in str(made.get("files")) or "/etc" in str(made.get("files")): assert why
@@ -635,7 +635,7 @@ def test_a_resume_from_a_sealed_lie_is_refused(checkpoint, tmp_path):
     ):
         shutil.copy(checkpoint/"alf"/"state.json", state)
         state.write_text(json.dumps({**json.loads(state.read_text()), **change}))
-        seal_checkpoint(tmp_path/"checkpoint-3")
+        write_manifest(tmp_path/"checkpoint-3")
         t = Trainer(
             demo_model(blocks=1),
             TrainingArguments(

@@ -13,7 +13,7 @@ from alf_nb.core import runlog
 from alf_nb.report.page import summarize, write_report
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.trainer import ALFCallback
-from alf_nb.widgets.base import Follower
+from alf_nb.widgets.base import LogReader
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="an open file cannot be moved there")
 
@@ -231,7 +231,7 @@ def test_poll_reads_what_stands_there_now(tmp_path, change):
 
 def test_views_follow_into_the_new_file(tmp_path):
     log = begun(tmp_path)
-    seen = Follower(log.path)
+    seen = LogReader(log.path)
     seen.update()
     log.path.unlink()
     with pytest.warns(UserWarning): log.write("log", step=2, loss=2.)

@@ -106,7 +106,7 @@ def sight(obj):
     from alf_nb.widgets.base import View, _all
     if isinstance(obj, View):
         return [
-            ("html", obj.still()),
+            ("html", obj.static_html()),
             ("html", obj._still_bundle()["text/html"]),
             *(("html", w.value) for w in _all(obj.box) if type(w).__name__ == "HTML"),
         ]

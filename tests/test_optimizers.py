@@ -13,7 +13,7 @@ from transformers.optimization import Adafactor, AdafactorSchedule
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.model.layers import partition_layers
 from alf_nb.train.loop import ALFLoop
-from alf_nb.model.optim import ParkedStates, apply_selection, check_optimizer, check_state, optimizer_bytes
+from alf_nb.model.optim import OffloadedStates, apply_selection, check_optimizer, check_state, optimizer_bytes
 from alf_nb.core.runlog import RunLog
 from alf_nb.signals.tracker import prior_scores
 from alf_nb.train.trainer import ALFCallback
@@ -271,7 +271,7 @@ def test_an_optimizer_that_steps_during_the_backward_pass_is_refused_by_name():
 
 
 def test_what_stood_in_the_state_before_step_1_is_put_back_each_time():
-    "Also without `ParkedStates`, for as many turns as one likes"
+    "Also without `OffloadedStates`, for as many turns as one likes"
     model = demo_model(blocks=2)
     layers = partition_layers(model)
     opt = LowRank(model.parameters())
@@ -294,10 +294,10 @@ def test_bytes_inside_objects_and_classes_are_counted_as_they_are():
     p.grad = torch.randn(64, 64)
     opt.step()
     assert optimizer_bytes(opt) == 4 + (64*64 + 4) + 4*64*64
-    parked = ParkedStates("full")
+    parked = OffloadedStates("full")
     parked.park("p", opt.state[p], p)
     assert parked.nbytes == optimizer_bytes(opt) and type(parked.held["p"]["exp_avg"]) is Rounded
-    parked = ParkedStates("v")
+    parked = OffloadedStates("v")
     parked.park("p", opt.state[p], p)
     assert parked.nbytes == 4 + 1 + 4 + 4*64*64, "zeros of a first moment are one number"
     back = parked.fetch("p", p)["exp_avg"]
@@ -335,8 +335,8 @@ def test_a_class_that_nobody_allowed_is_not_made_from_a_checkpoint(tmp_path):
     k = next(k for k, s in state["parked"].items() if isinstance(s.get("projector"), dict))
     state["parked"][k]["projector"]["of"] = "subprocess.Popen"
     file.write_text(json.dumps(state))
-    from alf_nb.core.checkpoints import seal_checkpoint
-    seal_checkpoint(tmp_path / "checkpoint-7")
+    from alf_nb.core.checkpoints import write_manifest
+    write_manifest(tmp_path / "checkpoint-7")
     with pytest.raises(RuntimeError, match="checkpoint-7.*object of class subprocess.Popen, which is not loaded"):
         trained(tmp_path, "low_rank", rotating("full"), resume=str(tmp_path / "checkpoint-7"))
 

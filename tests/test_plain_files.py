@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from alf_nb.app.publish import card_text, write_card
-from alf_nb.core.checkpoints import SEAL, check_checkpoint, find_checkpoint, seal_checkpoint
+from alf_nb.core.checkpoints import MANIFEST, verify_checkpoint, find_checkpoint, write_manifest
 from alf_nb.app.cli import main
 from alf_nb.study.compare import _append
 from alf_nb.model.delta import apply_delta, fingerprint, read_delta, save_delta
@@ -112,7 +112,7 @@ def goods(tmp_path_factory):
     (c/"alf").mkdir(parents=True)
     for n in ("model.safetensors", "trainer_state.json", "alf/state.json", "alf/tensors.safetensors"):
         (c/n).write_text(n)
-    seal_checkpoint(c)
+    write_manifest(c)
     (at/"run"/"policies.jsonl").write_text("".join(json.dumps(r) + "\n" for r in results(the_same(""))))
     return at
 
@@ -125,8 +125,8 @@ def run(goods, tmp_path):
 
 
 def watched(run):
-    from alf_nb.widgets.base import Follower
-    Follower(run).update()
+    from alf_nb.widgets.base import LogReader
+    LogReader(run).update()
 
 
 def from_the_terminal(run):
@@ -181,13 +181,13 @@ def test_tensors_of_a_checkpoint_are_refused_before_safetensors_opens_them(run, 
 
 
 @pytest.mark.parametrize("odd", ODD)
-@pytest.mark.parametrize("name", ["model.safetensors", "alf/state.json", "alf/tensors.safetensors", SEAL, "more.bin"])
+@pytest.mark.parametrize("name", ["model.safetensors", "alf/state.json", "alf/tensors.safetensors", MANIFEST, "more.bin"])
 def test_a_checkpoint_with_more_than_plain_files_is_not_whole(run, name, odd):
     folder = run/"checkpoint-3"
     put(folder/name, odd)
     if (folder/"beside").exists() and name != "more.bin": (folder/"beside").unlink()
     if odd == "folder" and name == "more.bin": return       # that is none of a checkpoint's business
-    with at_once(): why = check_checkpoint(folder)
+    with at_once(): why = verify_checkpoint(folder)
     assert (
         Path(name).name in why
         and SECRET not in why
@@ -250,7 +250,7 @@ REPLACED = {  # writer → (file, write): a new file takes the place
     "write_card over": ("delta/README.md", lambda run: write_card(run / "delta", overwrite=True)),
     "delta.safetensors": ("delta/delta.safetensors", a_delta),
     "delta.json": ("delta/delta.json", a_delta),
-    "seal": (f"checkpoint-3/{SEAL}", lambda run: seal_checkpoint(run / "checkpoint-3")),
+    "seal": (f"checkpoint-3/{MANIFEST}", lambda run: write_manifest(run / "checkpoint-3")),
     "comparison.html": ("comparison.html", lambda run: write_comparison(run / "policies.jsonl")),
     "comparison.md": ("comparison.md", lambda run: write_comparison(run / "policies.jsonl")),
     "comparison.ipynb": ("comparison.ipynb", lambda run: write_comparison(run / "policies.jsonl")),
@@ -305,7 +305,7 @@ def test_a_folder_that_is_a_link_works(run):
     write_report(short)
     write_card(short/"delta")
     write_comparison(short/"policies.jsonl")
-    seal_checkpoint(short/"checkpoint-3")
+    write_manifest(short/"checkpoint-3")
     assert (
         RunLog(short).events()[-1]["step"] == 99
         and find_checkpoint(short) == str(short / "checkpoint-3")

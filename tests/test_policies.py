@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from alf_nb.core.policies import *
-from alf_nb.core.policies import Ballot
+from alf_nb.core.policies import Candidates
 from alf_nb.core.records import Scores, Selection, UnitInfo
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
@@ -129,7 +129,7 @@ def test_threshold_for_budget_is_the_lowest_that_fits(question, budget):
     except ValueError: return
     imp = sorted(
         {
-            *Ballot(
+            *Candidates(
                 tuple(u for u in units if u.eligible and u.name not in pin + ban), (), units, scores
             ).importance.values(),
             1.0,

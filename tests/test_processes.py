@@ -23,7 +23,7 @@ from alf_nb.model.delta import fingerprint
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.app.finetune import finetune
 from alf_nb.signals.probe import _model_loss
-from alf_nb.model.shards import local_tensor, whole_tensor
+from alf_nb.model.shards import local_tensor, full_tensor
 from alf_nb.train.trainer import ALFCallback
 torch.set_num_threads(1)
 world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
@@ -77,7 +77,7 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, **more):
     trainer = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[alf, watch, *([bad := Spoil(alf, **spoil)] if spoil else [])])
     trainer.remove_callback(PrinterCallback); watch.wrapped = lambda: trainer.model_wrapped
     trainer.train(resume_from_checkpoint=find_checkpoint(out) if resume else settings.get('resume_from'))
-    weights = {k: whole_tensor(p.detach()) for k, p in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
+    weights = {k: full_tensor(p.detach()) for k, p in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
     trainer.save_model(out/'model')
     (out/f'rank{rank}.json').write_text(json.dumps(dict(losses=[h['loss'] for h in trainer.state.log_history if 'loss' in h], weights=hashlib.sha256(b''.join(p.numpy().tobytes() for p in weights.values())).hexdigest(),
         names=list(alf.selection.names), share=alf.summary()['trainable_share_peak'], norm=[float(p.norm()) for p in weights.values()], held=watch.rows, n_total=alf.n_total, engine=type(trainer.model_wrapped).__name__, spoilt=list(bad.units.values()) if spoil else [], finetune=refused(str(out/'finetune')) if world > 1 else '', tuned=(out/'finetune').exists(),

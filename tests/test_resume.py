@@ -79,7 +79,7 @@ def work(folder, name, die):
         hf.torch.save = dying(torch.save, 1)
         ours.save_file = dying(ours.save_file, 1)
         ours.os.replace = dying(os.replace, 1)
-        checkpoints.seal_checkpoint = ours.seal_checkpoint = dying(checkpoints.seal_checkpoint, -1)
+        checkpoints.write_manifest = ours.write_manifest = dying(checkpoints.write_manifest, -1)
 
     torch.manual_seed(0)
     alf = ours.ALFCallback(**SETTINGS[name], seed=5)

@@ -2,7 +2,7 @@
 import errno, json, os, subprocess, sys, threading, time
 import pytest
 from alf_nb.core import runlog
-from alf_nb.core.runlog import RunLog, survivors
+from alf_nb.core.runlog import RunLog, effective_events
 
 def run(code, *args):
     return subprocess.Popen(
@@ -162,7 +162,7 @@ def test_what_was_measured_before_belongs_to_the_run_that_follows(tmp_path):
 
 def test_resume_joins_even_with_a_new_run_id():
     e = lambda k, s, **kw: dict(event=k, step=s, **kw)
-    runs = survivors(
+    runs = effective_events(
         [
             e('run_begin', 0, run_id='a'),
             e('log', 1),
@@ -317,7 +317,7 @@ def test_a_log_resumed_thousands_of_times_is_read_in_seconds():
     at = lambda kind, step: dict(event=kind, step=step)
     events = [at('log', 0)]*20_000 + [at('log', 5), at('resume', 1)]*10_000
     begun = time.process_time()
-    (run,) = survivors(events)
+    (run,) = effective_events(events)
     assert time.process_time() - begun < 5
     assert len(run) == 30_000 and all(e['step'] < 5 for e in run)
 

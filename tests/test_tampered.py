@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_run import small_trainer
 
-from alf_nb.core.checkpoints import seal_checkpoint
+from alf_nb.core.checkpoints import write_manifest
 from alf_nb.demo import demo_model
 from alf_nb.train.resume import _Settings, _State
 from alf_nb.train.trainer import ALFCallback
@@ -75,7 +75,7 @@ def test_a_tampered_checkpoint_ends_no_process(tmp_path):
     saved = torch.load(folder/"optimizer.pt", weights_only=True)
     for s in saved["state"].values(): s["exp_avg_sq"] = s["exp_avg_sq"].reshape(-1)[:1].clone()
     torch.save(saved, folder/"optimizer.pt")
-    seal_checkpoint(folder)
+    write_manifest(folder)
     trainer = small_trainer(
         tmp_path, ALFCallback(**T.RUN), model=demo_model(blocks=2), max_steps=6, optim="adamw_torch_fused"
     )

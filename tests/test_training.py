@@ -8,7 +8,7 @@ import torch
 from small_run import losses, same, small_trainer, weights
 from transformers import TrainerCallback
 
-from alf_nb.core.checkpoints import seal_checkpoint
+from alf_nb.core.checkpoints import write_manifest
 from alf_nb.demo import demo_model
 from alf_nb.model.optim import optimizer_bytes
 from alf_nb.core.runlog import RunLog
@@ -260,7 +260,7 @@ def test_a_changed_model_at_resume_is_refused(tmp_path):
     state = json.loads((tmp_path / "checkpoint-4" / "alf" / "state.json").read_text())
     state["weights"] = "0" * 64
     (tmp_path / "checkpoint-4" / "alf" / "state.json").write_text(json.dumps(state))
-    seal_checkpoint(tmp_path / "checkpoint-4")
+    write_manifest(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="weights of this model are not those"):
         run(tmp_path, ALFCallback(budget=.3), steps=8, resume=str(tmp_path / "checkpoint-4"))
 

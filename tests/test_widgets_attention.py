@@ -218,7 +218,7 @@ def test_picture_and_close():
     for part in (v.said.value, v.table.value, v.strip.value): assert part in p
     assert (
         '<i>' not in re.sub('<i( class| title|>)', '', v.table.value + v.strip.value + v.maps.value)
-        and 'http' not in v.still()
+        and 'http' not in v.static_html()
         and '<script' not in p
     )
     ws = _all(v.box)

@@ -4,8 +4,8 @@ import json, random, sys, threading, time
 import ipywidgets as W
 import pytest
 
-from alf_nb.core.runlog import RunLog, survivors
-from alf_nb.widgets.base import Follower, RunState, View, as_source, follow, put, ticker
+from alf_nb.core.runlog import RunLog, effective_events
+from alf_nb.widgets.base import LogReader, RunState, View, as_source, follow, put, ticker
 
 sys.path.insert(0, __file__.rpartition('/')[0])
 from fake_run import fake_run, fake_units  # noqa: E402
@@ -23,9 +23,9 @@ class Shown(View):
     def draw(self):
         self.n += 1
         if self.state.step in self.fails: raise ValueError('no <ink>')
-        put(self.label, value=self.still())
+        put(self.label, value=self.static_html())
 
-    def still(self): return f'step {self.state.step} {self.status}'
+    def static_html(self): return f'step {self.state.step} {self.status}'
 
 
 @pytest.fixture
@@ -91,13 +91,13 @@ def test_following_in_pieces_equals_reading_at_once(tmp_path, seed):
     rng = random.Random(seed)
     events = made_up(rng)
     data = b''.join(json.dumps(e).encode() + b'\n' for e in events)
-    log, f, at = RunLog(tmp_path), Follower(tmp_path), 0
+    log, f, at = RunLog(tmp_path), LogReader(tmp_path), 0
     while at < len(data):
         n = rng.randint(1, 900)
         with open(log.path, 'ab') as o: o.write(data[at:at+n])      # torn anywhere
         at += n
         f.update()
-    whole = RunState((survivors(events) or [()])[-1])
+    whole = RunState((effective_events(events) or [()])[-1])
     for kind in ('log', 'select', 'choose', 'measure', 'eval'):
         assert f.state.events(kind) == log.events(kind) == whole.events(kind)
     for k in ('step', 'status', 'policy', 'selections', 'units', 'seconds_per_step'):

@@ -5,7 +5,7 @@ import pytest
 
 from alf_nb.report.page import compare_runs
 from alf_nb.core.runlog import RunLog
-from alf_nb.widgets.base import Follower, _all, follow, ticker
+from alf_nb.widgets.base import LogReader, _all, follow, ticker
 from alf_nb.widgets.compare import CURVES, CompareView, Followed, differences, short_names
 
 sys.path.insert(0, __file__.rpartition('/')[0])
@@ -172,7 +172,7 @@ def test_runs_of_other_shapes(tmp_path, view):
     assert (
         not v.error.value
         and v.by.value == 'run'
-        and '<script>' not in v.still() + v.table.value
+        and '<script>' not in v.static_html() + v.table.value
         and '<b>' not in v.table.value
     )
     v.curve.value = 'held-out loss'
@@ -193,7 +193,7 @@ def test_one_run_need_not_be_a_list(runs, view):
 def test_picture_and_close(runs):
     v = CompareView(runs)
     p = v.picture()
-    assert v.table.value in p and v.chart.value in p and 'http' not in v.still() and 'id=' not in v.still()
+    assert v.table.value in p and v.chart.value in p and 'http' not in v.static_html() and 'id=' not in v.static_html()
     ws = _all(v.box)
     v.close()
     assert all(w.comm is None for w in ws) and repr(v) == 'CompareView of a, b, c'
@@ -203,6 +203,6 @@ def test_damaged_lines_are_counted_by_who_follows(tmp_path):
     log = fake_run(tmp_path/'r', steps=20)
     path = log.path if isinstance(log, RunLog) else tmp_path/'r'/'events.jsonl'
     with open(path, 'a') as f: f.write('{"torn\n\n')
-    follower = Follower(RunLog(path))
+    follower = LogReader(RunLog(path))
     follower.update()
     assert Followed(follower).damaged == RunLog(path).damaged == 1

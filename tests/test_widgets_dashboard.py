@@ -315,7 +315,7 @@ def test_names_are_escaped(tmp_path, view):
         traceback='  File "<script>", line 1, in <script>\n    <script>\nX: y',
     )
     d = view(tmp_path)
-    assert '<script' not in d.what.value + d.still()
+    assert '<script' not in d.what.value + d.static_html()
 
 
 def test_pictures_hold_what_the_widgets_show(live, view):

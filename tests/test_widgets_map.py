@@ -39,7 +39,7 @@ def test_a_recorded_run_stands_still(tmp_path, view):
     n = m.drawing.value
     m.refresh()
     assert m.drawing.value is n
-    assert '<table' in m.still() and 'title="block.3: ' in m.still()
+    assert '<table' in m.static_html() and 'title="block.3: ' in m.static_html()
 
 
 @pytest.mark.parametrize('zoom, rows', [('all layers', 30), ('kinds of matrix', 7), ('block.3', 7)])
@@ -199,7 +199,7 @@ def test_names_are_escaped(tmp_path, view):
     log.write('select', step=0, names=['<b>.<i>'], share=.5, reason='<script>')
     m = view(tmp_path)
     m.table_on.value = True
-    assert '<b>' not in m.drawing.value + m.table.value + m.hints.value and '<script>' not in m.still()
+    assert '<b>' not in m.drawing.value + m.table.value + m.hints.value and '<script>' not in m.static_html()
 
 
 def test_two_on_a_page_know_nothing_of_each_other(live, view):
@@ -208,7 +208,7 @@ def test_two_on_a_page_know_nothing_of_each_other(live, view):
     a, b = view(live), view(live)
     a.zoom.value = 'block.2'
     assert b.zoom.value == 'all layers' and a.follower is b.follower
-    assert 'id=' not in a.still()
+    assert 'id=' not in a.static_html()
     a.close()
     live.train(25)
     wait_for(lambda: 'up to step 35' in b.drawing.value)

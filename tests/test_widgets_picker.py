@@ -213,7 +213,7 @@ def test_hostile_names_are_text(picker):
     odd = [UnitInfo('<b>"x', '<script>', 'matrix', '<i>', 10, 1), UnitInfo('y', '<script>', 'matrix', 'y', 10, 1)]
     p = picker(scores=Scores('rate', {'<b>"x': 1., 'y': .2}), units=odd, budget=.9)
     p.unit.value = '<b>"x'
-    html = p.still() + p.hints.value + p.about.value
+    html = p.static_html() + p.hints.value + p.about.value
     assert '<script' not in html and '<b>"x' not in html and '<i>&' not in html
 
 

@@ -291,14 +291,14 @@ def _attention(a):
     from alf_nb.app.finetune import load_tuned, tuned_kind
     from alf_nb.core.records import AttentionComparison
     from alf_nb.report.page import write_attention
-    from alf_nb.report.shift import shift_verdict
-    from alf_nb.sources.models import domain_split, load_model, load_texts
+    from alf_nb.report.shift import summarize_shift
+    from alf_nb.sources.models import holdout_split, load_model, load_texts
     tuned,out,base,seed,length,quiet = _names(a['tuned']),Path(a['out']),a.get('base'),a['seed'],a['length'],a['quiet']
     if length < 2: raise ValueError(f"length={length}, but it is tokens of a passage, at least 2")
     # a wrong folder is told before anything is loaded
     kinds = {name: tuned_kind(path)[0] for name,path in tuned.items()}
     texts = load_texts(a.get('data'), a.get('column'))
-    texts = passages(texts if a['all'] else domain_split(texts, seed=seed)[1], a['texts'], 4*length)
+    texts = passages(texts if a['all'] else holdout_split(texts, seed=seed)[1], a['texts'], 4*length)
     net,tokenizer = load_model(base, progress=not quiet)
     spell = lambda t: [t(x, add_special_tokens=False, verbose=False)['input_ids'] for x in texts[:4]]
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -324,7 +324,7 @@ def _attention(a):
         f" {a.get('data') or 'the Python language reference'}, {'all' if a['all'] else f'held out with seed {seed}'}.",
     )
     print(got._repr_markdown_())
-    print(f"\n{visible(shift_verdict(got))}\n\nPage: {page}\nData: {out/'attention.json'}")
+    print(f"\n{visible(summarize_shift(got))}\n\nPage: {page}\nData: {out/'attention.json'}")
 
 def _compare(a):
     from transformers.utils import logging as hf_logging

@@ -30,7 +30,7 @@ from ..report.plots import human_bytes
 from ..report.page import summarize, write_report
 from ..core.runlog import RunLog
 from ..model.shards import _one_process
-from ..sources.models import _check_causal, _check_text, _first, _hub, continuation, domain_split, evaluate_loss
+from ..sources.models import _check_causal, _check_text, _first, _hub, continuation, holdout_split, evaluate_loss
 from ..sources.models import load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
 from ..train.trainer import ALFCallback, peak_rss_bytes
 
@@ -223,7 +223,7 @@ class _Job:
         self, net, tokenizer, texts, others, batch_size, length, eval_blocks, prompt, attention, bf16, seed, progress
     ):
         self.net,self.tokenizer,self.batch_size,self.progress = net,tokenizer,batch_size,progress
-        train_texts,held_texts = domain_split(texts, seed=seed)
+        train_texts,held_texts = holdout_split(texts, seed=seed)
         self.train,held,unrelated = (token_blocks(t, tokenizer, length) for t in (train_texts, held_texts, others))
         pick = lambda blocks: blocks.select(range(min(eval_blocks, len(blocks))))
         self.sets = dict(domain=pick(held), other=pick(unrelated))

@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/03_model/optim.html.md"""
 
 # %% auto #0
 __all__ = ['FIRST_MOMENTS', 'STATE_MODES', 'unwrap_optimizer', 'optimizer_bytes', 'gradient_bytes', 'check_optimizer',
-           'ParkedStates', 'apply_selection', 'find_ddp', 'renew_buckets', 'FrozenGuard', 'last_update',
+           'OffloadedStates', 'apply_selection', 'find_ddp', 'rebuild_ddp_buckets', 'FrozenGuard', 'last_update',
            'check_last_update', 'check_state']
 
 # %% ../../nbs/03_model/03_optim.ipynb #5fe52091
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .layers import Layers
-from .shards import _in_group, as_shard, gathered, is_sharded, local_tensor, shard_of
+from .shards import _in_group, as_shard, gather_to_first, is_sharded, local_tensor, shard_of
 
 # %% ../../nbs/03_model/03_optim.ipynb #02bbb4f9
 def unwrap_optimizer(
@@ -220,7 +220,7 @@ def _zeros_like(x):
     try: return _mapped(_host_copy(x).copy_(zero), _folded)
     except (NotImplementedError, RuntimeError, TypeError): return None
 
-class ParkedStates:
+class OffloadedStates:
     "Optimizer state of frozen parameters, in host memory."
     def __init__(self,
         state:str='v' # what to keep: 'v', 'full' or 'drop'
@@ -400,7 +400,7 @@ def _pack_states(
     word     # where their names begin
 )->tuple:    # (parameter name → entry → plain value, parameter name → class that cannot be taken apart)
     """States for a checkpoint: ordinary tensors as `word/parameter/entry`, numbers as they are, all else taken
-    apart. Weights in pieces are gathered, and every process has to call this"""
+    apart. Weights in pieces are gather_to_first, and every process has to call this"""
     plain,lost = {},{}
     for k,s in held.items():
         mine,apart = {},{}
@@ -413,7 +413,7 @@ def _pack_states(
                     and isinstance(e, str)
                     and '/' not in e
                 ):
-                    mine[f'{word}/{k}/{e}'] = gathered(v.contiguous(), params[k]) if v.dim() else v
+                    mine[f'{word}/{k}/{e}'] = gather_to_first(v.contiguous(), params[k]) if v.dim() else v
                 elif type(v) in _PLAIN and isinstance(e, str): plain.setdefault(k, {})[e] = v
                 elif is_sharded(params[k]) or not isinstance(e, str): raise TypeError(_class_name(type(v)))
                 else: plain.setdefault(k, {})[e] = _pack(v, apart, f'{word}-parts/{k}/{e}')
@@ -500,7 +500,7 @@ def apply_selection(
     layers:Layers,                   # a model as units
     names,                           # units that train from now on
     optimizer=None,                  # its optimizer; None: only freeze and thaw
-    parked:ParkedStates|None=None    # where state of leavers goes; None: dropped
+    parked:OffloadedStates|None=None    # where state of leavers goes; None: dropped
 )->tuple:
     "Freeze all but `names`; returns (units that entered, units that left), in model order"
     wanted = set(names)
@@ -510,7 +510,7 @@ def apply_selection(
         )
     states = [] if optimizer is None else _states(optimizer)
     first = {} if optimizer is None else _first_states(optimizer)
-    parked = parked or ParkedStates('drop')
+    parked = parked or OffloadedStates('drop')
     trains = {n: any(p.requires_grad for p in layers.params(n)) for n in layers}
     left = tuple(n for n in layers if trains[n] and n not in wanted)
     entered = tuple(n for n in layers if not trains[n] and n in wanted)
@@ -538,7 +538,7 @@ def find_ddp(
         None,
     )
 
-def renew_buckets(
+def rebuild_ddp_buckets(
     ddp # of `find_ddp`; None: nothing to do
 )->None:
     "Let DDP hold and send gradients of exactly the parameters that require grad now"

@@ -22,7 +22,7 @@ from ..core.runlog import RunLog, _is_number, _is_text, _read_once
 from .plots import *
 from .plots import _NO_MATH
 from ..core.policies import POLICIES
-from .shift import shift_section, shift_verdict
+from .shift import shift_section, summarize_shift
 
 # %% ../../nbs/07_report/03_page.ipynb #ce1c75d9
 def _ppl(loss): return None if loss is None or loss > 700 else math.exp(loss)
@@ -246,7 +246,7 @@ _MOST = 1000        # names or columns that a page shows
 
 def loss_chart(
     run # folder of a run, or its `RunLog`
-)->Picture:
+)->Html:
     "Training loss with its average, held-out losses, and the learning rate below"
     log = _read_once(run)
     x, y = log.series('log', 'loss')
@@ -275,7 +275,7 @@ def loss_chart(
                 last=num(next((v for v in reversed(py) if v is not None), None)),
             ),
         ]
-    if not series: return Picture('<p class="note">No loss was logged.</p>')
+    if not series: return Html('<p class="note">No loss was logged.</p>')
     x1 = max(max(s['x'], default=0) for s in series+aside) or 1
     lx, ly = log.series('log', 'learning_rate')
     told = lambda series: '. '.join(
@@ -301,10 +301,10 @@ def loss_chart(
             n_ticks=2,
         )
     known = [v for s in aside for v in s['y'] if v is not None]
-    if not known: return Picture(out)
+    if not known: return Html(out)
     # a small change should look small
     mid, half = (min(known)+max(known))/2, max((max(known)-min(known))*.6, .05*abs(max(known)))
-    return Picture(
+    return Html(
         f'<div class="split"><div>{out}</div><div>'
         + line_chart(
             aside,
@@ -325,13 +325,13 @@ def _marks(sels): return [s.step for s in sels[1:]] if len(sels) <= 60 else []  
 
 def layer_map(
     run # folder of a run, or its `RunLog`
-)->Picture:
+)->Html:
     "Layers by steps: what trained, with the importance of each layer beside it"
     log = _read_once(run)
     steps, sels, units = summarize(log)['steps'], log.selections(), log.units
     ever = {n for s in sels for n in s.names}
     layers = {l: us for l,us in by_layer(units).items() if any(u.eligible or u.name in ever for u in us)}
-    if not sels or not layers: return Picture('<p class="note">Nothing was selected.</p>')
+    if not sels or not layers: return Html('<p class="note">Nothing was selected.</p>')
     rows, scores = trained_map(layers, sels, max(steps, sels[-1].step+1)), latest_scores(log)
     imp = _layer_importance(layers, scores)
     mean = {l: sum(r)/len(r) for l,r in zip(layers, rows)}
@@ -368,7 +368,7 @@ def layer_map(
 
 def role_maps(
     run # folder of a run, or its `RunLog`
-)->Picture:
+)->Html:
     "Units by step in bands of one role, and their importance as a table; empty if all units have one role"
     log = _read_once(run)
     sels, scores = log.selections(), latest_scores(log)
@@ -378,7 +378,7 @@ def role_maps(
     for u in units: size[u.role] = size.get(u.role, 0) + u.n_params
     largest = set(sorted(size, key=size.get, reverse=True)[:16])
     roles = [r for r in size if r in largest]
-    if not sels or len(roles) < 2: return Picture('')
+    if not sels or len(roles) < 2: return Html('')
     left = names_px(roles)
     bands = {
         r: trained_map({u.name: [u] for u in units if u.role == r}, sels, max(steps, sels[-1].step + 1)) for r in roles
@@ -401,7 +401,7 @@ def role_maps(
             if u.name in now: on.add(k)
         layers = list(dict.fromkeys(u.layer for u in units if u.role in largest))
         if len(layers) > _MOST:
-            return Picture(
+            return Html(
                 out
                 + f'<p class="note">The importance of every matrix is not drawn: {len(layers):,} layers would not fit'
                 ' on a page.</p>'
@@ -420,15 +420,15 @@ def role_maps(
             hint,
             left,
         )
-    return Picture(out)
+    return Html(out)
 
 def memory_chart(
     run # folder of a run, or its `RunLog`
-)->Picture:
+)->Html:
     "Bytes of the training state over time, against full fine-tuning"
     log = _read_once(run)
     ev, s = log.events('memory'), summarize(log)
-    if not ev: return Picture('<p class="note">Memory was not recorded.</p>')
+    if not ev: return Html('<p class="note">Memory was not recorded.</p>')
     x1 = max(s['steps'], ev[-1]['step'], 1)
     xs = [v for a,b in zip(ev, [*ev[1:], dict(step=x1)]) for v in (a['step'], b['step'])]
     xs[0] = min(xs[0], 0)
@@ -814,7 +814,7 @@ def write_attention(
     title = f"Attention: {shift.name if one else ', '.join(shift.shifts)}"
     body = (
         f'<header><h1>{escape(title)}</h1><p'
-        f' class="lead">{escape(shift_verdict(shift))}</p></header><section><h2>Before and'
+        f' class="lead">{escape(summarize_shift(shift))}</p></header><section><h2>Before and'
         f' after</h2>{shift_section(shift, words=words)}</section><footer>Written by alf_nb. {escape(note)}</footer>'
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -873,7 +873,7 @@ class Comparison:
             ]
         )
 
-    def plot(self)->Picture:
+    def plot(self)->Html:
         "Averaged training loss of all runs"
         series = []
         for i,(l,r) in enumerate(zip(self.logs, self.rows)):
@@ -1332,7 +1332,7 @@ def _curves(c, axis, name):
                     last=num(pts[-1][3]),
                 )
             )
-    if not series: return Picture('<p class="note">No curve was recorded.</p>')
+    if not series: return Html('<p class="note">No curve was recorded.</p>')
     ys = sorted(v for s in series for v in s['y'])
     said = f'Held-out loss against {name}, at the end: ' + ', '.join(
         f"{m.name} {num(_mean_curve(m)[-1][3])}" for m in at if _mean_curve(m)
@@ -1358,13 +1358,13 @@ def _labelled(picture, points, x_range, y_range):
             '<span'
             f' style="position:absolute;{side};bottom:{up:.1f}%;transform:translateY(50%);white-space:nowrap;font-size:11.5px;line-height:1;color:var(--fg)">{escape(text)}</span>'
         )
-    return Picture(picture.replace('</svg></div>', '</svg>' + ''.join(out) + '</div>', 1))
+    return Html(picture.replace('</svg></div>', '</svg>' + ''.join(out) + '</div>', 1))
 
 def _scatter(c, x, name, x_format, zero=True):
     "Task loss against a figure of each method, a point per method"
     at = _colours(c)
     pts = [(m, x(m), m.loss) for m in at if x(m) is not None]
-    if not pts: return Picture(f'<p class="note">{escape(name)}: not recorded.</p>')
+    if not pts: return Html(f'<p class="note">{escape(name)}: not recorded.</p>')
     xs, ys = [p[1] for p in pts], [p[2] for p in pts]
     wide, high = max(xs)-min(0 if zero else min(xs), min(xs)) or 1, max(ys)-min(ys) or .1
     x_range = (min(0 if zero else min(xs), min(xs))-.04*wide, max(xs)+.06*wide)
@@ -1412,10 +1412,10 @@ def _trained(c):
             ramp_legend('a little', 'all of the layer trains', 'frozen'),
             '% of the run',
         )
-    return Picture(out)
+    return Html(out)
 
 @patch
-def plot(self:PolicyComparison)->Picture:
+def plot(self:PolicyComparison)->Html:
     "Loss against steps, time, tokens, memory and forgetting"
     pairs = [
         ('Held-out loss by step', _curves(self, 0, 'steps')),
@@ -1439,7 +1439,7 @@ def plot(self:PolicyComparison)->Picture:
             _scatter(self, lambda m: m.mean('seconds_per_step'), 'seconds per step', lambda v: f'{v:.3g} s'),
         ),
     ]
-    return Picture('<div class="alf-pair">' + ''.join(f'<div><h3>{h}</h3>{p}</div>' for h,p in pairs) + '</div>')
+    return Html('<div class="alf-pair">' + ''.join(f'<div><h3>{h}</h3>{p}</div>' for h,p in pairs) + '</div>')
 
 # %% ../../nbs/07_report/03_page.ipynb #6a3530ef
 @patch

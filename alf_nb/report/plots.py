@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/07_report/plots.html.md"""
 
 # %% auto #0
 __all__ = ['human_bytes', 'human_count', 'human_time', 'num', 'percent', 'ticks', 'smooth', 'trend', 'names_px', 'theme_css',
-           'Picture', 'line_chart', 'palette_png', 'map_images', 'ramp_legend', 'band_legend', 'heat_map', 'by_layer',
+           'Html', 'line_chart', 'palette_png', 'map_images', 'ramp_legend', 'band_legend', 'heat_map', 'by_layer',
            'trained_share', 'step_map', 'trained_map', 'band_map', 'cell_table']
 
 # %% ../../nbs/07_report/01_plots.ipynb #95903061
@@ -98,15 +98,15 @@ def theme_css()->str:
 # classes in which MathJax, of either name, takes no dollar sign for a formula
 _NO_MATH = 'mathjax_ignore tex2jax_ignore'
 
-class Picture(str):
+class Html(str):
     "A piece of HTML that shows itself in a notebook"
     def _repr_html_(self): return f'<style>{theme_css()}</style><div class="alf {_NO_MATH}">{self}</div>'
     def __repr__(self):
         said = re.search(r'aria-label="([^"]+)"|<caption>([^<]+)', self)
         return (
-            f'<Picture: {textwrap.shorten(unescape(said[1] or said[2]), 66, placeholder=" …")}>'
+            f'<Html: {textwrap.shorten(unescape(said[1] or said[2]), 66, placeholder=" …")}>'
             if said
-            else '<Picture>'
+            else '<Html>'
         )
 
 def _key(kind, c): return f'<i class="alf-key {kind} alf-c{c}" aria-hidden="true"></i>'
@@ -166,7 +166,7 @@ def line_chart(
     n_ticks:int=5,     # about how many ticks on y
     n_x_ticks:int=6,   # and on x
     points:int=1400    # of a series at most, about
-)->Picture:
+)->Html:
     "Lines, points and stacked areas over steps"
     fmt = y_format or (lambda v: f'{v:.4g}')
     base = {}                                    # x → height of the stack so far
@@ -217,7 +217,7 @@ def line_chart(
     y_lab = ''.join(f'<span style="bottom:{100*(v-y0)/((y1-y0) or 1):.2f}%">{escape(fmt(v))}</span>' for v in yt)
     x_lab = f'<div class="alf-x">{_x_labels(ticks(x0, x1, n_x_ticks), x0, x1)}</div>' if x_labels else ''
     name = f'<div class="alf-name">{escape(x_name)}</div>' if x_name else ''
-    return Picture(
+    return Html(
         f'<figure class="alf-fig">{legend}<div class="alf-chart" role="img" aria-label="{escape(label)}"'
         f' style="--h:{height}px"><div class="alf-y">{y_lab}</div><div class="alf-plot"><svg viewBox="0 0 1000 1000"'
         f' preserveAspectRatio="none" aria-hidden="true">{"".join(svg)}</svg></div>{x_lab}{name}</div></figure>'
@@ -322,7 +322,7 @@ def heat_map(
     legend='',      # HTML, as from `ramp_legend`
     x_name='step',  # words under the x axis
     upto=None       # step that the rows reach; default: the right edge
-)->Picture:
+)->Html:
     "Rows by steps, with bars beside the rows that share them"
     n = len(names) or 1
     px = row_px or max(3, min(22 if n > 8 else 34, 380//n))
@@ -366,7 +366,7 @@ def heat_map(
     foot += f'<div class="alf-name">{escape(x_name)}</div>' + (
         f'<div class="alf-name alf-side" style="grid-column:3">{escape(side_name)}</div>' if bars else ''
     )
-    return Picture(
+    return Html(
         f'<figure class="alf-fig" style="--left:{left}px;--right:{"26%" if bars else "0px"}">{legend}<div'
         f' class="alf-chart" role="img" aria-label="{escape(label)}" style="--h:{h}px">'
         f'<div class="alf-y">{y_lab}</div><div'
@@ -428,7 +428,7 @@ def band_map(
     left:int=92,    # px for the names
     legend='',      # HTML, as from `ramp_legend`
     x_name='step'   # words under the x axis
-)->Picture:
+)->Html:
     "A small map per name, one above the other"
     px = max(.8, min(6, 420/(sum(map(len, bands.values())) or 1)))
     body = ''.join(
@@ -440,7 +440,7 @@ def band_map(
         f'<div class="alf-chart"><div></div><div class="alf-x">{_x_labels(ticks(*x_range, 6), *x_range)}</div><div'
         f' class="alf-name">{escape(x_name)}</div></div>'
     )
-    return Picture(
+    return Html(
         f'<figure class="alf-fig" style="--left:{left}px">{legend}<div role="img"'
         f' aria-label="{escape(label)}">{body}{foot}</div></figure>'
     )
@@ -454,7 +454,7 @@ def cell_table(
     marked=(),      # (row, column) pairs that get a dot
     hint=None,      # (row, column) → words shown when the pointer is on a cell
     left:int=92     # px for the row names
-)->Picture:
+)->Html:
     "Coloured cells, with a dot in the marked ones"
     n, marked = len(columns), set(marked)
     every = next((e for e in (1, 2, 5, 10, 20, 50) if n/e <= 31), 100)
@@ -484,7 +484,7 @@ def cell_table(
         f'<tr><th scope="row" title="{escape(str(r))}">{escape(str(r))}</th>{"".join(td(r, c) for c in columns)}</tr>'
         for r in rows
     )
-    return Picture(
+    return Html(
         f'<div class="scroll" style="--left:{left}px"><table'
         f' class="alf-cells{" dense" if n > 40 else ""}"><caption>{escape(caption)}</caption><colgroup><col'
         f' class="names">{"<col>"*n}</colgroup><thead>{top}<tr><td'

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from ..model.layers import Layers
 from ..core.records import Scores
-from ..model.shards import _in_group, is_sharded, local_tensor, over_shards
+from ..model.shards import _in_group, is_sharded, local_tensor, reduce_shards
 
 # %% ../../nbs/05_signals/02_probe.ipynb #04bb106a
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -523,7 +523,7 @@ def probe_gradients(
     # was it reached at all?, Σ g·sign g', and Σ g² of each batch
     table = torch.stack([row({n: zero+1 for q in squares for n in q}), row(pair), *map(row, squares)])
     if sharded := any(map(is_sharded, owner)):
-        table = torch.tensor(over_shards(layers, names, table.tolist())[0], dtype=torch.float64)
+        table = torch.tensor(reduce_shards(layers, names, table.tolist())[0], dtype=torch.float64)
     table = torch.cat([table[:2], table[2:].sqrt().sum(0, keepdim=True)])
     if not sharded and _in_group():
         torch.distributed.all_reduce(table)

@@ -12,7 +12,7 @@ import torch
 from ..kernels.plan import DeltaPlan, Reference8, empty_reference
 from ..model.layers import Layers
 from ..core.records import DeltaNorms
-from ..model.shards import gathered, is_sharded, local_tensor, over_shards, shard_of
+from ..model.shards import gather_to_first, is_sharded, local_tensor, reduce_shards, shard_of
 
 # %% ../../nbs/05_signals/01_snapshots.ipynb #37f0f86a
 class Snapshot:
@@ -115,7 +115,7 @@ class Snapshot:
 
     def _total(self, norms):
         "Norms of whole weights from those of the pieces"
-        (d2, r2, *dot), (top,) = over_shards(
+        (d2, r2, *dot), (top,) = reduce_shards(
             self.layers,
             norms.names,
             [[x * x for x in norms.delta], [x * x for x in norms.ref], *([norms.dot] if norms.dot else [])],
@@ -127,7 +127,7 @@ class Snapshot:
     def _totals(self, names, rows, norm):
         "The same for numbers of single parameters"
         flat = [(n, x) for n,xs in zip(names, rows) for x in xs]
-        (sums,),_ = over_shards(self.layers, [n for n,_ in flat], [[x*x if norm else x for _,x in flat]])
+        (sums,),_ = reduce_shards(self.layers, [n for n,_ in flat], [[x*x if norm else x for _,x in flat]])
         sums = iter([x**.5 for x in sums] if norm else sums)
         return [[next(sums) for _ in xs] for xs in rows]
 
@@ -139,7 +139,7 @@ def snapshot_tensors(
     on the first process, and all processes have to call this"""
     out = {}
     for n in snap.names if snap.sharded else ():
-        out |= {k: gathered(snap._refs[n][k], p) for k,p in snap.layers.named_params(n).items()}
+        out |= {k: gather_to_first(snap._refs[n][k], p) for k,p in snap.layers.named_params(n).items()}
     for k,r in (kr for ts in snap._refs.values() for kr in ts.items()) if not snap.sharded else ():
         out |= (
             {f'{k}/q': r.q, f'{k}/scale': r.scale, f'{k}/error': torch.tensor(r.error, dtype=torch.float64)}

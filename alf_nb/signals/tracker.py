@@ -11,7 +11,7 @@ __all__ = ['SIGNALS', 'prior_scores', 'ImportanceTracker']
 import math, torch
 from ..model.layers import Layers
 from ..core.records import DeltaNorms, Scores
-from ..model.shards import local_tensor, over_shards
+from ..model.shards import local_tensor, reduce_shards
 
 # %% ../../nbs/05_signals/03_tracker.ipynb #f9c31745
 SIGNALS = ('rate', 'coherence', 'gain', 'grad_norm', 'prior')   # those that may be chosen as importance
@@ -26,7 +26,7 @@ def prior_scores(
         if not all(p.is_floating_point() for p in ps): return math.nan      # packed: its elements are no weights
         # per tensor in fp32, summed in Python floats
         return sum(float(p.detach().float().square().mean())*p.numel() for p in ps)
-    values,(sq,) = {},over_shards(layers, layers, [[squares(n) for n in layers]])[0]
+    values,(sq,) = {},reduce_shards(layers, layers, [[squares(n) for n in layers]])[0]
     for n,s in zip(layers, sq):
         rms = math.sqrt(s/size) if (size := layers[n].n_params) else 0.
         values[n] = 1/rms if rms > 0 and math.isfinite(rms) else None

@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/02_sources/models.html.md"""
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'MINILM', 'HUB_DEFAULT', 'cache_folder', 'load_model', 'load_encoder', 'unrelated_texts', 'load_texts',
-           'domain_split', 'token_blocks', 'supports_bf16', 'evaluate_loss', 'continuation']
+           'holdout_split', 'token_blocks', 'supports_bf16', 'evaluate_loss', 'continuation']
 
 # %% ../../nbs/02_sources/01_models.ipynb #cd5718d4
 from .. import _require
@@ -455,7 +455,7 @@ def _groups(texts, shared=120, boilerplate=5):
     for i in range(len(texts)): groups.setdefault(root(i), []).append(i)
     return list(groups.values())
 
-def domain_split(
+def holdout_split(
     texts:list,          # strings
     held_out:float=.1,   # share of the characters to hold out, in (0, 0.5]
     seed:int=0           # which texts are held out

@@ -23,7 +23,7 @@ from ..model.layers import Layers, partition_layers
 from ..report.plots import *
 from ..signals.probe import _model_loss, _same_draws, _same_modules, probe_gradients
 from ..core.records import Record, UnitInfo
-from ..sources.models import domain_split, load_model, load_texts, supports_bf16, token_blocks
+from ..sources.models import holdout_split, load_model, load_texts, supports_bf16, token_blocks
 from ..signals.tracker import ImportanceTracker, prior_scores
 
 # %% ../../nbs/09_study/03_audit.ipynb #83974afa
@@ -355,7 +355,7 @@ def _prepare(model, data, tokenizer, column, length, seed, n_held):
     if not is_rows:
         if tokenizer is None:
             raise ValueError("texts need the model's tokenizer: give tokenizer=, or (model, tokenizer) as the model")
-        train,held = (token_blocks(t, tokenizer, length) for t in domain_split(load_texts(data, column), seed=seed))
+        train,held = (token_blocks(t, tokenizer, length) for t in holdout_split(load_texts(data, column), seed=seed))
         return model, list(train), list(held)[:n_held]
     order = list(range(len(data)))
     random.Random(f'{seed}/split').shuffle(order)
@@ -541,7 +541,7 @@ class _Progress:
 # %% ../../nbs/09_study/03_audit.ipynb #21e8f284
 def _plot(self,
     what='per_param' # 'per_param' or 'total'
-)->Picture:
+)->Html:
     "Rank by each signal against rank by measured usefulness"
     if what not in ('per_param', 'total'): raise ValueError(f"what={what!r}; give 'per_param' or 'total'")
     n,deepest = len(self),max(u.depth for u in self.units) or 1
@@ -585,7 +585,7 @@ def _plot(self,
         f'<li><i class="alf-key dots alf-c{c}" aria-hidden="true"></i>{t} third</li>'
         for t, c in (('bottom', 1), ('middle', 2), ('top', 3))
     )
-    return Picture(
+    return Html(
         f'<p class="alf-said"><b>{escape(self.advice)}</b></p><ul class="alf-legend"><li>across: rank by the signal;'
         f' up: rank by {words}; the higher the more</li>{legend}</ul><div class="alf-maps">{"".join(out)}</div>'
     )

@@ -28,7 +28,7 @@ from ..core.policies import match_units
 from ..report.page import PolicyComparison, compare_results, read_results, write_comparison
 from ..core.runlog import RunLog
 from ..model.shards import _one_process
-from ..sources.models import domain_split, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
+from ..sources.models import holdout_split, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
 from ..train.trainer import PRESETS, ALFCallback, peak_rss_bytes, versions
 
 # %% ../../nbs/09_study/04_compare.ipynb #e01394cb
@@ -116,7 +116,7 @@ def text_task(
     texts = load_texts(data, column)
     others = load_texts(other, column) if other is not None else unrelated_texts()
     net, tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)
-    train, held, unrelated = (token_blocks(t, tokenizer, length) for t in (*domain_split(texts), others))
+    train, held, unrelated = (token_blocks(t, tokenizer, length) for t in (*holdout_split(texts), others))
     pick = lambda blocks: blocks.select(range(min(eval_blocks, len(blocks))))
     said = getattr(net.config, '_name_or_path', '') or type(net).__name__
     return Task(

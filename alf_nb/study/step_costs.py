@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from ..model.layers import _size, partition_layers
-from ..model.optim import FrozenGuard, ParkedStates, apply_selection, check_state, gradient_bytes, optimizer_bytes
+from ..model.optim import FrozenGuard, OffloadedStates, apply_selection, check_state, gradient_bytes, optimizer_bytes
 from ..core.policies import StaticPolicy
 from ..signals.probe import _model_loss, probe_gradients
 from ..core.records import Record, UnitInfo
@@ -198,7 +198,7 @@ class StepMeter:
                 self.layers, device='cpu' if references == 'host' else None, bits=8 if references == '8bit' else 32
             )
             self.host = references == 'host'
-            self.guard,self.parked = FrozenGuard(self.layers),ParkedStates('v')
+            self.guard,self.parked = FrozenGuard(self.layers),OffloadedStates('v')
 
     def _now(self):
         if self.device.type == 'cuda': torch.cuda.synchronize(self.device)

@@ -56,7 +56,7 @@ class _Gate(TrainerCallback):
         alf._event('pause', state.global_step)
         self.run._status = 'paused'
         # a choice made meanwhile becomes true at once; when a script is over, nobody is left to resume
-        while not self.go.wait(.05) and threading.main_thread().is_alive(): alf._settle(state)
+        while not self.go.wait(.05) and threading.main_thread().is_alive(): alf._apply_pending(state)
         alf._event('unpause', state.global_step, paused_s=time.perf_counter()-t0)
         alf._forget_pause()
         self.run._status = 'running'

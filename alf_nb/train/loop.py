@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, IterableDataset
-from ..core.checkpoints import seal_checkpoint
+from ..core.checkpoints import write_manifest
 from ..signals.probe import _base, _lend, _model_loss
 from ..model.shards import _n_started
 from .trainer import ALFCallback, _thaw_leftovers
@@ -233,7 +233,7 @@ def _resume(self:ALFLoop, saved):
     with tempfile.TemporaryDirectory() as tmp:
         (alf := (folder := Path(tmp)/f"checkpoint-{saved['step']}")/'alf').mkdir(parents=True)
         for name,data in saved['files'].items(): (alf/name).write_bytes(data.cpu().numpy().tobytes())
-        seal_checkpoint(folder, durable=False)
+        write_manifest(folder, durable=False)
         self._state.global_step,self.callback.resume_from = saved['step'],str(folder)
         self.callback._named = False      # a state is a file that may be an older run's, and its name is not known here
         self._begin()

@@ -23,17 +23,17 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from .. import __version__
-from ..core.checkpoints import _set_aside, check_checkpoint, find_checkpoint, _newest_run, seal_checkpoint
+from ..core.checkpoints import _set_aside, verify_checkpoint, find_checkpoint, _newest_run, write_manifest
 from ..core.files import replacing
-from ..kernels.plan import warm_up
+from ..kernels.plan import compile_kernels
 from ..model.layers import partition_layers
 from ..core.lock import RunLock
-from ..model.optim import _bare, _has_to_move, ParkedStates, FrozenGuard, _first_states, _groups, _is_readable
+from ..model.optim import _bare, _has_to_move, OffloadedStates, FrozenGuard, _first_states, _groups, _is_readable
 from ..model.optim import _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits
 from ..model.optim import _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection
 from ..model.optim import check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update
-from ..model.optim import optimizer_bytes, renew_buckets
-from ..core.policies import POLICIES, Policy, _ballot, _meant, adjusted, match_units
+from ..model.optim import optimizer_bytes, rebuild_ddp_buckets
+from ..core.policies import POLICIES, Policy, _candidates, _meant, with_target, match_units
 from ..signals.probe import _NothingToCompare, _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size
 from ..signals.probe import _probe_batches, _same_draws
 from ..signals.probe import _same_modules, _same_objects, _takes_by_index, probe_gradients
@@ -41,8 +41,8 @@ from ..core.records import KINDS, DeltaNorms, Scores, Selection
 from .resume import (_check_loaded, _check_names, _check_references, _check_states, _check_tensor_names, _named,
                            _piece, _read_state, _read_tensors, _Reached, _State, _Totals)
 from ..core.runlog import RunLog
-from ..model.shards import _any_process, _n_started, is_sharded, local_tensor, over_shards, reshard, set_up_shards
-from ..model.shards import whole_tensor
+from ..model.shards import _any_process, _n_started, is_sharded, local_tensor, reduce_shards, reshard, set_up_shards
+from ..model.shards import full_tensor
 from ..signals.snapshots import Snapshot, restore_snapshot, snapshot_tensors
 from ..signals.tracker import SIGNALS, ImportanceTracker, prior_scores
 
@@ -208,7 +208,7 @@ class ALFCallback(TrainerCallback, ExportableState):
         self.reach,self.references = pick('reach', 1.),pick('references', 'device')
         _fraction('reach', self.reach, 'of the depth, above 0 and at most 1', above=True)
         _fraction('lock', self.lock, 'of the run, 0–1')
-        self.state_mode = ParkedStates(pick('state', 'v')).state
+        self.state_mode = OffloadedStates(pick('state', 'v')).state
         for k, v, ok in (
             ('references', self.references, ('device', 'host', '8bit', 'none')),
             ('check', check, ('raise', 'warn', 'off', 'freeze')),
@@ -604,7 +604,7 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
         self._batch_size = (state.train_batch_size or args.train_batch_size)//max(args.n_gpu, 1)
     self._every = self.interval if self.interval is not None else min(max(state.max_steps//3, 32), 256)
     self._find_rates(optimizer)
-    self.parked = ParkedStates(self.state_mode)
+    self.parked = OffloadedStates(self.state_mode)
     self.snapshot = Snapshot(
         self.layers, device='cpu' if self.references == 'host' else None, bits=8 if self.references == '8bit' else 32
     )
@@ -617,10 +617,10 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     self.tracker = ImportanceTracker(self.names)
     self.tracker.update('prior', self._ours(prior_scores(self.layers)), 0)
     self.policy,self._pending,self._again,self._selected_at = self._asked_policy,None,False,0
-    self._place = {k: (p, p.device, p.dtype) for n in self.names for k,p in self.layers.named_params(n).items()}
+    self._param_places = {k: (p, p.device, p.dtype) for n in self.names for k,p in self.layers.named_params(n).items()}
     self._banned = set()
     self._jumped = set()
-    self.selection,self._marks,self._cum_lr = None,{},[0.]*len(self._rate_sources)
+    self.selection,self._window_starts,self._cum_lr = None,{},[0.]*len(self._rate_sources)
     self.totals = asdict(_Totals())
     self._measuring = False
     self._new_state = True
@@ -629,7 +629,7 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     resuming = state.global_step > 0
     saved = self._load(args, state) if resuming else None      # refused here, the model is as the Trainer has loaded it
     setattr(model, _LEFTOVER, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
-    self._odd,self._spoilt,self._bare = {},[],False
+    self._nonfinite_grads,self._nonfinite_units,self._bare = {},[],False
     self._reach,self._stand_in,self._still,self._stepped = _Reach(),None,set(),False
     self._asking = self._blind = False
     # fp16's scaler overflows on purpose, and leaves such steps out itself
@@ -665,7 +665,7 @@ def _begin(self:ALFCallback, args, state, model, optimizer, train_dataloader):
     # what is frozen for good may be packed, which no kernel reads
     trains = [p for n in self.names for p in self.layers.params(n)]
     # compile here, not in the first window
-    warm_up(
+    compile_kernels(
         sorted({p.dtype for p in trains}, key=str),
         trains[0].device,
         dot=True,
@@ -865,7 +865,7 @@ def _reference_bytes(self:ALFCallback): return self.snapshot.nbytes if self.refe
 @patch
 def _rotation(self:ALFCallback):
     "Groups of candidates that take turns at the start, each within the budget, and the pinned units in all of them"
-    b,budget = _ballot(None, self.units, self.policy.pin, self.policy.ban),getattr(self.policy, 'budget', None)
+    b,budget = _candidates(None, self.units, self.policy.pin, self.policy.ban),getattr(self.policy, 'budget', None)
     pinned = [u.name for u in b.pinned]
     paid = sum(self._sizes[n] for n in pinned)
     room = budget or paid/self.n_total + .25
@@ -884,7 +884,7 @@ def _starting(self:ALFCallback, step):
     "Names that train at `step` while a start that needs steps is under way, else None"
     if self.start not in ('rotate', 'warm-up') or step >= self.warm_up: return None
     if self.start == 'warm-up':
-        b = _ballot(None, self.units, self.policy.pin, self.policy.ban)
+        b = _candidates(None, self.units, self.policy.pin, self.policy.ban)
         return [u.name for u in (*b.pinned, *b.units)]
     groups = self._rotation()
     each = max(2, self.warm_up//len(groups))
@@ -949,9 +949,9 @@ def _switch(self:ALFCallback, chosen, step, seen):
         fresh = [n for n in chosen.names if n not in held]
         self.snapshot.take(fresh)
         self._mark(fresh, step)
-    renew_buckets(self._ddp)
+    rebuild_ddp_buckets(self._ddp)
     self.guard.watch()
-    self._odd.clear()
+    self._nonfinite_grads.clear()
     self.selection,self._new_state = chosen,True
     self.totals['select_s'] += time.perf_counter() - t0
     before = [n for n in left if n in self._sizes] if step else []
@@ -970,7 +970,7 @@ def _switch(self:ALFCallback, chosen, step, seen):
 @patch
 def _mark(self:ALFCallback, names, step):
     "Remember where the windows of `names` begin"
-    for n in names: self._marks[n] = (step, _one([self._cum_lr[k] for k in self._rates_of[n]]))
+    for n in names: self._window_starts[n] = (step, _one([self._cum_lr[k] for k in self._rates_of[n]]))
 
 def _one(numbers):
     "The number that all of them are, or else their list"
@@ -979,7 +979,7 @@ def _one(numbers):
 @patch
 def _since_mark(self:ALFCallback, name):
     "Sum of the learning rates since the window of a unit began: a number, or one for every parameter where they differ"
-    marked,now = self._marks[name][1],[self._cum_lr[k] for k in self._rates_of[name]]
+    marked,now = self._window_starts[name][1],[self._cum_lr[k] for k in self._rates_of[name]]
     return _one([x - (marked[i] if isinstance(marked, list) else marked) for i,x in enumerate(now)])
 
 def _largest(lr): return max(lr) if isinstance(lr, list) else lr
@@ -1020,7 +1020,7 @@ def _moving(self:ALFCallback):
 def _end_window(self:ALFCallback, step):
     "Compare with the references, which become the weights of now"
     norms = self.snapshot.measure(refresh=True, split=self._split)
-    done = {n: step-self._marks[n][0] for n in norms.names}         # steps in each unit's window; 0: it just came
+    done = {n: step-self._window_starts[n][0] for n in norms.names}         # steps in each unit's window; 0: it just came
     sum_lr = {n: self._since_mark(n) for n in norms.names if done[n]}
     largest = {n: _largest(x) for n,x in sum_lr.items()}
     self._mark(norms.names, step)
@@ -1043,7 +1043,7 @@ def _end_window(self:ALFCallback, step):
 @patch
 def on_optimizer_step(self:ALFCallback, args, state, control, model=None, optimizer=None, **kw):
     "Count learning rates; on a measuring step also the descent, the bytes and the frozen"
-    if not (getattr(self._optimizer, 'step_was_skipped', False) or self._spoilt):
+    if not (getattr(self._optimizer, 'step_was_skipped', False) or self._nonfinite_units):
         self._rates_now = _learning_rates(self._rate_sources)
         self._cum_lr = [c + (lr or 0.) for c,lr in zip(self._cum_lr, self._rates_now)]
     if self._new_state or self._measuring: self._count_bytes(state.global_step+1)
@@ -1118,7 +1118,7 @@ def _read_update(self:ALFCallback, step):
         row = torch.stack(row)
         rows.append([*row[:,:4].sum(0).tolist(), float(row[:,4].max())])
     *sums,top = zip(*rows) if rows else ((),)*5
-    (delta,ref,dot,moved),(top,) = over_shards(self.layers, names, sums, [top])
+    (delta,ref,dot,moved),(top,) = reduce_shards(self.layers, names, sums, [top])
     norms,one = DeltaNorms(names, [x**.5 for x in delta], [x**.5 for x in ref], top),dict.fromkeys(names, 1.)
     largest = {n: _largest(x) for n,x in lr.items()}
     self._check_finite(norms, step)
@@ -1162,7 +1162,7 @@ def on_step_end(self:ALFCallback, args, state, control, **kw):
     t['steps'] += 1
     t['share_sum'] += self.selection.share
     t['share_peak'] = max(t['share_peak'], self.selection.share)
-    self._settle(state)
+    self._apply_pending(state)
     self._bare = self.snapshot.sharded and not any(any(s.values()) for s in _states(self._optimizer))
     t['wall_s'] += time.perf_counter() - self._t_begin
     self._t_begin = time.perf_counter()
@@ -1219,7 +1219,7 @@ def on_train_end(self:ALFCallback, args, state, control, model=None, **kw):
     try: self._event('run_end', state.global_step, **self.summary(), stopped=state.global_step < state.max_steps)
     finally:
         _thaw_leftovers(model)
-        renew_buckets(self._ddp)
+        rebuild_ddp_buckets(self._ddp)
         self._ddp = None
         if self.log is not None: self.log.close()
         self._unlock()
@@ -1276,7 +1276,7 @@ def choose(self:ALFCallback,
         wish = (
             self._within_reach(_make_policy(policy, {}, (), (), self.seed), self.layers.n_blocks, self.units)
             if policy is not None
-            else adjusted(before, self._asked_policy, **given)
+            else with_target(before, self._asked_policy, **given)
         )
         if wish.signal not in (None, self.signal):
             raise ValueError(f"policy {wish.name!r} chooses by {wish.signal!r}, but this run measures {self.signal!r}")
@@ -1293,7 +1293,7 @@ def choose(self:ALFCallback,
     return wish
 
 @patch
-def _settle(self:ALFCallback, state):
+def _apply_pending(self:ALFCallback, state):
     "Between two steps: put the policy that was asked for in force, and select if it is time or was asked for"
     step = state.global_step
     with self._lock: pending,self._pending = self._pending,None
@@ -1347,7 +1347,7 @@ def _refuse(self:ALFCallback, message):
 @patch
 def _check_place(self:ALFCallback, replaced=True):
     "Are the parameters those that training began with, where they were and of the same dtype?"
-    for k,(p,device,dtype) in self._place.items():
+    for k,(p,device,dtype) in self._param_places.items():
         if p.device == device and p.dtype == dtype: continue
         self._refuse(
             f"the model was moved while it trains: {k} was {dtype} on {device}, and is {p.dtype} on {p.device}. The"
@@ -1356,7 +1356,7 @@ def _check_place(self:ALFCallback, replaced=True):
         )
     if not replaced: return
     here = {id(p) for p in self.layers.model.parameters()}
-    if gone := [k for k,(p,*_) in self._place.items() if id(p) not in here]:
+    if gone := [k for k,(p,*_) in self._param_places.items() if id(p) not in here]:
         self._refuse(
             f"{len(gone)} parameters of the model were replaced while it trains, the first is {gone[0]}: the optimizer"
             " still trains the old ones, which the model no longer uses. Change parameters in place"
@@ -1578,15 +1578,15 @@ def _count_reached(self:ALFCallback, step, max_steps):
         reach.got = set(_any_process(names, reach.got, next(self.layers.model.parameters()).device))
     lost,new = reach.lost(names),set(reach.count(names, step))
     if not lost or step >= max_steps and not self._measuring: return
-    ballot = _ballot(None, self.units, self.policy.pin, self.policy.ban)
+    candidates = _candidates(None, self.units, self.policy.pin, self.policy.ban)
     waiting = set(reach.waiting(reach.out, step))
-    free = [u.name for u in ballot.units if u.name not in waiting]
+    free = [u.name for u in candidates.units if u.name not in waiting]
     if free and new and step < max_steps:
         self._again = True
         return
     known = any(v == 0 for v in reach.dry.values()) or self.tracker.values.get('descent')
     if free or known or not self._measuring: return
-    may = [u.name for u in (*ballot.pinned, *ballot.units)]
+    may = [u.name for u in (*candidates.pinned, *candidates.units)]
     def check():
         raise RuntimeError(
             f"no gradient has reached any of the {len(may)} units that may train in {step} steps: {_few(may)}. The loss"
@@ -1604,9 +1604,9 @@ def _tell(self:ALFCallback, policy, step, now=False):
 @patch
 def _choose_reached(self:ALFCallback, scores, step):
     "Ask the policy, without the units that no gradient reaches; if too few are left, with them"
-    ballot = _ballot(scores, self.units, self.policy.pin, self.policy.ban)
-    away = self._reach.waiting([u.name for u in ballot.units], step)
-    if step == 0 and away and len(away) == len(ballot.units) and not ballot.pinned:
+    candidates = _candidates(scores, self.units, self.policy.pin, self.policy.ban)
+    away = self._reach.waiting([u.name for u in candidates.units], step)
+    if step == 0 and away and len(away) == len(candidates.units) and not candidates.pinned:
         self._refuse(
             f"no gradient reached any of the {len(away)} units that may train in {self.probe_batches} batches:"
             f" {_few(away)}. The loss does not depend on them: let others train (kinds=…, ban=…), or look for a"
@@ -1668,7 +1668,7 @@ def _say_still(self:ALFCallback, still, done, lr, step):
     "Why units did not move in a window, once for each unit and reason"
     found = {}
     for n in self.selection.names if still else ():
-        if n in still: found.setdefault(self._why_still(n, lr[n]/done[n]), []).append(n)
+        if n in still: found.setdefault(self._explain_unmoved(n, lr[n]/done[n]), []).append(n)
     for (why,words),units in found.items():
         steps = max(done[n] for n in units)
         self._say_once(
@@ -1681,7 +1681,7 @@ def _say_still(self:ALFCallback, still, done, lr, step):
         )
 
 @patch
-def _why_still(self:ALFCallback, name, lr):
+def _explain_unmoved(self:ALFCallback, name, lr):
     "(the reason as a word, in words) that a unit did not move"
     params = [p for p in self.layers.params(name) if local_tensor(p).numel()]
     if name not in self._reach.window:
@@ -1733,7 +1733,7 @@ def _sum(t):
 @patch
 def _note_gradients(self:ALFCallback, model):
     "Add up every gradient as it arrives, before clipping mixes them"
-    odd = self._odd
+    odd = self._nonfinite_grads
     def note(p, n): odd[n] = odd.get(n, 0.) + _sum(p.grad)
     _NOTES[model] = [
         p.register_post_accumulate_grad_hook(functools.partial(note, n=n))
@@ -1746,15 +1746,15 @@ def _check_gradients(self:ALFCallback, step):
     "Units whose gradient is not finite: then this step shall change nothing, for clipping has spread it over all"
     device = next(self.layers.model.parameters()).device
     sums = (
-        torch.stack([s.to(device, torch.float32) for s in self._odd.values()]).isfinite().tolist() if self._odd else []
+        torch.stack([s.to(device, torch.float32) for s in self._nonfinite_grads.values()]).isfinite().tolist() if self._nonfinite_grads else []
     )
-    self._spoilt = _any_process(self.selection.names, {n for n,ok in zip(self._odd, sums) if not ok}, device)
-    self._odd.clear()
-    if not self._spoilt: return
+    self._nonfinite_units = _any_process(self.selection.names, {n for n,ok in zip(self._nonfinite_grads, sums) if not ok}, device)
+    self._nonfinite_grads.clear()
+    if not self._nonfinite_units: return
     for n in self.selection.names:
         for p in self.layers.params(n): p.grad = None
     self._measuring = False
-    if len(self._spoilt) == len(self.selection):
+    if len(self._nonfinite_units) == len(self.selection):
         self._refuse(
             f"every unit that trains got NaN or infinity at step {step}, in its gradient: the loss is at fault, not a"
             f" unit. The weights are those of step {step-1}, which nothing has changed"
@@ -1764,10 +1764,10 @@ def _check_gradients(self:ALFCallback, step):
 @torch.no_grad()
 def _freeze_bad(self:ALFCallback, step):
     "Put units that hold NaN or infinity back, and never train them again"
-    if self._spoilt:
+    if self._nonfinite_units:
         return self._freeze_units(
-            self._spoilt,
-            dict.fromkeys(self._spoilt, step - 1),
+            self._nonfinite_units,
+            dict.fromkeys(self._nonfinite_units, step - 1),
             step,
             f'in its gradient at step {step}: this step changes nothing, and it is',
         )
@@ -1777,7 +1777,7 @@ def _freeze_bad(self:ALFCallback, step):
     found = {n for n,p in odd if not bool(p.isfinite().all())}           # the sum of finite numbers may overflow
     bad = _any_process(self.selection.names, found, sums.device)
     if not bad: return
-    states,since = _states(self._optimizer),{n: self._marks[n][0] for n in bad}
+    states,since = _states(self._optimizer),{n: self._window_starts[n][0] for n in bad}
     for n in bad:
         for p,ref in self.snapshot.params_and_refs(n):
             p.copy_(ref)
@@ -1794,7 +1794,7 @@ def _freeze_bad(self:ALFCallback, step):
 def _freeze_units(self:ALFCallback, bad, since, step, how):
     "Never train the units `bad` again"
     self._banned |= set(bad)
-    self._spoilt = []
+    self._nonfinite_units = []
     message = (
         f"{', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''} got NaN or infinity {how} frozen for"
         " the rest of the run"
@@ -1863,7 +1863,7 @@ def _fingerprint(layers):
     for n in layers:
         for k,p in layers.named_params(n).items():
             h.update(k.encode())
-            h.update(_sample_bits(whole_tensor(p), 64).cpu().numpy().tobytes())
+            h.update(_sample_bits(full_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
 # %% ../../nbs/06_train/02_trainer.ipynb #d48dcda3
@@ -1898,7 +1898,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     saved = _State(
         version=1, run_id=self.run_id, step=state.global_step, config=self.config, weights=weights,
         units=[(u.name, u.n_params) for u in self.units], selection=self.selection, tracker=self.tracker.state_dict(),
-        marks=self._marks, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain,
+        marks=self._window_starts, cum_lr=self._cum_lr, totals=self.totals, new_state=self._new_state, parked=plain,
         optimizer=made_up or [k for k,p in params.items() if _state_of(states, p)], made_up=made_up, first=first,
         policy=self.policy.to_dict(), reach=_Reached(**self._reach.state_dict(self.names)), again=self._again,
         banned=[n for n in self.names if n in self._banned])
@@ -1906,7 +1906,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
         part.mkdir()
         save_file({k: t.detach().contiguous().clone() for k,t in tensors.items()}, part/'tensors.safetensors')
         (part/'state.json').write_text(json.dumps(saved.to_dict()), encoding='utf-8')
-    seal_checkpoint(folder, getattr(args, 'durable', True))      # last of all: from now on it is whole
+    write_manifest(folder, getattr(args, 'durable', True))      # last of all: from now on it is whole
     self._event('save', state.global_step, path=folder.name)
     self._t_step = time.perf_counter()
 
@@ -1934,7 +1934,7 @@ def _drop_made_up(self:ALFCallback):
     must not go on with. Returns the parameters that got it"""
     states,self._bare,bare = _states(self._optimizer),False,self._bare
     made_up = [k for k,p in self._all_params().items() if _state_of(states, p)] if bare else []
-    for k in made_up: _pop_state(states, self._place[k][0])
+    for k in made_up: _pop_state(states, self._param_places[k][0])
     return made_up
 
 @patch
@@ -1977,7 +1977,7 @@ def _folder(self:ALFCallback, args, state):
     if why := (
         'it was saved without ALFCallback or with save_only_model=True, or it lies elsewhere (resume_from=…)'
         if not (folder / 'alf').is_dir()
-        else check_checkpoint(folder)
+        else verify_checkpoint(folder)
     ):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -1994,7 +1994,7 @@ def _load(self:ALFCallback, args, state):
     folder = self._folder(args, state)
     self._check_same(folder, found := _read_state(folder), state)
     self._check_run(args, folder, found.run_id)
-    known = dict(step=state.global_step, unit=set(self.names), units=self.units, parameter=set(self._place),
+    known = dict(step=state.global_step, unit=set(self.names), units=self.units, parameter=set(self._param_places),
                  start={*STARTS, 'none'})
     saved = _check_names(folder, known, self._rates_of, len(self._rate_sources))
     tensors = _read_tensors(folder)
@@ -2068,7 +2068,7 @@ def _restore(self:ALFCallback, state, folder, saved, tensors, held, first):
         restore_snapshot(self.snapshot, {k[4:]: t for k,t in tensors.items() if k.startswith('ref/')})
     self.parked.held = held
     self.tracker.load_state_dict(asdict(saved.tracker))
-    self._marks,self._cum_lr,self.totals,self._new_state = saved.marks,saved.cum_lr,asdict(saved.totals),saved.new_state
+    self._window_starts,self._cum_lr,self.totals,self._new_state = saved.marks,saved.cum_lr,asdict(saved.totals),saved.new_state
     # a policy chosen while training goes on; one given anew wins
     if 'policy' not in changed: self.policy,self._again = Policy.from_dict(saved.policy),saved.again
     self._banned = set(saved.banned)
@@ -2079,7 +2079,7 @@ def _restore(self:ALFCallback, state, folder, saved, tensors, held, first):
         fresh = [n for n in self.selection.names if n not in self.snapshot.names]
         self.snapshot.take(fresh)
         self._mark(fresh, state.global_step)
-    renew_buckets(self._ddp)
+    rebuild_ddp_buckets(self._ddp)
     self.guard.watch()
     # its log was deleted or rotated meanwhile
     if self.log is not None and not (self.log.path.exists() and self.log.begin): self._write_begin(state)

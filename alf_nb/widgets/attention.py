@@ -93,7 +93,7 @@ def square_map(
     row:int=None,  # row that stands out
     hints=None,    # words for each row
     most:int=64    # cells in a row at most
-)->Picture:
+)->Html:
     "Attention of each token (rows) to each token (columns)"
     n = len(m)
     every = max(1, -(-n*14//270))
@@ -123,7 +123,7 @@ def square_map(
         if hints
         else ''
     )
-    return Picture(
+    return Html(
         f'<figure class="alf-sq" style="--left:{74 if names else 0}px"><figcaption>{title}</figcaption><div'
         f' class="alf-chart" role="img" aria-label="{escape(label)}"><div class="alf-y">{y}</div>'
         '<div'
@@ -138,7 +138,7 @@ def head_grid(
     pick:int=None, # head that stands out
     signed=False,# a difference?
     columns:int=None # default: so that it is about twice as wide as high
-)->Picture:
+)->Html:
     "Small maps of all heads of a layer"
     h = len(maps)
     columns = columns or -(-h//max(1, round((h/2)**.5)))
@@ -166,7 +166,7 @@ def head_grid(
             f' x="{(pick % columns)*(n+gap)}" y="{(pick//columns)*step}" width="{n}" height="{n}"/></svg>'
         )
     )
-    return Picture(
+    return Html(
         f'<figure class="alf-heads" role="img" aria-label="{escape(label)}"><div class="alf-plot"'
         f' style="aspect-ratio:{wide}/{high}">{map_images(out, signed=signed)}{over}{text}</div></figure>'
     )
@@ -470,7 +470,7 @@ def draw(self:AttentionViewer):
     part('table', (l, h, q), self._table)
 
 @patch
-def still(self:AttentionViewer):
+def static_html(self:AttentionViewer):
     return (
         f'{self._words()}{self._legend()}<div'
         f' class="alf-pair"><div>{self._overview()}</div><div>{self._heads()}</div></div>{self._maps()}{self._strip()}{self._table()}'

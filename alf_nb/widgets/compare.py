@@ -22,7 +22,7 @@ from .dashboard import clock
 class Followed(RunLog):
     "A run log that is read from what its follower knows."
     def __init__(self,
-        follower # `Follower` of the file
+        follower # `LogReader` of the file
     ):
         super().__init__(follower.log.path)
         self.follower = follower
@@ -370,7 +370,7 @@ def draw(self:CompareView):
     )
 
 @patch
-def still(self:CompareView):
+def static_html(self:CompareView):
     return (
         f'{self._words()}{self._table()}<h3>{escape(self.curve.value[0].upper() + self.curve.value[1:])}</h3>{self._chart()}'
     )

@@ -440,10 +440,10 @@ def draw(self:TrainingDashboard):
     )
 
 @patch
-def still(self:TrainingDashboard):
+def static_html(self:TrainingDashboard):
     return (
         f'{self._what()}{self._bar()}{self._tiles()}<div'
-        f' class="alf-pair"><div>{self._curve()}</div><div>{self._side()}</div></div>{self.map.still()}'
+        f' class="alf-pair"><div>{self._curve()}</div><div>{self._side()}</div></div>{self.map.static_html()}'
     )
 
 @patch

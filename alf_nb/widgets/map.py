@@ -351,7 +351,7 @@ def draw(self:SelectionMap):
     put(self.table.layout, display=None if self.table_on.value else 'none')
 
 @patch
-def still(self:SelectionMap):
+def static_html(self:SelectionMap):
     return (
         self._picture(still=True)
         + self._words()

@@ -223,7 +223,7 @@ class ThresholdPicker(View):
         self._build()
         for by,v in dict(threshold=threshold, budget=budget).items():
             if v is not None:
-                adjusted(self._asked(), self._asked(), **{by: v})
+                with_target(self._asked(), self._asked(), **{by: v})
                 self.by = by
                 setattr(self, by, v)
         self.observe(self._linked, ['threshold', 'budget'])
@@ -391,7 +391,7 @@ def _compute(self:ThresholdPicker):
         self._imp = Scores(c.scores.signal, {n: v for n,v in c.scores.values.items() if n in eligible}).importance
         policy = None
         try:
-            policy = c.policy if self.by is None else adjusted(c.policy, c.asked, **{self.by: getattr(self, self.by)})
+            policy = c.policy if self.by is None else with_target(c.policy, c.asked, **{self.by: getattr(self, self.by)})
             sel = policy.select(c.scores if policy.needs_scores else None, c.units, c.step, c.current)
         except ValueError as e: self._why = str(e)
         self.policy = policy
@@ -699,7 +699,7 @@ def _next(self:ThresholdPicker):
 
 # %% ../../nbs/08_widgets/02_picker.ipynb #4690c8ef
 @patch
-def still(self:ThresholdPicker):
+def static_html(self:ThresholdPicker):
     with self.lock:
         if (c := self._ctx) is None: return '<p class="note">Nothing is known of this run yet.</p>'
         on, rows = set(self.selection.names if self.selection else ()), []

@@ -295,7 +295,7 @@ def test_a_missing_package_is_no_error(missing):
         from alf_nb.kernels.plan import *
         print(available_backends()['{missing}'])
         a, b = torch.randn(5000), torch.randn(5000)
-        assert abs(delta_norms({{'a': [a]}}, {{'a': [b]}}).delta[0] - (a.double()-b.double()).norm()) < 1e-3; warm_up()
+        assert abs(delta_norms({{'a': [a]}}, {{'a': [b]}}).delta[0] - (a.double()-b.double()).norm()) < 1e-3; compile_kernels()
         try: delta_norms({{'a': [a]}}, {{'a': [b]}}, '{missing}')
         except ValueError as e: print(e)""", TRITON_INTERPRET='0')
     assert f'{missing} cannot be imported' in out and f"backend '{missing}' does not work here" in out
@@ -322,7 +322,7 @@ def test_second_process_does_not_compile_again(tmp_path):
     code = """
         import time, torch, numba.core.compiler as c; from alf_nb.kernels.plan import *
         n = []; old = c.CompilerBase._compile_core; c.CompilerBase._compile_core = lambda *a: (n.append(1), old(*a))[1]
-        warm_up([torch.float32], backend='numba'); print(len(n))"""
+        compile_kernels([torch.float32], backend='numba'); print(len(n))"""
     first, second = (int(run_python(code, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2))
     assert first > 0 and second == 0
 
