@@ -5,7 +5,8 @@
     python tools/style.py --table NAME …       # the same measures of installed packages (or folders), beside ours
 
 Limits: lines of 120 characters, one statement a line, no statement with two conditional expressions or three
-comprehensions, no function of a cyclomatic complexity over 20 (radon), export cells of 1,200 characters.
+comprehensions, no function of a cyclomatic complexity over 20 (radon), modules of 400 lines, export cells of 1,200
+characters, and `@patch` for public verbs only.
 """
 import ast, importlib.util, io, json, sys, tokenize
 from pathlib import Path
@@ -14,7 +15,7 @@ from radon.complexity import cc_visit
 
 ROOT = Path(__file__).resolve().parents[1]
 STOCK = ROOT/'tests'/'style.json'
-LINE, COMPLEXITY, CELL = 120, 20, 1200
+LINE, COMPLEXITY, CELL, MODULE = 120, 20, 1200, 400
 FOLDERS = ('alf_nb', 'tests', 'benchmarks', 'tools')
 SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr, ast.Raise)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -52,6 +53,13 @@ def complexities(src):
     return [b.complexity for b in found if b.letter in 'FM']
 
 
+def private_patches(tree):
+    "Private methods that are added to a class from outside: `@patch` is for public verbs"
+    functions = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name.startswith('_')]
+    named = [[d.func if isinstance(d, ast.Call) else d for d in f.decorator_list] for f in functions]
+    return sum(any(isinstance(d, ast.Name) and d.id == 'patch' for d in ds) for ds in named)
+
+
 def large_cells(notebook):
     "Exported cells of a notebook that are longer than the limit"
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
@@ -61,8 +69,14 @@ def large_cells(notebook):
 
 def measure(src):
     "Counts of what is over the limits in a module"
-    return dict(long=long_lines(src), semicolons=semicolons(src), dense=dense(ast.parse(src)),
-                complex=sum(c > COMPLEXITY for c in complexities(src)))
+    tree = ast.parse(src)
+    return dict(long=long_lines(src), semicolons=semicolons(src), dense=dense(tree),
+                complex=sum(c > COMPLEXITY for c in complexities(src)), patches=private_patches(tree))
+
+
+def is_large(path):
+    "A module of the package that holds more than one topic, to judge by its length"
+    return path.suffix == '.py' and len(path.read_text(encoding='utf-8').splitlines()) > MODULE
 
 
 def modules(folder):
@@ -75,6 +89,7 @@ def stock(root=ROOT):
     rows = {p: measure(p.read_text(encoding='utf-8')) for f in FOLDERS for p in modules(root/f)}
     notebooks = [p for p in sorted((root/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
     rows |= {p: dict(cells=large_cells(p)) for p in notebooks}
+    for p in modules(root/'alf_nb'): rows[p]['large'] = int(is_large(p))
     kept = {p.relative_to(root).as_posix(): {k: v for k, v in row.items() if v} for p, row in rows.items()}
     return {name: row for name, row in kept.items() if row}
 
