@@ -22,6 +22,7 @@ from alf_nb.core.checkpoints import write_manifest
 from alf_nb.demo import demo_model
 from alf_nb.train.loop import ALFLoop
 from alf_nb.model.optim import unwrap_optimizer
+from alf_nb.train.saving import load, read_state, read_tensors
 from alf_nb.train.trainer import ALFCallback
 
 NAN, HUGE = float("nan"), 10**400
@@ -318,14 +319,10 @@ class Resume:
 
     def look(self):
         "What ALF does before it changes anything, with the optimizer loaded as Trainer does it"
-        self.alf._folder = lambda *args: self.folder
-        unwrap_optimizer(self.alf._optimizer).load_state_dict(
-            torch.load(self.folder / "optimizer.pt", weights_only=True)
-        )
-        try:
-            return attempt(lambda: self.alf._load(self.trainer.args, self.trainer.state), self.folder.name) or ""
-        finally:
-            del self.alf._folder
+        run, step = self.alf.run, self.trainer.state.global_step
+        unwrap_optimizer(run.optimizer).load_state_dict(torch.load(self.folder / "optimizer.pt", weights_only=True))
+        read = lambda: load(run, step, self.folder.name, read_state(self.folder), lambda: read_tensors(self.folder))
+        return attempt(read, self.folder.name) or ""
 
 
 def try_checkpoint(folder, settings, about, whole=100):

@@ -29,7 +29,7 @@ def train(folder, alf, *more, model=None, steps=12, **kw):
 def whys(folder): return {e["why"] for e in RunLog(folder).events("not_measured")}
 
 
-def rates(alf, name): return alf.tracker.scores("rate", 0)[name]
+def rates(alf, name): return alf.run.tracker.scores("rate", 0)[name]
 
 
 class Skips(torch.nn.Module):
@@ -378,7 +378,7 @@ def test_a_loop_survives_a_selection_that_reaches_nothing(tmp_path):
 
 def test_lightning_survives_a_selection_that_reaches_nothing(tmp_path):
     L = pytest.importorskip("lightning.pytorch")
-    from alf_nb.train.loop import lightning_callback
+    from alf_nb.train.lightning import lightning_callback
     torch.manual_seed(0)
     class Module(L.LightningModule):
         def __init__(self):

@@ -32,7 +32,10 @@ from ..core.runlog import RunLog
 from ..model.shards import _one_process
 from ..sources.models import _check_causal, _check_text, _first, _hub, continuation, holdout_split, evaluate_loss
 from ..sources.models import load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
-from ..train.trainer import ALFCallback, peak_rss_bytes
+from ..train.controller import figures
+from ..train.state import RunTotals
+from ..train.trainer import ALFCallback
+from ..core.system import peak_rss_bytes
 
 # %% ../../nbs/10_app/03_finetune.ipynb #be8169e9
 class _Bar(TrainerCallback):
@@ -64,10 +67,10 @@ class _Opening(TrainerCallback):
         if state.global_step > 0: return
         # half: not all of it has to move
         _check_room(
-            self.out, 0, _bytes_of(self.alf.layers, self.alf.selection.names) // 2, 'the delta of what is selected'
+            self.out, 0, _bytes_of(self.alf.run.layers, self.alf.selection.names) // 2, 'the delta of what is selected'
         )
         _keep_results(self.out)
-        for e in self.events: self.alf._event(step=0, **e)
+        for e in self.events: self.alf.run.journal.event(step=0, **e)
 
 # %% ../../nbs/10_app/03_finetune.ipynb #5d1c6cdd
 def _check_output(out):
@@ -169,7 +172,7 @@ def _check_room(out, need, least, what):
 def _check_plan(out, net, callback, names, steps, save_steps):
     """Is there room for delta and checkpoints of this run? A checkpoint holds the model, and of what trains two
     numbers of the optimizer and a reference"""
-    layers = partition_layers(net, unit=callback.unit, kinds=callback.kinds)
+    layers = partition_layers(net, unit=callback.config.unit, kinds=callback.config.kinds)
     whole,chosen = _bytes_of(layers, layers),_bytes_of(layers, names)
     there = len(list(Path(out).glob('checkpoint-*')))
     # two are kept, and a third is there while it is written
@@ -285,8 +288,7 @@ def _figures(log, folder, callback):
     its log"""
     totals = _json(Path(folder)/'alf'/'state.json').get('totals')
     if totals:
-        callback.totals = totals
-        return callback.summary()
+        return figures(RunTotals(**totals))
     known = _metadata(folder).get('figures')
     if isinstance(known, dict): return known
     s = summarize(log)
@@ -314,14 +316,14 @@ def _train(job, trainer, checkpoint, out, callback, metadata):
     try: trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as e:
         steps,made = metadata['steps'],trainer.state.global_step
-        if not made or made < steps and (not isinstance(e, OSError) or find_checkpoint(out, callback.run_id)):
+        if not made or made < steps and (not isinstance(e, OSError) or find_checkpoint(out, callback.run.run_id)):
             e.model = job.net
             raise
         where, _ = _save_anywhere(
             job.net,
             job.base,
             out,
-            dict(run_id=callback.run_id, **metadata | dict(steps=made), figures=callback.summary()),
+            dict(run_id=callback.run.run_id, **metadata | dict(steps=made), figures=callback.summary()),
         )
         if where == out/'delta' and made == steps:
             text = "all steps are made and the delta is written: finetune(…, resume=True) finishes the run"
@@ -451,7 +453,7 @@ def finetune(
             bar.open(steps, 0 if checkpoint is None else int(checkpoint.rsplit('-', 1)[-1]))
             try: _train(job, trainer, checkpoint, out, callback, dict(steps=steps, seed=seed))
             finally: bar.close()
-            run = callback.run_id
+            run = callback.run.run_id
         metadata = dict(run_id=run, steps=steps, seed=seed)
         _save(job, out, metadata)
         known = lambda: {

@@ -29,7 +29,9 @@ from ..report.page import PolicyComparison, compare_results, read_results, write
 from ..core.runlog import RunLog
 from ..model.shards import _one_process
 from ..sources.models import holdout_split, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
-from ..train.trainer import PRESETS, ALFCallback, peak_rss_bytes, versions
+from ..train.trainer import ALFCallback
+from ..core.config import PRESETS
+from ..core.system import peak_rss_bytes, versions
 
 # %% ../../nbs/09_study/04_compare.ipynb #e01394cb
 @dataclass
@@ -155,7 +157,7 @@ class Method:
         "Arguments of `ALFCallback`, with the task's pins beside those of preset and policy; None: no callback"
         kw = self.alf(steps, blocks) if callable(self.alf) else self.alf
         return (
-            kw if kw is None or not pin else {**kw, 'pin': tuple(dict.fromkeys([*ALFCallback(**kw).policy.pin, *pin]))}
+            kw if kw is None or not pin else {**kw, 'pin': tuple(dict.fromkeys([*ALFCallback(**kw).config.policy.pin, *pin]))}
         )
 
 def alf_method(
@@ -435,7 +437,7 @@ class _Meter(TrainerCallback):
         self.curve.append([state.global_step, spent, self.trainer.tokens, _finite(loss)])
         self.t = time.perf_counter()
         self.off += self.t-now
-        if self.alf is not None: self.alf._forget_pause()
+        if self.alf is not None: self.alf.run.forget_pause()
 
 def _finite(v): return v if v is not None and math.isfinite(v) else None
 
@@ -508,12 +510,12 @@ def _train(task, method, lr, seed, steps, points=(), limit=None):
     other = task.evaluate(model, task.other)['loss'] if task.other is not None else None
     if alf:
         s = alf.summary()
-        part = alf.n_total/layers.total      # ALF over adapters knows shares of the adapters
+        part = alf.run.n_total/layers.total      # ALF over adapters knows shares of the adapters
         figures = dict(
             importance_s=s['importance_s'],
             **{k: s[k] * part for k in ('trainable_share_mean', 'trainable_share_peak')},
             state_bytes_peak=s['state_bytes_peak'] + added,
-            map=_layer_map(alf.units, picked, done),
+            map=_layer_map(alf.run.units, picked, done),
             n_total=layers.total
         )
     else:

@@ -20,7 +20,7 @@ from ..core.policies import StaticPolicy
 from ..signals.probe import _model_loss, probe_gradients
 from ..core.records import Record, UnitInfo
 from ..signals.snapshots import Snapshot
-from ..train.trainer import peak_rss_bytes
+from ..core.system import peak_rss_bytes
 
 # %% ../../nbs/09_study/02_step_costs.ipynb #ad5b25bb
 class EnergyMeter:
