@@ -370,21 +370,19 @@ def try_loop():
     saved = loop.state_dict()
     loop.close()
     new(resume=saved).close()
-    files, row = saved["files"], torch.zeros(3, dtype=torch.uint8)
+    state, tensors, row = json.loads(saved["state"]), saved["tensors"], torch.zeros(3, dtype=torch.uint8)
     changes = [
         *(dict(step=v) for v in (-1, HUGE, NAN, "2", None, True, 3, [2])),
         *(dict(max_steps=v) for v in (-1, HUGE, "x", None)),
-        *(
-            dict(files=v)
-            for v in (None, [], {}, {"../x": row}, {**files, "more": row}, {k: files[k] for k in list(files)[:1]})
-        ),
+        *(dict(state=v) for v in (None, {}, b"x", "", "[", "[]", "{}", saved["state"][:-9])),
+        *(dict(state=json.dumps(state | {k: v})) for k in state for v in (None, "../x", -1, {"x": 1})),
+        *(dict(tensors=v) for v in (None, [], {}, {"../x": row}, {**tensors, "more": row}, {1: row})),
+        *(dict(tensors={k: v for k, v in tensors.items() if k != gone}) for gone in tensors),
     ]
-    changes += [
-        dict(files={**files, k: v}) for k in files for v in (None, b"x", row, row.float(), row[None], files[k].flip(0))
-    ]
+    changes += [dict(tensors={**tensors, k: v}) for k in tensors for v in (None, b"x", row, tensors[k][:1] * NAN)]
     odd, bad = (
         [],
-        [{**saved, **c} for c in changes] + [7, [], {}, dict(saved, more=1), {k: saved[k] for k in ("step", "files")}],
+        [{**saved, **c} for c in changes] + [7, [], {}, dict(saved, more=1), {k: saved[k] for k in ("step", "state")}],
     )
     for i, s in enumerate(bad):
         if why := attempt(lambda: new(resume=s), ""):

@@ -91,7 +91,7 @@ class _How(Record):
     check:str='raise'
     seed:int=0                  # seeds the draws of policy and probe
 
-# %% ../../nbs/01_core/09_config.ipynb #cbb816ee
+# %% ../../nbs/01_core/09_config.ipynb #edb9d89a
 VALUES = dict(
     unit=('module', 'block'),
     references=('device', 'host', '8bit', 'none'),
@@ -104,11 +104,21 @@ def _ready(policy, seed):
     if isinstance(policy, Policy): return policy
     return make_policy(policy, seed=policy.get('seed', seed) if isinstance(policy, dict) else seed)
 
-# %% ../../nbs/01_core/09_config.ipynb #43d91ee0
 def _checked(c):
     "Every setting that stands alone, as plain values; a ValueError where one is none that there is"
     kinds = c.kinds if isinstance(c.kinds, (list, tuple)) else (c.kinds,)
-    numbers = dict(
+    return _numbers(c) | dict(
+        signal=known('signal', c.signal, SIGNALS),
+        start=known('start', c.start, (*STARTS, 'none')),
+        kinds=tuple(known('kind', k, KINDS) for k in kinds),
+        presumed=tuple(c.presumed),
+        policy=_ready(c.policy, c.seed),
+    ) | {k: one_of(k, getattr(c, k), allowed) for k,allowed in VALUES.items()}
+
+# %% ../../nbs/01_core/09_config.ipynb #0c8e44cb
+def _numbers(c):
+    "Its numbers"
+    found = dict(
         probe_batches=whole('probe_batches', c.probe_batches, 2, 'batches of the first probe'),
         measure_every=whole('measure_every', c.measure_every, 1, 'steps of a window'),
         reprobe_batches=whole('reprobe_batches', c.reprobe_batches, 0, 'batches of later probes'),
@@ -118,14 +128,8 @@ def _checked(c):
         seed=whole('seed', c.seed, what='of the draws'),
     )
     if c.interval is not None:
-        numbers['interval'] = whole('interval', c.interval, 0, 'steps between selections (0: never again)')
-    return numbers | dict(
-        signal=known('signal', c.signal, SIGNALS),
-        start=known('start', c.start, (*STARTS, 'none')),
-        kinds=tuple(known('kind', k, KINDS) for k in kinds),
-        presumed=tuple(c.presumed),
-        policy=_ready(c.policy, c.seed),
-    ) | {k: one_of(k, getattr(c, k), allowed) for k,allowed in VALUES.items()}
+        found['interval'] = whole('interval', c.interval, 0, 'steps between selections (0: never again)')
+    return found
 
 # %% ../../nbs/01_core/09_config.ipynb #7745ecea
 def _check_together(c):
@@ -190,7 +194,7 @@ class _Choice:
 
 CHOICE = tuple(f.name for f in fields(_Choice))
 
-# %% ../../nbs/01_core/09_config.ipynb #e4fd1ef9
+# %% ../../nbs/01_core/09_config.ipynb #9a05cfb2
 def make_policy(
     policy,         # a `Policy`, a key of `POLICIES`, or a dict such as `dict(policy='topk', k=4)`
     options=None,   # settings of it, such as `dict(budget=.1, pin=('head',))`
@@ -201,12 +205,9 @@ def make_policy(
     options = {k: v for k,v in (options or {}).items() if k not in ('pin', 'ban') or v}
     if isinstance(policy, Policy):
         if not options: return policy
-        raise ValueError(
-            f"{', '.join(options)} given beside a ready policy: set them in {type(policy).__name__}(…)"
-        )
+        raise ValueError(f"{', '.join(options)} given beside a ready policy: set them in {type(policy).__name__}(…)")
     d = dict(policy) if isinstance(policy, dict) else dict(policy=policy)
-    if not isinstance(d.get('policy'), str) or d['policy'] not in POLICIES:
-        raise ValueError(f"unknown policy {d.get('policy')!r}; policies are {', '.join(POLICIES)}")
+    known('policy', d.get('policy'), POLICIES, 'policies')
     has = {f.name for f in fields(POLICIES[d['policy']])}
     if odd := [k for k in options if k not in has]:
         raise ValueError(f"policy {d['policy']!r} has no {', '.join(odd)}; it has {', '.join(sorted(has))}")
@@ -273,7 +274,7 @@ def from_args(cls:ALFConfig,
     _warn_of_the_idle(config, given)
     return config
 
-# %% ../../nbs/01_core/09_config.ipynb #74e6f092
+# %% ../../nbs/01_core/09_config.ipynb #51e20bf5
 def config_of(
     config,  # `ALFConfig`, what its `to_dict` says, or None
     settings # the short form, as a dict
@@ -281,7 +282,9 @@ def config_of(
     "A ready record, or one made from the short form"
     if config is None: return ALFConfig.from_args(**settings)
     if settings: raise ValueError(f"{', '.join(settings)} given beside a ready config: set them in it")
-    return ALFConfig.from_dict(config) if isinstance(config, dict) else config
+    if isinstance(config, dict): return ALFConfig.from_dict(config)
+    if isinstance(config, ALFConfig): return config
+    raise ValueError(f"config is an ALFConfig or what its to_dict says, got {type(config).__name__}")
 
 # %% ../../nbs/01_core/09_config.ipynb #d00733f8
 def _all_settings():

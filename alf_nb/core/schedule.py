@@ -7,9 +7,10 @@ Docs: https://example.github.io/alf_nb/01_core/schedule.html.md"""
 # %% auto #0
 __all__ = ['default_interval', 'rotation', 'turns', 'Schedule', 'schedule_of']
 
-# %% ../../nbs/01_core/10_schedule.ipynb #663347ff
+# %% ../../nbs/01_core/10_schedule.ipynb #1b356e00
 import math
 from dataclasses import dataclass
+from fastcore.basics import patch
 from .policy import _candidates
 
 # %% ../../nbs/01_core/10_schedule.ipynb #fa1109c8
@@ -47,7 +48,7 @@ def turns(start, policy, units):
     b = _candidates(None, units, policy.pin, policy.ban)
     return (tuple(u.name for u in (*b.pinned, *b.units)),)
 
-# %% ../../nbs/01_core/10_schedule.ipynb #09b27276
+# %% ../../nbs/01_core/10_schedule.ipynb #06171e3f
 @dataclass(frozen=True)
 class Schedule:
     "At which steps a run selects."
@@ -65,20 +66,23 @@ class Schedule:
         each = max(2, self.warm_up//len(self.turns))
         return self.turns[min(step//each, len(self.turns)-1)]
 
-    def due(self,
-        step:int # optimizer step
-    )->bool:
-        "Is a selection due before the step after `step`?"
-        if step >= self.max_steps: return False
-        if self.warm_up and step <= self.warm_up:
-            return step == self.warm_up or self.starting(step) != self.starting(step-1)
-        return self.every > 0 and step % self.every == 0 and step < self.until*self.max_steps
+@patch
+def due(self:Schedule,
+    step:int # optimizer step
+)->bool:
+    "Is a selection due before the step after `step`?"
+    if step >= self.max_steps: return False
+    if self.warm_up and step <= self.warm_up:
+        return step == self.warm_up or self.starting(step) != self.starting(step-1)
+    return self.every > 0 and step % self.every == 0 and step < self.until*self.max_steps
 
-    def next(self,
-        step:int # optimizer step
-    )->int|None:
-        "The next step at which a selection is due; None: never again"
-        return next((s for s in range(step+1, self.max_steps) if self.due(s)), None)
+# %% ../../nbs/01_core/10_schedule.ipynb #141e36a9
+@patch
+def next_after(self:Schedule,
+    step:int # optimizer step
+)->int|None:
+    "The next step at which a selection is due; None: never again"
+    return next((s for s in range(step+1, self.max_steps) if self.due(s)), None)
 
 # %% ../../nbs/01_core/10_schedule.ipynb #bdfbf642
 def schedule_of(

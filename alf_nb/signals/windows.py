@@ -74,7 +74,7 @@ def shown(self:LearningRates)->float|None: # None: unknown
     if p is None and m.param_groups[i].get('lr') is not None: return float(m.param_groups[i]['lr'])
     return next((lr for lr in self.now if lr), None)
 
-# %% ../../nbs/05_signals/04_windows.ipynb #0ed438f9
+# %% ../../nbs/05_signals/04_windows.ipynb #c2376140
 @dataclass
 class Window:
     "How far units moved in their windows."
@@ -93,18 +93,20 @@ class Window:
     @property
     def largest(self)->dict: return {n: largest(x) for n,x in self.lr.items()}
 
-    def moved(self,
-        rates:dict # unit → rate, as measured from this window
-    )->dict:       # unit → part of its norm
-        "How far every unit moved that is not still"
-        part = lambda n, x: self.relative[n] if isinstance(x, list) else x*rates.get(n, 0.)
-        return {n: part(n, x) for n,x in self.lr.items() if n in self.known}
+# %% ../../nbs/05_signals/04_windows.ipynb #638d772e
+@patch
+def moved(self:Window,
+    rates:dict # unit → rate, as measured from this window
+)->dict:       # unit → part of its norm
+    "How far every unit moved that is not still"
+    part = lambda n, x: self.relative[n] if isinstance(x, list) else x*rates.get(n, 0.)
+    return {n: part(n, x) for n,x in self.lr.items() if n in self.known}
 
-    def to_dict(self)->dict:
-        "What the log says of it"
-        return dict(steps=max(self.steps.values(), default=0), sum_lr=max(self.largest.values(), default=0.))
+@patch
+def to_dict(self:Window)->dict:
+    "What the log says of it"
+    return dict(steps=max(self.steps.values(), default=0), sum_lr=max(self.largest.values(), default=0.))
 
-# %% ../../nbs/05_signals/04_windows.ipynb #4027fcd8
 def unmoved(
     norms # `DeltaNorms`
 )->list:  # unit names

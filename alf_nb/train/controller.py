@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/06_train/controller.html.md"""
 # %% auto #0
 __all__ = ['SPEED', 'ALFController', 'settings', 'write_begin', 'figures']
 
-# %% ../../nbs/06_train/13_controller.ipynb #457d9e2e
+# %% ../../nbs/06_train/13_controller.ipynb #19b389fb
 import math, time, uuid
 from fastcore.basics import patch
 from ..core.config import PROBED
@@ -19,13 +19,15 @@ from ..model.shards import is_sharded
 from ..signals.tracker import ImportanceTracker, prior_scores
 from ..signals.windows import LearningRates, ReferenceWindows, UpdateWindows
 from .between import freeze_nonfinite, note_reached, say_blind, take_request
-from .choosing import PolicyRequests, partition, requested
+from .choosing import PolicyRequests, check_selections_left, one_target, partition, requested
 from .engine import Engine, graphs_see_freezing, warn_of_recompiling
 from .guards import Guards, Journal
 from .marks import add_hooks, guard_allocators, note_frozen, thaw, warn_of_new_head
 from .nan import NonFinite
 from .reach import BlindBatches, ForwardHook, Reach
 from .selecting import known_scores, note_peak, ours, select, use_policy
+
+# %% ../../nbs/06_train/13_controller.ipynb #5827f6b4
 from .state import RunTotals
 
 # %% ../../nbs/06_train/13_controller.ipynb #d9dba825
@@ -270,7 +272,7 @@ def forget_pause(self:ALFController):
     "Time spent waiting belongs to no step"
     self.t_begin = self.t_step = time.perf_counter()
 
-# %% ../../nbs/06_train/13_controller.ipynb #4e2817b5
+# %% ../../nbs/06_train/13_controller.ipynb #0670bb16
 @patch
 def choose(self:ALFController,
     threshold:float|None=None, # least importance that trains, 0–1
@@ -279,20 +281,16 @@ def choose(self:ALFController,
     now:bool=False             # re-select at once, not at the next re-selection
 ):                             # the `Policy` that will be in force
     "Ask for another choice of layers while training; taken between two steps"
-    given = {k: v for k,v in dict(threshold=threshold, budget=budget, policy=policy).items() if v is not None}
-    if len(given) != 1:
-        raise ValueError(f"{', '.join(given) or 'nothing'} given: give one of threshold, budget and policy")
+    given = one_target(threshold=threshold, budget=budget, policy=policy)
     if self.engine.n_processes > 1:
         raise RuntimeError(
             "a choice made in one process would not reach the others: under several processes give it to ALFCallback"
         )
     def make(before):
-        wish,step = requested(self, before or self.policy, **given),self.totals.steps
-        if now or self.schedule.next(step) is not None: return wish
-        raise RuntimeError(
-            f"no re-selection is left after step {step} (interval={self.schedule.every}, lock={self.config.lock:g} of"
-            f" {self.max_steps} steps): give now=True"
-        )
+        "What is asked for, beside what was asked for and is not yet in force"
+        wish = requested(self, before or self.policy, **given)
+        if not now: check_selections_left(self)
+        return wish
     return self.requests.put(make, now)
 
 # %% ../../nbs/06_train/13_controller.ipynb #ec54585d

@@ -94,7 +94,7 @@ def refuse(self:Journal, message):
     self.release()
     raise RuntimeError(message)
 
-# %% ../../nbs/06_train/06_guards.ipynb #c1d01211
+# %% ../../nbs/06_train/06_guards.ipynb #90ca1438
 class Guards:
     "What has to be true of a model while ALF trains it."
     def __init__(self,
@@ -111,18 +111,21 @@ class Guards:
         self.sharded = False    # does every process hold a piece of the weights?
         self.stepped = False    # has the optimizer made the step it was asked for?
 
-    def check_frozen(self):
-        "Frozen weights are bit-identical, and nothing frozen has optimizer state"
-        self.journal.watch(lambda: (self.frozen.check(), check_state(self.layers, self.optimizer)))
+@patch
+def check_frozen(self:Guards):
+    "Frozen weights are bit-identical, and nothing frozen has optimizer state"
+    self.journal.watch(lambda: (self.frozen.check(), check_state(self.layers, self.optimizer)))
 
-    def check_finite(self, norms, step):
-        "No unit that trains may hold NaN or infinity"
-        if not norms.bad: return
-        more = f" (and {len(norms.bad)-1} more units)" if len(norms.bad) > 1 else ''
-        self.journal.found(
-            f"weights of {norms.bad[0]} hold NaN or infinity after step {step}{more}: lower the learning rate, or ban"
-            " the unit"
-        )
+# %% ../../nbs/06_train/06_guards.ipynb #98a68bb9
+@patch
+def check_finite(self:Guards, norms, step):
+    "No unit that trains may hold NaN or infinity"
+    if not norms.bad: return
+    more = f" (and {len(norms.bad)-1} more units)" if len(norms.bad) > 1 else ''
+    self.journal.found(
+        f"weights of {norms.bad[0]} hold NaN or infinity after step {step}{more}: lower the learning rate, or ban the"
+        " unit"
+    )
 
 # %% ../../nbs/06_train/06_guards.ipynb #a5dbb03a
 @patch
@@ -207,14 +210,24 @@ def any_gradient(
     g = local_tensor(p.grad)
     return bool((g.coalesce().values() if g.is_sparse else g).any())
 
-# %% ../../nbs/06_train/06_guards.ipynb #cb699680
+# %% ../../nbs/06_train/06_guards.ipynb #148d2779
 _NO_GRADIENT = (
     "no gradient reached {them}: skipped by chance, an expert without tokens, a part that these batches do not use, or"
     " weights in no loss"
 )
 _ZERO = "the gradient is exactly 0: no reward or error to learn from, or a detached input"
 
-# %% ../../nbs/06_train/06_guards.ipynb #e03df946
+def _rounded_away(params, lr, sure):
+    "Are steps of this size smaller than the weights show, in words? None: they are not"
+    small = next((p.dtype for p in params if p.dtype in (torch.bfloat16, torch.float16)), None)
+    if small is not None:
+        return (
+            f"weights are {small}, and steps of lr {lr:.1g} {'are' if sure else 'may be'} rounded away, so that nothing"
+            " is learnt; load the model in float32 and train with bf16=True"
+        )
+    if sure: return f"steps of lr {lr:.1g} are smaller than {params[0].dtype} shows at weights of this size"
+
+# %% ../../nbs/06_train/06_guards.ipynb #297df568
 def explain_unmoved(layers, optimizer, name, lr, reached):
     "(the reason as a word, in words) that a unit did not move"
     params = [p for p in layers.params(name) if local_tensor(p).numel()]
@@ -222,14 +235,7 @@ def explain_unmoved(layers, optimizer, name, lr, reached):
     if any(p.grad is not None for p in params) and not any(map(any_gradient, params)): return 'gradient 0', _ZERO
     moves = [_has_to_move(optimizer, p) for p in params]
     sure = None not in moves and not any(moves)
-    small = next((p.dtype for p in params if p.dtype in (torch.bfloat16, torch.float16)), None)
-    if small is not None:
-        return 'rounded away', (
-            f"weights are {small}, and steps of lr {lr:.1g} {'are' if sure else 'may be'} rounded away, so that nothing"
-            " is learnt; load the model in float32 and train with bf16=True"
-        )
-    if sure:
-        return 'rounded away', f"steps of lr {lr:.1g} are smaller than {params[0].dtype} shows at weights of this size"
+    if rounded := _rounded_away(params, lr, sure): return 'rounded away', rounded
     kind = ' and '.join(dict.fromkeys(type(m).__name__ for m,_ in _groups(optimizer)))
     return 'unknown', (
         f"the gradient is not 0; {kind} may wait for some steps, steps of lr {lr:.1g} may be rounded away, or something"

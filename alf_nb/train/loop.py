@@ -46,7 +46,7 @@ def _loader(batches):
     if lent: warnings.warn(f"it seems that {words}")
     return loader
 
-# %% ../../nbs/06_train/16_loop.ipynb #2681cddd
+# %% ../../nbs/06_train/16_loop.ipynb #8978463c
 class ALFLoop:
     "Adaptive layer-wise fine-tuning in a training loop of your own."
     @with_settings
@@ -64,13 +64,11 @@ class ALFLoop:
         **settings         # see `ALFConfig.from_args`
     ):
         _check_steps(max_steps)
-        self.model,self.optimizer,self.max_steps = model,optimizer,max_steps
-        self.steps = 0 if resume is None else _check_saved(resume)['step']
-        self.stage,self._lock,loader = 'ready',None,_loader(batches)
-        source = lambda layers: ProbeSource(layers, loader, loss)
-        self.run = _begin(self, config_of(config, settings), source, out, resume)
+        self.model,self.optimizer,self.max_steps,self.stage = model,optimizer,max_steps,'ready'
+        self.steps,self._lock = 0 if resume is None else _check_saved(resume)['step'],None
+        self.run = _begin(self, config_of(config, settings), _source(batches, loss), out, resume)
 
-# %% ../../nbs/06_train/16_loop.ipynb #8eed00d2
+# %% ../../nbs/06_train/16_loop.ipynb #5ab5b5d4
 def _check_steps(max_steps):
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps={max_steps!r}, but it is the number of optimizer steps, at least 1")
@@ -79,6 +77,11 @@ def _check_steps(max_steps):
             f"ALFLoop runs in one process, and here are several ({n}): use ALFCallback in a Trainer, whose"
             " processes agree on what trains"
         )
+
+def _source(batches, loss):
+    "What a probe reads"
+    loader = _loader(batches)
+    return lambda layers: ProbeSource(layers, loader, loss)
 
 def _begin(loop, config, source, out, saved):
     "An `ALFController` that has begun"

@@ -91,7 +91,7 @@ def _batch_rows(args, state):
     # a resumed state has that of the checkpoint, maybe of another number of processes
     return (state.train_batch_size or args.train_batch_size)//max(args.n_gpu, 1)
 
-# %% ../../nbs/06_train/09_probing.ipynb #82f9c133
+# %% ../../nbs/06_train/09_probing.ipynb #d663696c
 class TrainerSource(ProbeSource):
     "What a probe reads, under a Trainer."
     def __init__(self, layers, loader, args, state, trainer=None):
@@ -110,13 +110,16 @@ class TrainerSource(ProbeSource):
         given = ((self.args, 'train_batch_size'), (self.trainer, '_train_batch_size'))
         return self.rows if size in [self.rows, *(getattr(thing, k, None) for thing,k in given)] else None
 
-    def prepared(self, batch):
-        "`batch` as the Trainer gives it to the model"
-        t = self.trainer
-        if t is None or _is_own(t, '_prepare_inputs') and _is_own(t, '_prepare_input'): return super().prepared(batch)
-        # TRL's online trainers would answer with a part of what they last generated
-        if '_buffered_inputs' in vars(t): t._buffered_inputs = None
-        return t._prepare_inputs(batch)
+# %% ../../nbs/06_train/09_probing.ipynb #19d92372
+@patch
+def prepared(self:TrainerSource, batch):
+    "`batch` as the Trainer gives it to the model"
+    t = self.trainer
+    plain = t is None or _is_own(t, '_prepare_inputs') and _is_own(t, '_prepare_input')
+    if plain: return ProbeSource.prepared(self, batch)
+    # TRL's online trainers would answer with a part of what they last generated
+    if '_buffered_inputs' in vars(t): t._buffered_inputs = None
+    return t._prepare_inputs(batch)
 
 # %% ../../nbs/06_train/09_probing.ipynb #261bd3ea
 @patch

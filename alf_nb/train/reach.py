@@ -17,7 +17,7 @@ from .guards import any_gradient
 # %% ../../nbs/06_train/07_reach.ipynb #f9f8e31d
 DRY,WAIT = 10,16    # steps without a gradient after which a unit is left out, and how many it waits for each of them
 
-# %% ../../nbs/06_train/07_reach.ipynb #d36ea111
+# %% ../../nbs/06_train/07_reach.ipynb #9356efd9
 class Reach:
     "Which units gradients reach."
     def __init__(self):
@@ -40,12 +40,12 @@ class Reach:
 
     def waiting(self, names, step): return [n for n in names if self.out.get(n, 0) > step]
 
-    def begin(self, entered):
-        "A selection begins: what has just come has no gradient yet"
-        self.got,self.noted = set(),0
-        self.window.difference_update(entered)
-
-# %% ../../nbs/06_train/07_reach.ipynb #71382eef
+# %% ../../nbs/06_train/07_reach.ipynb #ee24e478
+@patch
+def begin(self:Reach, entered):
+    "A selection begins: what has just come has no gradient yet"
+    self.got,self.noted = set(),0
+    self.window.difference_update(entered)
 @patch
 def count(self:Reach, names, step):
     "End the count; units that are left out from now on"

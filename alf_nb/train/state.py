@@ -70,7 +70,7 @@ def _is_plain(v, where, known):
     elif isinstance(v, int) and abs(v) >= 1 << 64 or isinstance(v, float) and not math.isfinite(v):
         raise ValueError(f"{where} is {shown(v)}")
 
-# %% ../../nbs/06_train/01_state.ipynb #4466824f
+# %% ../../nbs/06_train/01_state.ipynb #3fa9e3a9
 def _is_config(v, where, known):
     "All settings of a run, as `ALFConfig` writes them"
     try:
@@ -80,6 +80,7 @@ def _is_config(v, where, known):
             raise ValueError(f"{odd[0][:80]} is {shown(v[odd[0]])}, which is not how settings are written")
     except Exception as e:      # whatever it is that somebody has written there
         raise ValueError(f"{where}: {e if isinstance(e, ValueError) else repr(e)[:200]}") from None
+    _is_plain({k: x for k,x in v.items() if k not in ('seed', 'policy')}, where, known)
     _is_policy(v['policy'], f'{where}.policy', known)
 
 # %% ../../nbs/06_train/01_state.ipynb #ad8f33ed

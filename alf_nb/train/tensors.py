@@ -7,10 +7,11 @@ Docs: https://example.github.io/alf_nb/06_train/tensors.html.md"""
 # %% auto #0
 __all__ = ['check_references', 'check_loaded', 'check_states', 'check_tensor_names', 'piece_of']
 
-# %% ../../nbs/06_train/02_tensors.ipynb #b82c3c7f
+# %% ../../nbs/06_train/02_tensors.ipynb #9c95b478
 import inspect, sys
 from collections.abc import Mapping
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from ..kernels.plan import empty_reference
 from ..model.optim import FIRST_MOMENTS, _entry, _is_repeated, _members, _tensors
@@ -86,42 +87,45 @@ def _first_state(optimizer, group, dim, dtype):
     except Exception as e:
         raise ValueError(f"its settings are not those of {cls.__name__}: {type(e).__name__}: {e}") from None
 
-# %% ../../nbs/06_train/02_tensors.ipynb #ce854333
+# %% ../../nbs/06_train/02_tensors.ipynb #3f9b0065
 class _Kept:
     "What an optimizer keeps for a parameter: entry → (shape, dtypes), or None for what is no tensor."
     def __init__(self,
         optimizer, # a torch optimizer
         state      # its state: parameter → entries
     ):
-        self.optimizer,self.name,self.state,self._tried = optimizer,type(optimizer).__name__,state,{}
+        self.optimizer,self.name,self.state,self.tried = optimizer,type(optimizer).__name__,state,{}
         self.group = {id(p): (i, g) for i,g in enumerate(optimizer.param_groups) for p in g['params']}
         states = [(p, s) for p,s in state.items() if id(p) in self.group and isinstance(s, dict)]
-        self._seen = {self._kind(p): s for p,s in states if s}
+        self.seen = {self.kind(p): s for p,s in states if s}
 
-    def _kind(self, p): return self.group[id(p)][0],p.shape,p.dtype
+    def kind(self, p): return self.group[id(p)][0],p.shape,p.dtype
 
-    def by_class(self, p):
-        "As the class of the optimizer makes it; None: unknown"
-        i,group = self.group[id(p)]
-        key = i,p.dim(),p.dtype
-        if key not in self._tried: self._tried[key] = _first_state(self.optimizer, group, p.dim(), p.dtype)
-        if (tiny := self._tried[key]) is None: return None
-        side = dict(zip(_SIDES, p.shape))
-        form = lambda v: ([side.get(n, n) for n in v.shape], (v.dtype, p.dtype)) if isinstance(v, Tensor) else None
-        return {e: form(v) for e,v in tiny.items()}
+@patch
+def by_class(self:_Kept, p):
+    "As the class of the optimizer makes it; None: unknown"
+    i,group = self.group[id(p)]
+    key = i,p.dim(),p.dtype
+    if key not in self.tried: self.tried[key] = _first_state(self.optimizer, group, p.dim(), p.dtype)
+    if (tiny := self.tried[key]) is None: return None
+    side = dict(zip(_SIDES, p.shape))
+    form = lambda v: ([side.get(n, n) for n in v.shape], (v.dtype, p.dtype)) if isinstance(v, Tensor) else None
+    return {e: form(v) for e,v in tiny.items()}
 
-    def by_example(self, p):
-        "As it is kept now for another parameter; None: there is none"
-        s = self._seen.get(self._kind(p))
-        return s and {e: (v.shape, (v.dtype,)) if isinstance(v, Tensor) else None for e,v in s.items()}
+# %% ../../nbs/06_train/02_tensors.ipynb #f252a2b6
+@patch
+def by_example(self:_Kept, p):
+    "As it is kept now for another parameter; None: there is none"
+    s = self.seen.get(self.kind(p))
+    return s and {e: (v.shape, (v.dtype,)) if isinstance(v, Tensor) else None for e,v in s.items()}
 
-# %% ../../nbs/06_train/02_tensors.ipynb #0847b8eb
 def _check_step(at, v, most):
     one = v.item() if isinstance(v, Tensor) and v.numel() == 1 else v
     if type(one) in (int, float) and 0 <= one <= most: return
     given = f"of shape {tuple(v.shape)}" if isinstance(one, Tensor) else shown(one)
     raise ValueError(f"{at} is {given}, not a number of steps from 0 to {most:g}")
 
+# %% ../../nbs/06_train/02_tensors.ipynb #8c7b14f2
 def _check_entry(at, entry, v, p, want, most):
     "A ValueError where one entry of an optimizer's state cannot be used"
     if entry == 'step': _check_step(at, v, most)
@@ -149,7 +153,14 @@ def _check_bitsandbytes(at, entries, p, optimizer):
             if not isinstance(v, Tensor) or v.dtype not in (torch.float32, torch.uint8) or v.numel() != size:
                 raise ValueError(f"{at}/{e} is not what bitsandbytes keeps for {n:,} weights")
 
-# %% ../../nbs/06_train/02_tensors.ipynb #247692b3
+# %% ../../nbs/06_train/02_tensors.ipynb #03f60694
+def _parked_form(at, v, p, want):
+    "A first moment at rest may be one number, which says: all zeros"
+    if not (isinstance(v, Tensor) and not v.dim() and p.dim() and v.is_floating_point()): return want
+    if v.item() != 0: raise ValueError(f"{at} is one number, {v.item():g}, not 0")
+    return want and ((), want[1])
+
+# %% ../../nbs/06_train/02_tensors.ipynb #cbb8b130
 def _check_kept(at, entries, p, kept, most, parked=False):
     "A ValueError where the state of one parameter, loaded or parked, is not one that its optimizer could have made"
     if not isinstance(entries, dict): raise ValueError(f"{at} is {shown(entries)}, not a dict")
@@ -162,10 +173,7 @@ def _check_kept(at, entries, p, kept, most, parked=False):
     if type(kept.optimizer).__module__.startswith('bitsandbytes'): _check_bitsandbytes(at, entries, p, kept.optimizer)
     for e,v in entries.items():
         want = (layout or {}).get(e)
-        number = isinstance(v, Tensor) and not v.dim() and p.dim() and v.is_floating_point()
-        if parked and number and e in FIRST_MOMENTS:      # it says: all zeros
-            if v.item() != 0: raise ValueError(f"{at}/{e} is one number, {v.item():g}, not 0")
-            want = want and ((), want[1])
+        if parked and e in FIRST_MOMENTS: want = _parked_form(f'{at}/{e}', v, p, want)
         _check_entry(f'{at}/{e}', e, v, p, want, most)
 
 # %% ../../nbs/06_train/02_tensors.ipynb #d8872e3c
@@ -190,7 +198,18 @@ def check_loaded(optimizer, params):
             if id(p) not in kept.group or entries == {}: continue
             _check_kept(f"the state of {names.get(id(p), 'a parameter')}", entries, p, kept, MOST)
 
-# %% ../../nbs/06_train/02_tensors.ipynb #50f68367
+# %% ../../nbs/06_train/02_tensors.ipynb #5b8d0889
+def _of_each(name, entries, n):
+    "Entries of every optimizer of a chain: `1|exp_avg` is the second one's"
+    of = {}
+    for e,v in entries.items():
+        at,_,_ = e.rpartition('|')
+        if at and not (at.isdigit() and at.isascii() and int(at[:9]) < n):
+            raise ValueError(f"{name}/{e[:200]} is the state of no optimizer")
+        of.setdefault(int(at or 0), {})[_entry(e)] = v
+    return of
+
+# %% ../../nbs/06_train/02_tensors.ipynb #2658dfa9
 def check_states(word, held, params, trains, optimizer, step):
     "A ValueError where saved state, parameter name → entry → value, could not be handed back to its parameter"
     every = _all_kept(optimizer)
@@ -200,13 +219,8 @@ def check_states(word, held, params, trains, optimizer, step):
         if k not in params: raise ValueError(f"{word}/{k[:200]} is the state of a parameter that this model lacks")
         if k in trains: raise ValueError(f"{word}/{k} is the state of a parameter that trains")
         if not entries: raise ValueError(f"{word}/{k} holds nothing")
-        of = {}
-        for e,v in entries.items():      # `1|exp_avg` is the second one's of a chain
-            at,_,_ = e.rpartition('|')
-            if at and not (at.isdigit() and at.isascii() and int(at[:9]) < len(every)):
-                raise ValueError(f"{word}/{k}/{e[:200]} is the state of no optimizer")
-            of.setdefault(int(at or 0), {})[_entry(e)] = v
-        for i,mine in of.items(): _check_kept(f'{word}/{k}', mine, params[k], every[i], most, parked=True)
+        for i,mine in _of_each(f'{word}/{k}', entries, len(every)).items():
+            _check_kept(f'{word}/{k}', mine, params[k], every[i], most, parked=True)
 
 # %% ../../nbs/06_train/02_tensors.ipynb #e96665d7
 def check_tensor_names(tensors, saved, params):

@@ -11,7 +11,7 @@ __all__ = ['ALFCallback', 'release', 'load_checkpoint']
 from .. import _require
 _require('torch', 'transformers', 'accelerate', 'safetensors')
 
-# %% ../../nbs/06_train/15_trainer.ipynb #0016fbed
+# %% ../../nbs/06_train/15_trainer.ipynb #ee094a8d
 import functools, json, os, warnings
 from pathlib import Path
 from fastcore.basics import patch
@@ -26,13 +26,14 @@ from ..core.runlog import RunLog
 from ..model.optim import find_ddp
 from ..model.shards import is_sharded, set_up_shards
 from .beside import is_busy, others, refuse_beside
+from .choosing import one_target
 from .choosing import preview as preview_of
 from .controller import ALFController
 from .engine import Engine, check_engine, is_compiled
 from .marks import TRAINS, add_hooks, check_alone, note_frozen, thaw
 from .probing import TrainerSource
-from .saving import STATE, TENSORS, collect, drop_made_up, load, naming, read_state, read_tensors, restore
-from .state import State
+from .saving import STATE, TENSORS, collect, drop_made_up, load, read_state, read_tensors, restore
+from .saving import typed_state
 
 # %% ../../nbs/06_train/15_trainer.ipynb #dba59f01
 def _check_path(name, path):
@@ -82,7 +83,7 @@ def training(self:ALFCallback)->bool:
     "Is a training under way?"
     return self.run is not None and self.run.training
 
-# %% ../../nbs/06_train/15_trainer.ipynb #c695d8a2
+# %% ../../nbs/06_train/15_trainer.ipynb #54e6ab21
 @patch
 def choose(self:ALFCallback,
     threshold:float|None=None, # least importance that trains, 0–1
@@ -91,20 +92,17 @@ def choose(self:ALFCallback,
     now:bool=False             # re-select at once, not at the next re-selection
 ):                             # the `Policy` that will be in force
     "Ask for another choice of layers while training; taken between two steps"
-    given = [k for k,v in dict(threshold=threshold, budget=budget, policy=policy).items() if v is not None]
-    if len(given) == 1 and not self.training:
+    given = one_target(threshold=threshold, budget=budget, policy=policy)
+    if not self.training:
         when = 'before training begins' if self.selection is None else 'after training has ended'
         raise RuntimeError(f"there is nothing to change {when}: give threshold, budget or policy to ALFCallback")
-    if len(given) != 1:
-        raise ValueError(f"{', '.join(given) or 'nothing'} given: give one of threshold, budget and policy")
-    return self.run.choose(threshold=threshold, budget=budget, policy=policy, now=now)
+    return self.run.choose(now=now, **given)
 
 @patch
 def summary(self:ALFCallback)->dict:
     "Figures of the run so far"
     return self.run.summary()
 
-# %% ../../nbs/06_train/15_trainer.ipynb #ef0728f1
 @patch
 def metrics(self:ALFCallback)->dict: # name → number
     "What trains now, and how important every layer is, for a tracker"
@@ -158,7 +156,7 @@ def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer
         release(self)
         raise
 
-# %% ../../nbs/06_train/15_trainer.ipynb #6598e6dc
+# %% ../../nbs/06_train/15_trainer.ipynb #a401bf86
 def _begin(alf, args, state, model, optimizer, loader):
     "Set everything up for this model, optimizer and data"
     if alf._on_load is not None: alf._on_load.remove()
@@ -170,9 +168,7 @@ def _begin(alf, args, state, model, optimizer, loader):
     thaw(model)
     set_up_shards(model)
     source = lambda layers: TrainerSource(layers, loader, args, state, alf._trainer)
-    engine = _engine(args, state, model, ddp)
-    alf.run = run = ALFController(model, optimizer, alf.config, state.max_steps, source, engine, lambda: release(alf))
-    run.on_probe,run.tokens_seen = alf.on_probe,getattr(state, 'num_input_tokens_seen', 0)
+    alf.run = run = _controller(alf, args, state, model, optimizer, source, ddp)
     saved = load_checkpoint(alf, args, state) if state.global_step else None
     _warn_of_trainer(args)
     log = RunLog(alf.out or args.output_dir) if state.is_world_process_zero else None
@@ -180,13 +176,14 @@ def _begin(alf, args, state, model, optimizer, loader):
     if saved is None: _keep_earlier(args, state)
     run.begin(log, saved and (lambda run: restore(run, saved, state.global_step)))
 
-# %% ../../nbs/06_train/15_trainer.ipynb #b5364038
-def _engine(args, state, model, ddp):
-    "What steps the model, as the Trainer says it"
-    return Engine(
-        str(args.device), args.world_size, state.is_world_process_zero, bool(getattr(args, 'fp16', False)), ddp,
-        is_compiled(args, model), args.seed
-    )
+# %% ../../nbs/06_train/15_trainer.ipynb #83290147
+def _controller(alf, args, state, model, optimizer, source, ddp):
+    "An `ALFController` of a Trainer"
+    main,fp16 = state.is_world_process_zero,bool(getattr(args, 'fp16', False))
+    engine = Engine(str(args.device), args.world_size, main, fp16, ddp, is_compiled(args, model), args.seed)
+    run = ALFController(model, optimizer, alf.config, state.max_steps, source, engine, lambda: release(alf))
+    run.on_probe,run.tokens_seen = alf.on_probe,getattr(state, 'num_input_tokens_seen', 0)
+    return run
 
 def _lock_folders(alf, args):
     "Where this process writes, no other one does until the run ends"
@@ -332,7 +329,7 @@ def load_checkpoint(alf, args, state):
     tensors = lambda: read_tensors(folder)
     return load(alf.run, state.global_step, folder.name, read_state(folder), tensors, check_run)
 
-# %% ../../nbs/06_train/15_trainer.ipynb #f13eeb58
+# %% ../../nbs/06_train/15_trainer.ipynb #347c6056
 @patch
 def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     "A run that died left units frozen: thaw them before Trainer builds its optimizer"
@@ -342,16 +339,13 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     hook = lambda model, _: _freeze_for_load(self, args, model)
     self._loaded_for,self._on_load = None,model.register_load_state_dict_post_hook(hook)
 
-# %% ../../nbs/06_train/15_trainer.ipynb #b2d7cf4a
 def _freeze_for_load(alf, args, model):
     "Only what the checkpoint holds optimizer state of requires grad when it is loaded"
     if not any(map(is_sharded, model.parameters())): return
     folder = _given_folder(alf, args) or _newest(args, _newest_run(alf.out or args.output_dir))
     folder = Path(folder or '')
     if not (folder/STATE).is_file(): return
-    data = read_state(folder)
-    with naming(folder.name, STATE, (ValueError, RecursionError)): held = set(State.from_dict(data).optimizer)
-    if not held: return
+    if not (held := set(typed_state(folder).optimizer)): return
     # accelerate loads twice
     thaw(model)
     alf._loaded_for = folder.resolve()
