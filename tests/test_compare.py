@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, DataCol
 from alf_nb.app.cli import main
 from alf_nb.study.compare import METHODS, Method, Task, _layer_map, _train, alf_method, compare_policies, text_task
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
-from alf_nb.report.page import read_results
+from alf_nb.report.results import read_results
 
 FIELDS = (
     'method signal unit budget lr seed model data rule steps tokens wall_s task_loss other_loss trainable_share_peak'

@@ -26,8 +26,9 @@ from ..core.files import check_writable, write_whole
 from ..core.foreign import odd_inside, read_plain
 from ..model.layers import partition_layers
 from ..core.lock import RunLock
-from ..report.plots import human_bytes
-from ..report.page import summarize, write_report
+from ..core.format import human_bytes
+from ..report.page import write_report
+from ..report.summary import summarize
 from ..core.runlog import RunLog
 from ..model.shards import _one_process
 from ..sources.models import _check_causal, _check_text, _first, _hub, continuation, holdout_split, evaluate_loss

@@ -20,7 +20,9 @@ from transformers import default_data_collator
 from ..core.foreign import escape, md_code, md_text
 from ..kernels.plan import delta_norms
 from ..model.layers import Layers, partition_layers
-from ..report.plots import *
+from ..core.format import human_time
+from ..report.html import Html
+from ..report.lines import line_chart
 from ..signals.probe import _model_loss, _same_draws, _same_modules, probe_gradients
 from ..core.records import Record, UnitInfo
 from ..sources.models import holdout_split, load_model, load_texts, supports_bf16, token_blocks

@@ -25,7 +25,8 @@ from ..model.layers import partition_layers
 from ..core.lock import RunLock
 from ..model.optim import gradient_bytes, optimizer_bytes
 from ..core.policies import match_units
-from ..report.page import PolicyComparison, compare_results, read_results, write_comparison
+from ..report.results_page import compare_results, write_comparison
+from ..report.results import PolicyComparison, read_results
 from ..core.runlog import RunLog
 from ..model.shards import _one_process
 from ..sources.models import holdout_split, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
