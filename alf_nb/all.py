@@ -15,7 +15,8 @@ _NAMES = {
     'sources.models': 'load_model load_encoder load_texts holdout_split token_blocks evaluate_loss unrelated_texts',
     'model.layers': 'partition_layers',
     'core.records': 'Selection Scores',
-    'core.policies': 'Policy BudgetPolicy ThresholdPolicy POLICIES '
+    'core.policy': 'Policy',
+    'core.policies': 'BudgetPolicy ThresholdPolicy POLICIES '
                      'budget_for_threshold threshold_for_budget',
     'kernels.plan': 'delta_norms',
     'signals.tracker': 'SIGNALS prior_scores',

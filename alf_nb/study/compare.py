@@ -24,9 +24,9 @@ from ..core.foreign import plain_fd
 from ..model.layers import partition_layers
 from ..core.lock import RunLock
 from ..model.optim import gradient_bytes, optimizer_bytes
-from ..core.policies import match_units
-from ..report.results_page import compare_results, write_comparison
+from ..core.policy import match_units
 from ..report.results import PolicyComparison, read_results
+from ..report.results_page import compare_results, write_comparison
 from ..core.runlog import RunLog
 from ..model.shards import _one_process
 from ..sources.models import holdout_split, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts

@@ -17,10 +17,11 @@ from fastcore.basics import patch
 from traitlets import Enum, Float, Instance
 from ..core.foreign import escape, visible
 from ..core.records import Scores, Selection
-from ..core.policies import *
+from ..core.policies import BudgetPolicy, FullPolicy
+from ..core.policies import budget_for_threshold, step_cost, threshold_for_budget, with_target
+from ..core.policy import Policy
 from ..core.format import human_bytes, human_count, human_time, num, percent
 from ..report.bars import BarChart
-from ..report.run_state import RunState
 from .base import View, put
 
 # %% ../../nbs/08_widgets/02_picker.ipynb #eaf2f5e7
