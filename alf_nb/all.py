@@ -12,7 +12,10 @@ import importlib
 
 # %% ../nbs/10_app/05_all.ipynb #9c166c98
 _NAMES = {
-    'sources.models': 'load_model load_encoder load_texts holdout_split token_blocks evaluate_loss unrelated_texts',
+    'sources.models': 'load_model load_encoder',
+    'sources.texts': 'load_texts unrelated_texts',
+    'sources.blocks': 'holdout_split token_blocks',
+    'sources.losses': 'evaluate_loss',
     'model.layers': 'partition_layers',
     'core.records': 'Selection Scores',
     'core.policies': 'Policy BudgetPolicy ThresholdPolicy POLICIES '

