@@ -18,7 +18,8 @@ _NAMES = {
     'sources.losses': 'evaluate_loss',
     'model.layers': 'partition_layers',
     'core.records': 'Selection Scores',
-    'core.policies': 'Policy BudgetPolicy ThresholdPolicy POLICIES '
+    'core.policy': 'Policy',
+    'core.policies': 'BudgetPolicy ThresholdPolicy POLICIES '
                      'budget_for_threshold threshold_for_budget',
     'kernels.plan': 'delta_norms',
     'signals.tracker': 'SIGNALS prior_scores',

@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from alf_nb.model import delta as D
 from alf_nb.core.checkpoints import MANIFEST, verify_checkpoint, find_checkpoint, write_manifest
-from alf_nb.core.policies import POLICIES, Policy
+from alf_nb.core.policies import POLICIES
+from alf_nb.core.policy import Policy
 from alf_nb.core.records import Scores, UnitInfo
 from alf_nb.report.page import compare_results, compare_runs, read_results, report_html, summarize, summary_table
 from alf_nb.report.page import write_comparison, write_report

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, Trainer, TrainerCallback
 from alf_nb.core.checkpoints import find_checkpoint
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.train.loop import ALFLoop
-from alf_nb.core.policies import Policy
+from alf_nb.core.policy import Policy
 from alf_nb.core.records import KINDS, Scores
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.trainer import ALFCallback

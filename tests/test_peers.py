@@ -16,7 +16,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.model.layers import partition_layers
-from alf_nb.core.policies import GRASSPolicy, LISAPolicy, Policy
+from alf_nb.core.peers import GRASSPolicy, LISAPolicy
+from alf_nb.core.policy import Policy
 from alf_nb.signals.probe import probe_gradients
 from alf_nb.core.records import Scores
 from alf_nb.core.runlog import RunLog

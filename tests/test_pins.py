@@ -4,7 +4,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 import pytest
 from test_layers_families import FAMILIES
 from alf_nb.model.layers import partition_layers
-from alf_nb.core.policies import match_units
+from alf_nb.core.policy import match_units
 from alf_nb.train.trainer import PRESETS, ALFCallback
 
 MODELS = {

@@ -4,8 +4,9 @@ import json, math, subprocess, sys
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-from alf_nb.core.policies import *
-from alf_nb.core.policies import Candidates
+from alf_nb.core.policies import POLICIES, BudgetPolicy, ThresholdPolicy, budget_for_threshold, step_cost
+from alf_nb.core.policies import threshold_for_budget
+from alf_nb.core.policy import Candidates, Policy
 from alf_nb.core.records import Scores, Selection, UnitInfo
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
@@ -171,9 +172,14 @@ def test_draws_are_the_same_in_another_process():
     """Hash randomisation, other draws and other versions of Python change nothing: the expected names are written
     down here"""
     code = """
-from alf_nb.core.policies import *; from alf_nb.core.records import UnitInfo, Scores
-us = [UnitInfo(f'block.{i}', f'block.{i}', 'block', 'block', 10, i+1) for i in range(12)]; s = Scores('grad_norm', {u.name: i/12 for i,u in enumerate(us)})
-for p in (RotatePolicy(.25, seed=7), LISAPolicy(3, seed=7), StaticPolicy('random', .25, seed=7), GRASSPolicy(.25, seed=7), BAdamPolicy(interval=10, seed=7)):
+from alf_nb.core.peers import *
+from alf_nb.core.policies import *
+from alf_nb.core.records import UnitInfo, Scores
+us = [UnitInfo(f'block.{i}', f'block.{i}', 'block', 'block', 10, i+1) for i in range(12)]
+s = Scores('grad_norm', {u.name: i/12 for i,u in enumerate(us)})
+ours = RotatePolicy(.25, seed=7), StaticPolicy('random', .25, seed=7)
+peers = LISAPolicy(3, seed=7), GRASSPolicy(.25, seed=7), BAdamPolicy(interval=10, seed=7)
+for p in (ours[0], peers[0], ours[1], *peers[1:]):
     print(p.name, *[n.split('.')[1] for n in p.select(s, us, step=40)])
 """
     out = [

@@ -3,7 +3,7 @@ import re, sys
 
 import pytest
 
-from alf_nb.core.policies import LISAPolicy
+from alf_nb.core.peers import LISAPolicy
 from alf_nb.core.records import UnitInfo
 from alf_nb.core.runlog import RunLog
 from alf_nb.widgets.base import RunState, ticker

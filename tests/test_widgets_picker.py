@@ -6,7 +6,8 @@ import pytest
 import traitlets
 
 from alf_nb.report.plots import human_time
-from alf_nb.core.policies import *
+from alf_nb.core.policies import BudgetPolicy, FullPolicy, ThresholdPolicy, budget_for_threshold, step_cost
+from alf_nb.core.policies import threshold_for_budget
 from alf_nb.core.records import Scores, Selection, UnitInfo
 from alf_nb.core.runlog import RunLog
 from alf_nb.widgets.base import _all, ticker

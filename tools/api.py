@@ -7,7 +7,11 @@ become more precise without breaking anybody.
 import dataclasses, functools, importlib, inspect, json, sys
 from pathlib import Path
 
+from fastcore.basics import _clsmethod
+
 root = Path(__file__).resolve().parents[1]
+# what is bound to the class; the last is what `@patch(cls_method=True)` leaves
+BOUND = (staticmethod, classmethod, _clsmethod)
 LINES, PAGE = root/'tests'/'api.txt', root/'nbs'/'api.ipynb'
 
 
@@ -63,7 +67,7 @@ def members(cls):
         at = f'{cls.__name__}.{name}'
         if name.startswith('_') or inspect.isclass(x): continue
         if isinstance(x, (property, functools.cached_property)): yield at
-        elif isinstance(x, (staticmethod, classmethod)): yield call(getattr(cls, name), at)
+        elif isinstance(x, BOUND): yield call(getattr(cls, name), at)
         elif inspect.isfunction(x) and x.__module__.startswith('alf_nb.'):
             yield call(x, at).replace('(self, ', '(').replace('(self)', '()')
 

@@ -24,7 +24,7 @@ from ..core.foreign import plain_fd
 from ..model.layers import partition_layers
 from ..core.lock import RunLock
 from ..model.optim import gradient_bytes, optimizer_bytes
-from ..core.policies import match_units
+from ..core.policy import match_units
 from ..report.page import PolicyComparison, compare_results, read_results, write_comparison
 from ..core.runlog import RunLog
 from ..model.shards import _one_process

@@ -25,7 +25,8 @@ from torch import Tensor
 from ..core.foreign import open_plain, read_plain
 from ..kernels.plan import empty_reference
 from ..model.optim import FIRST_MOMENTS, STATE_MODES, _entry, _is_repeated, _members, _tensors
-from ..core.policies import POLICIES, Policy, match_units
+from ..core.policies import POLICIES
+from ..core.policy import Policy, match_units
 from ..core.records import KINDS, Selection
 from ..model.shards import shard_of
 from ..signals.tracker import SIGNALS

@@ -33,7 +33,8 @@ from ..model.optim import _learning_rates, _pack_states, _pop_state, _rate_sourc
 from ..model.optim import _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection
 from ..model.optim import check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update
 from ..model.optim import optimizer_bytes, rebuild_ddp_buckets
-from ..core.policies import POLICIES, Policy, _candidates, _meant, with_target, match_units
+from ..core.policies import POLICIES, with_target
+from ..core.policy import Policy, _candidates, _meant, match_units
 from ..signals.probe import _NothingToCompare, _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size
 from ..signals.probe import _probe_batches, _same_draws
 from ..signals.probe import _same_modules, _same_objects, _takes_by_index, probe_gradients

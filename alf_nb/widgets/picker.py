@@ -17,7 +17,9 @@ from fastcore.basics import patch
 from traitlets import Enum, Float, Instance
 from ..core.foreign import escape, visible
 from ..core.records import Scores, Selection
-from ..core.policies import *
+from ..core.policies import BudgetPolicy, FullPolicy
+from ..core.policies import budget_for_threshold, step_cost, threshold_for_budget, with_target
+from ..core.policy import Policy
 from ..report.plots import by_layer, human_bytes, human_count, human_time, num, percent
 from .base import RunState, View, put
 
