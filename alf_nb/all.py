@@ -41,7 +41,8 @@ _NAMES = {
     'report.plots': 'line_chart cell_table percent human_bytes',
     'study.attention': 'AttentionSnapshot compare_attention',
     'study.step_costs': 'probe_batches',
-    'study.audit': 'audit_signals rank_correlation',
+    'study.ranks': 'rank_correlation',
+    'study.audit': 'audit_signals',
     'study.compare': 'compare_policies',
 }
 

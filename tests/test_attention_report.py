@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import alf_nb.app.finetune, alf_nb.sources.models
-from alf_nb.study.attention import AttentionSnapshot, compare_attention, passages
+from alf_nb.study.attention import AttentionSnapshot, compare_attention
+from alf_nb.study.words import passages
 from alf_nb.app.cli import main
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.app.finetune import finetune, load_tuned, tuned_kind

@@ -18,7 +18,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from ..study.attention import AttentionSnapshot, passages
+from ..study.attention import AttentionSnapshot
+from ..study.words import passages
 from ..core.checkpoints import _set_aside, _why_none, find_checkpoint, _newest_run
 from .publish import write_card
 from ..model.delta import _compare, apply_delta, fingerprint, read_delta, save_delta
