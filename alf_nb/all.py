@@ -12,7 +12,10 @@ import importlib
 
 # %% ../nbs/10_app/05_all.ipynb #9c166c98
 _NAMES = {
-    'sources.models': 'load_model load_encoder load_texts holdout_split token_blocks evaluate_loss unrelated_texts',
+    'sources.models': 'load_model load_encoder',
+    'sources.texts': 'load_texts unrelated_texts',
+    'sources.blocks': 'holdout_split token_blocks',
+    'sources.losses': 'evaluate_loss',
     'model.layers': 'partition_layers',
     'core.records': 'Selection Scores',
     'core.policy': 'Policy',
@@ -43,7 +46,8 @@ _NAMES = {
     'report.page': 'write_report',
     'study.attention': 'AttentionSnapshot compare_attention',
     'study.step_costs': 'probe_batches',
-    'study.audit': 'audit_signals rank_correlation',
+    'study.ranks': 'rank_correlation',
+    'study.audit': 'audit_signals',
     'study.compare': 'compare_policies',
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import alf_nb
-from alf_nb.study.audit import SignalAudit
+from alf_nb.study.verdict import SignalAudit
 from alf_nb.model.delta import Delta
 from alf_nb.model.layers import Layers
 from alf_nb.report.maps import cell_table
