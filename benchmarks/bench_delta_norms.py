@@ -15,7 +15,7 @@ import argparse, datetime, functools, json, platform, statistics, time
 from pathlib import Path
 import numpy as np, torch
 from alf_nb.kernels import plan as K
-from alf_nb.study.compare import device_name
+from alf_nb.study.runs import device_name
 
 RESULTS = Path(__file__).parent/'results'/'delta_norms.jsonl'
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)

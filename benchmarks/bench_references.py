@@ -21,7 +21,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 from alf_nb.kernels.plan import delta_norms, quantize_reference
 from alf_nb.model.optim import last_update, unwrap_optimizer
-from alf_nb.sources.models import load_model, load_texts, supports_bf16, token_blocks
+from alf_nb.sources.models import load_model
+from alf_nb.sources.losses import supports_bf16
+from alf_nb.sources.blocks import token_blocks
+from alf_nb.sources.texts import load_texts
 from alf_nb.train.trainer import ALFCallback
 from alf_nb.core.system import versions
 
@@ -35,7 +38,7 @@ class Compare(TrainerCallback):
     "Truth and estimates of each window, in memory of its own"
     def __init__(self, alf, every): self.alf, self.every, self.rows, self.ref, self.sum_lr = alf, every, [], None, {}
 
-    def params(self): return {n: self.alf.run.layers.params(n) for n in self.alf.selection}
+    def params(self): return {n: self.alf.layers.params(n) for n in self.alf.selection}
 
     def on_step_begin(self, args, state, control, **kw):
         if state.global_step % self.every == 0:
