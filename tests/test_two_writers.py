@@ -376,7 +376,7 @@ def test_a_loop_does_not_go_on_from_the_state_of_an_earlier_run(tmp_path):
     with pytest.raises(
         RuntimeError,
         match=(
-            rf"belongs to run {first}, and a newer run, {again.callback.run.run_id}, was begun in .*run since: give another"
+            rf"belongs to run {first}, and a newer run, {again.run.run_id}, was begun in .*run since: give another"
             r" out="
         ),
     ):

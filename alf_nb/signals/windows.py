@@ -218,8 +218,7 @@ class UpdateWindows:
 
 # %% ../../nbs/05_signals/04_windows.ipynb #d0ae64d7
 def _update_of(p, bits, lr, optimizer):
-    """Squares of the last update and of the weights before it, its product with the gradient, how far they moved, and the
-    largest of it"""
+    "Squares of update and weights, the product of update and gradient, the square of the move, the largest update"
     moved = bool((_sample_bits(p, SAMPLE) != bits).any())
     w = local_tensor(p)
     u = last_update(optimizer, p) if moved else torch.zeros_like(w, dtype=torch.float32)

@@ -113,13 +113,14 @@ def switch(run, chosen, step, seen=None):
     run.nonfinite.gradients.sums.clear()
     run.selection,run.new_state = chosen,True
     run.totals.select_s += time.perf_counter() - t0
-    first,ours = not step,set(run.names)
+    ours = set(run.names)
+    before = [n for n in left if n in ours] if step else []
     run.journal.event(
         'select',
         step,
         names=list(chosen.names),
-        entered=list(chosen.names if first else entered),
-        left=[] if first else [n for n in left if n in ours],
+        entered=list(entered if step else chosen.names),
+        left=before,
         reason=chosen.reason,
         policy=chosen.policy,
         share=chosen.share,

@@ -165,13 +165,13 @@ class RunTotals:
 # %% ../../nbs/06_train/01_state.ipynb #94f5d5ce
 @dataclass(frozen=True)
 class Tracked:
-    "What `ImportanceTracker.state_dict` says."
+    "What the tracker says of every signal."
     values:dict[_Signal, dict[_Unit, float]]
     steps:dict[_Signal, dict[_Unit, _Step]]
 
 @dataclass(frozen=True)
 class Reached:
-    "Which units gradients reach, as `Reach.state_dict` says."
+    "Which units gradients reach."
     dry:list[_Count]  # per unit, 1 + steps and batches of probes in a row without a gradient; 0: not looked at yet
     out:list[_Count]             # per unit, the step up to which it is left out
     got:list[_Unit]              # units with a gradient since the last count
