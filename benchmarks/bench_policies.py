@@ -164,59 +164,62 @@ def best_rates(task, results):
     }
 
 
+def run_again(name, rule, methods, committed, out):
+    "(method, committed row or None, row of now) of some committed runs; None: none are of this data and rule"
+    task, (what, amount) = make(*PLAN[name][:2]), rule.split()
+    rows = [r for r in committed.values() if r['task'] == f'{task.key}|{rule}']
+    if not rows:
+        print(f"{name}: no committed rows are of this data, these weights and this rule ({task.key}, {rule}): nothing"
+              " to compare")
+        return None
+    of = {m.name: m for m in compare_results(rows)}
+    methods = [m for m in methods if m in of]
+    rates = {m: (of[m].lr,) for m in methods}
+    found = compare_policies(task, methods=methods, rule=what, amount=float(amount), seeds=0, lrs=rates, extend=0,
+                             out=out)
+    print(f"\n{found.title}, seed 0\n\n{'method':12} {'lr':>7}  {'committed':>9}  {'now':>9}  {'difference':>10}")
+    return [(m.name, committed.get(r['key']), r) for m in found for r in m.runs]
+
+
+def beside(method, was, now):
+    "(committed loss, loss of now), printed beside each other; None: they cannot be compared"
+    a, b = (was or {}).get('task_loss'), now['task_loss']
+    if a is None or b is None:
+        why = 'the new run has no loss' if a else 'no committed run has these settings'
+        print(f"{method:12} {now['lr']:7g}  not to be compared: {why}")
+        return None
+    print(f"{method:12} {now['lr']:7g}  {a:9.4f}  {b:9.4f}  {b-a:+10.4f}")
+    return a, b
+
+
 def again(out, names):
     "Run some of the committed runs once more and say how they compare"
     t0, committed = time.perf_counter(), {r['key']: r for r in read_results(RESULTS)}
     pairs, alone = [], 0
     for name,rule,methods in AGAIN:
         if names and name not in names: continue
-        task, (what, amount) = make(*PLAN[name][:2]), rule.split()
-        rows = [r for r in committed.values() if r['task'] == f'{task.key}|{rule}']
-        if not rows:
-            print(
-                f"{name}: no committed rows are of this data, these weights and this rule ({task.key}, {rule}): nothing"
-                " to compare"
-            )
-            alone += 1
-            continue
-        of = {m.name: m for m in compare_results(rows)}
-        rates = {m: (of[m].lr,) for m in methods if m in of}
-        found = compare_policies(
-            task,
-            methods=[m for m in methods if m in of],
-            rule=what,
-            amount=float(amount),
-            seeds=0,
-            lrs=rates,
-            extend=0,
-            out=out,
-        )
-        print(f"\n{found.title}, seed 0\n\n{'method':12} {'lr':>7}  {'committed':>9}  {'now':>9}  {'difference':>10}")
-        for m in found:
-            for r in m.runs:
-                was = committed.get(r['key'], {}).get('task_loss')
-                if was is None or r['task_loss'] is None:
-                    alone += 1
-                    print(
-                        f"{m.name:12} {r['lr']:7g}  not to be compared:"
-                        f" {'the new run has no loss' if was else 'no committed run has these settings'}"
-                    )
-                    continue
-                pairs.append((f'{name}, {rule}', m.name, was, r['task_loss']))
-                print(f"{m.name:12} {r['lr']:7g}  {was:9.4f}  {r['task_loss']:9.4f}  {r['task_loss']-was:+10.4f}")
+        for method, was, now in run_again(name, rule, methods, committed, out) or [(None, None, None)]:
+            losses = method and beside(method, was, now)
+            if losses: pairs.append((f'{name}, {rule}', method, *losses))
+            else: alone += 1
+    report(pairs, (time.perf_counter()-t0)/60)
+    return 1 if alone or not pairs else 0
+
+
+def report(pairs, minutes):
+    "How many losses and orders are as they were; pairs: (task, method, loss then, loss now)"
     same = sum(abs(a-b) < .01*a for _,_,a,b in pairs)
     order = [(a[0], a[1], b[1], a[2]-b[2], a[3]-b[3]) for i,a in enumerate(pairs) for b in pairs[i+1:] if a[0] == b[0]]
     agree = sum((was < 0) == (now < 0) for *_,was,now in order)
     print(
         f"\n{same} of {len(pairs)} losses are within 1 % of the committed ones; {agree} of {len(order)} pairs of"
-        f" methods come in the committed order. {(time.perf_counter()-t0)/60:.0f} minutes."
+        f" methods come in the committed order. {minutes:.0f} minutes."
     )
     for task,a,b,was,now in order:
         if (was < 0) != (now < 0): print(f"  other order on {task}: {a} less {b} was {was:+.4f}, is {now:+.4f}")
-    return 1 if alone or not pairs else 0
 
 
-def main():
+def options():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     ap.add_argument('--task', choices=PLAN, action='append', help='default: all')
     ap.add_argument('--methods', nargs='+', help=f"of {', '.join([*METHODS, *EXTRA])}")
@@ -231,7 +234,11 @@ def main():
     ap.add_argument('--full', action='store_true', help='the large plan')
     ap.add_argument('--again', action='store_true', help='rerun some committed runs and compare')
     ap.add_argument('--out', type=Path, help='results file')
-    a = ap.parse_args()
+    return ap.parse_args()
+
+
+def main():
+    a = options()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     if a.again: raise SystemExit(again(a.out or Path('runs/evidence/policies.jsonl'), a.task))
@@ -243,18 +250,8 @@ def main():
         chosen = [METHODS.get(m) or EXTRA[m] for m in a.methods or methods]
         out = a.out or RESULTS
         best = best_rates(task, out) if a.wall else {}
-        rates = {
-            m.name: (
-                tuple(a.lrs)
-                if a.lrs
-                else (
-                    (best[m.name],)
-                    if m.name in best
-                    else lrs[m.name] if lrs and m.name in lrs else m.lrs if a.full else m.lrs[-2:]
-                )
-            )
-            for m in chosen
-        }
+        rates = {m.name: tuple(a.lrs or (lrs or {}).get(m.name) or (m.lrs if a.full else m.lrs[-2:])) for m in chosen}
+        if not a.lrs: rates |= {m: (lr,) for m,lr in best.items() if m in rates}
         found = compare_policies(
             task,
             methods=chosen,

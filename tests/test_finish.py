@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from alf_nb.app import finetune as room
+from alf_nb.app import disk as saves, finetune as room, job as jobs
 from alf_nb.app.publish import card_text
 from alf_nb.core.checkpoints import verify_checkpoint
 from alf_nb.model.delta import apply_delta, read_delta
@@ -196,7 +196,8 @@ def child(folder, notes, place, save_steps):
             f(*args, **kw)
             here()
         return g
-    setattr(room, name, dying(getattr(room, name)))
+    where = dict(evaluate_loss=jobs, save_delta=saves).get(name, room)
+    setattr(where, name, dying(getattr(where, name)))
     job(notes, Path(folder), save_steps=save_steps)
 
 
