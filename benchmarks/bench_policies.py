@@ -18,7 +18,8 @@ from transformers.utils import logging as hf_logging
 from alf_nb.study.compare import compare_policies
 from alf_nb.study.task import Task, text_task
 from alf_nb.study.methods import METHODS, alf_method
-from alf_nb.report.page import compare_results, read_results
+from alf_nb.report.results_page import compare_results
+from alf_nb.report.results import read_results
 from alf_nb.sources.models import load_model
 from alf_nb.sources.texts import load_texts
 from chapters import new_classifier
@@ -237,6 +238,12 @@ def options():
     return ap.parse_args()
 
 
+def rates_of(method, best, planned, full):
+    "Learning rates to try: the best known one, else those of the plan, else two or all of the method's own"
+    if method.name in best: return best[method.name],
+    return planned.get(method.name) or (method.lrs if full else method.lrs[-2:])
+
+
 def main():
     a = options()
     hf_logging.set_verbosity_error()
@@ -250,8 +257,7 @@ def main():
         chosen = [METHODS.get(m) or EXTRA[m] for m in a.methods or methods]
         out = a.out or RESULTS
         best = best_rates(task, out) if a.wall else {}
-        rates = {m.name: tuple(a.lrs or (lrs or {}).get(m.name) or (m.lrs if a.full else m.lrs[-2:])) for m in chosen}
-        if not a.lrs: rates |= {m: (lr,) for m,lr in best.items() if m in rates}
+        rates = {m.name: tuple(a.lrs or rates_of(m, best, lrs or {}, a.full)) for m in chosen}
         found = compare_policies(
             task,
             methods=chosen,

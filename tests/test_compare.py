@@ -13,7 +13,7 @@ from alf_nb.study.runs import _layer_map, train_method
 from alf_nb.study.task import Task, text_task
 from alf_nb.study.methods import METHODS, Method, alf_method
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
-from alf_nb.report.page import read_results
+from alf_nb.report.results import read_results
 
 FIELDS = (
     'method signal unit budget lr seed model data rule steps tokens wall_s task_loss other_loss trainable_share_peak'

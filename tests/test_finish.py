@@ -84,11 +84,9 @@ def what(folder):
     apply_delta(tensors, folder/"delta")
     log = RunLog(folder)
     kinds = [(e["event"], e["step"]) for e in log.events() if e["event"] not in ("resume", "note")]
-    evals = (
-        [(e["name"], e["when"], e["loss"]) for e in log.events("eval")]
-        + [e["text"] for e in log.events("sample")]
-        + [e["shift"] for e in log.events("attention")]
-    )
+    evals = [(e["name"], e["when"], e["loss"]) for e in log.events("eval")]
+    evals += [e["text"] for e in log.events("sample")]
+    evals += [e["shift"] for e in log.events("attention")]
     summary = json.loads((folder/"summary.json").read_text())
     meta = read_delta(folder/"delta").metadata
     assert (

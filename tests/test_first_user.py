@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.train.loop import ALFLoop
 from alf_nb.core.policy import Policy
-from alf_nb.report.page import summarize
+from alf_nb.report.summary import summarize
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.trainer import ALFCallback
 

@@ -162,7 +162,8 @@ import importlib, sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 class Paths(PathFinder):            # a blocked module is not there at all: who asks whether it is gets the right answer
     @classmethod
-    def find_spec(cls, name, path=None, target=None): return None if name.split('.')[0] in {blocked} else super().find_spec(name, path, target)
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split('.')[0] in {blocked} else super().find_spec(name, path, target)
 sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Paths]      # without the finder of the editable install
 for m in {modules}:
     file = importlib.import_module(m).__file__
@@ -210,7 +211,8 @@ def test_the_installed_wheel_fine_tunes_from_a_script(installed, tmp_path):
     (tmp_path/'train.py').write_text(f"""
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.app.finetune import finetune
-s = finetune((demo_model(), demo_tokenizer()), {str(tmp_path/'text.txt')!r}, {str(tmp_path/'run')!r}, steps=8, length=32, eval_blocks=2, lr=1e-2, bf16=False, progress=False)
+s = finetune((demo_model(), demo_tokenizer()), {str(tmp_path/'text.txt')!r}, {str(tmp_path/'run')!r}, steps=8,
+             length=32, eval_blocks=2, lr=1e-2, bf16=False, progress=False)
 assert s['domain_loss_after'] < s['domain_loss_before'], s
 """, encoding='utf-8')
     res = run_installed(

@@ -80,7 +80,7 @@ def _quiet_transformers():
 def _finetune(a):
     _quiet_transformers()
     from alf_nb.app.finetune import finetune
-    from alf_nb.report.page import summary_table
+    from alf_nb.report.summary import summary_table
     summary = finetune(bf16=False if a.pop('fp32') else None, progress=not a.pop('quiet'), **a)
     print(summary_table(summary))
     print(
@@ -185,8 +185,8 @@ _KINDS = dict(delta='a delta of alf_nb', adapter='a PEFT adapter', model='a whol
 
 def _attention(a):
     from alf_nb.app.tuned import tuned_kind
-    from alf_nb.report.page import write_attention
-    from alf_nb.report.shift import summarize_shift
+    from alf_nb.report.attention import write_attention
+    from alf_nb.report.attention import summarize_shift
     tuned, out = _names(a['tuned']), Path(a['out'])
     if a['length'] < 2: raise ValueError(f"length={a['length']}, but it is tokens of a passage, at least 2")
     kinds = {name: tuned_kind(path)[0] for name,path in tuned.items()}       # wrong folders are told first

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..core.files import check_writable
 from ..model.delta import _compare, save_delta
 from ..model.layers import Layers, partition_layers
-from ..report.plots import human_bytes
+from ..core.format import human_bytes
 
 # %% ../../nbs/10_app/04_disk.ipynb #93649a2e
 def output_folder(

@@ -29,7 +29,8 @@ from ..core.files import write_whole
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
 from ..model.shards import _one_process
-from ..report.page import summarize, write_report
+from ..report.page import write_report
+from ..report.summary import summarize
 from ..sources.models import load_model
 from ..sources.texts import check_text, load_texts, unrelated_texts
 from ..train.trainer import ALFCallback, peak_rss_bytes

@@ -14,8 +14,8 @@ from .. import __version__
 from ..model.delta import read_delta
 from ..core.files import write_whole
 from ..core.foreign import md_code, md_text, open_plain
-from ..report.plots import num, percent
-from ..report.page import summarize
+from ..core.format import num, percent
+from ..report.summary import summarize
 from ..core.runlog import _read_once
 
 # %% ../../nbs/10_app/02_publish.ipynb #108aa734
@@ -118,9 +118,9 @@ def card_text(
     from huggingface_hub import ModelCardData
     delta = read_delta(folder)
     base, on_hub = _base_id(delta.base)
-    meta = ModelCardData(base_model=base if on_hub else None, library_name='alf_nb',
-                         tags=['alf_nb', 'delta', 'fine-tuned'], datasets=[data] if isinstance(data, str) else data,
-                         license=license, language=language)
+    datasets = [data] if isinstance(data, str) else data
+    meta = ModelCardData(base_model=base if on_hub else None, library_name='alf_nb', datasets=datasets,
+                         tags=['alf_nb', 'delta', 'fine-tuned'], license=license, language=language)
     about = [] if run is None else _about_run(run)
     lines = [*_head(delta, base), "", *_use(delta, base, repo_id), "", *about, "", f"Written by alf_nb {__version__}."]
     return f"---\n{meta.to_yaml()}\n---\n\n" + '\n'.join(lines) + '\n'

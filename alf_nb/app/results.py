@@ -18,7 +18,7 @@ from ..core.checkpoints import _newest_run, _set_aside, _why_none, find_checkpoi
 from ..core.foreign import read_plain
 from ..core.runlog import RunLog
 from ..model.delta import read_delta
-from ..report.page import summarize
+from ..report.summary import summarize
 
 # %% ../../nbs/10_app/05_results.ipynb #7b2d0e02
 def read_json(

@@ -19,7 +19,7 @@ from fastcore.meta import delegates
 from transformers import default_data_collator
 from ..core.check import whole
 from ..model.layers import Layers, partition_layers
-from ..report.plots import human_time
+from ..core.format import human_time
 from ..signals.probe import _model_loss, probe_gradients
 from ..signals.tracker import prior_scores
 from ..sources.blocks import holdout_split, token_blocks

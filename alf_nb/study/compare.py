@@ -21,7 +21,8 @@ from ..core.lock import RunLock
 from ..core.policy import match_units
 from ..model.layers import partition_layers
 from ..model.shards import _one_process
-from ..report.page import PolicyComparison, compare_results, read_results, write_comparison
+from ..report.results_page import compare_results, write_comparison
+from ..report.results import PolicyComparison, read_results
 from .methods import Method, as_methods
 from .runs import device_name, train_method
 from .task import Task, text_task

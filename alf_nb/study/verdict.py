@@ -18,7 +18,8 @@ import numpy as np
 from ..core.foreign import escape, md_code, md_text
 from fastcore.basics import patch
 from ..core.records import Record, UnitInfo
-from ..report.plots import Html, line_chart
+from ..report.lines import line_chart
+from ..report.html import Html
 from .ranks import holm, random_correlations, rank_correlation, ranks, redrawn_correlations
 
 # %% ../../nbs/09_study/08_verdict.ipynb #19f0d67c
