@@ -27,7 +27,7 @@ from chapters import new_classifier
 ROOT = Path(__file__).parent
 RESULTS = ROOT/'results'/'policies.jsonl'
 
-# beside the named methods: what else a default could be. Those of strata=0 stand beside alf-free
+# beside the named methods: what else a default could be. Those of strata=0 stand beside alf-unstratified
 EXTRA = {
     m.name: m
     for m in (
@@ -43,8 +43,8 @@ EXTRA = {
             strata=0,
         ),
         alf_method(
-            'random-reach',
-            'random matrices within the same budget, the lowest fifth of the blocks left out: the control of alf-quick',
+            'random-top80',
+            'random matrices within the same budget, the lowest fifth of the blocks left out: the control of alf-once',
             selects=False,
             policy=dict(policy='static', where='random', budget=0.25),
             unit='module',
@@ -53,10 +53,15 @@ EXTRA = {
             references='none',
             measure_every=10**6,
         ),
-        alf_method('alf-lean', 'as alf-strata, 10 % of the parameters', **METHODS['alf-strata'].alf, budget=0.1),
         alf_method(
-            'random-lean',
-            'as random-strata, 10 % of the parameters: the control of alf-lean',
+            'alf-once-10pct',
+            'as alf-once-stratified, 10 % of the parameters',
+            **METHODS['alf-once-stratified'].alf,
+            budget=0.1,
+        ),
+        alf_method(
+            'random-10pct',
+            'as random-stratified, 10 % of the parameters: the control of alf-once-10pct',
             selects=False,
             preset='quick',
             budget=0.1,
@@ -65,7 +70,7 @@ EXTRA = {
     )
 }
 
-CORE = ('full', 'alf', 'alf-free', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
+CORE = ('full', 'alf', 'alf-unstratified', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
 # name → task, sequences per step and their length, steps, seeds, methods, rates (None: two of each method's own, and on
 # beyond the better one)
 PLAN = {
@@ -94,7 +99,7 @@ FULL = (3, 256), 120, (0, 1, 2)
 AGAIN = (
     ('chapters', 'steps 60', ('full', 'alf', 'random', 'lora', 'freeze-50')),
     ('gsm8k', 'steps 60', ('full', 'alf', 'random', 'lora')),
-    ('gsm8k', 'wall 150', ('full', 'lora', 'random-strata')),
+    ('gsm8k', 'wall 150', ('full', 'lora', 'random-stratified')),
 )
 
 
@@ -154,11 +159,11 @@ def best_rates(task, results):
     return best | {
         new: best[of]
         for new, of in (
-            ('alf-quick', 'alf-free'),
-            ('alf-strata', 'alf'),
-            ('random-reach', 'random'),
-            ('random-strata', 'random'),
-            ('lora-reach', 'lora'),
+            ('alf-once', 'alf-unstratified'),
+            ('alf-once-stratified', 'alf'),
+            ('random-top80', 'random'),
+            ('random-stratified', 'random'),
+            ('lora-top80', 'lora'),
             ('alf-lora', 'lora'),
         )
         if of in best and new not in best

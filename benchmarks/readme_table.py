@@ -12,7 +12,7 @@ from alf_nb.core.format import num, percent
 RESULTS = Path(__file__).resolve().parent/'results'
 SECONDS = 150
 METHODS = {'full': 'full fine-tuning', 'lora': 'LoRA (PEFT)', 'alf': '**alf**, the default',
-           'random-strata': 'as many, drawn by lot', 'lisa': 'LISA'}
+           'random-stratified': 'as many, drawn by lot', 'lisa': 'LISA'}
 
 
 def last(name):
@@ -55,7 +55,7 @@ def points():
     state, budget = demo['state_bytes_peak']/demo['state_bytes_full'], percent(demo['trainable_share_peak'])
     delta, model = (f'{b/1e6:,.0f} MB' for b in (demo['delta_bytes'], 4*demo['n_total']))
     rows = under_the_clock()
-    gaps = [t['alf']['task_loss'][0] - t['random-strata']['task_loss'][0] for t in rows.values()]
+    gaps = [t['alf']['task_loss'][0] - t['random-stratified']['task_loss'][0] for t in rows.values()]
     return Markdown('\n'.join([
         f"- **Watch and change what learns, while it trains.** A move of the threshold is answered in "
         f"{live['p50_ms']:.0f} ms.",
