@@ -138,9 +138,10 @@ def looped(p, roles, asks):
     n, k = len(roles), len(asks)
     total = [sum(p[q][j] for q in asks for j in range(n) if roles[j] == r) for r in range(5)]
     held = [(q, j) for q in asks for j in range(n) if roles[j] >= 2]
+    walk, inside = sum(p[q][j] * abs(q - j) for q, j in held), sum(p[q][j] for q, j in held)
     want = dict(
         entropy=sum(-v * math.log(v) for q in asks for v in p[q] if v) / k,
-        distance=sum(p[q][j] * abs(q - j) for q, j in held) / sum(p[q][j] for q, j in held),
+        distance=walk / inside,
         first=total[0] / k,
         special=total[1] / k,
         punctuation=total[2] / k,
@@ -151,7 +152,9 @@ def looped(p, roles, asks):
 
 def even_share(roles, asks, causal):
     "Share of central words in attention that is even, of those that are central or words"
-    def share(r, q): return sum(roles[j] == r for j in range(q+1 if causal else len(roles))) / (q+1 if causal else 1)
+    def share(r, q):
+        seen = q + 1 if causal else len(roles)
+        return sum(roles[j] == r for j in range(seen)) / seen
     words, central = (sum(share(r, q) for q in asks) for r in (3, 4))
     return central / (words + central)
 

@@ -53,12 +53,12 @@ class Normed(nn.Module):
 def everything(model):
     "All that an audit must leave as it is, as comparable values"
     modes = [m.training for m in model.modules()]
-    grads = [(p.requires_grad, p.grad) for p in model.parameters()]
+    wanted, grads = zip(*((p.requires_grad, p.grad) for p in model.parameters()))
     return dict(
         state={k: v.clone() for k, v in model.state_dict().items()},
-        grad=[wanted for wanted, _ in grads],
+        grad=list(wanted),
         modes=modes,
-        grads=[g for _, g in grads],
+        grads=list(grads),
         torch=torch.get_rng_state(),
         python=random.getstate(),
         numpy=np.random.get_state(),

@@ -39,14 +39,14 @@ def test_docstrings_point_to_pages_that_exist(site):
 
 
 def test_public_names_are_documented(site):
-    for room, names in (
+    for place, names in (
         ('01_core/records', ('UnitInfo', 'Scores', 'Selection')),
         ('01_core/policies', ('ThresholdPolicy', 'step_cost')),
         ('06_train/trainer', ('ALFCallback',)),
         ('01_core/runlog', ('RunLog.series',)),
     ):
-        page = text(site, f'{room}.html')
-        for n in names: assert re.search(rf'<h3[^>]*>\s*{re.escape(n)}', page), f"{n} has no entry on {room}.html"
+        page = text(site, f'{place}.html')
+        for n in names: assert re.search(rf'<h3[^>]*>\s*{re.escape(n)}', page), f"{n} has no entry on {place}.html"
     assert 'exact name, unique in the model' in text(site, '01_core/records.html'), "what a docment says of a parameter"
 
 

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 root = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 # what notebooks, tests and development need, and a training script must not; `IPython` comes along with ipywidgets, so
-# only rooms without widgets do without it
+# only modules without widgets do without it
 TOOLS = [
     'nbdev',
     'execnb',
@@ -174,7 +174,7 @@ for m in {modules}:
     return subprocess.run([sys.executable, '-c', code], cwd=installed, env=env, capture_output=True, text=True)
 
 
-def rooms(keep):
+def module_names(keep):
     "Modules of the package, by file"
     names = [
         '.'.join(p.relative_to(root).with_suffix('').parts).removesuffix('.__init__')
@@ -188,14 +188,14 @@ def test_the_block_works(installed):
     assert "No module named 'nbdev'" in run_installed(installed, ['nbdev'], TOOLS).stderr
 
 
-def test_every_room_works_without_notebook_tools(installed):
-    res = run_installed(installed, rooms(lambda n: True), TOOLS)
+def test_every_module_works_without_notebook_tools(installed):
+    res = run_installed(installed, module_names(lambda n: True), TOOLS)
     assert not res.returncode, res.stderr
 
 
 def test_a_training_script_needs_no_shell_either(installed):
     res = run_installed(
-        installed, rooms(lambda n: 'widgets' not in n and n not in ('alf_nb.all', 'alf_nb.demo')), TOOLS + SHELL
+        installed, module_names(lambda n: 'widgets' not in n and n not in ('alf_nb.all', 'alf_nb.demo')), TOOLS + SHELL
     )
     assert not res.returncode, res.stderr
 

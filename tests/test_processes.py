@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
 
 def allow_fsdp_on_cpu():
-    "accelerate shards on accelerators only; that is one condition in its state, what is behind it runs on a CPU as well"
+    "accelerate shards on accelerators only; one condition in its state says so, and the rest runs on a CPU as well"
     init = AcceleratorState.__init__
     def patched(self, *a, fsdp_plugin=None, **kw):
         init(self, *a, fsdp_plugin=fsdp_plugin, **kw)

@@ -15,7 +15,7 @@ BOUND = (staticmethod, classmethod, _clsmethod)
 LINES, PAGE = root/'tests'/'api.txt', root/'nbs'/'api.ipynb'
 
 
-def rooms():
+def modules():
     "module → its public names, in the order of `alf_nb.all`"
     named = importlib.import_module('alf_nb.all')._NAMES
     return {module: names.split() for module, names in named.items()} | {'app.cli': ['main']}
@@ -64,13 +64,13 @@ def members(cls):
 
 
 def lines():
-    "Every public signature, one a line, sorted by room as they stand and by name"
-    for room, names in rooms().items():
-        module = importlib.import_module(f'alf_nb.{room}')
+    "Every public signature, one a line, sorted by module as they stand and by name"
+    for name, names in modules().items():
+        module = importlib.import_module(f'alf_nb.{name}')
         for n in names:
             x = getattr(module, n)
-            yield f'{room}: ' + (call(x, n) if callable(x) else n)
-            if inspect.isclass(x): yield from (f'{room}: {m}' for m in members(x))
+            yield f'{name}: ' + (call(x, n) if callable(x) else n)
+            if inspect.isclass(x): yield from (f'{name}: {m}' for m in members(x))
 
 
 def first(x):
@@ -87,9 +87,9 @@ def about(x, name):
 def tables():
     "The public names as markdown, by module"
     cell = lambda s: s.replace('|', r'\|')
-    for room, names in rooms().items():
-        module = importlib.import_module(f'alf_nb.{room}')
-        yield f'### {room}\n\n{first(module)}\n\n| | what it is |\n|---|---|'
+    for name, names in modules().items():
+        module = importlib.import_module(f'alf_nb.{name}')
+        yield f'### {name}\n\n{first(module)}\n\n| | what it is |\n|---|---|'
         for n in names:
             x = getattr(module, n)
             args = call(x, '') if callable(x) else ''

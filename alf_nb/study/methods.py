@@ -115,7 +115,8 @@ _ALF = (
     alf_method('alf-static', 'matrices by gain before the first step, kept to the end', interval=0, **_anywhere),
     alf_method('alf-once', 'matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left'
                ' out', **_once),
-    alf_method('alf-once-stratified', 'the same, every role in every third of the depth with its share', **_once|dict(strata=3)),
+    alf_method('alf-once-stratified', 'the same, every role in every third of the depth with its share',
+               **_once | dict(strata=3)),
 )
 
 # %% ../../nbs/09_study/11_methods.ipynb #245fb974
@@ -139,9 +140,9 @@ def _static(where, unit='block'):
 _RANDOM = (
     alf_method('random', 'random matrices within the same budget, kept to the end: the control', _HIGH, False,
                **_static('random', 'module')),
-    alf_method('random-stratified', "ALF's preset for short runs, `quick`: random matrices, every role in every third of"
-               " the depth with its share, the lowest fifth of the blocks left out; the control of alf-once-stratified", _HIGH,
-               False, preset='quick'),
+    alf_method('random-stratified', "ALF's preset for short runs, `quick`: random matrices, every role in every"
+               " third of the depth with its share, the lowest fifth of the blocks left out; the control of"
+               " alf-once-stratified", _HIGH, False, preset='quick'),
     alf_method('rotate', 'random matrices within the same budget, drawn anew when ALF selects anew', _HIGH, False,
                policy='rotate', **_unmeasured),
     alf_method('inverted', 'matrices with the lowest gain', policy='inverted'),
