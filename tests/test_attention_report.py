@@ -4,12 +4,13 @@ import gc, json, math, pickle, random, re, shutil, weakref
 import pytest
 import torch
 
-import alf_nb.app.finetune, alf_nb.sources.models
+import alf_nb.app.finetune, alf_nb.app.tuned, alf_nb.sources.models
 from alf_nb.study.attention import AttentionSnapshot, compare_attention
 from alf_nb.study.words import passages
 from alf_nb.app.cli import main
 from alf_nb.demo import demo_model, demo_tokenizer
-from alf_nb.app.finetune import finetune, load_tuned, tuned_kind
+from alf_nb.app.finetune import finetune
+from alf_nb.app.tuned import load_tuned, tuned_kind
 from alf_nb.core.records import AttentionComparison, AttentionShift
 from alf_nb.report.page import report_html
 from alf_nb.report.summary import summarize
@@ -48,7 +49,8 @@ def sound(html):
 def a_shift(layers=30, heads=9, name='after training'):
     rng = random.Random(0)
     ks = 'entropy', 'distance', 'central', 'first'
-    grid = lambda s: {k: [[rng.gauss(0, s) for _ in range(heads)] for _ in range(layers)] for k in ks}
+    rows = lambda s: [[rng.gauss(0, s) for _ in range(heads)] for _ in range(layers)]
+    grid = lambda s: {k: rows(s) for k in ks}
     o = {k: dict(before=.2, after=.21, change=.01, low=.004, high=.016) for k in ks}
     return AttentionShift(
         grid(1),
@@ -240,7 +242,7 @@ def test_models_of_every_kind_side_by_side(folders, story, tmp_path, capsys, mon
         model, tok = real(*args, **kw)
         alive.append(weakref.ref(model))
         return model, tok
-    for room in (alf_nb.sources.models, alf_nb.app.finetune): monkeypatch.setattr(room, 'load_model', watched)
+    for module in (alf_nb.sources.models, alf_nb.app.tuned): monkeypatch.setattr(module, 'load_model', watched)
     code, out = alf(
         capsys,
         'attention',
