@@ -371,14 +371,15 @@ def try_loop():
     loop.close()
     new(resume=saved).close()
     state, tensors, row = json.loads(saved["state"]), saved["tensors"], torch.zeros(3, dtype=torch.uint8)
-    changes = [
-        *(dict(step=v) for v in (-1, HUGE, NAN, "2", None, True, 3, [2])),
-        *(dict(max_steps=v) for v in (-1, HUGE, "x", None)),
-        *(dict(state=v) for v in (None, {}, b"x", "", "[", "[]", "{}", saved["state"][:-9])),
-        *(dict(state=json.dumps(state | {k: v})) for k in state for v in (None, "../x", -1, {"x": 1})),
-        *(dict(tensors=v) for v in (None, [], {}, {"../x": row}, {**tensors, "more": row}, {1: row})),
-        *(dict(tensors={k: v for k, v in tensors.items() if k != gone}) for gone in tensors),
-    ]
+    values = dict(
+        step=(-1, HUGE, NAN, "2", None, True, 3, [2]),
+        max_steps=(-1, HUGE, "x", None),
+        state=(None, {}, b"x", "", "[", "[]", "{}", saved["state"][:-9]),
+        tensors=(None, [], {}, {"../x": row}, {**tensors, "more": row}, {1: row}),
+    )
+    changes = [{k: v} for k, vs in values.items() for v in vs]
+    changes += [dict(state=json.dumps(state | {k: v})) for k in state for v in (None, "../x", -1, {"x": 1})]
+    changes += [dict(tensors={k: v for k, v in tensors.items() if k != gone}) for gone in tensors]
     changes += [dict(tensors={**tensors, k: v}) for k in tensors for v in (None, b"x", row, tensors[k][:1] * NAN)]
     odd, bad = (
         [],

@@ -26,8 +26,10 @@ from alf_nb.train.background import train_in_background
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.train.trainer import ALFCallback
 def make(out, *callbacks, steps=30):
-    args = TrainingArguments(output_dir=out, max_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', logging_steps=1)
-    return Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[ALFCallback(budget=.3, interval=8), *callbacks])
+    args = TrainingArguments(output_dir=out, max_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True,
+                             save_strategy='no', logging_steps=1)
+    alf = ALFCallback(budget=.3, interval=8)
+    return Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[alf, *callbacks])
 class Fails(TrainerCallback):
     def on_step_begin(self, args, state, control, **kw):
         if state.global_step == 2: raise MemoryError('no memory left, said the test')

@@ -249,7 +249,8 @@ def test_a_unit_that_blows_up_is_put_back_and_frozen(tmp_path, kw, references):
 
         def on_step_end(self, args, state, control, **_):
             if state.global_step <= 6:
-                kept[state.global_step] = {n: [p.detach().clone() for p in one.run.layers.params(n)] for n in one.run.names}
+                params = one.run.layers.params
+                kept[state.global_step] = {n: [p.detach().clone() for p in params(n)] for n in one.run.names}
     with pytest.warns(
         UserWarning, match="got NaN or infinity at step 6: put back to the weights of step .*frozen for the rest"
     ):
@@ -273,7 +274,8 @@ def test_nan_in_a_gradient_freezes_its_unit_before_clipping_spreads_it(tmp_path,
             kept[state.global_step] = {n: [p.detach().clone() for p in one.run.layers.params(n)] for n in one.run.names}
             if state.global_step == 5:
                 at6.append(one.selection.names[-1])
-                one.run.layers.params(at6[0])[0].register_hook(lambda g: g*(float("nan") if state.global_step == 5 else 1))
+                spoil = lambda g: g*(float("nan") if state.global_step == 5 else 1)
+                one.run.layers.params(at6[0])[0].register_hook(spoil)
     with pytest.warns(
         UserWarning,
         match="got NaN or infinity in its gradient at step 6: this step changes nothing, and it is frozen for the rest",

@@ -268,7 +268,8 @@ def test_grass_within_a_budget_takes_the_same_draws_in_turn():
 def test_grass_norm_is_the_mean_over_batches_of_the_norm_per_root_parameter():
     "The probe's one fused pass beside plain autograd"
     model, data = demo_model(blocks=BLOCKS), demo_dataset(16)
-    batches = [{k: torch.tensor([row[k] for row in data[i:i+4]]) for k in data[0]} for i in range(0, 16, 4)]
+    columns = {k: torch.tensor([row[k] for row in data]) for k in data[0]}
+    batches = [{k: v[i:i+4] for k, v in columns.items()} for i in range(0, 16, 4)]
     layers = partition_layers(model, unit="block")
     found = probe_gradients(layers, batches).grad_norm
     for i, block in enumerate(model.model.layers):

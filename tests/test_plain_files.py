@@ -187,7 +187,9 @@ def test_tensors_of_a_checkpoint_are_refused_before_safetensors_opens_them(run, 
 
 
 @pytest.mark.parametrize("odd", ODD)
-@pytest.mark.parametrize("name", ["model.safetensors", "alf/state.json", "alf/tensors.safetensors", MANIFEST, "more.bin"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "alf/state.json", "alf/tensors.safetensors", MANIFEST, "more.bin"]
+)
 def test_a_checkpoint_with_more_than_plain_files_is_not_whole(run, name, odd):
     folder = run/"checkpoint-3"
     put(folder/name, odd)

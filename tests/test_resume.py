@@ -158,12 +158,9 @@ def whole(forks, tmp_path_factory):
 
 
 draw = random.Random(20)
-PLACES = (
-    [("step", draw.randrange(1, STEPS)) for _ in range(6)]
-    + [("substep", draw.randrange(1, STEPS)) for _ in range(4)]
-    + [("update", draw.randrange(1, STEPS)) for _ in range(3)]
-    + [("save", n) for n in (1, 2, 3, 5, 7, 8, 11, 13, 16, 18)]
-)
+DRAWN = [("step", 6), ("substep", 4), ("update", 3)]
+PLACES = [(kind, draw.randrange(1, STEPS)) for kind, n in DRAWN for _ in range(n)]
+PLACES += [("save", n) for n in (1, 2, 3, 5, 7, 8, 11, 13, 16, 18)]
 CASES = [(name, die) for name, die in zip([*SETTINGS]*2, PLACES)]
 
 

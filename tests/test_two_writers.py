@@ -41,7 +41,8 @@ from alf_nb.train.trainer import ALFCallback
 class Wait(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if state.global_step == 3: print("training", flush=True); time.sleep(600)
-small_trainer(sys.argv[1], ALFCallback(budget=.3), Wait(), dataloader_num_workers=int(sys.argv[3]), save_strategy="steps", save_steps=2).train()
+how = dict(dataloader_num_workers=int(sys.argv[3]), save_strategy="steps", save_steps=2)
+small_trainer(sys.argv[1], ALFCallback(budget=.3), Wait(), **how).train()
 '''
 
 
@@ -113,8 +114,9 @@ def test_a_second_process_is_refused_and_told_who_the_first_is_and_a_killed_one_
 
 def test_a_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path):
     script = (
-        f"import os, time\nfrom alf_nb.core.lock import RunLock\nlock = RunLock({str(tmp_path)!r}).acquire()\nif not (pid :="
-        " os.fork()): time.sleep(600)\nprint(pid, flush=True); time.sleep(600)"
+        "import os, time\nfrom alf_nb.core.lock import RunLock\n"
+        f"lock = RunLock({str(tmp_path)!r}).acquire()\nif not (pid := os.fork()): time.sleep(600)\n"
+        "print(pid, flush=True); time.sleep(600)"
     )
     p = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=ENV)
     pid = int(p.stdout.readline())
@@ -395,7 +397,8 @@ from alf_nb.train.loop import ALFLoop
 from alf_nb.train.trainer import ALFCallback
 if sys.argv[2] == "loop":
     model = demo_model()
-    ALFLoop(model, torch.optim.SGD(model.parameters(), lr=.1), [{k: torch.tensor([v]) for k, v in r.items()} for r in demo_dataset(4)], 2, out=sys.argv[1])
+    batches = [{k: torch.tensor([v]) for k, v in r.items()} for r in demo_dataset(4)]
+    ALFLoop(model, torch.optim.SGD(model.parameters(), lr=.1), batches, 2, out=sys.argv[1])
 args = TrainingArguments(sys.argv[1], max_steps=3, report_to=[], disable_tqdm=True, save_strategy="no")
 Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[ALFCallback(budget=.3)]).train()
 '''
