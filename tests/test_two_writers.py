@@ -210,6 +210,19 @@ def test_a_run_that_failed_is_started_again_in_the_same_process(tmp_path):
     assert e and first and RunLog(tmp_path).status == "complete" and not (tmp_path/"alf.lock").exists()
 
 
+class Fails(TrainerCallback):
+    def on_step_end(self, args, state, control, **kw):
+        if state.global_step == 2: raise MemoryError("no memory left, said the test")
+
+
+def test_a_run_that_failed_gives_its_folder_back_and_leaves_the_model_trainable(tmp_path):
+    failing = alf()
+    trainer = make(tmp_path, failing, Fails())
+    with pytest.raises(MemoryError): trainer.train()
+    assert not (tmp_path/"alf.lock").exists() and not failing.training
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
 def test_settings_that_do_not_fit_leave_no_lock(tmp_path):
     with pytest.raises(ValueError): make(tmp_path, alf(pin="nothing")).train()
     with pytest.raises(ValueError):
