@@ -13,19 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from .. import __version__
 from .options import add_option, options_of
+from ..core.config import PRESETS, SIGNALS, VALUES
 from ..core.files import write_whole
 from ..core.foreign import visible
 from ..core.policies import POLICIES
 
 # %% ../../nbs/10_app/09_cli.ipynb #9f97d9ea
-_PRESETS = ('default', 'quick', 'paper', 'lisa', 'badam', 'grass', 'static-top', 'full')
 _PATTERN = dict(action='append', metavar='PATTERN')
 _HOW = dict(                                               # beyond what a signature says
-    preset=dict(choices=_PRESETS),
+    preset=dict(choices=tuple(PRESETS)),
     policy=dict(choices=tuple(POLICIES)),
-    signal=dict(choices=('rate', 'coherence', 'gain', 'grad_norm', 'prior')),
-    unit=dict(choices=('module', 'block')),
-    references=dict(choices=('device', 'host', '8bit', 'none')),
+    signal=dict(choices=SIGNALS),
+    unit=dict(choices=VALUES['unit']),
+    references=dict(choices=VALUES['references']),
     rule=dict(choices=('steps', 'tokens', 'wall')),
     pin=_PATTERN,
     ban=_PATTERN,
@@ -56,7 +56,13 @@ def _flags(parser, fp32=False):
     parser.add_argument('--quiet', action='store_true', help='no progress bars')
 
 # %% ../../nbs/10_app/09_cli.ipynb #41a3c23b
-_ALF = ('train.trainer', 'ALFCallback')                    # where its settings are explained
+def _settings(parser, names):
+    "Settings of a run; what is not given is decided by the preset"
+    found = {'preset': options_of('core.config', 'from_args')['preset']}
+    for part in ('_Choice', '_What', '_When', '_How'): found |= options_of('core.config', part)
+    for n in names.split():
+        unset = {} if n == 'preset' else dict(default=argparse.SUPPRESS)
+        add_option(parser, found[n], **_HOW.get(n, {}) | unset)
 
 def _finetune_options(p):
     job, call = ('app.job', 'FinetuneSettings'), ('app.finetune', 'finetune')
@@ -65,7 +71,7 @@ def _finetune_options(p):
     _add(what, job, 'prompt')
     _add(what, call, 'out')
     layers = p.add_argument_group('which layers learn')
-    _add(layers, _ALF, 'budget threshold preset policy signal unit interval pin ban references')
+    _settings(layers, 'budget threshold preset policy signal unit interval pin ban references')
     how = p.add_argument_group('how')
     _add(how, job, 'steps lr batch_size length eval_blocks attention seed save_steps')
     _add(how, call, 'resume')
