@@ -122,12 +122,13 @@ def begin(self:ALFController,
     if resume is None: warn_of_new_head(model, self.units, self.policy)
     self.seen = known_scores(self, 0)
     if self.config.signal in PROBED: self.source.lend()
+    self.training = True        # a request may come as soon as somebody sees the first selection
     if resume is not None: resume(self)
     else:
         write_begin(self)
         select(self, 0)
     _compile(self)
-    self.training = self.blind.on = self.journal.news = True
+    self.blind.on = self.journal.news = True
     self.t_step = time.perf_counter()
 
 # %% ../../nbs/06_train/13_controller.ipynb #95810db8
