@@ -12,7 +12,10 @@ import importlib
 
 # %% ../nbs/10_app/05_all.ipynb #9c166c98
 _NAMES = {
-    'sources.models': 'load_model load_encoder load_texts holdout_split token_blocks evaluate_loss unrelated_texts',
+    'sources.models': 'load_model load_encoder',
+    'sources.texts': 'load_texts unrelated_texts',
+    'sources.blocks': 'holdout_split token_blocks',
+    'sources.losses': 'evaluate_loss',
     'model.layers': 'partition_layers',
     'core.records': 'Selection Scores',
     'core.policy': 'Policy',
@@ -34,11 +37,17 @@ _NAMES = {
     'widgets.dashboard': 'TrainingDashboard',
     'widgets.attention': 'AttentionViewer',
     'widgets.compare': 'CompareView',
-    'report.page': 'write_report summarize compare_runs latest_scores loss_chart layer_map role_maps',
-    'report.plots': 'line_chart cell_table percent human_bytes',
+    'core.format': 'percent human_bytes',
+    'report.lines': 'line_chart',
+    'report.maps': 'cell_table',
+    'report.summary': 'summarize latest_scores',
+    'report.charts': 'loss_chart layer_map role_maps',
+    'report.comparison': 'compare_runs',
+    'report.page': 'write_report',
     'study.attention': 'AttentionSnapshot compare_attention',
     'study.step_costs': 'probe_batches',
-    'study.audit': 'audit_signals rank_correlation',
+    'study.ranks': 'rank_correlation',
+    'study.audit': 'audit_signals',
     'study.compare': 'compare_policies',
 }
 

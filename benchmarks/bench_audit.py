@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import DataCollatorWithPadding
 from alf_nb.study.audit import audit_signals
-from alf_nb.study.compare import device_name
+from alf_nb.study.runs import device_name
 from alf_nb.model.layers import partition_layers
 from alf_nb.sources.models import load_model
 from alf_nb.train.trainer import versions

@@ -18,7 +18,7 @@ from alf_nb.kernels import plan as K
 from alf_nb.kernels.chunks import _chunks
 from alf_nb.kernels.numba_sweep import _in_threads, _pointer, numba
 from alf_nb.kernels.triton_sweep import triton
-from alf_nb.study.compare import device_name
+from alf_nb.study.runs import device_name
 
 RESULTS = Path(__file__).parent/'results'/'delta_norms.jsonl'
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)

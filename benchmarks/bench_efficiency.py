@@ -27,13 +27,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from alf_nb.study.compare import device_name
+from alf_nb.study.runs import device_name
 from alf_nb.demo import demo_dataset
-from alf_nb.study.step_costs import ModelShape, StepMeter, extrapolate
+from alf_nb.study.step_costs import StepMeter
+from alf_nb.study.estimate import ModelShape, extrapolate
 from alf_nb.model.layers import partition_layers
 from alf_nb.core.policies import BudgetPolicy
 from alf_nb.signals.probe import _model_loss, probe_gradients
-from alf_nb.sources.models import supports_bf16
+from alf_nb.sources.losses import supports_bf16
 from alf_nb.train.trainer import peak_rss_bytes, versions
 
 RESULTS = Path(__file__).parent/'results'/'efficiency.jsonl'

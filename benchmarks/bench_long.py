@@ -21,7 +21,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from alf_nb.study.compare import device_name
+from alf_nb.study.runs import device_name
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.trainer import ALFCallback, versions

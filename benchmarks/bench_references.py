@@ -21,7 +21,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 from alf_nb.kernels.plan import delta_norms, quantize_reference
 from alf_nb.model.optim import last_update, unwrap_optimizer
-from alf_nb.sources.models import load_model, load_texts, supports_bf16, token_blocks
+from alf_nb.sources.models import load_model
+from alf_nb.sources.losses import supports_bf16
+from alf_nb.sources.blocks import token_blocks
+from alf_nb.sources.texts import load_texts
 from alf_nb.train.trainer import ALFCallback, versions
 
 RESULTS = Path(__file__).parent/'results'/'references.jsonl'

@@ -4,8 +4,10 @@ from pathlib import Path
 
 from IPython.display import Markdown
 
-from alf_nb.report.page import compare_results, read_results
-from alf_nb.report.plots import num, percent
+from alf_nb.report.results_page import compare_results
+
+from alf_nb.report.results import read_results
+from alf_nb.core.format import num, percent
 
 RESULTS = Path(__file__).resolve().parent/'results'
 SECONDS = 150

@@ -9,14 +9,18 @@ import numpy as np
 import torch
 
 import alf_nb
-from alf_nb.study.audit import SignalAudit
+from alf_nb.study.verdict import SignalAudit
 from alf_nb.model.delta import Delta
 from alf_nb.model.layers import Layers
-from alf_nb.report.plots import Html, cell_table
+from alf_nb.report.maps import cell_table
+from alf_nb.report.html import Html
 from alf_nb.core.records import AttentionComparison, AttentionShift, Scores, Selection, UnitInfo
-from alf_nb.report.page import PolicyComparison, compare_runs, layer_map, loss_chart, memory_chart, report_html, role_maps
+from alf_nb.report.page import report_html
+from alf_nb.report.results import PolicyComparison
+from alf_nb.report.comparison import compare_runs
+from alf_nb.report.charts import layer_map, loss_chart, memory_chart, role_maps
 from alf_nb.core.runlog import RunLog, _read_once
-from alf_nb.report.shift import shift_map, shift_section
+from alf_nb.report.attention import shift_map, shift_section
 from fake_run import fake_run
 
 RAN = "window.ran=parent.ran=top.ran=1"      # what a test looks for in the page

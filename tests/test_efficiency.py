@@ -8,8 +8,10 @@ import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.study.step_costs import ASSUMPTIONS, SHAPES, EnergyMeter, Estimate, ModelShape, Speed, StepCosts, StepMeter
-from alf_nb.study.step_costs import count_selections, extrapolate, measure_step, probe_batches
+from alf_nb.study.step_costs import EnergyMeter, StepCosts, StepMeter
+from alf_nb.study.estimate import ASSUMPTIONS, SHAPES, Estimate, ModelShape, Speed
+from alf_nb.study.step_costs import count_selections, measure_step, probe_batches
+from alf_nb.study.estimate import extrapolate
 from alf_nb.model.layers import partition_layers
 from alf_nb.core.policies import BudgetPolicy, StaticPolicy, step_cost
 from alf_nb.core.runlog import RunLog

@@ -34,13 +34,12 @@ def test_what_is_run_again_has_committed_rows(monkeypatch):
     "`make evidence` compares run with run: each method needs a row of the same rule, settings and seed"
     monkeypatch.syspath_prepend(root/'benchmarks')
     import bench_policies as bench
-    from alf_nb.study.compare import _described
     rows = bench.read_results(bench.RESULTS)
     assert {name for name, *_ in bench.AGAIN} <= set(bench.PLAN)
     for name, rule, methods in bench.AGAIN:
         data, pin = ('chapters of python-reference', ('head',)) if name == 'chapters' else ('gsm8k', ())
         for m in methods:
-            settings = _described(bench.METHODS[m], 60, 30, pin)['settings']
+            settings = bench.METHODS[m].describe(60, 30, pin)['settings']
             found = [
                 r
                 for r in rows

@@ -22,7 +22,7 @@ from alf_nb.model.delta import fingerprint, save_delta
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.report.page import write_report
 from alf_nb.core.runlog import RunLog
-from alf_nb.sources.models import _publish, _sealed
+from alf_nb.sources.packaged import _is_whole, _publish
 from alf_nb.train.trainer import ALFCallback
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork")
@@ -324,7 +324,7 @@ def test_two_processes_publish_one_cache(tmp_path):
     assert (tmp_path/"model"/"config.json").stat().st_ino == first
     (tmp_path/"model"/"config.json").write_text("{")
     cache(tmp_path)
-    assert _sealed(tmp_path/"model") and [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert _is_whole(tmp_path/"model") and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_where_nothing_can_be_mounted_the_power_cut_says_so():

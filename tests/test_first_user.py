@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.train.loop import ALFLoop
 from alf_nb.core.policy import Policy
-from alf_nb.report.page import summarize
+from alf_nb.report.summary import summarize
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.trainer import ALFCallback
 
@@ -291,7 +291,8 @@ def test_a_loop_and_its_report(tmp_path, recwarn):
 
 def test_comparisons_that_cannot_be_made(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
-    from alf_nb.study.compare import Task, compare_policies
+    from alf_nb.study.compare import compare_policies
+    from alf_nb.study.task import Task
     rows = [dict(input_ids=[2+i, 5, 7], attention_mask=[1]*3, labels=float(i)) for i in range(6)]
     model = BertForSequenceClassification(
         BertConfig(

@@ -25,8 +25,13 @@ from alf_nb.core.checkpoints import MANIFEST, verify_checkpoint, find_checkpoint
 from alf_nb.core.policies import POLICIES
 from alf_nb.core.policy import Policy
 from alf_nb.core.records import Scores, UnitInfo
-from alf_nb.report.page import compare_results, compare_runs, read_results, report_html, summarize, summary_table
-from alf_nb.report.page import write_comparison, write_report
+from alf_nb.report.page import report_html
+from alf_nb.report.results_page import compare_results
+from alf_nb.report.results import read_results
+from alf_nb.report.comparison import compare_runs
+from alf_nb.report.summary import summarize, summary_table
+from alf_nb.report.page import write_report
+from alf_nb.report.results_page import write_comparison
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.resume import _read_state, _read_tensors
 from alf_nb.train.trainer import ALFCallback

@@ -10,7 +10,8 @@ from small_run import losses, same, small_trainer, weights
 from transformers import TrainerCallback
 
 from alf_nb.core import runlog
-from alf_nb.report.page import summarize, write_report
+from alf_nb.report.page import write_report
+from alf_nb.report.summary import summarize
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.trainer import ALFCallback
 from alf_nb.widgets.base import LogReader

@@ -9,7 +9,8 @@ import pytest
 from alf_nb.app.publish import card_text
 from alf_nb.model.delta import fingerprint, save_delta
 from alf_nb.core.foreign import escape, md_code, md_text, visible
-from alf_nb.report.page import summarize, summary_table, write_comparison
+from alf_nb.report.results_page import write_comparison
+from alf_nb.report.summary import summarize, summary_table
 from markdown_it import MarkdownIt
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
 

@@ -17,7 +17,7 @@ from alf_nb.model.optim import OffloadedStates, apply_selection, check_optimizer
 from alf_nb.core.runlog import RunLog
 from alf_nb.signals.tracker import prior_scores
 from alf_nb.train.trainer import ALFCallback
-from alf_nb.widgets.base import RunState
+from alf_nb.report.run_state import RunState
 
 
 class Projector:

@@ -22,8 +22,14 @@ from alf_nb.core.files import write_whole
 from alf_nb.app.finetune import load_tuned
 from alf_nb.core.records import AttentionShift
 from alf_nb.train.resume import _read_state, _read_tensors
-from alf_nb.report.page import compare_results, compare_runs, read_results, report_html, summarize, write_attention
-from alf_nb.report.page import write_comparison, write_report
+from alf_nb.report.page import report_html
+from alf_nb.report.results_page import compare_results
+from alf_nb.report.results import read_results
+from alf_nb.report.attention import write_attention
+from alf_nb.report.comparison import compare_runs
+from alf_nb.report.summary import summarize
+from alf_nb.report.page import write_report
+from alf_nb.report.results_page import write_comparison
 from alf_nb.core.runlog import RunLog
 from fake_run import fake_run
 from hostile_text import a_shift, results, the_same

@@ -5,8 +5,12 @@ import pytest
 from fake_run import fake_run, fake_units
 from alf_nb.core.records import UnitInfo
 from alf_nb.core.runlog import RunLog
-from alf_nb.report import plots
-from alf_nb.report.page import *
+from alf_nb.core import format
+from alf_nb.report import html, png
+from alf_nb.report.charts import layer_map, loss_chart, memory_chart, role_maps
+from alf_nb.report.comparison import compare_runs
+from alf_nb.report.page import report_html, write_report
+from alf_nb.report.summary import latest_scores, summarize, summary_table
 
 VOID = {'meta', 'br', 'img', 'link', 'input', 'hr', 'col'}
 class Page(HTMLParser):
@@ -75,11 +79,11 @@ def test_the_figures_of_the_summary_are_on_the_page(tmp_path):
     s = summarize(fake_run(tmp_path/'r'))
     text, table = page(tmp_path/'r').text, summary_table(s)
     for k in ('domain_loss_before', 'domain_loss_after', 'other_loss_before', 'other_loss_after'):
-        assert plots.num(s[k]) in text and plots.num(s[k]) in table
+        assert format.num(s[k]) in text and format.num(s[k]) in table
     for k in ('trainable_share_mean', 'trainable_share_peak', 'importance_overhead_share'):
-        assert plots.percent(s[k]) in text and plots.percent(s[k]) in table
+        assert format.percent(s[k]) in text and format.percent(s[k]) in table
     for k in ('state_bytes_peak', 'rss_bytes_peak'):
-        assert plots.human_bytes(s[k]) in text and plots.human_bytes(s[k]) in table
+        assert format.human_bytes(s[k]) in text and format.human_bytes(s[k]) in table
     assert (
         'encapsulated for convenient reuse' in text
         and '2 min 48 s' in text
@@ -210,7 +214,7 @@ def test_the_report_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     out = write_report(tmp_path/'r')
     old = out.read_bytes()
     monkeypatch.setattr(
-        'alf_nb.report.page.os.replace', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device'))
+        'alf_nb.core.files.os.replace', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device'))
     )
     with pytest.raises(OSError, match='cannot write the report .No space'): write_report(tmp_path/'r')
     assert out.read_bytes() == old and sorted(p.name for p in (tmp_path / 'r').iterdir()) == [
@@ -220,7 +224,7 @@ def test_the_report_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_png_is_a_png_and_its_colours_are_those_of_the_style_sheet():
     rows = [[0, .5, None], [1, 2., -1.]]
-    data = base64.b64decode(plots.palette_png(rows).partition(',')[2])
+    data = base64.b64decode(png.palette_pngs(rows)['l'].partition(',')[2])
     assert data[:8] == b'\x89PNG\r\n\x1a\n'
     i, chunks = 8, {}
     while i < len(data):
@@ -232,14 +236,14 @@ def test_png_is_a_png_and_its_colours_are_those_of_the_style_sheet():
     assert struct.unpack('>II', chunks[b'IHDR'][:8]) == (3, 2)
     assert zlib.decompress(chunks[b'IDAT']) == bytes([0, 0, 16, 0, 0, 31, 31, 0])
     for theme, css in zip(
-        'ld', re.findall(r'--ramp0:(#\w+); --ramp1:(#\w+); --ramp2:(#\w+); --ramp3:(#\w+)', plots.theme_css())
+        'ld', re.findall(r'--ramp0:(#\w+); --ramp1:(#\w+); --ramp2:(#\w+); --ramp3:(#\w+)', html.theme_css())
     ):
-        assert plots._ramps[theme] == css
-    light, dark = chunks[b'PLTE'], plots._palette('d')
-    assert tuple(light[-3:]) == tuple(bytes.fromhex(plots._ramps['l'][3][1:])) and len(light) == len(dark) == 96
+        assert png._ramps[theme] == css
+    light, dark = chunks[b'PLTE'], png._palette('d')
+    assert tuple(light[-3:]) == tuple(bytes.fromhex(png._ramps['l'][3][1:])) and len(light) == len(dark) == 96
 
 def test_both_dark_themes_are_the_same():
-    css = plots.theme_css()
+    css = html.theme_css()
     sets = re.findall(r'--bg:#11161d;.*?--dark:block;', css, re.S)
     assert len(sets) == 2 and sets[0].split() == sets[1].split()
 

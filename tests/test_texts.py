@@ -2,10 +2,10 @@
 loaded."""
 import json
 import pytest
-from alf_nb.sources import models as sources
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.app.finetune import finetune
-from alf_nb.sources.models import load_texts, token_blocks
+from alf_nb.sources.blocks import token_blocks
+from alf_nb.sources.texts import load_texts
 
 def parquet(texts, kind='string'):
     "A parquet file whose bytes are not looked at while it is made"

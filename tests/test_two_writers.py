@@ -19,7 +19,8 @@ from transformers import TrainerCallback
 
 from alf_nb.train.background import train_in_background
 from alf_nb.core.checkpoints import find_checkpoint
-from alf_nb.study.compare import Task, compare_policies
+from alf_nb.study.compare import compare_policies
+from alf_nb.study.task import Task
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.app.finetune import finetune
 from alf_nb.core.lock import RunLock

@@ -5,7 +5,8 @@ import ipywidgets as W
 import pytest
 
 from alf_nb.core.runlog import RunLog, effective_events
-from alf_nb.widgets.base import LogReader, RunState, View, as_source, follow, put, ticker
+from alf_nb.widgets.base import LogReader, View, as_source, follow, put, ticker
+from alf_nb.report.run_state import RunState
 
 sys.path.insert(0, __file__.rpartition('/')[0])
 from fake_run import fake_run, fake_units  # noqa: E402

@@ -3,7 +3,7 @@ import re, sys
 
 import pytest
 
-from alf_nb.report.page import compare_runs
+from alf_nb.report.comparison import compare_runs
 from alf_nb.core.runlog import RunLog
 from alf_nb.widgets.base import LogReader, _all, follow, ticker
 from alf_nb.widgets.compare import CURVES, CompareView, Followed, differences, short_names

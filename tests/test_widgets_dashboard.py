@@ -5,7 +5,7 @@ import pytest
 
 from alf_nb.core.runlog import RunLog
 from alf_nb.widgets.base import _all, ticker
-from alf_nb.widgets.dashboard import TrainingDashboard, clock, last_line, spent_s
+from alf_nb.widgets.dashboard import TrainingDashboard, last_line
 
 sys.path.insert(0, __file__.rpartition('/')[0])
 from fake_run import fake_run, fake_units  # noqa: E402
@@ -278,8 +278,8 @@ def test_time_does_not_run_while_paused(tmp_path, view):
     ):
         log.write(kind, step=step, t=t, run_id='a', loss=1., units=[], config={})
     d = view(tmp_path)
-    assert spent_s(d.state) == 32.0        # 0…21, 9001…9012: what was done after the checkpoint was done again
-    assert clock(d.state)[3] == 31.0
+    assert d.state.spent_s == 32.0        # 0…21, 9001…9012: what was done after the checkpoint was done again
+    assert d.state.clock()[3] == 31.0
 
 
 def test_unlogged_and_odd_values(tmp_path, view):

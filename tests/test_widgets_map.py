@@ -6,8 +6,10 @@ import pytest
 from alf_nb.core.peers import LISAPolicy
 from alf_nb.core.records import UnitInfo
 from alf_nb.core.runlog import RunLog
-from alf_nb.widgets.base import RunState, ticker
-from alf_nb.widgets.map import COLOURS, SelectionMap, axis_end, map_rows
+from alf_nb.widgets.base import ticker
+from alf_nb.report.run_state import RunState
+from alf_nb.widgets.map import COLOURS, SelectionMap, map_rows
+from alf_nb.report.run_state import axis_end
 
 sys.path.insert(0, __file__.rpartition('/')[0])
 from fake_run import fake_run, fake_units  # noqa: E402

@@ -5,13 +5,14 @@ import ipywidgets as W
 import pytest
 import traitlets
 
-from alf_nb.report.plots import human_time
+from alf_nb.core.format import human_time
 from alf_nb.core.policies import BudgetPolicy, FullPolicy, ThresholdPolicy, budget_for_threshold, step_cost
 from alf_nb.core.policies import threshold_for_budget
 from alf_nb.core.records import Scores, Selection, UnitInfo
 from alf_nb.core.runlog import RunLog
 from alf_nb.widgets.base import _all, ticker
-from alf_nb.widgets.picker import ADAMW_BYTES, BarChart, ThresholdPicker
+from alf_nb.widgets.picker import ADAMW_BYTES, ThresholdPicker
+from alf_nb.report.bars import BarChart, _layer_names
 
 sys.path.insert(0, __file__.rpartition('/')[0])
 from fake_run import fake_run, fake_units  # noqa: E402
@@ -475,13 +476,15 @@ def test_bars_of_odd_models():
     assert {'encoder.block.0', 'decoder.block.0'} <= set(
         re.findall(
             r'>([\w.]+)<',
-            BarChart(
-                [
-                    UnitInfo(f'{s}.block.{i}', f'{s}.block.{i}', 'block', 'block', 5, i + 1)
-                    for s in ('encoder', 'decoder')
-                    for i in range(13)
-                ]
-            )._layer_names(),
+            _layer_names(
+                BarChart(
+                    [
+                        UnitInfo(f'{s}.block.{i}', f'{s}.block.{i}', 'block', 'block', 5, i + 1)
+                        for s in ('encoder', 'decoder')
+                        for i in range(13)
+                    ]
+                )
+            ),
         )
     )
 

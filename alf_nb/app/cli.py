@@ -242,7 +242,7 @@ def _finetune(a):
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     from alf_nb.app.finetune import finetune
-    from alf_nb.report.page import summary_table
+    from alf_nb.report.summary import summary_table
     summary = finetune(bf16=False if a.pop('fp32') else None, progress=not a.pop('quiet'), **a)
     print(summary_table(summary))
     print(
@@ -287,12 +287,15 @@ def _attention(a):
     from transformers.utils import logging as hf_logging
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    from alf_nb.study.attention import AttentionSnapshot, _bar, passages
+    from alf_nb.study.attention import AttentionSnapshot, attention_bar
+    from alf_nb.study.words import passages
     from alf_nb.app.finetune import load_tuned, tuned_kind
     from alf_nb.core.records import AttentionComparison
-    from alf_nb.report.page import write_attention
-    from alf_nb.report.shift import summarize_shift
-    from alf_nb.sources.models import holdout_split, load_model, load_texts
+    from alf_nb.report.attention import write_attention
+    from alf_nb.report.attention import summarize_shift
+    from alf_nb.sources.models import load_model
+    from alf_nb.sources.blocks import holdout_split
+    from alf_nb.sources.texts import load_texts
     tuned,out,base,seed,length,quiet = _names(a['tuned']),Path(a['out']),a.get('base'),a['seed'],a['length'],a['quiet']
     if length < 2: raise ValueError(f"length={length}, but it is tokens of a passage, at least 2")
     # a wrong folder is told before anything is loaded
@@ -307,7 +310,7 @@ def _attention(a):
         if own is not None and spell(own) != spell(tokenizer):
             raise ValueError(f"{name} has another tokenizer than the base: name its base with --base")
         return model.to(device)
-    tick,close = _bar(len(texts)*(1+len(tuned)), not quiet)
+    tick,close = attention_bar(len(texts)*(1+len(tuned)), not quiet)
     try:
         seen = AttentionSnapshot(net.to(device), texts, tokenizer, length=length, seed=seed, example=None, tick=tick)
         del net

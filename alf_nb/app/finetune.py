@@ -18,7 +18,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from ..study.attention import AttentionSnapshot, passages
+from ..study.attention import AttentionSnapshot
+from ..study.words import passages
 from ..core.checkpoints import _set_aside, _why_none, find_checkpoint, _newest_run
 from .publish import write_card
 from ..model.delta import _compare, apply_delta, fingerprint, read_delta, save_delta
@@ -26,12 +27,20 @@ from ..core.files import check_writable, write_whole
 from ..core.foreign import odd_inside, read_plain
 from ..model.layers import partition_layers
 from ..core.lock import RunLock
-from ..report.plots import human_bytes
-from ..report.page import summarize, write_report
+from ..core.format import human_bytes
+from ..report.page import write_report
+from ..report.summary import summarize
 from ..core.runlog import RunLog
 from ..model.shards import _one_process
-from ..sources.models import _check_causal, _check_text, _first, _hub, continuation, holdout_split, evaluate_loss
-from ..sources.models import load_model, load_texts, supports_bf16, token_blocks, unrelated_texts
+from ..sources.hub import first_line, hub_client
+from ..sources.texts import check_text
+from ..sources.models import check_causal
+from ..sources.losses import continuation, evaluate_loss
+from ..sources.blocks import holdout_split
+from ..sources.models import load_model
+from ..sources.losses import supports_bf16
+from ..sources.blocks import token_blocks
+from ..sources.texts import load_texts, unrelated_texts
 from ..train.trainer import ALFCallback, peak_rss_bytes
 
 # %% ../../nbs/10_app/03_finetune.ipynb #be8169e9
@@ -396,7 +405,7 @@ def finetune(
     callback = ALFCallback(budget=budget, threshold=threshold, preset=preset, seed=seed, out=str(out), **alf)
     with RunLock(out, 'finetune()'):
         checkpoint,done = _resume_point(out, steps) if resume else (None, None)
-        if prompt is not None: _check_text(prompt, 'the prompt')
+        if prompt is not None: check_text(prompt, 'the prompt')
         texts = load_texts(data, column)
         others = load_texts(other, column) if other is not None else unrelated_texts()
         net,tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)
@@ -540,10 +549,10 @@ def load_tuned(
         if any((where/f).is_file() for f in ('tokenizer.json', 'tokenizer_config.json')):
             return load_model(where, progress=progress)
         try:
-            with _hub(True, progress):
+            with hub_client(True, progress):
                 model,info = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
-        except (OSError, ValueError) as e: raise ValueError(f"cannot load the model in '{where}': {_first(e)}") from e
-        _check_causal(model, info, str(where))
+        except (OSError, ValueError) as e: raise ValueError(f"cannot load the model in '{where}': {first_line(e)}") from e
+        check_causal(model, info, str(where))
         return model, None
     model,tokenizer = load_model(base, progress=progress)
     if kind == 'adapter': return _with_adapter(model, where), tokenizer

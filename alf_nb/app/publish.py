@@ -14,8 +14,8 @@ from .. import __version__
 from ..model.delta import read_delta
 from ..core.files import write_whole
 from ..core.foreign import md_code, md_text, open_plain
-from ..report.plots import num, percent
-from ..report.page import summarize
+from ..core.format import num, percent
+from ..report.summary import summarize
 from ..core.runlog import _read_once
 
 # %% ../../nbs/10_app/02_publish.ipynb #108aa734

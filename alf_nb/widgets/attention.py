@@ -12,7 +12,9 @@ import ipywidgets as W
 import numpy as np
 from fastcore.basics import patch
 from ..core.foreign import escape, visible
-from ..report.plots import *
+from ..core.format import percent
+from ..report.html import Html
+from ..report.png import map_images
 from .base import View, put
 
 # %% ../../nbs/08_widgets/05_attention.ipynb #80218d0c

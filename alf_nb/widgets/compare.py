@@ -12,11 +12,12 @@ import ipywidgets as W
 from fastcore.basics import patch
 from ..core.foreign import escape, visible
 from ..core.runlog import RunLog
-from ..report.plots import *
-from ..report.page import compare_runs, _flat
+from ..core.format import human_bytes, human_time, num, percent
+from ..report.lines import line_chart, trend
+from ..report.comparison import compare_runs
+from ..report.html import flat
 from .base import View, as_source, follow, put
-from .map import is_silent
-from .dashboard import clock
+
 
 # %% ../../nbs/08_widgets/06_compare.ipynb #610a97e6
 class Followed(RunLog):
@@ -72,9 +73,9 @@ def differences(
     configs # one dict of settings per run
 )->list:    # one dict per run: the settings that are not the same in all of them
     "What differs between settings"
-    flat = [dict(_flat(c)) for c in configs]
-    keys = [k for k in dict.fromkeys(k for c in flat for k in c) if len({c.get(k) for c in flat}) > 1]
-    return [{k: c.get(k, '–') for k in keys} for c in flat]
+    each = [dict(flat(c)) for c in configs]
+    keys = [k for k in dict.fromkeys(k for c in each for k in c) if len({c.get(k) for c in each}) > 1]
+    return [{k: c.get(k, '–') for k in keys} for c in each]
 
 # %% ../../nbs/08_widgets/06_compare.ipynb #1816eb16
 CURVES = {
@@ -149,7 +150,7 @@ class CompareView(View):
         return (
             bool(c.alive)
             if hasattr(c, 'alive')
-            else s.status in ('starting', 'unfinished', 'paused') and not is_silent(s)
+            else s.status in ('starting', 'unfinished', 'paused') and not s.is_silent()
         )
 
     @property
@@ -161,7 +162,7 @@ class CompareView(View):
     def status(self)->tuple:
         "Of each run"
         return tuple(
-            getattr(c, 'status', None) or ('interrupted' if s.status == 'unfinished' and is_silent(s) else s.status)
+            getattr(c, 'status', None) or ('interrupted' if s.status == 'unfinished' and s.is_silent() else s.status)
             for c, s in zip(self.controls, self.states)
         )
 
@@ -315,7 +316,7 @@ def _points(self:CompareView, i):
         x, y = map(list, s.series('log', 'loss' if what in ('loss', 'raw') else what))
         if what == 'loss': y = trend(y)
     if self.over.value == 'seconds' and x:
-        at, last, seconds = clock(s), 0., []
+        at, last, seconds = s.clock(), 0., []
         known = sorted(at)
         j = 0
         for v in x:
