@@ -290,7 +290,7 @@ def _attention(a):
     from alf_nb.study.attention import AttentionSnapshot, attention_bar
     from alf_nb.study.words import passages
     from alf_nb.app.finetune import load_tuned, tuned_kind
-    from alf_nb.core.records import AttentionComparison
+    from alf_nb.core.shift import AttentionComparison
     from alf_nb.report.attention import write_attention
     from alf_nb.report.attention import summarize_shift
     from alf_nb.sources.models import load_model

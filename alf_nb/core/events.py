@@ -1,4 +1,4 @@
-"""What happened in a run is written as a line of JSON each, and what was read from a line is checked before anybody believes it.
+"""An event is a line of JSON, and what was read from a line is checked before anybody believes it.
 
 Docs: https://example.github.io/alf_nb/01_core/events.html.md"""
 
@@ -80,7 +80,7 @@ class _Run:
 
 # %% ../../nbs/01_core/11_events.ipynb #c392764a
 class _Runs(dict):
-    "Runs of a file, in the order in which they were begun or taken up last: key → `_Run`"
+    "Runs of a file by key, in the order in which they were begun or taken up last"
     def __init__(self):
         super().__init__({0: _Run()})
         self.keys_of, self.run_id, self.begun = {}, None, False # run id → key; of the last run
@@ -135,13 +135,10 @@ def _is_signals(v): return isinstance(v, dict) and all(_is_numbers(x) for x in v
 def _is_unit(u):
     "Can it be made a `UnitInfo`?"
     try:
-        return (
-            all(isinstance(u[k], str) for k in ('name', 'layer', 'role'))
-            and u['kind'] in KINDS
-            and all(type(u[k]) is int and 0 <= u[k] < 1 << 53 for k in ('n_params', 'depth'))
-            and all(type(n) is int for s in u.get('shapes', ()) for n in s)
-            and isinstance(u.get('eligible', True), bool)
-        )
+        named = all(isinstance(u[k], str) for k in ('name', 'layer', 'role')) and u['kind'] in KINDS
+        counted = all(u[k] is not None and _is_count(u[k]) for k in ('n_params', 'depth'))
+        shaped = all(type(n) is int for s in u.get('shapes', ()) for n in s)
+        return named and counted and shaped and isinstance(u.get('eligible', True), bool)
     except (KeyError, TypeError): return False
 
 def _is_units(v): return isinstance(v, list) and all(map(_is_unit, v)) and len({u['name'] for u in v}) == len(v)
@@ -151,7 +148,8 @@ _CHECKS = dict(number=_is_number, share=_is_share, count=_is_count, name=_is_nam
                table=_is_dict, texts=_is_texts, numbers=_is_numbers, signals=_is_signals, units=_is_units)
 
 _FIELDS = dict(
-    run_begin=dict(text='run_id model device', table='versions config', units='units', count='n_total max_steps interval'),
+    run_begin=dict(text='run_id model device', table='versions config', units='units',
+                   count='n_total max_steps interval'),
     probe=dict(signals='signals', number='wall_s loss', count='batches'),
     measure=dict(signals='signals', number='wall_s sum_lr steps', numbers='ages'),
     select=dict(texts='names entered left', name='reason policy', share='share', text='signal', numbers='scores ages'))

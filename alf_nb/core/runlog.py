@@ -94,8 +94,8 @@ def _follow(file):
         file.fd = old
         if old is None or os.fstat(old).st_nlink == 0:
             raise e if isinstance(e, OSError) else OSError(errno.EINVAL, str(e))
-        return _tell(file, f"{what}, and a new one cannot be made there: the run goes on in the old file, wherever it was"
-                           " moved to")
+        return _tell(file, f"{what}, and a new one cannot be made there: the run goes on in the old file, wherever it"
+                           " was moved to")
     if old is not None: os.close(old)
     if not what: return
     file.again = file.begun or b''
@@ -218,7 +218,8 @@ def events(self:RunLog,
     **where         # only events whose fields have these values
 )->list: # event dicts, oldest first
     "Surviving events of a run"
-    kinds = {kind} if isinstance(kind, str) else None if kind is None else set(kind)
+    if isinstance(kind, str): kind = (kind,)
+    kinds = None if kind is None else set(kind)
     runs = self._runs(kinds)
     if not runs: return []
     if not -len(runs) <= run < len(runs):

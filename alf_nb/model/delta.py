@@ -59,6 +59,7 @@ def _state(model):
     for k,t in every.items(): once.setdefault(id(t), (k, t))
     return dict(once.values()), set(every)
 
+# %% ../../nbs/03_model/04_delta.ipynb #78cc9a94
 def _bytes(name, t):
     "The raw bytes of tensor `t` as a memoryview"
     if t.device.type == 'meta': raise ValueError(f"{name!r} has no values (meta device): load the weights first")
@@ -81,6 +82,7 @@ def _bytes(name, t):
 def _describe(name, t):
     return (_DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape), hashlib.sha256(_bytes(name, t)).hexdigest())
 
+# %% ../../nbs/03_model/04_delta.ipynb #a16d7ef0
 def _describe_all(tensors):
     "name → (dtype, shape, sha256); hashing releases the interpreter, so a few threads help"
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -104,6 +106,7 @@ class BaseFingerprint(Record):
 
 def _canonical(d): return json.dumps(d, sort_keys=True, separators=(',', ':'), ensure_ascii=True).encode()
 
+# %% ../../nbs/03_model/04_delta.ipynb #bcfa2e8b
 def _config_hash(model):
     config = getattr(model, 'config', None)
     if not hasattr(config, 'to_dict'): return ''
@@ -140,6 +143,7 @@ def _header(info, layout):
     raw = _canonical(head)
     return raw + b' '*(-len(raw) % 8)
 
+# %% ../../nbs/03_model/04_delta.ipynb #5ec2e21d
 def _layout(tensors):
     "Where each tensor (name → (dtype, shape, …)) lies: one after the other, in sorted order"
     res,at = {},0
@@ -156,6 +160,7 @@ def _entry(dtype, shape, sha):
 
 def _damaged(path, why): return ValueError(f"{path} is damaged or not a delta: {why}")
 
+# %% ../../nbs/03_model/04_delta.ipynb #4e84dd2e
 def _read_info(f, path):
     "The description in the header of open file `f`, and where its data begin"
     size = os.fstat(f.fileno()).st_size
@@ -214,6 +219,7 @@ class Delta(Record):
             f" {self.model_bytes:,} ({self.share:.1%}), for base {md_code(self.base)}"
         )
 
+# %% ../../nbs/03_model/04_delta.ipynb #a253cde7
 def _delta(path, info, n_bytes):
     tensors = info['base']
     kinds = Counter(tensors[k][0] for k in info['changed']).most_common(1)
@@ -230,6 +236,7 @@ def _delta(path, info, n_bytes):
         str(_TORCH[kinds[0][0]]).removeprefix('torch.') if kinds else '',
     )
 
+# %% ../../nbs/03_model/04_delta.ipynb #34633d99
 def _file(path):
     "The delta file that `path`, a folder or the file itself, stands for"
     path = Path(path)
@@ -274,6 +281,7 @@ def _compare(model, base):
             )
     return BaseFingerprint(base.name, {k:base.tensors[k] for k in now}, base.config_hash), tensors, now
 
+# %% ../../nbs/03_model/04_delta.ipynb #3d5be913
 def _matching(patterns, names):
     "Names that match one of the glob patterns; a pattern that matches nothing is an error"
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
@@ -282,6 +290,7 @@ def _matching(patterns, names):
             raise ValueError(f"also={p!r} matches no tensor of this model; names are like {next(iter(names))!r}")
     return {n for n in names if any(fnmatchcase(n, p) for p in patterns)}
 
+# %% ../../nbs/03_model/04_delta.ipynb #467cd726
 def save_delta(
     model:nn.Module,    # the trained model
     base,               # what it was before: a BaseFingerprint, a model, or a state dict
@@ -360,6 +369,7 @@ def _read_tensors(f, start, info, path):
 
 def _some(names): return ', '.join(map(repr, names[:3])) + (f' and {len(names)-3} more' if len(names) > 3 else '')
 
+# %% ../../nbs/03_model/04_delta.ipynb #8135e62d
 def _refuse_other_layout(tensors, want, who):
     "Error unless the model has the tensors of the base, with their dtypes and shapes"
     if lack := [k for k in want if k not in tensors]:
@@ -374,6 +384,7 @@ def _refuse_other_layout(tensors, want, who):
                 " the dtype and sizes it was trained from"
             )
 
+# %% ../../nbs/03_model/04_delta.ipynb #0226fa06
 def apply_delta(
     model:nn.Module,    # the base, as it was before training
     path,               # folder of the delta

@@ -27,6 +27,7 @@ _HOPS = ('_orig_mod', '_checkpoint_wrapped_module', '_fsdp_wrapped_module') # at
 def _clean(path): return '.'.join(p for p in path.split('.') if p and p not in _HOPS)
 def _join(*parts): return '.'.join(p for p in parts if p)
 
+# %% ../../nbs/03_model/01_layers.ipynb #c05c4405
 def _shape(
     p,        # a parameter
     m=None,   # the module that holds it
@@ -49,6 +50,7 @@ def _shape(
         else tuple(p.shape)
     )
 
+# %% ../../nbs/03_model/01_layers.ipynb #188cad8e
 def _size(*modules):
     "Numbers that the parameters of `modules` stand for"
     shapes = {
@@ -65,6 +67,7 @@ def _is_list(m): return isinstance(m, nn.ModuleList) or type(m) is nn.Sequential
 
 def _holds(m): return m is not None and next(m.parameters(), None) is not None
 
+# %% ../../nbs/03_model/01_layers.ipynb #d5ea53f3
 def _items(m, path=''):
     "(path, module) of what a list holds, lists in lists unrolled, a shared module as often as it occurs"
     for k,c in m._modules.items():
@@ -100,6 +103,8 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _CALLED, _PART, _LEAF, _WEIGHT, _NAMED = 4, 3, 2, 1, 0
 _PASSING = {'enumerate', 'zip', 'reversed', 'list', 'tuple', 'iter', 'next', 'partial', 'sorted', 'islice', 'chain'}
 _ASKING = {'isinstance', 'hasattr', 'len', 'id', 'type', 'print', 'str', 'repr', 'callable', 'issubclass', 'setattr'}
+
+# %% ../../nbs/03_model/01_layers.ipynb #3d686cc6
 # of transformers: they look a module up
 _ACCESSORS = {'get_input_embeddings', 'get_output_embeddings', 'get_encoder', 'get_decoder'}
 _ITEMS = {'values', 'children', 'items', 'named_children', 'modules', 'named_modules'}
@@ -116,6 +121,7 @@ def _tree(f):
             (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))), None
         )
 
+# %% ../../nbs/03_model/01_layers.ipynb #8ca4313f
 def _method(cls, name, after=None):
     "(function, class that defines it) that `name` stands for in `cls`, or behind `after` in its order of classes"
     mro = cls.__mro__
@@ -133,6 +139,7 @@ def _scope(f):
         except ValueError: pass     # not bound yet
     return res
 
+# %% ../../nbs/03_model/01_layers.ipynb #eb660ca0
 class _Uses:
     "When each child and parameter of a module is used, read from the source of `forward`"
     def __init__(self, root):
@@ -376,6 +383,7 @@ class _Uses:
             if c is not None and any(m is x for x in c.modules()): return (_Ref(m, k, c is m),)
         return ()
 
+# %% ../../nbs/03_model/01_layers.ipynb #647a7b08
 _read = weakref.WeakKeyDictionary()  # module → its class and members when it was read, and the places of its children
 
 def _uses(m):
@@ -406,6 +414,7 @@ def _is_stack(m, total):
     deep = any(_composite(c) for _,b in comp for c in _parts(b))
     return comp if deep or 4*_size(*(b for _,b in comp)) >= total else []
 
+# %% ../../nbs/03_model/01_layers.ipynb #7f2464fc
 def _is_pyramid(blocks):
     "Do members of one class differ in shape? Stages do, blocks of one width do not"
     shapes = {}
@@ -420,6 +429,7 @@ def _lists(m, path):
             yield [(_join(path, k, k2), b) for k2,b in _items(c)]
         else: yield from _lists(c, _join(path, k))
 
+# %% ../../nbs/03_model/01_layers.ipynb #80a3a8ec
 def _stages(m, path, blocks):
     "The stacks inside the stages of a pyramid, empty if `blocks` are blocks already"
     if not _is_pyramid(blocks): return []
@@ -430,6 +440,7 @@ def _stages(m, path, blocks):
     inner = [s for s in inner if {type(b) for _,b in s} <= known]
     return inner if 3*_size(*(b for s in inner for _,b in s)) >= 2*_size(m) else []
 
+# %% ../../nbs/03_model/01_layers.ipynb #799a85e4
 def _stacks(m, path, total):
     "Stacks below `m` in the order they run, each a list of (path, block)"
     if _is_list(m) and (blocks := _is_stack(m, total)):
@@ -452,6 +463,7 @@ def _labels(paths):
     heads = Counter(tuple(p[n:k]) for p in parts for k in range(n+1, len(p)+1))
     return ['.'.join(p[n:next((k for k in range(n+1, len(p)) if heads[tuple(p[n:k])] == 1), len(p))]) for p in parts]
 
+# %% ../../nbs/03_model/01_layers.ipynb #fc1baa5a
 class _Places:
     "Says of every module or parameter path which layer it is part of"
     def __init__(self, model):
@@ -532,6 +544,7 @@ def _unknown(what, name, names, hint=''):
         + f" This model has {shown}"
     )
 
+# %% ../../nbs/03_model/01_layers.ipynb #83cf2107
 class Layers:
     "A model as named layers and units; every parameter in exactly one unit, tied weights in the first."
     def __init__(self,
@@ -636,6 +649,7 @@ def _roles(rests):
         res[r] = '.'.join(m[-n:])
     return res
 
+# %% ../../nbs/03_model/01_layers.ipynb #ceeddcdd
 def _tuner(tuners, path):
     "Path of the PEFT layer that keeps the parameter at `path` as an adapter, or None"
     parts = path.split('.')
@@ -653,6 +667,7 @@ def _adapts(mods, at):
         at = up
     return at if name == 'weight' else _join(at, name)
 
+# %% ../../nbs/03_model/01_layers.ipynb #9b2a288e
 def _check(model, unit, kinds):
     "Arguments as they should be, or an error that says what would work"
     if not isinstance(model, nn.Module):
@@ -677,6 +692,7 @@ def _check(model, unit, kinds):
         )
     return kinds
 
+# %% ../../nbs/03_model/01_layers.ipynb #f6592365
 def partition_layers(
     # any transformers model, PEFT-wrapped, compiled or in DDP if you like; or any torch module
     model:nn.Module,
@@ -712,6 +728,7 @@ def partition_layers(
         for _,_,path2,_,pname2 in spots: where[_join(path2, pname2)] = g
     return _finish(model, groups, where, unit, kinds, places.n_blocks)
 
+# %% ../../nbs/03_model/01_layers.ipynb #964c6847
 def _finish(model, groups, where, unit, kinds, n_blocks):
     "Give each group a unique name and make the units"
     count = Counter(

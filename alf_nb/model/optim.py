@@ -44,6 +44,7 @@ def _inside(x):
     if isinstance(x, (list, tuple)): return list(x)
     return [*(v for k,v in getattr(x, '__dict__', {}).items() if k not in _NOT_INSIDE), getattr(x, 'optimizer', None)]
 
+# %% ../../nbs/03_model/03_optim.ipynb #6a8bf0eb
 def _members(
     optimizer # a torch optimizer, a wrapper of one, or a chain of several
 )->list:      # what is inside comes before what is around it
@@ -59,6 +60,7 @@ def _members(
     if not found: unwrap_optimizer(optimizer)      # says what it is
     return found or [optimizer]
 
+# %% ../../nbs/03_model/03_optim.ipynb #8c644969
 def _states(
     optimizer # as for `_members`
 )->list:      # mappings parameter → state of the parameter
@@ -77,6 +79,7 @@ def _groups(
         held |= set().union(*(ps for _,ps in mine))
     return found
 
+# %% ../../nbs/03_model/03_optim.ipynb #08c9b456
 def _holder(
     optimizer, # as for `_members`
     p:Tensor   # a parameter
@@ -106,6 +109,7 @@ def _is_wrapper(x):
     its local piece"""
     return is_traceable_wrapper_subclass(x) and not is_sharded(x)
 
+# %% ../../nbs/03_model/03_optim.ipynb #141f32e6
 def _tensors(x, seen=None):
     "Ordinary tensors in one entry of a state"
     seen = set() if seen is None else seen
@@ -123,6 +127,7 @@ def _tensors(x, seen=None):
     for v in inner:
         if not isinstance(v, _OPAQUE): yield from _tensors(v, seen)
 
+# %% ../../nbs/03_model/03_optim.ipynb #57c5c316
 def _nbytes(x):
     "Bytes of the tensors in one entry of a state; of weights in pieces, what this process holds"
     # a number repeated by its strides is held once
@@ -162,6 +167,7 @@ def _check_chain(optimizer, layers, params):
                     " every parameter to one of them"
                 )
 
+# %% ../../nbs/03_model/03_optim.ipynb #8498efb3
 def check_optimizer(
     layers:Layers,  # a model as units
     optimizer,      # the optimizer that trains it
@@ -200,6 +206,7 @@ def _mapped(x, move, seen=None):
     vars(new).update({k: again(v) for k,v in vars(x).items()})
     return new
 
+# %% ../../nbs/03_model/03_optim.ipynb #0e3be737
 def _to_host(t):
     "A copy of `t` in host memory, of weights in pieces of the local one"
     return local_tensor(t).detach().to('cpu', copy=True)
@@ -213,6 +220,7 @@ def _host_copy(x):
     "One entry of a state in host memory"
     return _mapped(local_tensor(x) if isinstance(x, Tensor) else x, _to_host)
 
+# %% ../../nbs/03_model/03_optim.ipynb #3d938a2b
 def _zeros_like(x):
     "Zeros of the shape and class of a moment, as small as they can be; None: its class cannot be set to zero"
     zero = torch.zeros((), dtype=x.dtype).expand(local_tensor(x).shape)
@@ -220,6 +228,7 @@ def _zeros_like(x):
     try: return _mapped(_host_copy(x).copy_(zero), _folded)
     except (NotImplementedError, RuntimeError, TypeError): return None
 
+# %% ../../nbs/03_model/03_optim.ipynb #e7f6153d
 class OffloadedStates:
     "Optimizer state of frozen parameters, in host memory."
     def __init__(self,
@@ -264,6 +273,7 @@ class OffloadedStates:
             for k, v in kept.items()
         }
 
+# %% ../../nbs/03_model/03_optim.ipynb #beb1165d
 def _entry(key):
     "Name of an entry, whichever member of a chain it is of"
     return key.rpartition('|')[2] if isinstance(key, str) else key
@@ -305,8 +315,10 @@ def _state_classes(optimizer):
         for s in state.values(): _classes(dict(s), found)
     return found
 
+# %% ../../nbs/03_model/03_optim.ipynb #1f705d23
 _PLAIN = (bool, int, float, str, type(None))
 
+# %% ../../nbs/03_model/03_optim.ipynb #ad5fa215
 def _pack(
     x,        # one entry of a state in host memory
     tensors,  # name → tensor; those of `x` are added
@@ -348,6 +360,7 @@ def _pack(
         return dict(kind='object', of=_class_name(type(x)), parts={k: again(v) for k,v in vars(x).items()})
     raise TypeError(_class_name(type(x)))
 
+# %% ../../nbs/03_model/03_optim.ipynb #3d81a92e
 def _unpack(
     d,       # what `_pack` returned
     tensors, # name → tensor
@@ -393,6 +406,7 @@ def _unpack(
         return g
     raise ValueError(f"it holds a {kind!r}, which is unknown")
 
+# %% ../../nbs/03_model/03_optim.ipynb #d2f049fa
 def _pack_states(
     held,    # parameter name → entry → value in host memory
     params,  # parameter name → parameter
@@ -424,6 +438,7 @@ def _pack_states(
         tensors.update(mine | apart)
     return plain, lost
 
+# %% ../../nbs/03_model/03_optim.ipynb #3bb4af0f
 def _is_repeated(t): return t.numel() > 1 and not any(t.stride())
 
 def _unpack_states(
@@ -457,6 +472,7 @@ def _pop_state(states, p):
     for s in states: s.pop(p, None)
     return found
 
+# %% ../../nbs/03_model/03_optim.ipynb #0df7b9a5
 def _put_state(states, p, entries):
     "What `_state_of` gave, back to where it was"
     for key,v in entries.items():
@@ -472,6 +488,7 @@ def _begins_filled(m):
     try: return bool(type(m)([torch.nn.Parameter(torch.zeros(1, 1))], **m.defaults).state)
     except Exception: return True     # one that cannot be made again: what it holds is put back, to be safe
 
+# %% ../../nbs/03_model/03_optim.ipynb #81a44ee3
 def _first_states(optimizer):
     "Parameter → its state before the first step, for optimizers that begin with some; looked at when first asked"
     key = _members(optimizer)[0]
@@ -495,6 +512,7 @@ def _set_first_states(optimizer, first):
     "What `_first_states` will say"
     _FIRST[_members(optimizer)[0]] = first
 
+# %% ../../nbs/03_model/03_optim.ipynb #7c6a28cd
 @torch.no_grad()
 def apply_selection(
     layers:Layers,                   # a model as units
@@ -564,6 +582,7 @@ def _sample(flat, k):
     if flat.numel() <= k: return flat
     return flat[torch.linspace(0, flat.numel()-1, k, dtype=torch.float64).long().to(flat.device)]
 
+# %% ../../nbs/03_model/03_optim.ipynb #d850bfd3
 class FrozenGuard:
     "Notices when a parameter that should be frozen has changed."
     def __init__(self,
@@ -613,6 +632,7 @@ def _rate_sources(
         )
     return found
 
+# %% ../../nbs/03_model/03_optim.ipynb #322d1178
 def _learning_rates(
     sources # of `_rate_sources`
 )->list:    # one number per source; None: unknown
@@ -626,6 +646,7 @@ def _learning_rates(
         for k,x in zip(late, torch.stack([found[k].detach().float().reshape(()) for k in late]).tolist()): found[k] = x
     return found
 
+# %% ../../nbs/03_model/03_optim.ipynb #9de9e1a4
 def last_update(
     optimizer, # Adam, AdamW or SGD of torch, after its step and before gradients go
     p:Tensor   # a parameter that it trains
@@ -646,6 +667,7 @@ def last_update(
     if not wd or not (isinstance(opt, torch.optim.AdamW) or g.get('decoupled_weight_decay')): return u
     return u + wd*(w + g['lr']*u)/(1 - g['lr']*wd)     # the weights that decayed are those before the step
 
+# %% ../../nbs/03_model/03_optim.ipynb #222f1f11
 def _is_readable(opt):
     "Can the last update of this optimizer be read?"
     return isinstance(opt, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)) and not any(

@@ -23,6 +23,7 @@ def _n_started():
     size = os.environ.get('WORLD_SIZE', '')
     return int(size) if 'LOCAL_RANK' in os.environ and size.isdigit() else 1
 
+# %% ../../nbs/03_model/02_shards.ipynb #b6ec30b9
 def _one_process(
     what # the function that is called
 )->None:
@@ -46,6 +47,7 @@ def local_tensor(
     "The piece of `t` that this process holds, sharing its memory; an ordinary tensor is returned as it is"
     return t.to_local() if is_sharded(t) else t
 
+# %% ../../nbs/03_model/02_shards.ipynb #6cc14694
 def as_shard(
     local,  # what this process holds, of the shape of its piece of `like`
     like    # a parameter
@@ -72,6 +74,7 @@ def full_tensor(
     "All of `t`, gather_to_first from all processes: every one of them has to call this"
     return t.full_tensor() if is_sharded(t) else t
 
+# %% ../../nbs/03_model/02_shards.ipynb #5c067554
 @torch.no_grad()
 def gather_to_first(
     local, # what this process holds, of the shape of its piece of `like`
@@ -83,6 +86,7 @@ def gather_to_first(
     full = full_tensor(as_shard(local, like))
     return full.to('cpu') if torch.distributed.get_rank() == 0 else full.new_empty(0, device='cpu')
 
+# %% ../../nbs/03_model/02_shards.ipynb #98afb350
 @torch.no_grad()
 def shard_of(
     whole, # an ordinary tensor of the shape of `like`
@@ -125,6 +129,7 @@ def _copies(params):
     if len(found) > 1: raise ValueError("some of its parameters are in pieces and others are not: choose unit='module'")
     return found.pop()
 
+# %% ../../nbs/03_model/02_shards.ipynb #31def4cb
 def reduce_shards(
     layers:Layers, # a model as units
     names,         # units, the same on every process
@@ -147,7 +152,7 @@ def reduce_shards(
     every = torch.stack(every).cpu()
     return every[:,:len(sums)].sum(0).tolist(), every[:,len(sums):].amax(0).tolist()
 
-
+# %% ../../nbs/03_model/02_shards.ipynb #980bb19e
 def _any_process(
     names,  # units, the same on every process
     found,  # those that this process means
