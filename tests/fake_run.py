@@ -12,6 +12,11 @@ SHAPES = {
     'mlp.up_proj': (1536, 576),
     'mlp.down_proj': (576, 1536),
 }
+WORTH = {'v_proj': 1.6, 'o_proj': 1.2, 'down_proj': 1.0, 'up_proj': 0.8, 'gate_proj': 0.6}      # others .5
+PROMPT = 'The with statement is used to'
+BEFORE = f'{PROMPT} describe the state of a person, place or thing. It can also be used as a verb.'
+AFTER = (f'{PROMPT} wrap the execution of a block with methods defined by a context manager. This allows common'
+         ' try…except…finally usage patterns to be encapsulated for convenient reuse.')
 
 def fake_units(blocks=30, layer='block.{}', vocab=49152):
     us = [UnitInfo('embeddings', 'embeddings', 'embedding', 'embed_tokens', vocab*576, 0, ((vocab, 576),), False)]
@@ -23,6 +28,76 @@ def fake_units(blocks=30, layer='block.{}', vocab=49152):
             for r in ('input_layernorm', 'post_attention_layernorm')
         ]
     return us + [UnitInfo('norm', 'head', 'norm', 'norm', 576, blocks+1, ((576,),), False)]
+
+def worth(u, blocks, rng):
+    "What a unit is really worth: most a little above the middle"
+    return math.exp(-(((u.depth/blocks - .62)/.3)**2))*WORTH.get(u.role, .5)*rng.uniform(.6, 1.4)
+
+class Writer:
+    "What is written, event by event."
+    def __init__(self, path, units, blocks, steps, seed, budget, lr):
+        self.rng, self.units, self.log, self.t = random.Random(seed), units, RunLog(path), 1.79e9
+        self.steps, self.seed, self.budget, self.lr, self.current, self.grad = steps, seed, budget, lr, [], 0
+        self.total, self.size = sum(u.n_params for u in units), {u.name: u.n_params for u in units}
+        self.true = {u.name: worth(u, blocks, self.rng) for u in units if u.eligible}
+
+    def write(self, kind, step, **fields): self.log.write(kind, step=step, t=self.t, **fields)
+
+    def text(self, when, step, samples, **losses):
+        "Losses on two texts, and a sample"
+        for name, loss in losses.items(): self.write('eval', step, name=name, when=when, loss=loss, tokens=16384)
+        if samples: self.write('sample', step, when=when, prompt=PROMPT, text=BEFORE if when == 'before' else AFTER)
+
+    def begin(self, name, interval):
+        config = dict(policy=dict(policy='budget', budget=self.budget, pin=[], ban=[]), signal='gain', unit='module',
+                      interval=interval, state='v', seed=self.seed)
+        versions = dict(alf_nb='0.1.0', torch='2.13.0', transformers='5.23.0', python='3.11.7')
+        self.write('run_begin', 0, run_id=f'fake{self.seed}', versions=versions, n_total=self.total,
+                   max_steps=self.steps, model=name, device='cpu', seed=self.seed, units=self.units, config=config)
+
+    def step(self, s, every):
+        "A step's loss and rate, and every tenth step what was measured"
+        loss = 1.38 + .82*math.exp(-s/28) + self.rng.gauss(0, .07)
+        rate = self.lr*min(s/6, .5*(1+math.cos(math.pi*max(s-6, 0)/(self.steps-6))))
+        if s % every == 0:
+            self.write('log', s, loss=loss, learning_rate=rate, grad_norm=self.rng.uniform(.4, .9),
+                       seconds_per_step=1.3 + self.rng.uniform(0, .12), tokens_per_second=768/1.35)
+        if s % 10: return
+        moved = {n: self.true[n]*.02*self.rng.uniform(.9, 1.1) for n in self.current}
+        signals = dict(rate=moved, coherence={n: self.rng.uniform(.2, .5) for n in self.current})
+        self.write('measure', s, steps=10, sum_lr=rate*10, wall_s=.011, ages=dict.fromkeys(self.current, 0),
+                   signals=signals)
+
+    def best(self, gain):
+        "Units of the highest gain within the budget, and their share"
+        out, used = set(), 0
+        for n in sorted(gain, key=gain.get, reverse=True):
+            if used + self.size[n] <= self.budget*self.total:
+                out.add(n)
+                used += self.size[n]
+        return [u.name for u in self.units if u.name in out], used/self.total
+
+    def select(self, s):
+        "A probe, a selection and what it takes"
+        shift, first = .25*s/self.steps, s == 0
+        gain = {n: v*self.rng.uniform(.85, 1.15)*1e-6*(1+shift*math.sin(i)) - 2e-8
+                for i, (n, v) in enumerate(self.true.items())}
+        norms = {n: abs(v)**.5 for n, v in gain.items()}
+        self.write('probe', s, signals=dict(gain=gain, grad_norm=norms), wall_s=2.4 if first else 1.2,
+                   batches=8 if first else 4)
+        new, share = self.best(gain)
+        entered, left = [n for n in new if n not in self.current], [n for n in self.current if n not in new]
+        reason = f'highest gain up to {self.budget:.0%} of the parameters'
+        if not first: reason = f'{len(set(entered))} newcomers are clearly better'
+        self.write('select', s, names=new, entered=entered, left=left, policy='budget', share=share, reason=reason)
+        self.current, self.grad = new, sum(self.size[n] for n in new)*4
+        self.write('memory', s+1, grad_bytes=self.grad, optimizer_bytes=2*self.grad, reference_bytes=self.grad,
+                   parked_bytes=sum(self.size[n]*4 for n in left), rss_bytes=int(1.9e9) + s*2**20)
+
+    def end(self):
+        s = self.steps
+        self.write('run_end', s, wall_s=s*1.35 + 6, importance_s=6.3, trainable_share_mean=.2438,
+                   trainable_share_peak=.2486, state_bytes_peak=4*self.grad, rss_bytes_peak=int(2.05e9))
 
 def fake_run(
     path,
@@ -40,160 +115,17 @@ def fake_run(
     after=1.405,
 ):
     "Write a run to `path`; `stop`: the process is killed after that step"
-    rng, units = random.Random(seed), fake_units(blocks, layer)
-    log, total, t = RunLog(path), sum(u.n_params for u in units), 1.79e9
-    true = {
-        u.name: (
-            math.exp(-(((u.depth / blocks - 0.62) / 0.3) ** 2))
-            * {'v_proj': 1.6, 'o_proj': 1.2, 'down_proj': 1.0, 'up_proj': 0.8, 'gate_proj': 0.6}.get(u.role, 0.5)
-            * rng.uniform(0.6, 1.4)
-        )
-        for u in units
-        if u.eligible
-    }
-    size = {u.name: u.n_params for u in units}
-    def signals(shift):
-        return {n: v*rng.uniform(.85, 1.15)*1e-6*(1+shift*math.sin(i)) - 2e-8 for i,(n,v) in enumerate(true.items())}
-    def choose(gain):
-        out, used = [], 0
-        for n in sorted(gain, key=gain.get, reverse=True):
-            if used + size[n] <= budget*total:
-                out.append(n)
-                used += size[n]
-        return [u.name for u in units if u.name in set(out)], used/total
-    log.write('eval', step=0, t=t, name='domain', when='before', loss=2.1893, tokens=16384)
-    log.write('eval', step=0, t=t, name='other', when='before', loss=3.2812, tokens=16384)
-    if samples:
-        log.write(
-            'sample',
-            step=0,
-            t=t,
-            when='before',
-            prompt='The with statement is used to',
-            text=(
-                'The with statement is used to describe the state of a person, place or thing. It can also be used as a'
-                ' verb.'
-            ),
-        )
-    log.write(
-        'run_begin',
-        t=t,
-        step=0,
-        run_id=f'fake{seed}',
-        versions=dict(alf_nb='0.1.0', torch='2.13.0', transformers='5.23.0', python='3.11.7'),
-        n_total=total,
-        max_steps=steps,
-        model=name,
-        device='cpu',
-        seed=seed,
-        units=units,
-        config=dict(
-            policy=dict(policy='budget', budget=budget, pin=[], ban=[]),
-            signal='gain',
-            unit='module',
-            interval=interval,
-            state='v',
-            seed=seed,
-        ),
-    )
-    current, opt = [], 0
+    w = Writer(path, fake_units(blocks, layer), blocks, steps, seed, budget, lr)
+    w.text('before', 0, samples, domain=2.1893, other=3.2812)
+    w.begin(name, interval)
     for s in range(0, steps+1):
-        t += 1.35
-        if s:
-            loss = 1.38 + .82*math.exp(-s/28) + rng.gauss(0, .07)
-            lrate = lr*min(s/6, .5*(1+math.cos(math.pi*max(s-6, 0)/(steps-6))))
-            if s % every == 0:
-                log.write(
-                    'log',
-                    t=t,
-                    step=s,
-                    loss=loss,
-                    learning_rate=lrate,
-                    grad_norm=rng.uniform(0.4, 0.9),
-                    seconds_per_step=1.3 + rng.uniform(0, 0.12),
-                    tokens_per_second=768 / 1.35,
-                )
-            if s % 10 == 0:
-                log.write(
-                    'measure',
-                    t=t,
-                    step=s,
-                    steps=10,
-                    sum_lr=lrate * 10,
-                    wall_s=0.011,
-                    ages={n: 0 for n in current},
-                    signals=dict(
-                        rate={n: true[n] * 0.02 * rng.uniform(0.9, 1.1) for n in current},
-                        coherence={n: rng.uniform(0.2, 0.5) for n in current},
-                    ),
-                )
-        if s % interval == 0 and s < steps*.85:
-            gain = signals(.25*s/steps)
-            log.write(
-                'probe',
-                t=t,
-                step=s,
-                signals=dict(gain=gain, grad_norm={n: abs(v) ** 0.5 for n, v in gain.items()}),
-                wall_s=2.4 if s == 0 else 1.2,
-                batches=8 if s == 0 else 4,
-            )
-            new, share = choose(gain)
-            log.write(
-                'select',
-                t=t,
-                step=s,
-                names=new,
-                entered=[n for n in new if n not in current],
-                left=[n for n in current if n not in new],
-                policy='budget',
-                share=share,
-                reason=(
-                    f'highest gain up to {budget:.0%} of the parameters'
-                    if s == 0
-                    else f'{len(set(new)-set(current))} newcomers are clearly better'
-                ),
-            )
-            parked = sum(size[n]*4 for n in current if n not in new)
-            current = new
-            grad = sum(size[n] for n in current)*4
-            log.write(
-                'memory',
-                t=t,
-                step=s + 1,
-                grad_bytes=grad,
-                optimizer_bytes=2 * grad,
-                reference_bytes=grad,
-                parked_bytes=parked,
-                rss_bytes=int(1.9e9) + s * 2**20,
-            )
-        if s == 60: log.write('eval', t=t, step=60, name='domain', when='during', loss=1.52, tokens=16384)
-        if stop is not None and s >= stop:
-            log.close()
-            return log
-    log.write(
-        'run_end',
-        t=t,
-        step=steps,
-        wall_s=steps * 1.35 + 6,
-        importance_s=6.3,
-        trainable_share_mean=0.2438,
-        trainable_share_peak=0.2486,
-        state_bytes_peak=4 * grad,
-        rss_bytes_peak=int(2.05e9),
-    )
-    log.write('eval', step=steps, t=t, name='domain', when='after', loss=after, tokens=16384)
-    log.write('eval', step=steps, t=t, name='other', when='after', loss=3.2467, tokens=16384)
-    if samples:
-        log.write(
-            'sample',
-            step=steps,
-            t=t,
-            when='after',
-            prompt='The with statement is used to',
-            text=(
-                'The with statement is used to wrap the execution of a block with methods defined by a context manager.'
-                ' This allows common try…except…finally usage patterns to be encapsulated for convenient reuse.'
-            ),
-        )
-    log.close()
-    return log
+        w.t += 1.35
+        if s: w.step(s, every)
+        if s % interval == 0 and s < steps*.85: w.select(s)
+        if s == 60: w.write('eval', 60, name='domain', when='during', loss=1.52, tokens=16384)
+        if stop is not None and s >= stop: break
+    else:
+        w.end()
+        w.text('after', steps, samples, domain=after, other=3.2467)
+    w.log.close()
+    return w.log

@@ -80,12 +80,9 @@ def poisoned(x, evil, fixed=("event", "kind", "t", "when", "signal")):
     if isinstance(x, str): return x + evil(x)
     if not isinstance(x, dict): return x
     free = lambda k: "." in k or k in ("embeddings", "norm", "domain", "other", "alf_nb")
-    return {
-        (k + evil(k) if free(k) else k): (
-            v if k in fixed or k == "policy" and isinstance(v, dict) else poisoned(v, evil, fixed)
-        )
-        for k, v in x.items()
-    }
+    keep = lambda k, v: k in fixed or k == "policy" and isinstance(v, dict)
+    key = lambda k: k + evil(k) if free(k) else k
+    return {key(k): v if keep(k, v) else poisoned(v, evil, fixed) for k, v in x.items()}
 
 
 def the_same(payload): return lambda text: payload
@@ -150,11 +147,12 @@ def an_audit(evil):
     agree = dict(
         total=0.1, total_low=0.0, total_high=0.2, per_param=0.1, per_param_low=0.0, per_param_high=0.2, p=0.5, kept=0.5
     )
+    signals, values = ("gain" + evil("gain"), "n_params", "1/n_params"), {u.name: float(i) for i, u in enumerate(units)}
     return SignalAudit(
         units,
-        {u.name: one for u in units},
-        {s: {u.name: float(i) for i, u in enumerate(units)} for s in ("gain" + evil("gain"), "n_params", "1/n_params")},
-        {s: agree for s in ("gain" + evil("gain"), "n_params", "1/n_params")},
+        dict.fromkeys(values, one),
+        {s: dict(values) for s in signals},
+        dict.fromkeys(signals, agree),
         agree,
         dict(total=0.5, per_param=0.5),
         "advice" + evil("advice"),

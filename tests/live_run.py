@@ -6,7 +6,7 @@ import ipywidgets as W
 from alf_nb.core.policies import BudgetPolicy, ThresholdPolicy
 from alf_nb.core.records import Scores
 from alf_nb.core.runlog import RunLog
-from alf_nb.widgets.base import _all
+from alf_nb.widgets.parts import all_widgets
 from fake_run import fake_units
 
 
@@ -163,7 +163,7 @@ class Sent:
     "Bytes that a box of widgets sends to the page"
     def __init__(self, box):
         self.n, self.by = 0, {}
-        for w in _all(box):
+        for w in all_widgets(box):
             if isinstance(w, W.Widget): w.observe(self._count, list(w.keys))
 
     def _count(self, change):

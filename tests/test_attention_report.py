@@ -48,7 +48,8 @@ def sound(html):
 def a_shift(layers=30, heads=9, name='after training'):
     rng = random.Random(0)
     ks = 'entropy', 'distance', 'central', 'first'
-    grid = lambda s: {k: [[rng.gauss(0, s) for _ in range(heads)] for _ in range(layers)] for k in ks}
+    rows = lambda s: [[rng.gauss(0, s) for _ in range(heads)] for _ in range(layers)]
+    grid = lambda s: {k: rows(s) for k in ks}
     o = {k: dict(before=.2, after=.21, change=.01, low=.004, high=.016) for k in ks}
     return AttentionShift(
         grid(1),

@@ -314,10 +314,8 @@ def poisoned(x, evil):
     if isinstance(x, str): return x + evil
     if not isinstance(x, dict): return x
     free = lambda k: "." in k or k in ("embeddings", "norm", "domain", "other")
-    return {
-        (k + evil if free(k) else k): v if k in fixed or (k, v) == ("signal", "gain") else poisoned(v, evil)
-        for k, v in x.items()
-    }
+    key = lambda k: k + evil if free(k) else k
+    return {key(k): v if k in fixed or (k, v) == ("signal", "gain") else poisoned(v, evil) for k, v in x.items()}
 
 
 def test_no_text_becomes_an_element(good, tmp_path):

@@ -104,12 +104,13 @@ def plain(text): return "".join(text.split())
 
 def sight(obj):
     "(kind, source) of everything that the object shows"
-    from alf_nb.widgets.base import View, _all
+    from alf_nb.widgets.base import View, still_bundle
+    from alf_nb.widgets.parts import all_widgets
     if isinstance(obj, View):
         return [
             ("html", obj.static_html()),
-            ("html", obj._still_bundle()["text/html"]),
-            *(("html", w.value) for w in _all(obj.box) if type(w).__name__ == "HTML"),
+            ("html", still_bundle(obj)["text/html"]),
+            *(("html", w.value) for w in all_widgets(obj.box) if type(w).__name__ == "HTML"),
         ]
     return [(k, getattr(obj, f"_repr_{k}_")()) for k in ("markdown", "html") if hasattr(obj, f"_repr_{k}_")]
 
@@ -213,9 +214,9 @@ def test_files_in_markdown_hold_no_element_of_the_payload(tmp_path, payload):
     "name", ["ThresholdPicker", "SelectionMap", "TrainingDashboard", "AttentionViewer", "CompareView"]
 )
 def test_what_a_view_sends_to_the_browser_can_be_encoded_and_hides_nothing(tmp_path, name):
-    from alf_nb.widgets.base import _all
+    from alf_nb.widgets.parts import all_widgets
     view = MAKERS[name](tmp_path, the_same("\ud800\u202e\x1b x"))
-    try: sent = json.dumps([w.get_state() for w in _all(view.box)], ensure_ascii=False, default=str)
+    try: sent = json.dumps([w.get_state() for w in all_widgets(view.box)], ensure_ascii=False, default=str)
     finally: view.close()
     sent.encode()
     assert not re.search("[\u202e\x1b]", sent) and "u202e" in sent

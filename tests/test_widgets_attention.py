@@ -4,9 +4,11 @@ import re, sys
 import numpy as np
 import pytest
 
-from alf_nb.widgets.attention import AttentionViewer, as_maps, head_change, head_grid, head_sharpness, pool, square_map
-from alf_nb.widgets.attention import token_text
-from alf_nb.widgets.base import _all, ticker
+from alf_nb.widgets.attention import AttentionViewer
+from alf_nb.widgets.heads import as_maps, head_change, head_grid, head_sharpness, pool, square_map
+from alf_nb.widgets.heads import token_text
+from alf_nb.widgets.base import ticker
+from alf_nb.widgets.parts import all_widgets
 
 sys.path.insert(0, __file__.rpartition('/')[0])
 from fake_run import fake_run  # noqa: E402
@@ -202,9 +204,9 @@ def test_a_long_text(view):
         and v.strip.value.count('<span') == 128
         and '>149<' in v.strip.value
     )
-    assert 'class=now' in v.strip.value
+    assert 'class="now"' in v.strip.value
     v.token.value = 0
-    assert v.strip.value.count('<span') == 128 and 'class=now' in v.strip.value
+    assert v.strip.value.count('<span') == 128 and 'class="now"' in v.strip.value
 
 
 def test_it_can_bear_the_name_of_a_run(tmp_path, view):
@@ -221,7 +223,7 @@ def test_picture_and_close():
         and 'http' not in v.static_html()
         and '<script' not in p
     )
-    ws = _all(v.box)
+    ws = all_widgets(v.box)
     v.close()
     assert all(w.comm is None for w in ws)
     assert repr(v) == 'AttentionViewer: 3 layers, 4 heads, 6 tokens, before and after'

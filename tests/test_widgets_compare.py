@@ -5,8 +5,9 @@ import pytest
 
 from alf_nb.report.comparison import compare_runs
 from alf_nb.core.runlog import RunLog
-from alf_nb.widgets.base import LogReader, _all, follow, ticker
-from alf_nb.widgets.compare import CURVES, CompareView, Followed, differences, short_names
+from alf_nb.widgets.base import LogReader, follow, ticker
+from alf_nb.widgets.parts import all_widgets
+from alf_nb.widgets.compare import CURVES, CompareView, Followed, _points, differences, short_names
 
 sys.path.insert(0, __file__.rpartition('/')[0])
 from fake_run import fake_run, fake_units  # noqa: E402
@@ -108,7 +109,7 @@ def test_every_curve(runs, view, curve, over):
         and 'role="img"' in v.chart.value
         and f'{curve[1:]} by {"step" if over == "steps" else "seconds"}' in v.chart.value
     )
-    x = v._points(0)[0]
+    x = _points(v, 0)[0]
     assert x == sorted(x) and max(x) == (60 if over == 'steps' else pytest.approx(60*1.35, abs=4))
 
 
@@ -194,7 +195,7 @@ def test_picture_and_close(runs):
     v = CompareView(runs)
     p = v.picture()
     assert v.table.value in p and v.chart.value in p and 'http' not in v.static_html() and 'id=' not in v.static_html()
-    ws = _all(v.box)
+    ws = all_widgets(v.box)
     v.close()
     assert all(w.comm is None for w in ws) and repr(v) == 'CompareView of a, b, c'
 

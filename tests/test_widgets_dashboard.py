@@ -4,7 +4,8 @@ import re, sys, threading, time
 import pytest
 
 from alf_nb.core.runlog import RunLog
-from alf_nb.widgets.base import _all, ticker
+from alf_nb.widgets.base import ticker
+from alf_nb.widgets.parts import all_widgets
 from alf_nb.widgets.dashboard import TrainingDashboard, last_line
 
 sys.path.insert(0, __file__.rpartition('/')[0])
@@ -32,7 +33,7 @@ def live(tmp_path):
     run.close()
 
 
-def words(d): return d._words()[:2]
+def words(d): return d.happening()[:2]
 def buttons(d): return [b.disabled for b in (d.pause, d.stop)]
 
 
@@ -110,7 +111,7 @@ def test_what_happens_now(live, view, status, activity, kind, says, off):
     live.train(3)
     live.status, live.activity = status, activity
     d = view(live)
-    assert d._words()[0] == kind and says in d.what.value and buttons(d) == off
+    assert d.happening()[0] == kind and says in d.what.value and buttons(d) == off
     assert d.pause.description == ('Resume' if status == 'paused' else 'Pause')
     assert f'alf-dot {kind}' in d.what.value and 'role="status"' in d.what.value
 
@@ -347,7 +348,7 @@ def test_nothing_is_left_after_close(live):
     d = TrainingDashboard(live)
     live.start()
     wait_for(lambda: d.state.step > 3)
-    ws = _all(d.box)
+    ws = all_widgets(d.box)
     d.close()
     d.close()
     assert all(w.comm is None for w in ws)

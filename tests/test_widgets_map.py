@@ -3,6 +3,7 @@ import re, sys
 
 import pytest
 
+import alf_nb.widgets.map
 from alf_nb.core.peers import LISAPolicy
 from alf_nb.core.records import UnitInfo
 from alf_nb.core.runlog import RunLog
@@ -90,13 +91,13 @@ def test_colours_say_what_was_chosen_then(tmp_path, view):
     m = view(tmp_path)
     groups = map_rows(m.state)
     # of what trains, the largest is 1; what is worth nothing or unknown did train all the same
-    assert m._values(groups, 'importance') == [[1., 0], [.5, 1.], [.02, .5]]
-    assert m._values(groups, 'share') == [[.5, 0], [.5, .5], [.5, .5]]
-    assert m._values(groups, 'all') == [[1., .5/.6], [.7, 1.], [1., 1.]]         # b.1.v was not known at first
+    assert m.values(groups, 'importance') == [[1., 0], [.5, 1.], [.02, .5]]
+    assert m.values(groups, 'share') == [[.5, 0], [.5, .5], [.5, .5]]
+    assert m.values(groups, 'all') == [[1., .5/.6], [.7, 1.], [1., 1.]]         # b.1.v was not known at first
     m.zoom.value = 'b.1'
-    assert m._values(map_rows(m.state, 'b.1'), 'importance') == [[0, 0], [0, 1.], [1., 0]]
+    assert m.values(map_rows(m.state, 'b.1'), 'importance') == [[0, 0], [0, 1.], [1., 0]]
     m.zoom.value = 'b.0'
-    assert m._values(map_rows(m.state, 'b.0'), 'importance') == [[1., 0], [0, .5], [.02, 0]]
+    assert m.values(map_rows(m.state, 'b.0'), 'importance') == [[1., 0], [0, .5], [.02, 0]]
 
 
 def test_a_policy_without_scores(tmp_path, view):
@@ -154,12 +155,13 @@ def test_updates_are_small(tmp_path, view, interval):
     run.close()
 
 
-def test_nothing_new_sends_nothing(live, view):
+def test_nothing_new_sends_nothing(live, view, monkeypatch):
     live.begin()
     live.train(40)
     m = view(live)
     sent = Sent(m.box)
-    m._picture = m._hover = lambda: pytest.fail('drawn again')
+    again = lambda m: pytest.fail('drawn again')
+    for part in ('_picture', '_hover'): monkeypatch.setattr(alf_nb.widgets.map, part, again)
     for _ in range(5):
         # nothing has to wait, but nothing is new
         m.at_once()
@@ -176,7 +178,7 @@ def test_a_resumed_run_forgets_what_came_later(tmp_path, view):
     m.at_once()
     assert (
         'up to step 31' in m.drawing.value
-        and len(m.state.selections) == len(m._values(map_rows(m.state), 'share')) == 2
+        and len(m.state.selections) == len(m.values(map_rows(m.state), 'share')) == 2
     )
 
 

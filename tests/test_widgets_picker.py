@@ -10,8 +10,10 @@ from alf_nb.core.policies import BudgetPolicy, FullPolicy, ThresholdPolicy, budg
 from alf_nb.core.policies import threshold_for_budget
 from alf_nb.core.records import Scores, Selection, UnitInfo
 from alf_nb.core.runlog import RunLog
-from alf_nb.widgets.base import _all, ticker
-from alf_nb.widgets.picker import ADAMW_BYTES, ThresholdPicker
+from alf_nb.widgets.base import ticker
+from alf_nb.widgets.parts import all_widgets
+from alf_nb.widgets.choice import ADAMW_BYTES
+from alf_nb.widgets.picker import ThresholdPicker
 from alf_nb.report.bars import BarChart, _layer_names
 
 sys.path.insert(0, __file__.rpartition('/')[0])
@@ -224,7 +226,7 @@ def test_hostile_names_are_text(picker):
 def test_updates_are_small_and_quick(picker):
     p = picker(scores=scores, units=units)
     sent = []
-    for w in _all(p.box): w.observe(lambda c: sent.append(len(str(c['new']).encode())))
+    for w in all_widgets(p.box): w.observe(lambda c: sent.append(len(str(c['new']).encode())))
     took = []
     for i in range(1, 40):
         for slider, v in ((p.threshold_slider, i/42), (p.budget_slider, i/41)):
@@ -239,14 +241,14 @@ def test_updates_are_small_and_quick(picker):
 def test_a_look_at_another_step_is_small_too(picker, tmp_path):
     p = picker(fake_run(tmp_path))
     sent = []
-    for w in _all(p.box): w.observe(lambda c: sent.append(len(str(c['new']).encode())))
+    for w in all_widgets(p.box): w.observe(lambda c: sent.append(len(str(c['new']).encode())))
     for i in range(3):
-        wait_for(lambda: p._hovered == p._seen_data)
+        wait_for(lambda: p._hovered == p._data)
         with p.lock:                            # what the pointer tells is sent on its own, a tick later
             del sent[:]
             p.step.value = i
             assert 3_000 < sum(sent) < 20_000
-        wait_for(lambda: p._hovered == p._seen_data)
+        wait_for(lambda: p._hovered == p._data)
         assert sum(sent) < 42_000
 
 
@@ -298,7 +300,8 @@ def test_the_policy_in_force_is_the_last_one_chosen(picker, tmp_path):
 
 def test_importance_is_that_of_units_that_may_be_chosen(picker):
     p = picker(scores=Scores('gain', {**scores.values, 'embeddings': 1e9}), units=units)
-    assert max(v for v in p._imp.values() if v is not None) == 1 and 'embeddings' not in p._imp
+    importance = p._choice.importance
+    assert max(v for v in importance.values() if v is not None) == 1 and 'embeddings' not in importance
 
 
 def test_apply_at_the_next_reselection(picker, tmp_path):
@@ -388,7 +391,7 @@ def test_a_recorded_run_is_reproduced_at_every_step(picker, tmp_path):
     assert (
         f'<b>{len(here-there)}</b> only here' in p.said.value and f'<b>{len(there-here)}</b> only there' in p.said.value
     )
-    wait_for(lambda: p._hovered == p._seen_data)        # the words under the pointer follow a tick later
+    wait_for(lambda: p._hovered == p._data)        # the words under the pointer follow a tick later
 
 
 def test_recorded_runs_without_scores_in_their_selections(picker, tmp_path):
@@ -451,7 +454,7 @@ def test_closing_lets_go(tmp_path):
     assert heard() == n-1
     slider.value = .9
     run.train(2)
-    assert p.by is None and slider.comm is None and all(w.comm is None for w in _all(p.box))
+    assert p.by is None and slider.comm is None and all(w.comm is None for w in all_widgets(p.box))
 
 
 # ---- the chart
@@ -468,9 +471,8 @@ def test_bars_of_odd_models():
         [UnitInfo(f'l.{i}', 'l', 'matrix', f'r{i}', 5, 1) for i in range(12)],
     ):
         c = BarChart(us)
-        svg = c.svg(
-            {u.name: None for u in us}, [u.name for u in us[:1]], [u.name for u in us], 0.5, us[0].name if us else ''
-        )
+        names = [u.name for u in us]
+        svg = c.svg(dict.fromkeys(names), names[:1], names, 0.5, names[0] if us else '')
         assert svg.count('M') >= len(us) and c.frame(svg, 'label').count('<svg') == 1
         assert c.legend().count('<li>') <= 9 and c.hover(lambda u: u.name).count('<i title') == len(us)
     assert {'encoder.block.0', 'decoder.block.0'} <= set(

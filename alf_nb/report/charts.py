@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/07_report/charts.html.md"""
 
 # %% auto #0
 __all__ = ['MOST_SHOWN', 'held_out', 'loss_lines', 'held_out_lines', 'rate_chart', 'loss_figure', 'loss_chart', 'drawn_units',
-           'drawn_layers', 'importance_bars', 'most_trained', 'switch_key', 'layer_map', 'role_maps', 'held',
+           'drawn_layers', 'importance_bars', 'most_trained', 'switch_key', 'layer_map', 'role_maps', 'stairs',
            'state_chart', 'memory_chart']
 
 # %% ../../nbs/07_report/09_charts.ipynb #b5cb031b
@@ -235,8 +235,8 @@ def role_maps(
     out = band_map(bands, label, (0, max(steps, 1)), left, legend=band_legend())
     return Html(out + (_importance_table(state, roles, scores, left) if scores.known else ''))
 
-# %% ../../nbs/07_report/09_charts.ipynb #b60d09c7
-def held(
+# %% ../../nbs/07_report/09_charts.ipynb #72612af0
+def stairs(
     xs, # steps at which a value begins
     ys, # values
     end # step at which the last one ends
@@ -244,7 +244,7 @@ def held(
     "x and y of stairs"
     return [v for a, b in zip(xs, [*xs[1:], end]) for v in (a, max(a, b))], [y for y in ys for _ in '12']
 
-# %% ../../nbs/07_report/09_charts.ipynb #793b0884
+# %% ../../nbs/07_report/09_charts.ipynb #b571ce39
 def _unit(top):
     "(1024 to a power, its name) that suits a number of bytes"
     i = min(4, max(0, int(math.log(top, 1024))))
@@ -252,7 +252,7 @@ def _unit(top):
 
 def _stack_of(k, name, c, events, x, end, of, last):
     "One kind of state as an area"
-    x, y = held(x, [(e.get(k) or 0)/of for e in events], end)
+    x, y = stairs(x, [(e.get(k) or 0)/of for e in events], end)
     x = [v + i*1e-6 for i, v in enumerate(x)]                    # equal x would merge in the stack
     return dict(name=name, x=x, y=y, c=c, kind='area', last=human_bytes(last([e.get(k) or 0 for e in events])))
 

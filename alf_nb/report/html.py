@@ -108,13 +108,14 @@ def status_line(
     "A sentence that a screen reader says when it changes"
     return tag('p', text, cls=f'alf-said {kind}'.strip(), role='status')
 
-# %% ../../nbs/07_report/02_html.ipynb #f5edac7e
+# %% ../../nbs/07_report/02_html.ipynb #0908ea04
 def data_table(
     head,        # column names, text
     rows,        # rows of cells, HTML
     caption:str, # what it shows, text
     words=(0,),  # columns that hold words
-    style=''     # further classes
+    style='',    # further classes
+    label=None   # for a screen reader; default: the caption
 )->str:
     "A table that scrolls in itself"
     cls = ['txt' if i in words else None for i in range(len(head))]
@@ -124,7 +125,7 @@ def data_table(
         cells = (tag('td', c, cls=k) for c, k in zip(rest, cls[1:]))
         return tag('tr', tag('th', first, scope='row', cls=cls[0]), *cells)
     parts = tag('caption', escape(caption)), tag('thead', tag('tr', th)), tag('tbody', *map(tr, rows))
-    return scrolled(tag('table', *parts, cls=f'data {style}'.strip()), caption)
+    return scrolled(tag('table', *parts, cls=f'data {style}'.strip()), label or caption)
 
 def scrolled(
     inside,    # a table

@@ -27,10 +27,19 @@ CELL = {
 LOOK = """() => {
   const out = Array.from(document.querySelectorAll('.jp-OutputArea-output'));
   const all = out.flatMap(o => Array.from(o.querySelectorAll('*')));
-  const bad = all.filter(e => e.matches('script,iframe,object,embed,link,meta,base,form,svg[onload],details[ontoggle],mjx-container,.MathJax')
-                          || e.matches('a[href]:not([href^="#"])') || e.matches('img:not([src^="data:image/png;base64,"])')
-                          || Array.from(e.attributes).some(a => a.name.startsWith('on') || ['srcdoc', 'formaction', 'action'].includes(a.name) || /^\\s*javascript:/i.test(a.value)));
-  return {ran: window.ran === undefined ? 0 : window.ran, bad: bad.map(e => e.outerHTML.slice(0, 200)), outputs: out.length, text: out.map(o => o.textContent).join(' '), errors: document.querySelectorAll('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').length};
+  const never = 'script,iframe,object,embed,link,meta,base,form,svg[onload],details[ontoggle],mjx-container,.MathJax';
+  const elsewhere = 'a[href]:not([href^="#"]),img:not([src^="data:image/png;base64,"])';
+  const does = a => a.name.startsWith('on') || ['srcdoc', 'formaction', 'action'].includes(a.name)
+                    || /^\\s*javascript:/i.test(a.value);
+  const bad = all.filter(e => e.matches(never) || e.matches(elsewhere) || Array.from(e.attributes).some(does));
+  const failed = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]';
+  return {
+    ran: window.ran === undefined ? 0 : window.ran,
+    bad: bad.map(e => e.outerHTML.slice(0, 200)),
+    outputs: out.length,
+    text: out.map(o => o.textContent).join(' '),
+    errors: document.querySelectorAll(failed).length,
+  };
 }"""
 
 

@@ -18,7 +18,8 @@ class Slow(TrainerCallback):
 def start(out, steps=2000):
     torch.manual_seed(0); torch.set_num_threads(1)
     args = TrainingArguments(out, max_steps=steps, report_to=[], use_cpu=True, save_strategy='no', logging_steps=1)
-    return train_in_background(Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[ALFCallback(budget=.25, interval=100), Slow()]))
+    callbacks = [ALFCallback(budget=.25, interval=100), Slow()]
+    return train_in_background(Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=callbacks))
 def share(step=None): return round(run.callback.selection.share, 3)
 """
 
