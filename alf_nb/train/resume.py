@@ -24,7 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from ..core.foreign import open_plain, read_plain
 from ..kernels.plan import empty_reference
-from ..model.optim import FIRST_MOMENTS, STATE_MODES, _entry, _is_repeated, _members, _tensors
+from ..model.packing import _is_repeated
+from ..model.offload import FIRST_MOMENTS, STATE_MODES, _entry
+from ..model.states import _members, _tensors
 from ..core.policies import POLICIES
 from ..core.policy import Policy, match_units
 from ..core.records import KINDS, Selection

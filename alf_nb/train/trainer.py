@@ -28,11 +28,23 @@ from ..core.files import replacing
 from ..kernels.plan import compile_kernels
 from ..model.layers import partition_layers
 from ..core.lock import RunLock
-from ..model.optim import _bare, _has_to_move, OffloadedStates, FrozenGuard, _first_states, _groups, _is_readable
-from ..model.optim import _learning_rates, _pack_states, _pop_state, _rate_sources, _safe_classes, _sample_bits
-from ..model.optim import _set_first_states, _state_classes, _state_of, _states, _unpack_states, apply_selection
-from ..model.optim import check_last_update, check_optimizer, check_state, find_ddp, gradient_bytes, last_update
-from ..model.optim import optimizer_bytes, rebuild_ddp_buckets
+from ..model.optim import _first_states
+from ..model.updates import _bare, _has_to_move, _is_readable
+from ..model.bits import FrozenGuard
+from ..model.offload import OffloadedStates
+from ..model.states import _groups
+from ..model.optim import _pop_state
+from ..model.updates import _learning_rates, _rate_sources
+from ..model.bits import _sample_bits
+from ..model.packing import _pack_states, _safe_classes
+from ..model.optim import _set_first_states, _state_of, apply_selection
+from ..model.packing import _state_classes, _unpack_states
+from ..model.states import _states
+from ..model.optim import check_state, find_ddp
+from ..model.updates import check_last_update, last_update
+from ..model.states import check_optimizer, gradient_bytes
+from ..model.optim import rebuild_ddp_buckets
+from ..model.states import optimizer_bytes
 from ..core.policies import POLICIES, with_target
 from ..core.policy import Policy, _candidates, _meant, match_units
 from ..signals.probe import _NothingToCompare, _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size
