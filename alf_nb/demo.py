@@ -15,33 +15,22 @@ from transformers import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 # %% ../nbs/10_app/01_demo.ipynb #1b784230
-_families = dict(
-    llama=(
-        AutoModelForCausalLM,
-        LlamaConfig,
-        lambda n: dict(
-            hidden_size=32,
-            num_hidden_layers=n,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=512,
-        ),
-    ),
-    gpt2=(AutoModelForCausalLM, GPT2Config, lambda n: dict(n_embd=32, n_layer=n, n_head=4, n_positions=512)),
-    bert=(
-        AutoModelForMaskedLM,
-        BertConfig,
-        lambda n: dict(
-            hidden_size=32,
-            num_hidden_layers=n,
-            num_attention_heads=4,
-            intermediate_size=64,
-            max_position_embeddings=512,
-        ),
-    ),
+_NO_DROPOUT = dict(
+    llama={},
+    gpt2=dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), 0.),
+    bert=dict.fromkeys(('hidden_dropout_prob', 'attention_probs_dropout_prob'), 0.),
 )
+_FAMILIES = dict(llama=(AutoModelForCausalLM, LlamaConfig), gpt2=(AutoModelForCausalLM, GPT2Config),
+                 bert=(AutoModelForMaskedLM, BertConfig))
 
+def _sizes(family, blocks):
+    "The family's names for the sizes of a tiny model"
+    if family == 'gpt2': return dict(n_embd=32, n_layer=blocks, n_head=4, n_positions=512)
+    sizes = dict(hidden_size=32, num_hidden_layers=blocks, num_attention_heads=4)
+    if family == 'llama': sizes['num_key_value_heads'] = 2
+    return sizes | dict(intermediate_size=64, max_position_embeddings=512)
+
+# %% ../nbs/10_app/01_demo.ipynb #7249259c
 def demo_model(
     family:str='llama',  # `llama`, `gpt2` or `bert`
     blocks:int=4,        # transformer blocks
@@ -50,28 +39,10 @@ def demo_model(
     **config             # other settings of the family's config, such as `tie_word_embeddings=True`
 ):
     "A tiny model with random weights, fp32 on the CPU, in training mode without dropout"
-    if family not in _families: raise ValueError(f"unknown family {family!r}; families are {', '.join(_families)}")
-    auto, cls, sizes = _families[family]
-    no_dropout = (
-        {}
-        if family == 'llama'
-        else dict.fromkeys(
-            (
-                ('resid_pdrop', 'embd_pdrop', 'attn_pdrop')
-                if family == 'gpt2'
-                else ('hidden_dropout_prob', 'attention_probs_dropout_prob')
-            ),
-            0.0,
-        )
-    )
-    cfg = cls(
-        **{
-            **sizes(blocks),
-            **no_dropout,
-            **dict(vocab_size=vocab_size, initializer_range=0.08, pad_token_id=0, bos_token_id=1, eos_token_id=1),
-            **config,
-        }
-    )
+    if family not in _FAMILIES: raise ValueError(f"unknown family {family!r}; families are {', '.join(_FAMILIES)}")
+    auto, cls = _FAMILIES[family]
+    tokens = dict(vocab_size=vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    cfg = cls(**{**_sizes(family, blocks), **_NO_DROPOUT[family], 'initializer_range': .08, **tokens, **config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto.from_config(cfg, dtype=torch.float32).train()

@@ -140,109 +140,118 @@ def child(a):
     print(json.dumps(dict(peak_bytes=peak_now(a['device']), before_bytes=before)))
 
 
-def main():
+SWEEPS = ('size', 'length', 'budget', 'peak')
+
+
+def options():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     ap.add_argument('--limit', type=float, default=340, help="seconds that the whole run may take")
     ap.add_argument('--repeats', type=int, default=6)
     ap.add_argument('--threads', type=int, default=torch.get_num_threads())
     ap.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
-    ap.add_argument(
-        '--only', nargs='+', default=('size', 'length', 'budget', 'peak'), choices=('size', 'length', 'budget', 'peak')
-    )
+    ap.add_argument('--only', nargs='+', default=SWEEPS, choices=SWEEPS)
     ap.add_argument('--quick', action='store_true', help="smallest cases, nothing appended")
     ap.add_argument('--child', help=argparse.SUPPRESS)
-    a = ap.parse_args()
+    return ap.parse_args()
+
+
+def cases(quick):
+    "(sweep, shape, length, methods with their budgets)"
+    shapes, lengths, budgets = (SHAPES[:2], LENGTHS[:2], BUDGETS[1:3]) if quick else (SHAPES, LENGTHS, BUDGETS)
+    middle = shapes[min(2, len(shapes)-1)]
+    yield from (('size', s, LENGTH, METHODS) for s in shapes)
+    yield from (('length', middle, l, METHODS) for l in lengths)
+    yield 'budget', middle, LENGTH, (('full', None), *(('alf', b) for b in budgets), ('lora', None))
+    yield from (('peak', s, LENGTH, METHODS) for s in (shapes[:1] if quick else shapes))
+
+
+def work_of(computed, rounds):
+    "FLOPs that a case will take"
+    steps = sum(rounds*(e.forward_flops + e.backward_flops) for e in computed)
+    return steps + sum((2 + rounds)*computed[0].flops for e in computed if e.method == 'alf')
+
+
+def need_of(computed, sweep):
+    "Bytes that a case will take: one process after the other, or all models side by side"
+    if sweep == 'peak': return max(e.total_bytes for e in computed)
+    return sum(e.weight_bytes + e.state_bytes for e in computed) + max(e.activation_bytes + e.cast_bytes
+                                                                       for e in computed)
+
+
+def measure_side_by_side(shape, methods, length, bf16, device, repeats):
+    "Rows of one case, methods taking turns"
+    base = build(shape, device)
+    meters = [meter(copy.deepcopy(base), m, b or BUDGET, length, bf16) for m, b in methods]
+    del base
+    for r in range(repeats):
+        for i in range(len(meters)):
+            m = meters[(i+r) % len(meters)][0]
+            if m.alf and r % 2 == 0: m.probe()
+            if m.alf and r % 3 == 1: m.select()
+            m.step(measure=m.alf is not None)
+    costs = [m.costs().to_dict() | dict(peak_bytes=None) for m, _ in meters]
+    return [dict(method=n, budget=b, units=u, costs=c) for (n, b), (_, u), c in zip(methods, meters, costs)]
+
+
+def measure_peaks(shape, methods, length, bf16, device, threads):
+    "Rows of one case, each method in a process of its own"
+    peak = lambda m, b: peak_of(shape, m, b or BUDGET, length, bf16, device, threads)
+    return [dict(method=m, budget=b, **peak(m, b)) for m, b in methods]
+
+
+def show(row, full):
+    "A line for a row; `full`: costs of training everything"
+    head = f"{row['sweep']:7}{row['shape']['name']:5}{row['length']:5} {row['method']:5}{row['budget'] or '':5}"
+    if row['sweep'] == 'peak':
+        peak, before = row['peak_bytes']/2**30, row['before_bytes']/2**30
+        return print(f"{head} process peak {peak:6.2f} GB, {before:.2f} before the model", flush=True)
+    c = row['costs']
+    step = lambda c: sum(c[k] for k in ('forward_s', 'backward_s', 'optimizer_s'))
+    print(f"{head} forward {c['forward_s']*1e3:7.1f} backward {c['backward_s']*1e3:7.1f} optimizer"
+          f" {c['optimizer_s']*1e3:7.1f} ms, {step(c)/step(full):.2f} of full", flush=True)
+
+
+def settings(a, bf16, weights):
+    "What all rows share"
+    return dict(rank=RANK, bf16=bf16, weights=weights, batch_size=1, repeats=a.repeats, quick=a.quick, seed=0,
+                date=str(date.today()), versions=versions(), device=device_name(a.device), cores=os.cpu_count())
+
+
+def no_room(case, a, work, need, pace, t0):
+    "Why a case is left out; None: it is measured"
+    sweep, _, _, methods = case
+    # a process needs seconds to start
+    left, takes = a.limit - (time.perf_counter()-t0), work/pace + (8*len(methods) if sweep == 'peak' else 0)
+    if not a.quick and takes > left: return f"about {takes:.0f} s with {left:.0f} s left"
+    return f"needs {need*1.2/2**30:.1f} GB" if need*1.2 > available_bytes(a.device) else None
+
+
+def main():
+    a = options()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter('ignore', FutureWarning)
     if a.child: return child(json.loads(a.child))
     torch.set_num_threads(a.threads)
-    t0, bf16, weights = time.perf_counter(), supports_bf16(a.device), 'mixed' if supports_bf16(a.device) else 'fp32'
-    shapes, lengths, budgets = (SHAPES[:2], LENGTHS[:2], BUDGETS[1:3]) if a.quick else (SHAPES, LENGTHS, BUDGETS)
-    middle = shapes[min(2, len(shapes)-1)]
-    same = dict(
-        rank=RANK,
-        bf16=bf16,
-        weights=weights,
-        batch_size=1,
-        repeats=a.repeats,
-        quick=a.quick,
-        seed=0,
-        date=str(date.today()),
-        versions=versions(),
-        device=device_name(a.device),
-        cores=os.cpu_count(),
-    )
-    cases = [('size', s, LENGTH, METHODS) for s in shapes]
-    cases += [('length', middle, l, METHODS) for l in lengths] + [
-        ('budget', middle, LENGTH, (('full', None), *(('alf', b) for b in budgets), ('lora', None)))
-    ]
-    cases += [('peak', s, LENGTH, METHODS) for s in (shapes[:1] if a.quick else shapes)]
-    pace = 2e10                            # FLOPs per second so far: a guess before the first case
-    for sweep, shape, length, methods in cases:
+    t0, bf16 = time.perf_counter(), supports_bf16(a.device)
+    weights = 'mixed' if bf16 else 'fp32'
+    same, pace = settings(a, bf16, weights), 2e10          # FLOPs per second so far: a guess before the first case
+    for case in cases(a.quick):
+        sweep, shape, length, methods = case
         if sweep not in a.only: continue
         computed = [extrapolate(shape, m, b or BUDGET, length=length, weights=weights, rank=RANK) for m, b in methods]
-        rounds = 2 if sweep == 'peak' else 1 + a.repeats
-        work = sum(
-            rounds * (e.forward_flops + e.backward_flops) + (2 + rounds if e.method == 'alf' else 0) * computed[0].flops
-            for e in computed
-        )
-        need = (
-            max(e.total_bytes for e in computed)
-            if sweep == 'peak'
-            else sum(e.weight_bytes + e.state_bytes for e in computed)
-            + max(e.activation_bytes + e.cast_bytes for e in computed)
-        )
-        # a process needs seconds to start
-        left, takes = a.limit - (time.perf_counter() - t0), work/pace + (8*len(methods) if sweep == 'peak' else 0)
-        if not a.quick and takes > left:
-            print(f"left out: {sweep} {shape.name} length {length}, about {takes:.0f} s with {left:.0f} s left")
+        work = work_of(computed, 2 if sweep == 'peak' else 1 + a.repeats)
+        if why := no_room(case, a, work, need_of(computed, sweep), pace, t0):
+            print(f"left out: {sweep} {shape.name} length {length}, {why}")
             continue
-        if need*1.2 > available_bytes(a.device):
-            print(f"left out: {sweep} {shape.name} length {length}, needs {need*1.2/2**30:.1f} GB")
-            continue
-        t1, rows = time.perf_counter(), []
-        if sweep == 'peak':
-            for m, b in methods:
-                rows.append(
-                    dict(method=m, budget=b, **peak_of(shape, m, b or BUDGET, length, bf16, a.device, a.threads))
-                )
+        t1 = time.perf_counter()
+        if sweep == 'peak': rows = measure_peaks(shape, methods, length, bf16, a.device, a.threads)
         else:
-            base = build(shape, a.device)
-            meters = [meter(copy.deepcopy(base), m, b or BUDGET, length, bf16) for m, b in methods]
-            del base
-            for r in range(a.repeats):
-                for i in range(len(meters)):
-                    m = meters[(i+r) % len(meters)][0]
-                    if m.names is not None and r % 2 == 0: m.probe()
-                    if m.names is not None and r % 3 == 1: m.select()
-                    m.step(measure=m.names is not None)
-            for (name, b), (m, picked) in zip(methods, meters):
-                rows.append(
-                    dict(method=name, budget=b, units=picked, costs={**m.costs().to_dict(), 'peak_bytes': None})
-                )
-            del meters, m
-        if sweep != 'peak' and (took := time.perf_counter()-t1) > 2: pace = work/took
-        rows = [
-            dict(sweep=sweep, shape=shape.to_dict(), length=length, **r, **same, t=round(time.time())) for r in rows
-        ]
-        full = rows[0]
-        for r in rows:
-            if sweep == 'peak':
-                print(
-                    f"{sweep:7}{shape.name:5}{length:5} {r['method']:5}{r['budget'] or '':5} process peak"
-                    f" {r['peak_bytes']/2**30:6.2f} GB, {r['before_bytes']/2**30:.2f} before the model",
-                    flush=True,
-                )
-                continue
-            c, f = r['costs'], sum(full['costs'][k] for k in ('forward_s', 'backward_s', 'optimizer_s'))
-            s = sum(c[k] for k in ('forward_s', 'backward_s', 'optimizer_s'))
-            print(
-                f"{sweep:7}{shape.name:5}{length:5} {r['method']:5}{r['budget'] or '':5} forward"
-                f" {c['forward_s']*1e3:7.1f} backward {c['backward_s']*1e3:7.1f} optimizer {c['optimizer_s']*1e3:7.1f}"
-                f" ms, {s/f:.2f} of full",
-                flush=True,
-            )
+            rows = measure_side_by_side(shape, methods, length, bf16, a.device, a.repeats)
+            if (took := time.perf_counter()-t1) > 2: pace = work/took
+        where = dict(sweep=sweep, shape=shape.to_dict(), length=length)
+        rows = [where | r | same | dict(t=round(time.time())) for r in rows]
+        for r in rows: show(r, rows[0].get('costs'))
         if not a.quick:
             with open(RESULTS, 'a', encoding='utf-8') as out:
                 out.writelines(json.dumps(r, separators=(',', ':')) + '\n' for r in rows)

@@ -30,13 +30,19 @@ START = """
 import json, time, torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from alf_nb.all import *
+from alf_nb.sources.losses import supports_bf16
+from alf_nb.train.trainer import versions
 phase, ends = 'start', []
 class Times(TrainerCallback):
     def on_step_end(self, *args, **kw): ends.append((time.perf_counter(), phase))
 model, tokenizer = load_model(progress=False)
 blocks = token_blocks(load_texts(), tokenizer, 128)
-args = TrainingArguments('run', max_steps=20000, per_device_train_batch_size=3, learning_rate=1e-4, logging_steps=1, save_strategy='no', report_to=[], bf16=supports_bf16(), use_cpu=True, dataloader_pin_memory=False)
-run = train_in_background(Trainer(model, args, train_dataset=blocks, data_collator=default_data_collator, callbacks=[ALFCallback(budget=.25, interval=0, probe_batches=2), Times()]))
+args = TrainingArguments('run', max_steps=20000, per_device_train_batch_size=3, learning_rate=1e-4, logging_steps=1,
+                         save_strategy='no', report_to=[], bf16=supports_bf16(), use_cpu=True,
+                         dataloader_pin_memory=False)
+alf = ALFCallback(budget=.25, interval=0, probe_batches=2)
+run = train_in_background(Trainer(model, args, train_dataset=blocks, data_collator=default_data_collator,
+                                  callbacks=[alf, Times()]))
 while run.step < 5 and run.alive: time.sleep(.1)
 views = []
 """
@@ -54,7 +60,9 @@ WATCH = """() => {
   const cell = document.querySelectorAll('.jp-Notebook .jp-CodeCell')[2], times = []; let t0 = null, before = null;
   const said = () => cell.querySelector('.jp-OutputArea').innerText;
   document.addEventListener('keydown', () => { t0 = performance.now(); before = said(); }, true);
-  new MutationObserver(() => { if (t0 !== null && said() !== before) { times.push(performance.now() - t0); t0 = null; } }).observe(cell, {subtree: true, childList: true, characterData: true});
+  new MutationObserver(() => {
+    if (t0 !== null && said() !== before) { times.push(performance.now() - t0); t0 = null; }
+  }).observe(cell, {subtree: true, childList: true, characterData: true});
   window.alfTimes = times;
 }"""
 

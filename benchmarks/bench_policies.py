@@ -27,7 +27,7 @@ from chapters import new_classifier
 ROOT = Path(__file__).parent
 RESULTS = ROOT/'results'/'policies.jsonl'
 
-# beside the named methods: what else a default could be. Those of strata=0 stand beside alf-free
+# beside the named methods: what else a default could be. Those of strata=0 stand beside alf-unstratified
 EXTRA = {
     m.name: m
     for m in (
@@ -43,8 +43,8 @@ EXTRA = {
             strata=0,
         ),
         alf_method(
-            'random-reach',
-            'random matrices within the same budget, the lowest fifth of the blocks left out: the control of alf-quick',
+            'random-top80',
+            'random matrices within the same budget, the lowest fifth of the blocks left out: the control of alf-once',
             selects=False,
             policy=dict(policy='static', where='random', budget=0.25),
             unit='module',
@@ -53,10 +53,15 @@ EXTRA = {
             references='none',
             measure_every=10**6,
         ),
-        alf_method('alf-lean', 'as alf-strata, 10 % of the parameters', **METHODS['alf-strata'].alf, budget=0.1),
         alf_method(
-            'random-lean',
-            'as random-strata, 10 % of the parameters: the control of alf-lean',
+            'alf-once-10pct',
+            'as alf-once-stratified, 10 % of the parameters',
+            **METHODS['alf-once-stratified'].alf,
+            budget=0.1,
+        ),
+        alf_method(
+            'random-10pct',
+            'as random-stratified, 10 % of the parameters: the control of alf-once-10pct',
             selects=False,
             preset='quick',
             budget=0.1,
@@ -65,7 +70,7 @@ EXTRA = {
     )
 }
 
-CORE = ('full', 'alf', 'alf-free', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
+CORE = ('full', 'alf', 'alf-unstratified', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
 # name → task, sequences per step and their length, steps, seeds, methods, rates (None: two of each method's own, and on
 # beyond the better one)
 PLAN = {
@@ -94,7 +99,7 @@ FULL = (3, 256), 120, (0, 1, 2)
 AGAIN = (
     ('chapters', 'steps 60', ('full', 'alf', 'random', 'lora', 'freeze-50')),
     ('gsm8k', 'steps 60', ('full', 'alf', 'random', 'lora')),
-    ('gsm8k', 'wall 150', ('full', 'lora', 'random-strata')),
+    ('gsm8k', 'wall 150', ('full', 'lora', 'random-stratified')),
 )
 
 
@@ -154,15 +159,43 @@ def best_rates(task, results):
     return best | {
         new: best[of]
         for new, of in (
-            ('alf-quick', 'alf-free'),
-            ('alf-strata', 'alf'),
-            ('random-reach', 'random'),
-            ('random-strata', 'random'),
-            ('lora-reach', 'lora'),
+            ('alf-once', 'alf-unstratified'),
+            ('alf-once-stratified', 'alf'),
+            ('random-top80', 'random'),
+            ('random-stratified', 'random'),
+            ('lora-top80', 'lora'),
             ('alf-lora', 'lora'),
         )
         if of in best and new not in best
     }
+
+
+def run_again(name, rule, methods, committed, out):
+    "(method, committed row or None, row of now) of some committed runs; None: none are of this data and rule"
+    task, (what, amount) = make(*PLAN[name][:2]), rule.split()
+    rows = [r for r in committed.values() if r['task'] == f'{task.key}|{rule}']
+    if not rows:
+        print(f"{name}: no committed rows are of this data, these weights and this rule ({task.key}, {rule}): nothing"
+              " to compare")
+        return None
+    of = {m.name: m for m in compare_results(rows)}
+    methods = [m for m in methods if m in of]
+    rates = {m: (of[m].lr,) for m in methods}
+    found = compare_policies(task, methods=methods, rule=what, amount=float(amount), seeds=0, lrs=rates, extend=0,
+                             out=out)
+    print(f"\n{found.title}, seed 0\n\n{'method':12} {'lr':>7}  {'committed':>9}  {'now':>9}  {'difference':>10}")
+    return [(m.name, committed.get(r['key']), r) for m in found for r in m.runs]
+
+
+def beside(method, was, now):
+    "(committed loss, loss of now), printed beside each other; None: they cannot be compared"
+    a, b = (was or {}).get('task_loss'), now['task_loss']
+    if a is None or b is None:
+        why = 'the new run has no loss' if a else 'no committed run has these settings'
+        print(f"{method:12} {now['lr']:7g}  not to be compared: {why}")
+        return None
+    print(f"{method:12} {now['lr']:7g}  {a:9.4f}  {b:9.4f}  {b-a:+10.4f}")
+    return a, b
 
 
 def again(out, names):
@@ -171,53 +204,28 @@ def again(out, names):
     pairs, alone = [], 0
     for name,rule,methods in AGAIN:
         if names and name not in names: continue
-        task, (what, amount) = make(*PLAN[name][:2]), rule.split()
-        rows = [r for r in committed.values() if r['task'] == f'{task.key}|{rule}']
-        if not rows:
-            print(
-                f"{name}: no committed rows are of this data, these weights and this rule ({task.key}, {rule}): nothing"
-                " to compare"
-            )
-            alone += 1
-            continue
-        of = {m.name: m for m in compare_results(rows)}
-        rates = {m: (of[m].lr,) for m in methods if m in of}
-        found = compare_policies(
-            task,
-            methods=[m for m in methods if m in of],
-            rule=what,
-            amount=float(amount),
-            seeds=0,
-            lrs=rates,
-            extend=0,
-            out=out,
-        )
-        print(f"\n{found.title}, seed 0\n\n{'method':12} {'lr':>7}  {'committed':>9}  {'now':>9}  {'difference':>10}")
-        for m in found:
-            for r in m.runs:
-                was = committed.get(r['key'], {}).get('task_loss')
-                if was is None or r['task_loss'] is None:
-                    alone += 1
-                    print(
-                        f"{m.name:12} {r['lr']:7g}  not to be compared:"
-                        f" {'the new run has no loss' if was else 'no committed run has these settings'}"
-                    )
-                    continue
-                pairs.append((f'{name}, {rule}', m.name, was, r['task_loss']))
-                print(f"{m.name:12} {r['lr']:7g}  {was:9.4f}  {r['task_loss']:9.4f}  {r['task_loss']-was:+10.4f}")
+        for method, was, now in run_again(name, rule, methods, committed, out) or [(None, None, None)]:
+            losses = method and beside(method, was, now)
+            if losses: pairs.append((f'{name}, {rule}', method, *losses))
+            else: alone += 1
+    report(pairs, (time.perf_counter()-t0)/60)
+    return 1 if alone or not pairs else 0
+
+
+def report(pairs, minutes):
+    "How many losses and orders are as they were; pairs: (task, method, loss then, loss now)"
     same = sum(abs(a-b) < .01*a for _,_,a,b in pairs)
     order = [(a[0], a[1], b[1], a[2]-b[2], a[3]-b[3]) for i,a in enumerate(pairs) for b in pairs[i+1:] if a[0] == b[0]]
     agree = sum((was < 0) == (now < 0) for *_,was,now in order)
     print(
         f"\n{same} of {len(pairs)} losses are within 1 % of the committed ones; {agree} of {len(order)} pairs of"
-        f" methods come in the committed order. {(time.perf_counter()-t0)/60:.0f} minutes."
+        f" methods come in the committed order. {minutes:.0f} minutes."
     )
     for task,a,b,was,now in order:
         if (was < 0) != (now < 0): print(f"  other order on {task}: {a} less {b} was {was:+.4f}, is {now:+.4f}")
-    return 1 if alone or not pairs else 0
 
 
-def main():
+def options():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     ap.add_argument('--task', choices=PLAN, action='append', help='default: all')
     ap.add_argument('--methods', nargs='+', help=f"of {', '.join([*METHODS, *EXTRA])}")
@@ -232,7 +240,17 @@ def main():
     ap.add_argument('--full', action='store_true', help='the large plan')
     ap.add_argument('--again', action='store_true', help='rerun some committed runs and compare')
     ap.add_argument('--out', type=Path, help='results file')
-    a = ap.parse_args()
+    return ap.parse_args()
+
+
+def rates_of(method, best, planned, full):
+    "Learning rates to try: the best known one, else those of the plan, else two or all of the method's own"
+    if method.name in best: return best[method.name],
+    return planned.get(method.name) or (method.lrs if full else method.lrs[-2:])
+
+
+def main():
+    a = options()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     if a.again: raise SystemExit(again(a.out or Path('runs/evidence/policies.jsonl'), a.task))
@@ -244,18 +262,7 @@ def main():
         chosen = [METHODS.get(m) or EXTRA[m] for m in a.methods or methods]
         out = a.out or RESULTS
         best = best_rates(task, out) if a.wall else {}
-        rates = {
-            m.name: (
-                tuple(a.lrs)
-                if a.lrs
-                else (
-                    (best[m.name],)
-                    if m.name in best
-                    else lrs[m.name] if lrs and m.name in lrs else m.lrs if a.full else m.lrs[-2:]
-                )
-            )
-            for m in chosen
-        }
+        rates = {m.name: tuple(a.lrs or rates_of(m, best, lrs or {}, a.full)) for m in chosen}
         found = compare_policies(
             task,
             methods=chosen,

@@ -12,7 +12,7 @@ from alf_nb.core.format import num, percent
 RESULTS = Path(__file__).resolve().parent/'results'
 SECONDS = 150
 METHODS = {'full': 'full fine-tuning', 'lora': 'LoRA (PEFT)', 'alf': '**alf**, the default',
-           'random-strata': 'as many, drawn by lot', 'lisa': 'LISA'}
+           'random-stratified': 'as many, drawn by lot', 'lisa': 'LISA'}
 
 
 def last(name):
@@ -38,7 +38,8 @@ def methods():
     "Five methods at equal time"
     domains = under_the_clock()
     first = next(iter(domains.values()))
-    lines = [f"| | state | step | {' | '.join(f'loss, {d}' for d in domains)} | forgets |", '|---'*(4+len(domains)) + '|']
+    losses = ' | '.join(f'loss, {d}' for d in domains)
+    lines = [f"| | state | step | {losses} | forgets |", '|---'*(4+len(domains)) + '|']
     for method, name in METHODS.items():
         row = first[method]
         state, step = num(row['state_of_full'], 2), num(row['seconds_per_step']/first['full']['seconds_per_step'], 2)
@@ -54,14 +55,14 @@ def points():
     state, budget = demo['state_bytes_peak']/demo['state_bytes_full'], percent(demo['trainable_share_peak'])
     delta, model = (f'{b/1e6:,.0f} MB' for b in (demo['delta_bytes'], 4*demo['n_total']))
     rows = under_the_clock()
-    gaps = [t['alf']['task_loss'][0] - t['random-strata']['task_loss'][0] for t in rows.values()]
+    gaps = [t['alf']['task_loss'][0] - t['random-stratified']['task_loss'][0] for t in rows.values()]
     return Markdown('\n'.join([
         f"- **Watch and change what learns, while it trains.** A move of the threshold is answered in "
         f"{live['p50_ms']:.0f} ms.",
-        f"- **A third of the training state.** {budget} of the parameters train, {state:.2f} of the bytes that gradients "
-        f"and AdamW take for all; the budget holds at every step.",
+        f"- **A third of the training state.** {budget} of the parameters train, {state:.2f} of the bytes that "
+        f"gradients and AdamW take for all; the budget holds at every step.",
         f"- **A small exact result.** A delta of {delta} instead of a model of {model}; killed and resumed equals "
         f"uninterrupted, bit for bit.",
-        f"- **Honest answers.** `alf compare` asks *your* data whether choosing helps. Here it does not yet beat as many "
-        f"units drawn by lot ({sum(gaps)/len(gaps):+.3f} in loss at equal time).",
+        f"- **Honest answers.** `alf compare` asks *your* data whether choosing helps. Here it does not yet beat as "
+        f"many units drawn by lot ({sum(gaps)/len(gaps):+.3f} in loss at equal time).",
     ]))

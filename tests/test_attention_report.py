@@ -4,12 +4,13 @@ import gc, json, math, pickle, random, re, shutil, weakref
 import pytest
 import torch
 
-import alf_nb.app.finetune, alf_nb.sources.models
+import alf_nb.app.finetune, alf_nb.app.tuned, alf_nb.sources.models
 from alf_nb.study.attention import AttentionSnapshot, compare_attention
 from alf_nb.study.words import passages
 from alf_nb.app.cli import main
 from alf_nb.demo import demo_model, demo_tokenizer
-from alf_nb.app.finetune import finetune, load_tuned, tuned_kind
+from alf_nb.app.finetune import finetune
+from alf_nb.app.tuned import load_tuned, tuned_kind
 from alf_nb.core.shift import AttentionComparison, AttentionShift
 from alf_nb.report.page import report_html
 from alf_nb.report.summary import summarize
@@ -241,7 +242,7 @@ def test_models_of_every_kind_side_by_side(folders, story, tmp_path, capsys, mon
         model, tok = real(*args, **kw)
         alive.append(weakref.ref(model))
         return model, tok
-    for room in (alf_nb.sources.models, alf_nb.app.finetune): monkeypatch.setattr(room, 'load_model', watched)
+    for module in (alf_nb.sources.models, alf_nb.app.tuned): monkeypatch.setattr(module, 'load_model', watched)
     code, out = alf(
         capsys,
         'attention',

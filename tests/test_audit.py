@@ -52,11 +52,13 @@ class Normed(nn.Module):
 
 def everything(model):
     "All that an audit must leave as it is, as comparable values"
+    modes = [m.training for m in model.modules()]
+    wanted, grads = zip(*((p.requires_grad, p.grad) for p in model.parameters()))
     return dict(
         state={k: v.clone() for k, v in model.state_dict().items()},
-        grad=[p.requires_grad for p in model.parameters()],
-        modes=[m.training for m in model.modules()],
-        grads=[p.grad for p in model.parameters()],
+        grad=list(wanted),
+        modes=modes,
+        grads=list(grads),
         torch=torch.get_rng_state(),
         python=random.getstate(),
         numpy=np.random.get_state(),
@@ -287,7 +289,8 @@ def test_errors_say_what_would_work():
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=2, max_size=12))
 def test_rank_correlation_is_spearmans(pairs):
     a, b = map(list, zip(*pairs))
-    def ranks(x): return [sum(v < w for v in x) + (sum(v == w for v in x)-1)/2 for w in x]
+    def rank(w, x): return sum(v < w for v in x) + (sum(v == w for v in x)-1)/2
+    def ranks(x): return [rank(w, x) for w in x]
     ra, rb = np.array(ranks(a)), np.array(ranks(b))
     want = 0. if not ra.std() or not rb.std() else float(np.corrcoef(ra, rb)[0, 1])
     got = rank_correlation(a, b)
@@ -331,11 +334,8 @@ def test_no_choice_keeps_more_than_all():
     for i in range(40):
         rng = np.random.default_rng(i)
         useful, sizes = rng.normal(size=7), rng.integers(1, 9, 7).astype(float)
-        best = max(
-            sum(useful[j] for j in range(7) if m >> j & 1)
-            for m in range(128)
-            if sum(sizes[j] for j in range(7) if m >> j & 1) <= 0.4 * sizes.sum()
-        )
+        sets = [[j for j in range(7) if m >> j & 1] for m in range(128)]
+        best = max(useful[s].sum() for s in sets if sizes[s].sum() <= 0.4 * sizes.sum())
         assert (
             best <= V._most(useful, sizes, 0.4) + 1e-9
             and V._most(useful, sizes, 0.4) <= useful[useful > 0].sum() + 1e-9

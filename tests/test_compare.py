@@ -61,11 +61,11 @@ def test_every_method_trains_on_the_same_batches(task, tmp_path):
     same = {}
     for n,r in rows.items(): same.setdefault(r['task_loss'], []).append(n)
     # no two are the same run, but the second probe may agree with the first
-    assert [v for v in same.values() if len(v) > 1] in ([], [['alf-free', 'alf-static']])
+    assert [v for v in same.values() if len(v) > 1] in ([], [['alf-unstratified', 'alf-static']])
     budgeted = [
         n
         for n in rows
-        if n.startswith('alf') or n in ('random', 'random-strata', 'rotate', 'inverted', 'first', 'last', 'spread')
+        if n.startswith('alf') or n in ('random', 'random-stratified', 'rotate', 'inverted', 'first', 'last', 'spread')
     ]
     assert all(0 < rows[n]['trainable_share_peak'] <= 0.3 for n in budgeted), {
         n: rows[n]['trainable_share_peak'] for n in budgeted
@@ -174,11 +174,11 @@ def test_equal_time_means_equal_time(task, tmp_path):
     )
     compare_policies(
         task,
-        methods=('full', slow, 'alf-quick'),
+        methods=('full', slow, 'alf-once'),
         rule='wall',
         amount=3,
         seeds=0,
-        lrs={'full': (1e-3,), 'alf-quick': (1e-3,)},
+        lrs={'full': (1e-3,), 'alf-once': (1e-3,)},
         out=tmp_path / 'p.jsonl',
         progress=False,
     )

@@ -24,20 +24,31 @@ out, world, rank = Path(sys.argv[1]), int(os.environ.get('WORLD_SIZE', 1)), int(
 
 def job(stage, how):
     "how: 'static', chosen and frozen before the Trainer is made; 'late', frozen after 5 steps; 'callback'"
-    torch.manual_seed(0); AcceleratorState._reset_state(reset_partial_state=True)
-    model = demo_model(); layers = partition_layers(model); before = {k: p.detach().clone() for k, p in model.named_parameters()}
-    chosen = ALFCallback(budget=.3).preview(model); mine = [k for n in chosen.names for k in layers.named_params(n)]
+    torch.manual_seed(0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = demo_model()
+    layers = partition_layers(model)
+    copies = lambda model: {k: p.detach().clone() for k, p in model.named_parameters()}
+    before = copies(model)
+    chosen = ALFCallback(budget=.3).preview(model)
+    mine = [k for n in chosen.names for k in layers.named_params(n)]
     if how == 'static': apply_selection(layers, chosen.names)
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, optimizer=None, **kw):
             if state.global_step == 5 and how == 'late':
-                apply_selection(layers, chosen.names); before.update((k, p.detach().clone()) for k, p in model.named_parameters())
+                apply_selection(layers, chosen.names)
+                before.update(copies(model))
             while hasattr(optimizer, 'optimizer'): optimizer = optimizer.optimizer
-            self.bytes = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.dim())
+            state = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+            self.bytes = sum(v.nbytes for v in state if v.dim())
     watch, said = Watch(), ''
-    args = TrainingArguments(str(out/f'{stage}{how}'), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2, weight_decay=.1, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=3,
-                             deepspeed=dict(zero_optimization=dict(stage=stage), train_micro_batch_size_per_gpu='auto', train_batch_size='auto', gradient_accumulation_steps='auto') if stage else None)
-    trainer = Trainer(model, args, train_dataset=demo_dataset(), callbacks=[watch, *([ALFCallback(budget=.3)] if how == 'callback' else [])])
+    auto = dict.fromkeys(('train_micro_batch_size_per_gpu', 'train_batch_size', 'gradient_accumulation_steps'), 'auto')
+    args = TrainingArguments(
+        str(out/f'{stage}{how}'), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2,
+        weight_decay=.1, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=3,
+        deepspeed=dict(zero_optimization=dict(stage=stage), **auto) if stage else None)
+    alf = [ALFCallback(budget=.3)] if how == 'callback' else []
+    trainer = Trainer(model, args, train_dataset=demo_dataset(), callbacks=[watch, *alf])
     try: trainer.train()
     except ValueError as e: said = str(e)
     after, whole = {}, dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
@@ -46,7 +57,10 @@ def job(stage, how):
             import deepspeed
             with deepspeed.zero.GatheredParameters([p]): after[k] = p.detach().clone()
         else: after[k] = p.detach().clone()
-    (out/f'{stage}{how}{rank}.json').write_text(json.dumps(dict(losses=[h['loss'] for h in trainer.state.log_history if 'loss' in h], moved=[k for k in before if not torch.equal(before[k], after[k])], mine=mine, bytes=getattr(watch, 'bytes', 0), said=said)))
+    losses = [h['loss'] for h in trainer.state.log_history if 'loss' in h]
+    moved = [k for k in before if not torch.equal(before[k], after[k])]
+    row = dict(losses=losses, moved=moved, mine=mine, bytes=getattr(watch, 'bytes', 0), said=said)
+    (out/f'{stage}{how}{rank}.json').write_text(json.dumps(row))
 
 for stage, how in json.loads(sys.argv[2]): job(stage, how)
 '''

@@ -31,9 +31,8 @@ def weights(run): return (run/'delta'/'delta.safetensors').read_bytes()
 
 
 def call(out, **more):
-    return (
-        f"from alf_nb.app.finetune import finetune\nfinetune(out={str(out)!r}, progress=False, **{ {**SHORT, **more} !r})"
-    )
+    how = {**SHORT, **more}
+    return f"from alf_nb.app.finetune import finetune\nfinetune(out={str(out)!r}, progress=False, **{how!r})"
 
 
 def command(out, *more):

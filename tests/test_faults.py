@@ -9,7 +9,7 @@ import torch
 from small_run import same, small_trainer, weights
 from transformers import Trainer, TrainerCallback
 
-from alf_nb.train import trainer as room
+from alf_nb.train import trainer as training
 from alf_nb.core.checkpoints import find_checkpoint
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.core.runlog import RunLog
@@ -51,13 +51,13 @@ def whole(tmp_path_factory):
 
 
 def test_a_full_disk_while_saving(tmp_path, whole, monkeypatch):
-    write, calls = room.save_file, []
+    write, calls = training.save_file, []
 
     def full(tensors, path, **kw):
         calls.append(path)
         if len(calls) == 2: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return write(tensors, path, **kw)
-    monkeypatch.setattr(room, "save_file", full)
+    monkeypatch.setattr(training, "save_file", full)
     with pytest.raises(OSError, match="No space left"): make(tmp_path, alf()).train()
     monkeypatch.undo()
     with pytest.warns(
@@ -120,8 +120,8 @@ def test_an_unwritable_folder(tmp_path):
 
 
 def test_a_clock_that_jumps(tmp_path, whole, monkeypatch):
-    now, jumps = room.time.time, iter([0, -7200, 86400]*10000)
-    monkeypatch.setattr(room.time, "time", lambda: now() + next(jumps))
+    now, jumps = training.time.time, iter([0, -7200, 86400]*10000)
+    monkeypatch.setattr(training.time, "time", lambda: now() + next(jumps))
     t = make(tmp_path, alf())
     t.train()
     assert same(weights(t), whole)  # nothing is decided by the clock

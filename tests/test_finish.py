@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from alf_nb.app import finetune as room
+from alf_nb.app import disk as saves, finetune as finetuning, job as jobs
 from alf_nb.app.publish import card_text
 from alf_nb.core.checkpoints import verify_checkpoint
 from alf_nb.model.delta import apply_delta, read_delta
@@ -84,11 +84,9 @@ def what(folder):
     apply_delta(tensors, folder/"delta")
     log = RunLog(folder)
     kinds = [(e["event"], e["step"]) for e in log.events() if e["event"] not in ("resume", "note")]
-    evals = (
-        [(e["name"], e["when"], e["loss"]) for e in log.events("eval")]
-        + [e["text"] for e in log.events("sample")]
-        + [e["shift"] for e in log.events("attention")]
-    )
+    evals = [(e["name"], e["when"], e["loss"]) for e in log.events("eval")]
+    evals += [e["text"] for e in log.events("sample")]
+    evals += [e["shift"] for e in log.events("attention")]
     summary = json.loads((folder/"summary.json").read_text())
     meta = read_delta(folder/"delta").metadata
     assert (
@@ -124,7 +122,7 @@ def states(folder, run):
 
     def hook(event, args):
         if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"): look()
-    on_step_end, write = room._Bar.on_step_end, RunLog.write
+    on_step_end, write = finetuning._Bar.on_step_end, RunLog.write
 
     def last(self, args, state, control, **kw):
         on_step_end(self, args, state, control, **kw)
@@ -135,12 +133,12 @@ def states(folder, run):
         write(self, *args, **kw)
         look()
     sys.addaudithook(lambda event, args: HOOK and HOOK[0](event, args))
-    room._Bar.on_step_end, RunLog.write = last, writes
+    finetuning._Bar.on_step_end, RunLog.write = last, writes
     HOOK.append(hook)
     try: run()
     finally:
         HOOK.clear()
-        room._Bar.on_step_end, RunLog.write = on_step_end, write
+        finetuning._Bar.on_step_end, RunLog.write = on_step_end, write
     return kept
 
 
@@ -196,7 +194,8 @@ def child(folder, notes, place, save_steps):
             f(*args, **kw)
             here()
         return g
-    setattr(room, name, dying(getattr(room, name)))
+    where = dict(evaluate_loss=jobs, save_delta=saves).get(name, finetuning)
+    setattr(where, name, dying(getattr(where, name)))
     job(notes, Path(folder), save_steps=save_steps)
 
 
@@ -298,13 +297,13 @@ def test_a_second_run_in_a_folder_keeps_what_the_first_one_left(tmp_path, notes)
 @pytest.mark.parametrize("save_steps", [0, 3])
 def test_a_second_run_that_dies_does_not_go_on_from_the_first(tmp_path, notes, monkeypatch, save_steps):
     job(notes, tmp_path, save_steps=2)
-    first, on_step_end = RunLog(tmp_path).begin["run_id"], room._Bar.on_step_end
+    first, on_step_end = RunLog(tmp_path).begin["run_id"], finetuning._Bar.on_step_end
 
     def die(self, args, state, control, **kw):
         if state.global_step == 5: raise KeyboardInterrupt
-    monkeypatch.setattr(room._Bar, "on_step_end", die)
+    monkeypatch.setattr(finetuning._Bar, "on_step_end", die)
     with pytest.raises(KeyboardInterrupt): job(notes, tmp_path, steps=8, save_steps=save_steps)
-    monkeypatch.setattr(room._Bar, "on_step_end", on_step_end)
+    monkeypatch.setattr(finetuning._Bar, "on_step_end", on_step_end)
     second = RunLog(tmp_path).begin["run_id"]
     assert second != first
     if save_steps:
@@ -347,14 +346,14 @@ def pad(log, page=4096):
 
 
 def full_at(monkeypatch, fill, step, left):
-    on_step_end = room._Bar.on_step_end
+    on_step_end = finetuning._Bar.on_step_end
 
     def later(self, args, state, control, **kw):
         on_step_end(self, args, state, control, **kw)
         if state.global_step != step: return
         if not left: pad(Path(args.output_dir)/"events.jsonl")
         fill(left)
-    monkeypatch.setattr(room._Bar, "on_step_end", later)
+    monkeypatch.setattr(finetuning._Bar, "on_step_end", later)
 
 
 def test_a_disk_that_is_full_at_the_delta_loses_no_training(tmp_path, notes, disk, monkeypatch):

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 root = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 # what notebooks, tests and development need, and a training script must not; `IPython` comes along with ipywidgets, so
-# only rooms without widgets do without it
+# only modules without widgets do without it
 TOOLS = [
     'nbdev',
     'execnb',
@@ -162,7 +162,8 @@ import importlib, sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 class Paths(PathFinder):            # a blocked module is not there at all: who asks whether it is gets the right answer
     @classmethod
-    def find_spec(cls, name, path=None, target=None): return None if name.split('.')[0] in {blocked} else super().find_spec(name, path, target)
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split('.')[0] in {blocked} else super().find_spec(name, path, target)
 sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Paths]      # without the finder of the editable install
 for m in {modules}:
     file = importlib.import_module(m).__file__
@@ -173,7 +174,7 @@ for m in {modules}:
     return subprocess.run([sys.executable, '-c', code], cwd=installed, env=env, capture_output=True, text=True)
 
 
-def rooms(keep):
+def module_names(keep):
     "Modules of the package, by file"
     names = [
         '.'.join(p.relative_to(root).with_suffix('').parts).removesuffix('.__init__')
@@ -187,14 +188,14 @@ def test_the_block_works(installed):
     assert "No module named 'nbdev'" in run_installed(installed, ['nbdev'], TOOLS).stderr
 
 
-def test_every_room_works_without_notebook_tools(installed):
-    res = run_installed(installed, rooms(lambda n: True), TOOLS)
+def test_every_module_works_without_notebook_tools(installed):
+    res = run_installed(installed, module_names(lambda n: True), TOOLS)
     assert not res.returncode, res.stderr
 
 
 def test_a_training_script_needs_no_shell_either(installed):
     res = run_installed(
-        installed, rooms(lambda n: 'widgets' not in n and n not in ('alf_nb.all', 'alf_nb.demo')), TOOLS + SHELL
+        installed, module_names(lambda n: 'widgets' not in n and n not in ('alf_nb.all', 'alf_nb.demo')), TOOLS + SHELL
     )
     assert not res.returncode, res.stderr
 
@@ -210,7 +211,8 @@ def test_the_installed_wheel_fine_tunes_from_a_script(installed, tmp_path):
     (tmp_path/'train.py').write_text(f"""
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.app.finetune import finetune
-s = finetune((demo_model(), demo_tokenizer()), {str(tmp_path/'text.txt')!r}, {str(tmp_path/'run')!r}, steps=8, length=32, eval_blocks=2, lr=1e-2, bf16=False, progress=False)
+s = finetune((demo_model(), demo_tokenizer()), {str(tmp_path/'text.txt')!r}, {str(tmp_path/'run')!r}, steps=8,
+             length=32, eval_blocks=2, lr=1e-2, bf16=False, progress=False)
 assert s['domain_loss_after'] < s['domain_loss_before'], s
 """, encoding='utf-8')
     res = run_installed(

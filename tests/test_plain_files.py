@@ -19,7 +19,7 @@ from alf_nb.app.cli import main
 from alf_nb.study.compare import _append
 from alf_nb.model.delta import apply_delta, fingerprint, read_delta, save_delta
 from alf_nb.core.files import write_whole
-from alf_nb.app.finetune import load_tuned
+from alf_nb.app.tuned import load_tuned
 from alf_nb.core.shift import AttentionShift
 from alf_nb.train.resume import _read_state, _read_tensors
 from alf_nb.report.page import report_html

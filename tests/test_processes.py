@@ -29,11 +29,13 @@ torch.set_num_threads(1)
 world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
 
 def allow_fsdp_on_cpu():
-    "accelerate shards on accelerators only; that is one condition in its state, and everything behind it runs on a CPU as well"
+    "accelerate shards on accelerators only; one condition in its state says so, and the rest runs on a CPU as well"
     init = AcceleratorState.__init__
     def patched(self, *a, fsdp_plugin=None, **kw):
         init(self, *a, fsdp_plugin=fsdp_plugin, **kw)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU: self.distributed_type, self.fsdp_plugin = PartialState._shared_state['distributed_type'], _ = DistributedType.FSDP, fsdp_plugin
+        if fsdp_plugin is None or self.distributed_type != DistributedType.MULTI_CPU: return
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        PartialState._shared_state['distributed_type'] = DistributedType.FSDP
     AcceleratorState.__init__ = patched
 allow_fsdp_on_cpu()
 
@@ -43,44 +45,78 @@ class Watch(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
         held = lambda p: local_tensor(p).numel()
         ps = [p for n in self.alf.layers for p in self.alf.layers.params(n)]
-        self.rows.append(dict(trains=sum(held(p) for n in self.alf.selection.names for p in self.alf.layers.params(n)), all=sum(map(held, ps)), grad=sum(local_tensor(p.grad).numel() for p in ps if p.grad is not None),
-                              ddp=sum(map(int, self.wrapped()._get_ddp_logging_data()['bucket_sizes'].split(','))) if hasattr(self.wrapped(), 'reducer') else 0,
-                              adam=sum(local_tensor(v).numel() for s in optimizer.state.values() for v in s.values() if v.dim())))
+        chosen = [p for n in self.alf.selection.names for p in self.alf.layers.params(n)]
+        state = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
+        self.rows.append(dict(
+            trains=sum(map(held, chosen)), all=sum(map(held, ps)),
+            grad=sum(held(p.grad) for p in ps if p.grad is not None), ddp=self.buckets(), adam=sum(map(held, state))))
+    def buckets(self):
+        if not hasattr(self.wrapped(), 'reducer'): return 0
+        return sum(map(int, self.wrapped()._get_ddp_logging_data()['bucket_sizes'].split(',')))
     def on_step_end(self, args, state, control, **kw):
         if self.die == [rank, state.global_step]: os._exit(9)
 
+NAN = float('nan')
+
 class Spoil(TrainerCallback):
-    "NaN on the second process only: in the loss of a batch of the probe; in the gradient of one unit before the processes add theirs up, and after they did"
+    """NaN on the second process only: in the loss of a batch of the probe; in the gradient of one unit before the
+    processes add theirs up, and after they did"""
     def __init__(self, alf, probe=None, before=None, after=None):
         self.alf, self.probe, self.before, self.after, self.n, self.units = alf, probe, before, after, 0, {}
         if probe is not None and rank: alf._batch_loss = self.loss
-    def loss(self, model, batch): self.n += 1; return _model_loss(model, batch)*(float('nan') if self.n in self.probe else 1)
+    def loss(self, model, batch):
+        self.n += 1
+        return _model_loss(model, batch)*(NAN if self.n in self.probe else 1)
     def first(self, step):
-        if self.units.setdefault(step, self.alf.selection.names[0]) and rank: return self.alf.layers.params(self.units[step])[0]
+        unit = self.units.setdefault(step, self.alf.selection.names[0])
+        return self.alf.layers.params(unit)[0] if rank else None
     def on_step_begin(self, args, state, control, **kw):
-        if state.global_step + 1 == self.before and (p := self.first(self.before)) is not None: p.register_hook(lambda g: g*(float('nan') if state.global_step + 1 == self.before else 1))
+        if state.global_step + 1 != self.before or (p := self.first(self.before)) is None: return
+        p.register_hook(lambda g: g*(NAN if state.global_step + 1 == self.before else 1))
     def on_pre_optimizer_step(self, args, state, control, **kw):
-        if state.global_step + 1 == self.after and (p := self.first(self.after)) is not None: p.grad.view(-1)[1] = float('nan')
+        if state.global_step + 1 != self.after or (p := self.first(self.after)) is None: return
+        p.grad.view(-1)[1] = NAN
 
 def refused(out):
     "What `finetune` says here"
-    try: finetune((demo_model(), None), out, out, steps=2, progress=False); said = ''
-    except Exception as e: said = f'{type(e).__name__}: {e}'
-    return said
+    try: finetune((demo_model(), None), out, out, steps=2, progress=False)
+    except Exception as e: return f'{type(e).__name__}: {e}'
+    return ''
 
 def job(out, settings, die=None, resume=False, spoil=None, alone=False, **more):
-    if 'fsdp' in more and not more['fsdp']: os.environ.pop('ACCELERATE_USE_FSDP', None); more.pop('fsdp')       # beside jobs that a launch config shards
-    if alone: os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')      # one process that shards, as `accelerate launch --num_processes 1` starts it
-    out = Path(out); torch.manual_seed(0); AcceleratorState._reset_state(reset_partial_state=True)
-    alf = ALFCallback(**settings); watch = Watch(alf, die)
-    args = TrainingArguments(**{**dict(output_dir=str(out), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=3), **more})
-    trainer = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[alf, watch, *([bad := Spoil(alf, **spoil)] if spoil else [])])
-    trainer.remove_callback(PrinterCallback); watch.wrapped = lambda: trainer.model_wrapped
+    if 'fsdp' in more and not more['fsdp']:                # beside jobs that a launch config shards
+        os.environ.pop('ACCELERATE_USE_FSDP', None)
+        more.pop('fsdp')
+    if alone:                  # one process that shards, as `accelerate launch --num_processes 1` starts it
+        os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
+    out = Path(out)
+    torch.manual_seed(0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    alf = ALFCallback(**settings)
+    watch, bad = Watch(alf, die), Spoil(alf, **spoil) if spoil else None
+    usual = dict(output_dir=str(out), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2,
+                 logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=3)
+    args, callbacks = TrainingArguments(**{**usual, **more}), [alf, watch, *([bad] if bad else [])]
+    trainer = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    watch.wrapped = lambda: trainer.model_wrapped
     trainer.train(resume_from_checkpoint=find_checkpoint(out) if resume else settings.get('resume_from'))
-    weights = {k: full_tensor(p.detach()) for k, p in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
+    state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    weights = {k: full_tensor(p.detach()) for k, p in state.items()}
     trainer.save_model(out/'model')
-    (out/f'rank{rank}.json').write_text(json.dumps(dict(losses=[h['loss'] for h in trainer.state.log_history if 'loss' in h], weights=hashlib.sha256(b''.join(p.numpy().tobytes() for p in weights.values())).hexdigest(),
-        names=list(alf.selection.names), share=alf.summary()['trainable_share_peak'], norm=[float(p.norm()) for p in weights.values()], held=watch.rows, n_total=alf.n_total, engine=type(trainer.model_wrapped).__name__, spoilt=list(bad.units.values()) if spoil else [], finetune=refused(str(out/'finetune')) if world > 1 else '', tuned=(out/'finetune').exists(),
+    said = refused(str(out/'finetune')) if world > 1 else ''
+    (out/f'rank{rank}.json').write_text(json.dumps(dict(
+        losses=[h['loss'] for h in trainer.state.log_history if 'loss' in h],
+        weights=hashlib.sha256(b''.join(p.numpy().tobytes() for p in weights.values())).hexdigest(),
+        names=list(alf.selection.names),
+        share=alf.summary()['trainable_share_peak'],
+        norm=[float(p.norm()) for p in weights.values()],
+        held=watch.rows,
+        n_total=alf.n_total,
+        engine=type(trainer.model_wrapped).__name__,
+        spoilt=list(bad.units.values()) if spoil else [],
+        finetune=said,
+        tuned=(out/'finetune').exists(),
         signals={s: alf.tracker.scores(s, 10).values for s in ('prior', 'rate', 'gain', 'grad_norm', 'descent')})))
 
 for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)

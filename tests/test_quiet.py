@@ -10,7 +10,8 @@ import logging, sys
 class Finder:
     "Logs while bitsandbytes is imported, as it does on a CPU that has bf16 and where a kernel is missing"
     def find_spec(self, name, path=None, target=None):
-        if name == 'bitsandbytes.backends.cpu.ops': logging.getLogger(name).warning('Failed to load CPU gemm_4bit_forward from kernels-community')
+        if name == 'bitsandbytes.backends.cpu.ops':
+            logging.getLogger(name).warning('Failed to load CPU gemm_4bit_forward from kernels-community')
 sys.meta_path.insert(0, Finder())
 '''
 

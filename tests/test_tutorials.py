@@ -43,10 +43,8 @@ class TestTutorial:
         assert first['cell_type'] == 'markdown' and re.fullmatch(r'# [A-Z].+\n\n> [A-Z].+\.', first['source'])
 
     def test_its_badge_opens_this_notebook(self, path):
-        badge = (
-            '[![Open in'
-            f' Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{BLOB}/{path.name})'
-        )
+        colab = 'https://colab.research.google.com'
+        badge = f'[![Open in Colab]({colab}/assets/colab-badge.svg)]({colab}/github/{BLOB}/{path.name})'
         assert cells(path)[1]['source'].startswith(badge)
         assert sum('colab.research.google.com/github' in c['source'] for c in cells(path)) == 1
 

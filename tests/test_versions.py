@@ -43,7 +43,7 @@ def run(folder, code):
 
 
 @pytest.mark.parametrize(
-    'room, package, old',
+    'module, package, old',
     [
         ('model.layers', 'torch', '2.1.2+cpu'),
         ('kernels.plan', 'numpy', '1.24.0'),
@@ -57,11 +57,11 @@ def run(folder, code):
         ('widgets.picker', 'ipywidgets', '7.6.5'),
     ],
 )
-def test_what_is_too_old_is_named_before_it_is_imported(tmp_path, room, package, old):
+def test_what_is_too_old_is_named_before_it_is_imported(tmp_path, module, package, old):
     pretend(tmp_path, **{package: old})
     res = run(
         tmp_path,
-        f"import sys\ntry: import alf_nb.{room}\nfinally: assert not {{'torch', 'transformers'}} & set(sys.modules)",
+        f"import sys\ntry: import alf_nb.{module}\nfinally: assert not {{'torch', 'transformers'}} & set(sys.modules)",
     )
     assert (
         res.stderr.splitlines()[-1]

@@ -15,7 +15,7 @@ BOUND = (staticmethod, classmethod, _clsmethod)
 LINES, PAGE = root/'tests'/'api.txt', root/'nbs'/'api.ipynb'
 
 
-def rooms():
+def modules():
     "module → its public names, in the order of `alf_nb.all`"
     named = importlib.import_module('alf_nb.all')._NAMES
     return {module: names.split() for module, names in named.items()} | {'app.cli': ['main']}
@@ -24,17 +24,16 @@ def rooms():
 def value(x):
     "A default as it would be written, never with an address in it"
     if inspect.isroutine(x) or inspect.isclass(x): return x.__name__
-    if isinstance(x, (tuple, list)):
-        return (
-            '({})'.format(', '.join(map(value, x)) + ',' * (len(x) == 1))
-            if isinstance(x, tuple)
-            else '[{}]'.format(', '.join(map(value, x)))
-        )
-    return (
-        repr(x)
-        if x is None or isinstance(x, (bool, int, float, str))
-        else str(x) if type(x).__name__ == 'dtype' else f'{type(x).__name__}(…)'
-    )
+    if isinstance(x, list): return f"[{', '.join(map(value, x))}]"
+    if isinstance(x, tuple): return f"({', '.join(map(value, x))}{','*(len(x) == 1)})"
+    if x is None or isinstance(x, (bool, int, float, str)): return repr(x)
+    return str(x) if type(x).__name__ == 'dtype' else f'{type(x).__name__}(…)'
+
+
+def default(p):
+    "`=default` of a parameter, if it has one"
+    if p.default is p.empty: return ''
+    return '=…' if p.default is dataclasses.MISSING or repr(p.default) == '<factory>' else f'={value(p.default)}'
 
 
 def call(f, name):
@@ -47,16 +46,8 @@ def call(f, name):
             shown.append('*')
             star = True
         star |= p.kind is p.VAR_POSITIONAL
-        shown.append(
-            {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
-            + p.name
-            + (
-                ''
-                if p.default is p.empty
-                else '='
-                + ('…' if p.default is dataclasses.MISSING or repr(p.default) == '<factory>' else value(p.default))
-            )
-        )
+        stars = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
+        shown.append(stars + p.name + default(p))
         if p.kind is p.POSITIONAL_ONLY and (i+1 == len(ps) or ps[i+1].kind is not p.POSITIONAL_ONLY): shown.append('/')
     return f"{name}({', '.join(shown)})"
 
@@ -73,31 +64,37 @@ def members(cls):
 
 
 def lines():
-    "Every public signature, one a line, sorted by room as they stand and by name"
-    for room, names in rooms().items():
-        module = importlib.import_module(f'alf_nb.{room}')
+    "Every public signature, one a line, sorted by module as they stand and by name"
+    for name, names in modules().items():
+        module = importlib.import_module(f'alf_nb.{name}')
         for n in names:
             x = getattr(module, n)
-            yield f'{room}: ' + (call(x, n) if callable(x) else n)
-            if inspect.isclass(x): yield from (f'{room}: {m}' for m in members(x))
+            yield f'{name}: ' + (call(x, n) if callable(x) else n)
+            if inspect.isclass(x): yield from (f'{name}: {m}' for m in members(x))
+
+
+def first(x):
+    "First paragraph of a docstring"
+    return ' '.join((inspect.getdoc(x) or '').partition('\n\n')[0].split())
+
+
+def about(x, name):
+    "What a public name is, in a line; a class without a docstring has its signature there, which says nothing"
+    if not callable(x): return f'a constant: {type(x).__name__}'
+    return '' if inspect.isclass(x) and first(x).startswith(f'{name}(') else first(x)
 
 
 def tables():
-    "The public names as markdown, by room"
-    first = lambda x: ' '.join((inspect.getdoc(x) or '').partition('\n\n')[0].split())
+    "The public names as markdown, by module"
     cell = lambda s: s.replace('|', r'\|')
-    for room, names in rooms().items():
-        module = importlib.import_module(f'alf_nb.{room}')
-        yield f'### {room}\n\n{first(module)}\n\n| | what it is |\n|---|---|'
+    for name, names in modules().items():
+        module = importlib.import_module(f'alf_nb.{name}')
+        yield f'### {name}\n\n{first(module)}\n\n| | what it is |\n|---|---|'
         for n in names:
             x = getattr(module, n)
             args = call(x, '') if callable(x) else ''
-            text = (
-                first(x)
-                if callable(x) and not (inspect.isclass(x) and first(x).startswith(f'{n}('))
-                else '' if callable(x) else f'a constant: {type(x).__name__}'
-            )
-            yield f'| `{n}`{f" <code>{cell(args)}</code>" if args else ""} | {cell(text)} |'
+            code = f' <code>{cell(args)}</code>' if args else ''
+            yield f'| `{n}`{code} | {cell(about(x, n))} |'
         yield ''
 
 

@@ -26,8 +26,14 @@ SITE = settings['doc_host']+settings['doc_baseurl']
 BLOB = f"{settings['git_url']}/blob/{settings['branch']}/{settings['nbs_path']}"
 # pictures of ours follow the theme that is switched on; a page opened from disk may not fetch the search index, but may
 # load it as a script
-HEAD = """<script>(f=>{f();new MutationObserver(f).observe(document.documentElement,{attributeFilter:['class']})})(()=>document.documentElement.setAttribute('theme',document.documentElement.classList.contains('quarto-dark')?'dark':'light'));
-if(location.protocol==='file:'){const get=window.fetch;window.fetch=(u,...a)=>!String(u).endsWith('search.json')?get(u,...a):new Promise(r=>{const s=document.createElement('script');s.src=u+'.js';s.onload=()=>r(new Response(JSON.stringify(window.searchIndex)));document.head.append(s)})}</script>"""
+HEAD = """<script>\
+(f=>{f();new MutationObserver(f).observe(document.documentElement,{attributeFilter:['class']})})\
+(()=>document.documentElement.setAttribute('theme',\
+document.documentElement.classList.contains('quarto-dark')?'dark':'light'));
+if(location.protocol==='file:'){const get=window.fetch;\
+window.fetch=(u,...a)=>!String(u).endsWith('search.json')?get(u,...a):\
+new Promise(r=>{const s=document.createElement('script');s.src=u+'.js';\
+s.onload=()=>r(new Response(JSON.stringify(window.searchIndex)));document.head.append(s)})}</script>"""
 BADGE = 'https://colab.research.google.com/assets/colab-badge.svg'
 
 
@@ -110,9 +116,8 @@ def sidebar(made):
         return dict(text=text or made[rel][1], href=made[rel][0].with_suffix('.ipynb').as_posix())
     pages = [r for r in made if len(r.parts) == 1 and r.name not in ('index.ipynb', 'api.ipynb')]
     tutorials = sorted((r for r in made if r.parts[0] == 'tutorials'), key=number)
-    sections = {'Tutorials': [entry(r, f'{number(r)} · {made[r][1]}') for r in tutorials],
-                'Evidence': [entry(r) for r in pages],
-                'API': [entry(r) for r in made if r.name == 'api.ipynb']}
+    sections = {'Tutorials': [entry(r, f'{number(r)} · {made[r][1]}') for r in tutorials]}
+    sections |= {'Evidence': list(map(entry, pages)), 'API': [entry(r) for r in made if r.name == 'api.ipynb']}
     for folder in sorted({r.parts[0] for r in made if r.parts[0][0].isdigit()}):
         sections[folder.partition('_')[2]] = [entry(r) for r in made if r.parts[0] == folder]
     found = [dict(section=k, contents=v) for k, v in sections.items() if v]

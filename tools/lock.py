@@ -12,7 +12,9 @@ from configparser import ConfigParser
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-HEAD = """# Written by `make lock` from settings.ini: every package that setting up, testing and the demo need, for Python {first} to {last}.
+HEAD = """\
+# Written by `make lock` from settings.ini: every package that setting up, testing and the demo need, for Python \
+{first} to {last}.
 # Do not edit: change settings.ini and run `make lock` again.
 """
 

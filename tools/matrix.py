@@ -36,7 +36,7 @@ TOOLS = [
     'peft',
     'trl;python_version>"3.10"',
 ]
-# where a version can matter: the rooms that meet torch, transformers, PEFT and ipywidgets. CI runs everything with the
+# where a version can matter: modules that meet torch, transformers, PEFT and ipywidgets. CI runs everything with the
 # locked versions
 TESTS = [
     f'tests/test_{n}.py'

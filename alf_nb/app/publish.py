@@ -34,57 +34,78 @@ def _base_id(name):
 # %% ../../nbs/10_app/02_publish.ipynb #b3d1afa1
 def _rows(rows): return [f"| {k} | {v} |" for k,v in rows if v not in (None, '–')]
 
+def _section(title, head, rows):
+    "A section with a table; nothing where there are no rows"
+    return ["", f"## {title}", "", head, '|' + '---|'*(head.count('|')-1), *rows] if rows else []
+
+def _training(s):
+    "How it was trained, from a run's summary"
+    known = lambda k: s[k] and _code(s[k])
+    return _rows([
+        ("steps", s['steps']),
+        ("policy", known('policy')),
+        ("importance by", known('signal')),
+        ("budget", percent(s['budget'])),
+        ("trained at any moment, mean", percent(s['trainable_share_mean'])),
+        ("trained at any moment, most", percent(s['trainable_share_peak'])),
+        ("selections", s['n_selections']),
+        ("seed", None if s['seed'] is None else md_text(s['seed'])),
+        ("device", known('device')),
+        ("versions", ', '.join(f"{_code(k)} {_code(v)}" for k,v in s['versions'].items())),
+        ("status", _code(s['status'])),
+    ])
+
+# %% ../../nbs/10_app/02_publish.ipynb #e4faf913
+def _losses(s):
+    "Losses before and after, from a run's summary"
+    rows = [(n, s.get(f'{n}_loss_before'), s.get(f'{n}_loss_after')) for n in s['evals']]
+    return [f"| {_code(n)} | {num(a)} | {num(b)} |" for n,a,b in rows if a is not None or b is not None]
+
+def _what_trained(log):
+    "How many units of each layer ever trained"
+    ever, layers = {n for x in log.selections() for n in x.names}, {}
+    for u in log.units: layers.setdefault(u.layer, []).append(u.name in ever)
+    return [f"| {_code(l)} | {sum(on)} of {len(on)} |" for l,on in layers.items() if any(on)]
+
 def _about_run(run):
     "Sections of the card that the run log knows"
     log = _read_once(run)
-    s,units,ever = summarize(log),log.units,{n for x in log.selections() for n in x.names}
-    layers = {}
-    for u in units: layers.setdefault(u.layer, []).append(u.name in ever)
-    res = [
-        "## Training",
-        "",
-        "| | |",
-        "|---|---|",
-        *_rows(
-            [
-                ("steps", s['steps']),
-                ("policy", s['policy'] and _code(s['policy'])),
-                ("importance by", s['signal'] and _code(s['signal'])),
-                ("budget", percent(s['budget'])),
-                ("trained at any moment, mean", percent(s['trainable_share_mean'])),
-                ("trained at any moment, most", percent(s['trainable_share_peak'])),
-                ("selections", s['n_selections']),
-                ("seed", None if s['seed'] is None else md_text(s['seed'])),
-                ("device", s['device'] and _code(s['device'])),
-                ("versions", ', '.join(f"{_code(k)} {_code(v)}" for k, v in s['versions'].items())),
-                ("status", _code(s['status'])),
-            ]
-        ),
+    s = summarize(log)
+    return [
+        *_section("Training", "| | |", _training(s))[1:],
+        *_section("Losses", "| held-out text | before | after |", _losses(s)),
+        *_section("What trained", "| layer | units that ever trained |", _what_trained(log)),
     ]
-    if losses := [
-        (n, s.get(f'{n}_loss_before'), s.get(f'{n}_loss_after'))
-        for n in s['evals']
-        if s.get(f'{n}_loss_before') is not None or s.get(f'{n}_loss_after') is not None
-    ]:
-        res += [
-            "",
-            "## Losses",
-            "",
-            "| held-out text | before | after |",
-            "|---|---|---|",
-            *(f"| {_code(n)} | {num(a)} | {num(b)} |" for n, a, b in losses),
-        ]
-    if ever:
-        res += [
-            "",
-            "## What trained",
-            "",
-            "| layer | units that ever trained |",
-            "|---|---|",
-            *(f"| {_code(l)} | {sum(on)} of {len(on)} |" for l, on in layers.items() if any(on)),
-        ]
-    return res
 
+# %% ../../nbs/10_app/02_publish.ipynb #59bf8ea9
+def _quoted(s): return json.dumps(str(s).replace('`', "'"))
+
+def _use(delta, base, repo_id):
+    "Lines that load the delta"
+    dtype = delta.dtype if 'float' in delta.dtype else 'float32'
+    where = f'snapshot_download({_quoted(repo_id)})' if repo_id else _quoted('folder of this delta')
+    return [
+        "## Use", "", "```python",
+        *(["from huggingface_hub import snapshot_download"] if repo_id else []),
+        "from transformers import AutoModelForCausalLM",
+        "from alf_nb.model.delta import apply_delta",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)},"
+        f" dtype={_quoted(dtype)})      # the class that it was trained as",
+        f"apply_delta(model, {where})",
+        "```", "",
+        "`apply_delta` checks every tensor of the base and refuses another one; SHA-256 of the right one:"
+        f" `{delta.base_digest}`.",
+    ]
+
+# %% ../../nbs/10_app/02_publish.ipynb #8a391572
+def _head(delta, base):
+    share = (f"{len(delta)} of {delta.n_tensors} tensors, {delta.n_bytes:,} bytes instead of {delta.model_bytes:,}"
+             f" ({percent(delta.share)})")
+    return [f"# Delta for {_code(base)}", "", f"What fine-tuning changed in {_code(base)}: {share}. The rest of the"
+            " model is the base's, and is not in here."]
+
+# %% ../../nbs/10_app/02_publish.ipynb #a5909bb7
 def card_text(
     folder,        # of a delta
     run=None,      # folder of the run that made it, or its `RunLog`; None: only what the delta itself knows
@@ -96,51 +117,15 @@ def card_text(
     "README of a delta: a model card, with metadata that the Hub reads"
     from huggingface_hub import ModelCardData
     delta = read_delta(folder)
-    base,on_hub = _base_id(delta.base)
-    meta = ModelCardData(
-        base_model=base if on_hub else None,
-        library_name='alf_nb',
-        tags=['alf_nb', 'delta', 'fine-tuned'],
-        datasets=[data] if isinstance(data, str) else data,
-        license=license,
-        language=language,
-    )
-    plain = lambda s: json.dumps(str(s).replace('`', "'"))
-    lines = [
-        f"# Delta for {_code(base)}",
-        "",
-        (
-            f"What fine-tuning changed in {_code(base)}: {len(delta)} of {delta.n_tensors} tensors, {delta.n_bytes:,}"
-            f" bytes instead of {delta.model_bytes:,} ({percent(delta.share)}). The rest of the model is the base's,"
-            " and is not in here."
-        ),
-        "",
-        "## Use",
-        "",
-        "```python",
-        *(["from huggingface_hub import snapshot_download"] if repo_id else []),
-        "from transformers import AutoModelForCausalLM",
-        "from alf_nb.model.delta import apply_delta",
-        "",
-        (
-            f"model = AutoModelForCausalLM.from_pretrained({plain(base)},"
-            f" dtype={plain(delta.dtype if 'float' in delta.dtype else 'float32')})      # the class that it was"
-            " trained as"
-        ),
-        f"apply_delta(model, {f'snapshot_download({plain(repo_id)})' if repo_id else plain('folder of this delta')})",
-        "```",
-        "",
-        (
-            "`apply_delta` checks every tensor of the base and refuses another one; SHA-256 of the right one:"
-            f" `{delta.base_digest}`."
-        ),
-        "",
-        *(_about_run(run) if run is not None else []),
-        "",
-        f"Written by alf_nb {__version__}.",
-    ]
+    base, on_hub = _base_id(delta.base)
+    datasets = [data] if isinstance(data, str) else data
+    meta = ModelCardData(base_model=base if on_hub else None, library_name='alf_nb', datasets=datasets,
+                         tags=['alf_nb', 'delta', 'fine-tuned'], license=license, language=language)
+    about = [] if run is None else _about_run(run)
+    lines = [*_head(delta, base), "", *_use(delta, base, repo_id), "", *about, "", f"Written by alf_nb {__version__}."]
     return f"---\n{meta.to_yaml()}\n---\n\n" + '\n'.join(lines) + '\n'
 
+# %% ../../nbs/10_app/02_publish.ipynb #8b4cf11c
 def write_card(
     folder,          # of a delta
     run=None,        # folder of the run that made it, or its `RunLog`
@@ -154,6 +139,34 @@ def write_card(
     return file
 
 # %% ../../nbs/10_app/02_publish.ipynb #9ee45594
+_FILES = ['delta.safetensors', 'delta.json', 'README.md']
+
+def _network_errors():
+    "What the HTTP library of this huggingface_hub raises without a network"
+    try: from httpx import TransportError
+    except ImportError: return ()
+    return (TransportError,)
+
+# %% ../../nbs/10_app/02_publish.ipynb #64c42a47
+def _upload(where, repo_id, private, token, endpoint):
+    "Send a delta and its card, or say why that cannot be"
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    api = HfApi(endpoint=endpoint, token=token)
+    def cannot(why): return OSError(f"cannot push '{where}' to {repo_id}: {why}. Nothing is lost: the folder is ready"
+                                    " to be pushed again")
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=str(where), allow_patterns=_FILES,
+                          commit_message=f"Delta by alf_nb {__version__}")
+    except OfflineModeIsEnabled: raise cannot("HF_HUB_OFFLINE is set") from None
+    except LocalTokenNotFoundError: raise cannot("there is no token: `hf auth login`, or token=…") from None
+    except HfHubHTTPError as e: raise cannot(' '.join(str(e).split())[:300]) from e
+    except (OSError, *_network_errors()) as e:
+        raise cannot(f"{api.endpoint} cannot be reached ({type(e).__name__})") from e
+    return str(url)
+
+# %% ../../nbs/10_app/02_publish.ipynb #64628e1d
 def push_delta(
     folder,           # of a delta
     repo_id:str,      # such as 'me/my-delta'
@@ -164,35 +177,9 @@ def push_delta(
     **about           # further arguments of `card_text`
 )->str:               # where it is now
     "Upload a delta and its card"
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import validate_repo_id
     validate_repo_id(repo_id)
     where = write_card(folder, run, repo_id=repo_id, **about).parent
-    names = ['delta.safetensors', 'delta.json', 'README.md']
-    for n in names:
+    for n in _FILES:
         if os.path.lexists(where/n): open_plain(where/n).close()       # what a link points to is not sent
-    api = HfApi(endpoint=endpoint, token=token)
-    cannot = lambda why: OSError(
-        f"cannot push '{where}' to {repo_id}: {why}. Nothing is lost: the folder is ready to be pushed again"
-    )
-    try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=str(where),
-            allow_patterns=names,
-            commit_message=f"Delta by alf_nb {__version__}",
-        )
-    except OfflineModeIsEnabled: raise cannot("HF_HUB_OFFLINE is set") from None
-    except LocalTokenNotFoundError: raise cannot("there is no token: `hf auth login`, or token=…") from None
-    except HfHubHTTPError as e: raise cannot(' '.join(str(e).split())[:300]) from e
-    except (OSError, *_network_errors()) as e:
-        raise cannot(f"{api.endpoint} cannot be reached ({type(e).__name__})") from e
-    return str(url)
-
-def _network_errors():
-    "What the HTTP library of this huggingface_hub raises without a network"
-    try: from httpx import TransportError
-    except ImportError: return ()
-    return (TransportError,)
+    return _upload(where, repo_id, private, token, endpoint)

@@ -152,7 +152,7 @@ class PolicyComparison:
     "Methods on one task, the best first."
     def __init__(self,
         rows,              # of one task, as from `read_results`
-        # the method that every choice has to beat; where it was run in several forms (`random`, `random-reach`), the
+        # the method that every choice has to beat; where it was run in several forms (`random`, `random-top80`), the
         # best of them
         control='random',
         baseline='full'    # the method that is to be replaced

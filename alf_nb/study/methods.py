@@ -111,11 +111,12 @@ _FULL = Method('full', 'every parameter trains', _LOW)
 _ALF = (
     alf_method('alf', "ALF's default: gain, matrices, every role in every third of the depth with its share,"
                " re-selected", **PRESETS['default']),
-    alf_method('alf-free', 'the same, but the highest gain of all, wherever it is', **_anywhere),
+    alf_method('alf-unstratified', 'the same, but the highest gain of all, wherever it is', **_anywhere),
     alf_method('alf-static', 'matrices by gain before the first step, kept to the end', interval=0, **_anywhere),
-    alf_method('alf-quick', 'matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left'
+    alf_method('alf-once', 'matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left'
                ' out', **_once),
-    alf_method('alf-strata', 'the same, every role in every third of the depth with its share', **_once|dict(strata=3)),
+    alf_method('alf-once-stratified', 'the same, every role in every third of the depth with its share',
+               **_once | dict(strata=3)),
 )
 
 # %% ../../nbs/09_study/11_methods.ipynb #245fb974
@@ -139,9 +140,9 @@ def _static(where, unit='block'):
 _RANDOM = (
     alf_method('random', 'random matrices within the same budget, kept to the end: the control', _HIGH, False,
                **_static('random', 'module')),
-    alf_method('random-strata', "ALF's preset for short runs, `quick`: random matrices, every role in every third of"
-               " the depth with its share, the lowest fifth of the blocks left out; the control of alf-strata", _HIGH,
-               False, preset='quick'),
+    alf_method('random-stratified', "ALF's preset for short runs, `quick`: random matrices, every role in every"
+               " third of the depth with its share, the lowest fifth of the blocks left out; the control of"
+               " alf-once-stratified", _HIGH, False, preset='quick'),
     alf_method('rotate', 'random matrices within the same budget, drawn anew when ALF selects anew', _HIGH, False,
                policy='rotate', **_unmeasured),
     alf_method('inverted', 'matrices with the lowest gain', policy='inverted'),
@@ -161,7 +162,7 @@ _RATES = (5e-4, 1e-3, 2e-3)
 
 _ADAPTERS = (
     Method('lora', 'LoRA, rank 16 on all linear layers, PEFT', _RATES, prepare=_adapter()),
-    Method('lora-reach', 'the same LoRA, but the lowest fifth of the blocks stays as it is and backward ends above: ALF'
+    Method('lora-top80', 'the same LoRA, but the lowest fifth of the blocks stays as it is and backward ends above: ALF'
            ' over PEFT, nothing chosen by a measurement', _RATES,
            dict(policy='full', reach=.8, interval=0, references='none'), _adapter()),
     Method('alf-lora', 'the same, and of the adapters above the lowest fifth only the half with the highest gain',
