@@ -3,7 +3,8 @@ __version__ = "0.1.0"
 
 # name → the module that has it, loaded when the name is first used: `import alf_nb` alone brings in no torch
 _FACE = dict(
-    ALFCallback='train.trainer', ALFLoop='train.loop', train_in_background='train.background', finetune='app.finetune',
+    ALFCallback='train.trainer', ALFConfig='core.config', ALFLoop='train.loop', finetune='app.finetune',
+    train_in_background='train.background',
     TrainingDashboard='widgets.dashboard', ThresholdPicker='widgets.picker', RunLog='core.runlog',
     write_report='report.page', save_delta='model.delta', apply_delta='model.delta',
     compare_policies='study.compare', audit_signals='study.audit',

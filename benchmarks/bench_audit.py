@@ -18,7 +18,7 @@ from alf_nb.study.audit import audit_signals
 from alf_nb.study.runs import device_name
 from alf_nb.model.layers import partition_layers
 from alf_nb.sources.models import load_model
-from alf_nb.train.trainer import versions
+from alf_nb.core.system import versions
 from chapters import new_classifier
 
 RESULTS = Path(__file__).parent/'results'/'audit.jsonl'

@@ -35,7 +35,7 @@ from alf_nb.model.layers import partition_layers
 from alf_nb.core.policies import BudgetPolicy
 from alf_nb.signals.probe import _model_loss, probe_gradients
 from alf_nb.sources.losses import supports_bf16
-from alf_nb.train.trainer import peak_rss_bytes, versions
+from alf_nb.core.system import peak_rss_bytes, versions
 
 RESULTS = Path(__file__).parent/'results'/'efficiency.jsonl'
 VOCAB, RANK, BUDGET, LENGTH = 16384, 16, .25, 256

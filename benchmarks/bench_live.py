@@ -31,7 +31,7 @@ import json, time, torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from alf_nb.all import *
 from alf_nb.sources.losses import supports_bf16
-from alf_nb.train.trainer import versions
+from alf_nb.core.system import versions
 phase, ends = 'start', []
 class Times(TrainerCallback):
     def on_step_end(self, *args, **kw): ends.append((time.perf_counter(), phase))

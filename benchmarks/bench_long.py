@@ -24,7 +24,8 @@ from transformers.trainer_callback import PrinterCallback
 from alf_nb.study.runs import device_name
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.core.runlog import RunLog
-from alf_nb.train.trainer import ALFCallback, versions
+from alf_nb.train.trainer import ALFCallback
+from alf_nb.core.system import versions
 
 POLICIES = (
     dict(policy="budget", budget=0.3, explore=0.3),
@@ -138,7 +139,7 @@ def long_run(folder, steps, views=True, seed=0, places=20):
     return rows, dict(
         steps=steps,
         selections=n,
-        units=len(alf.units),
+        units=len(alf.run.units),
         views=len(shown),
         wall_s=wall,
         begin=rows[0],

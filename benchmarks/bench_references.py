@@ -26,7 +26,8 @@ from alf_nb.sources.models import load_model
 from alf_nb.sources.losses import supports_bf16
 from alf_nb.sources.blocks import token_blocks
 from alf_nb.sources.texts import load_texts
-from alf_nb.train.trainer import ALFCallback, versions
+from alf_nb.train.trainer import ALFCallback
+from alf_nb.core.system import versions
 
 RESULTS = Path(__file__).parent/'results'/'references.jsonl'
 

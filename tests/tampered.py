@@ -22,6 +22,7 @@ from alf_nb.core.checkpoints import write_manifest
 from alf_nb.demo import demo_model
 from alf_nb.train.loop import ALFLoop
 from alf_nb.model.states import unwrap_optimizer
+from alf_nb.train.saving import load, read_state, read_tensors
 from alf_nb.train.trainer import ALFCallback
 
 NAN, HUGE = float("nan"), 10**400
@@ -318,14 +319,10 @@ class Resume:
 
     def look(self):
         "What ALF does before it changes anything, with the optimizer loaded as Trainer does it"
-        self.alf._folder = lambda *args: self.folder
-        unwrap_optimizer(self.alf._optimizer).load_state_dict(
-            torch.load(self.folder / "optimizer.pt", weights_only=True)
-        )
-        try:
-            return attempt(lambda: self.alf._load(self.trainer.args, self.trainer.state), self.folder.name) or ""
-        finally:
-            del self.alf._folder
+        run, step = self.alf.run, self.trainer.state.global_step
+        unwrap_optimizer(run.optimizer).load_state_dict(torch.load(self.folder / "optimizer.pt", weights_only=True))
+        read = lambda: load(run, step, self.folder.name, read_state(self.folder), lambda: read_tensors(self.folder))
+        return attempt(read, self.folder.name) or ""
 
 
 def try_checkpoint(folder, settings, about, whole=100):
@@ -373,21 +370,19 @@ def try_loop():
     saved = loop.state_dict()
     loop.close()
     new(resume=saved).close()
-    files, row = saved["files"], torch.zeros(3, dtype=torch.uint8)
+    state, tensors, row = json.loads(saved["state"]), saved["tensors"], torch.zeros(3, dtype=torch.uint8)
     changes = [
         *(dict(step=v) for v in (-1, HUGE, NAN, "2", None, True, 3, [2])),
         *(dict(max_steps=v) for v in (-1, HUGE, "x", None)),
-        *(
-            dict(files=v)
-            for v in (None, [], {}, {"../x": row}, {**files, "more": row}, {k: files[k] for k in list(files)[:1]})
-        ),
+        *(dict(state=v) for v in (None, {}, b"x", "", "[", "[]", "{}", saved["state"][:-9])),
+        *(dict(state=json.dumps(state | {k: v})) for k in state for v in (None, "../x", -1, {"x": 1})),
+        *(dict(tensors=v) for v in (None, [], {}, {"../x": row}, {**tensors, "more": row}, {1: row})),
+        *(dict(tensors={k: v for k, v in tensors.items() if k != gone}) for gone in tensors),
     ]
-    changes += [
-        dict(files={**files, k: v}) for k in files for v in (None, b"x", row, row.float(), row[None], files[k].flip(0))
-    ]
+    changes += [dict(tensors={**tensors, k: v}) for k in tensors for v in (None, b"x", row, tensors[k][:1] * NAN)]
     odd, bad = (
         [],
-        [{**saved, **c} for c in changes] + [7, [], {}, dict(saved, more=1), {k: saved[k] for k in ("step", "files")}],
+        [{**saved, **c} for c in changes] + [7, [], {}, dict(saved, more=1), {k: saved[k] for k in ("step", "state")}],
     )
     for i, s in enumerate(bad):
         if why := attempt(lambda: new(resume=s), ""):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from alf_nb.core.config import ALFConfig
+from alf_nb.core.schedule import schedule_of
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.study.step_costs import EnergyMeter, StepCosts, StepMeter
 from alf_nb.study.estimate import ASSUMPTIONS, SHAPES, Estimate, ModelShape, Speed
@@ -118,7 +120,7 @@ def test_the_callback_counts_the_same(tmp_path):
     probes, selections = ([e for e in events if e['event'] == k] for k in ('probe', 'select'))
     assert sum(e['batches'] for e in probes) == probe_batches(70) == 10 and len(selections) == count_selections(70) == 2
     computed = [extrapolate(shape, names=e['names'], weights='fp32', length=32, batch_size=2) for e in selections]
-    assert alf.totals['state_bytes_peak'] == max(e.state_bytes for e in computed)
+    assert alf.run.totals.state_bytes_peak == max(e.state_bytes for e in computed)
     for e, s in zip(computed, selections):
         m = next(m for m in events if m['event'] == 'memory' and m['step'] > s['step'])
         assert (m['grad_bytes'], m['optimizer_bytes'], m['reference_bytes']) == (
@@ -129,10 +131,9 @@ def test_the_callback_counts_the_same(tmp_path):
 
 
 def test_selections_are_counted_as_the_callback_makes_them():
-    alf = ALFCallback()
     for steps in (1, 5, 31, 32, 33, 70, 96, 120, 300, 767, 768, 1000, 5000):
-        alf._every = min(max(steps//3, 32), 256)
-        assert count_selections(steps) == 1 + sum(alf._due(s, steps) for s in range(1, steps)), steps
+        schedule = schedule_of(ALFConfig(), steps)
+        assert count_selections(steps) == 1 + sum(map(schedule.due, range(1, steps))), steps
 
 
 def test_large_models_follow_known_rules():

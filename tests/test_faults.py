@@ -2,6 +2,7 @@
 import errno
 import os
 import shutil
+import time
 import warnings
 
 import pytest
@@ -120,8 +121,8 @@ def test_an_unwritable_folder(tmp_path):
 
 
 def test_a_clock_that_jumps(tmp_path, whole, monkeypatch):
-    now, jumps = training.time.time, iter([0, -7200, 86400]*10000)
-    monkeypatch.setattr(training.time, "time", lambda: now() + next(jumps))
+    now, jumps = time.time, iter([0, -7200, 86400]*10000)
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
     t = make(tmp_path, alf())
     t.train()
     assert same(weights(t), whole)  # nothing is decided by the clock
@@ -169,8 +170,8 @@ def test_a_model_that_is_moved_while_training(tmp_path):
     one = alf()
 
     def move(kw):       # as it looks from another device; there is only one here
-        k, (p, _, dtype) = next(iter(one._param_places.items()))
-        one._param_places[k] = p, torch.device("cuda", 0), dtype
+        k, (p, _, dtype) = next(iter(one.run.guards.places.items()))
+        one.run.guards.places[k] = p, torch.device("cuda", 0), dtype
     with pytest.raises(RuntimeError, match=r"was torch.float32 on cuda:0, and is torch.float32 on cpu"):
         make(tmp_path, one, At(5, move)).train()
 
@@ -202,7 +203,7 @@ def test_a_rate_that_jumps_is_told_once(tmp_path, references):
     def kick(kw):
         u = next(n for n in one.selection.names if n not in unit) if not unit else unit[0]
         unit.append(u)
-        for p in one.layers.params(u): p.data.mul_(3 if len(unit) == 1 else 100)
+        for p in one.run.layers.params(u): p.data.mul_(3 if len(unit) == 1 else 100)
     one = alf(measure_every=2, interval=0, references=references)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -230,7 +231,7 @@ class Poison(TrainerCallback):
         if state.global_step + 1 != self.step: return
         self.units = list(self.one.selection.names) if self.every else self.one.selection.names[:1]
         for u in self.units:
-            for p in self.one.layers.params(u): p.grad.view(-1)[1] = self.value
+            for p in self.one.run.layers.params(u): p.grad.view(-1)[1] = self.value
 
 
 @pytest.mark.parametrize("references", ["device", "host"])
@@ -248,7 +249,7 @@ def test_a_unit_that_blows_up_is_put_back_and_frozen(tmp_path, kw, references):
 
         def on_step_end(self, args, state, control, **_):
             if state.global_step <= 6:
-                kept[state.global_step] = {n: [p.detach().clone() for p in one.layers.params(n)] for n in one.names}
+                kept[state.global_step] = {n: [p.detach().clone() for p in one.run.layers.params(n)] for n in one.run.names}
     with pytest.warns(
         UserWarning, match="got NaN or infinity at step 6: put back to the weights of step .*frozen for the rest"
     ):
@@ -258,9 +259,9 @@ def test_a_unit_that_blows_up_is_put_back_and_frozen(tmp_path, kw, references):
     assert e["units"] == [u] and e["step"] == 6 and log.status == "complete"
     # the weights of its last reference, bit by bit
     assert all(torch.equal(a, b) for a, b in zip(kept[6][u], kept[e["since"][u]][u]))
-    assert all(torch.equal(a, p) for a, p in zip(kept[6][u], one.layers.params(u)))  # and it never trained again
+    assert all(torch.equal(a, p) for a, p in zip(kept[6][u], one.run.layers.params(u)))  # and it never trained again
     assert all(u not in s.names for s in log.selections() if s.step >= 6) and len(log.selections()[-1].names) > 0
-    assert all(p.isfinite().all() for p in one.layers.model.parameters())
+    assert all(p.isfinite().all() for p in one.run.layers.model.parameters())
     assert all(v is not None for v in log.series("log", "loss")[1])
 
 
@@ -269,10 +270,10 @@ def test_nan_in_a_gradient_freezes_its_unit_before_clipping_spreads_it(tmp_path,
     one, at6, kept = alf(check="freeze", measure_every=3), [], {}
     class Bad(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
-            kept[state.global_step] = {n: [p.detach().clone() for p in one.layers.params(n)] for n in one.names}
+            kept[state.global_step] = {n: [p.detach().clone() for p in one.run.layers.params(n)] for n in one.run.names}
             if state.global_step == 5:
                 at6.append(one.selection.names[-1])
-                one.layers.params(at6[0])[0].register_hook(lambda g: g*(float("nan") if state.global_step == 5 else 1))
+                one.run.layers.params(at6[0])[0].register_hook(lambda g: g*(float("nan") if state.global_step == 5 else 1))
     with pytest.warns(
         UserWarning,
         match="got NaN or infinity in its gradient at step 6: this step changes nothing, and it is frozen for the rest",
@@ -280,15 +281,15 @@ def test_nan_in_a_gradient_freezes_its_unit_before_clipping_spreads_it(tmp_path,
         make(tmp_path, one, Bad(), max_steps=16, **kw).train()
     log, u = RunLog(tmp_path), at6[0]
     assert [(e["step"], e["units"]) for e in log.events("freeze")] == [(6, [u])] and log.status == "complete"
-    assert all(torch.equal(a, b) for n in one.names for a, b in zip(kept[5][n], kept[6][n])) and any(
-        not torch.equal(a, b) for n in one.names for a, b in zip(kept[6][n], kept[7][n])
+    assert all(torch.equal(a, b) for n in one.run.names for a, b in zip(kept[5][n], kept[6][n])) and any(
+        not torch.equal(a, b) for n in one.run.names for a, b in zip(kept[6][n], kept[7][n])
     )
     assert all(u not in s.names for s in log.selections() if s.step >= 6) and all(
-        torch.equal(a, p) for a, p in zip(kept[6][u], one.layers.params(u))
+        torch.equal(a, p) for a, p in zip(kept[6][u], one.run.layers.params(u))
     )
     assert (
         all(v is not None for v in log.series("log", "loss")[1])
-        and not one.layers.params(u)[0]._post_accumulate_grad_hooks
+        and not one.run.layers.params(u)[0]._post_accumulate_grad_hooks
     )
 
 
@@ -299,7 +300,7 @@ def test_what_was_frozen_stays_frozen_after_a_resume(tmp_path):
         return one, bad
     one, bad = make_one(3)
     with pytest.warns(UserWarning, match="frozen for the rest"): make(tmp_path/"whole", one, bad).train()
-    u, end = bad.units[0], weights(type("T", (), dict(model=one.layers.model)))
+    u, end = bad.units[0], weights(type("T", (), dict(model=one.run.layers.model)))
     one, bad = make_one(3)
     def stop(kw): raise KeyboardInterrupt
     with pytest.warns(UserWarning, match="frozen for the rest"), pytest.raises(KeyboardInterrupt):
@@ -307,7 +308,7 @@ def test_what_was_frozen_stays_frozen_after_a_resume(tmp_path):
     again = alf(check="freeze")
     t = make(tmp_path/"cut", again)
     t.train(resume_from_checkpoint=find_checkpoint(tmp_path/"cut"))
-    assert again._banned == {u} and all(u not in s.names for s in RunLog(tmp_path/"cut").selections() if s.step >= 3)
+    assert again.run.banned == {u} and all(u not in s.names for s in RunLog(tmp_path/"cut").selections() if s.step >= 3)
     assert same(weights(t), end)
     # another policy, even one that pins it
     other = ALFCallback(budget=.5, interval=2, check="freeze", pin=u)
@@ -315,7 +316,7 @@ def test_what_was_frozen_stays_frozen_after_a_resume(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         t.train(resume_from_checkpoint=str(tmp_path/"cut"/"checkpoint-8"))
-    assert u not in other.selection.names and u in other.policy.ban
+    assert u not in other.selection.names and u in other.run.policy.ban
 
 
 def test_when_every_unit_blows_up_the_weights_are_put_back(tmp_path):
@@ -324,7 +325,7 @@ def test_when_every_unit_blows_up_the_weights_are_put_back(tmp_path):
         RuntimeError, match="every unit that trains got NaN or infinity at step 6.*weights are those of step"
     ):
         make(tmp_path, one, Poison(one, 6, every=True, value=float("inf"))).train()
-    assert all(p.isfinite().all() for p in one.layers.model.parameters())
+    assert all(p.isfinite().all() for p in one.run.layers.model.parameters())
     assert RunLog(tmp_path).status == "failed"
 
 

@@ -65,7 +65,7 @@ def test_state_of_other_optimizers_returns(make):
         seen, back = set(), 0
         while not alf.done:
             names = set(alf.selection.names)
-            back += any(opt.state.get(p) for n in names & seen for p in alf.callback.layers.params(n))
+            back += any(opt.state.get(p) for n in names & seen for p in alf.run.layers.params(n))
             seen |= names
             model(**batch[alf.steps % 4]).loss.backward()
             alf.step()
@@ -210,12 +210,12 @@ def test_a_resume_with_another_wish_takes_it_at_once(tmp_path, settings):
     ], "what was asked for at the resume is in force from there on, although no re-selection was left"
     # who replays the log knows, too
     assert "kinds" in settings or [Policy.from_dict(e["policy"]) for e in events if e["event"] == "choose"] == [
-        alf.policy
+        alf.run.policy
     ]
     assert alf.selection.share <= settings.get("budget", 0.3) and not any(
         n.startswith("block.2") for n in alf.selection.names if "ban" in settings
     )
-    if "kinds" in settings: assert {u.kind for u in alf.units if u.name in alf.selection.names} == {"norm"}
+    if "kinds" in settings: assert {u.kind for u in alf.run.units if u.name in alf.selection.names} == {"norm"}
 
 
 @pytest.mark.filterwarnings("ignore:resuming with other settings")
@@ -223,10 +223,10 @@ def test_a_resume_with_another_wish_takes_it_at_once(tmp_path, settings):
 def test_a_resume_with_other_references(tmp_path, first, then):
     half(tmp_path, references=first)
     alf, events = half(tmp_path, True, references=then)
-    assert alf.snapshot.names == (() if then == "none" else tuple(n for n in alf.names if n in alf.selection.names))
+    snapshot, chosen = alf.run.windows.snapshot, tuple(n for n in alf.run.names if n in alf.selection.names)
+    assert snapshot is None if then == "none" else snapshot.names == chosen and snapshot.nbytes > 0
     last = [e for e in events if e["event"] == "measure"][-1]
     assert last["step"] == 8 and set(last["signals"]["rate"]) == set(alf.selection.names)
-    assert (alf.snapshot.nbytes > 0) == (then != "none")
 
 
 def test_a_resume_with_nothing_left_to_make(tmp_path):

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, default_data_collator
 
 from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.train.loop import ALFLoop, lightning_callback
+from alf_nb.train.loop import ALFLoop
+from alf_nb.train.lightning import lightning_callback
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.trainer import ALFCallback
 
@@ -112,7 +113,7 @@ def test_a_skipped_step_counts_no_learning_rate():
         alf.before_step()
         if i: optimizer.step()
         alf.after_step(skipped=i == 0)
-    assert alf.callback._cum_lr == [.02]
+    assert alf.run.rates.total == [.02]
     alf.close()
 
 

@@ -14,6 +14,7 @@ from alf_nb.train.loop import ALFLoop
 from alf_nb.core.policy import Policy
 from alf_nb.core.records import KINDS, Scores
 from alf_nb.core.runlog import RunLog
+from alf_nb.train.selecting import switch
 from alf_nb.train.trainer import ALFCallback
 
 
@@ -29,7 +30,7 @@ def train(folder, alf, *more, model=None, steps=12, **kw):
 def whys(folder): return {e["why"] for e in RunLog(folder).events("not_measured")}
 
 
-def rates(alf, name): return alf.tracker.scores("rate", 0)[name]
+def rates(alf, name): return alf.run.tracker.scores("rate", 0)[name]
 
 
 class Skips(torch.nn.Module):
@@ -73,9 +74,9 @@ def test_a_part_that_is_skipped_ends_no_run_and_has_no_rate_of_0(tmp_path, refer
     assert t.state.global_step == 12
     for e in RunLog(tmp_path).events("measure"):
         assert 0 not in e["signals"]["rate"].values() and 0 not in e["signals"]["descent"].values()
-    assert any(rates(one, n) for n in one.names), "what moves is measured"
+    assert any(rates(one, n) for n in one.run.names), "what moves is measured"
     if name == "never":
-        assert all(rates(one, n) is None for n in one.names if "sometimes" in n)
+        assert all(rates(one, n) is None for n in one.run.names if "sometimes" in n)
         assert whys(tmp_path) == {"no gradient"} and sum("no gradient reached" in w for w in said) == 1, "said once"
 
 
@@ -85,7 +86,7 @@ def test_a_reward_that_does_not_come_yet_ends_no_run(tmp_path, references):
     one = alf(references=references)
     t, said = train(tmp_path, one, model=Skips(lambda step: True, factor=lambda step: float(step >= 7)), data=numbers())
     assert whys(tmp_path) == {"gradient 0"} and sum("exactly 0" in w for w in said) == 1
-    assert all(rates(one, n) > 0 for n in one.names)
+    assert all(rates(one, n) > 0 for n in one.run.names)
 
 
 class Waits(torch.optim.AdamW):
@@ -199,7 +200,7 @@ class Vandal(TrainerCallback):
     def __init__(self, one, name): self.one, self.name = one, name
 
     def on_train_begin(self, args, state, control, optimizer=None, **kw):
-        ps = [(p, p.detach().clone()) for p in self.one.layers.params(self.name)]
+        ps = [(p, p.detach().clone()) for p in self.one.run.layers.params(self.name)]
         def undo(*a):
             for p, was in ps: p.data.copy_(was)
         getattr(optimizer, "optimizer", optimizer).register_step_post_hook(undo)
@@ -284,8 +285,8 @@ def test_a_selection_that_reaches_nothing_makes_way_for_others(tmp_path):
     one = ALFCallback(policy="badam", unit="block", interval=8, kinds=KINDS, measure_every=4, state="drop")
     class First(TrainerCallback):
         def on_train_begin(self, *a, **kw):
-            name = next(n for n in one.names if "pooler" in n)
-            one._switch(one.selection.__class__((name,), "by hand", "test", 0, .01), 0, {})
+            name = next(n for n in one.run.names if "pooler" in n)
+            switch(one.run, one.selection.__class__((name,), "by hand", "test", 0, .01), 0)
     t, said = train(tmp_path, one, First(), model=model, steps=16)
     log = RunLog(tmp_path)
     assert any("nothing that trains reaches the loss of a batch at step 1" in w for w in said)
@@ -378,7 +379,7 @@ def test_a_loop_survives_a_selection_that_reaches_nothing(tmp_path):
 
 def test_lightning_survives_a_selection_that_reaches_nothing(tmp_path):
     L = pytest.importorskip("lightning.pytorch")
-    from alf_nb.train.loop import lightning_callback
+    from alf_nb.train.lightning import lightning_callback
     torch.manual_seed(0)
     class Module(L.LightningModule):
         def __init__(self):
@@ -410,7 +411,7 @@ def test_what_stays_without_a_gradient_is_left_out_and_looked_at_again(tmp_path)
     "Ten steps without one: left out for sixteen times as long; then it trains again, and stays when it is reached"
     one = ALFCallback(policy="rotate", budget=1., kinds=KINDS, interval=10, measure_every=5, lock=1.)
     t, said = train(tmp_path, one, model=Skips(lambda step: step >= 100), data=numbers(), steps=230)
-    name = next(n for n in one.names if "sometimes" in n)
+    name = next(n for n in one.run.names if "sometimes" in n)
     chosen = {e["step"]: name in e["names"] for e in RunLog(tmp_path).events("select")}
     assert (
         chosen[0]
@@ -437,7 +438,7 @@ def test_what_is_looked_at_again_in_vain_makes_way_again_at_once(tmp_path):
 def test_a_pinned_unit_stays_and_is_said(tmp_path):
     one = ALFCallback(policy="rotate", budget=1., kinds=KINDS, interval=10, measure_every=5, lock=1., pin="*sometimes*")
     t, said = train(tmp_path, one, model=Skips(), data=numbers(), steps=40)
-    name = next(n for n in one.names if "sometimes" in n)
+    name = next(n for n in one.run.names if "sometimes" in n)
     assert all(name in e["names"] for e in RunLog(tmp_path).events("select")) and any(
         name in w and "no gradient" in w for w in said
     )
@@ -448,7 +449,7 @@ def test_a_probe_that_reaches_a_unit_takes_it_back(tmp_path):
     one = ALFCallback(budget=1., kinds=KINDS, strata=0, interval=10, measure_every=5, lock=1.)
     model = Skips(lambda step: step >= 40)
     t, said = train(tmp_path, one, model=model, data=numbers(), steps=60)
-    name = next(n for n in one.names if "sometimes" in n)
+    name = next(n for n in one.run.names if "sometimes" in n)
     chosen = {e["step"]: name in e["names"] for e in RunLog(tmp_path).events("select")}
     assert not chosen[0] and chosen[50]
 

@@ -185,7 +185,7 @@ class Kinds(TrainerCallback):
     "Remembers of which class every entry of the state was, and of which shape"
     def __init__(self, alf): self.alf, self.seen = alf, {}
     def on_optimizer_step(self, args, state, control, optimizer=None, **kw):
-        names = {id(p): n for n, p in self.alf.layers.model.named_parameters()}
+        names = {id(p): n for n, p in self.alf.run.layers.model.named_parameters()}
         for p, s in optimizer.state.items():
             for k, v in s.items():
                 self.seen.setdefault((names[id(p)], k), set()).add(
@@ -225,7 +225,7 @@ def test_state_keeps_the_shape_and_class_it_had(tmp_path, name, state):
     assert kinds.seen or name in ("chain",)
     # a first moment or a count that begins anew may be a number where it was one
     assert not {k: v for k, v in kinds.seen.items() if len(v) > 1 and k[1] not in ("RMS",)}
-    check_state(alf.layers, trainer.optimizer)
+    check_state(alf.run.layers, trainer.optimizer)
     with torch.no_grad(): assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
@@ -250,7 +250,7 @@ def test_a_chain_reports_the_bytes_it_holds(tmp_path, name):
     held = sum(v.nbytes for o in opt.parts for s in o.state.values() for v in s.values())
     assert RunLog(tmp_path).events("memory")[-1]["optimizer_bytes"] == held == optimizer_bytes(opt) > 0
     assert {id(p) for o in opt.parts for p in o.state} == {
-        id(p) for n in alf.selection.names for p in alf.layers.params(n)
+        id(p) for n in alf.selection.names for p in alf.run.layers.params(n)
     }
 
 
@@ -365,14 +365,14 @@ def test_relative_steps_of_adafactor_are_measured_by_the_rates_they_were_made_wi
 
     class Hand(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kw):
-            self.before = {n: [p.detach().clone() for p in alf.layers.params(n)] for n in alf.selection.names}
+            self.before = {n: [p.detach().clone() for p in alf.run.layers.params(n)] for n in alf.selection.names}
         def on_optimizer_step(self, args, state, control, optimizer=None, **kw):
             opt = optimizer.optimizer
             g = opt.param_groups[0]
             for n, ws in self.before.items():
                 total = sum(
                     float((p.detach() - w).norm() / opt._get_lr(g, opt.state[p])) ** 2
-                    for p, w in zip(alf.layers.params(n), ws)
+                    for p, w in zip(alf.run.layers.params(n), ws)
                 )
                 found.setdefault(state.global_step + 1, {})[n] = math.sqrt(total) / math.sqrt(
                     sum(float(w.norm()) ** 2 for w in ws)

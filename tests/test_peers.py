@@ -14,6 +14,7 @@ from badam import BlockOptimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from alf_nb.core.config import ALFConfig
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.model.layers import partition_layers
 from alf_nb.core.peers import GRASSPolicy, LISAPolicy
@@ -206,8 +207,8 @@ def test_lisa_trains_embeddings_head_and_two_blocks(tmp_path, config):
 
 def test_lisa_has_the_paper_s_settings():
     "γ = 2 blocks, K = 20 steps, until the last step"
-    alf = ALFCallback(preset="lisa")
-    assert (alf.policy.k, alf.interval, alf.lock, alf.policy.pin) == (2, 20, 1., ("embeddings", "head"))
+    c = ALFConfig.from_args(preset="lisa")
+    assert (c.policy.k, c.interval, c.lock, c.policy.pin) == (2, 20, 1., ("embeddings", "head"))
 
 
 # GRASS, https://arxiv.org/abs/2604.07808: p = softmax(mean gradient norm / τ), drawn without replacement.

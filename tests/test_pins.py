@@ -5,7 +5,8 @@ import pytest
 from test_layers_families import FAMILIES
 from alf_nb.model.layers import partition_layers
 from alf_nb.core.policy import match_units
-from alf_nb.train.trainer import PRESETS, ALFCallback
+from alf_nb.train.trainer import ALFCallback
+from alf_nb.core.config import PRESETS
 
 MODELS = {
     k: FAMILIES[k]

@@ -21,7 +21,7 @@ from alf_nb.model.delta import apply_delta, fingerprint, read_delta, save_delta
 from alf_nb.core.files import write_whole
 from alf_nb.app.tuned import load_tuned
 from alf_nb.core.shift import AttentionShift
-from alf_nb.train.resume import _read_state, _read_tensors
+from alf_nb.train.saving import read_state, read_tensors
 from alf_nb.report.page import report_html
 from alf_nb.report.results_page import compare_results
 from alf_nb.report.results import read_results
@@ -157,7 +157,7 @@ READERS = {
     "read_results": ("policies.jsonl", lambda run: read_results(run / "policies.jsonl")),
     "compare_results": ("policies.jsonl", lambda run: compare_results(run / "policies.jsonl")),
     "write_comparison": ("policies.jsonl", lambda run: write_comparison(run / "policies.jsonl")),
-    "state of a checkpoint": ("checkpoint-3/alf/state.json", lambda run: _read_state(run / "checkpoint-3")),
+    "state of a checkpoint": ("checkpoint-3/alf/state.json", lambda run: read_state(run / "checkpoint-3")),
 }
 
 
@@ -179,11 +179,11 @@ def test_a_reader_refuses_in_words(run, reader, odd):
 
 @pytest.mark.parametrize("odd", ODD)
 def test_tensors_of_a_checkpoint_are_refused_before_safetensors_opens_them(run, odd, monkeypatch):
-    import alf_nb.train.resume as T
+    import alf_nb.train.saving as T
     put(run/"checkpoint-3"/"alf"/"tensors.safetensors", odd)
     monkeypatch.setattr(T, "load_file", lambda f: pytest.fail("it was opened"))
     with at_once(), pytest.raises(RuntimeError, match=rf"tensors.safetensors.* is {ODD[odd][1]}, not a file"):
-        _read_tensors(run/"checkpoint-3")
+        read_tensors(run/"checkpoint-3")
 
 
 @pytest.mark.parametrize("odd", ODD)

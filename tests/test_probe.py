@@ -309,7 +309,7 @@ def test_a_trainer_that_generates_its_batches_generates_for_the_probe_too(tmp_pa
     assert (
         first[0]["reward"] == first[1]["reward"] and first[0]["num_tokens"] == first[1]["num_tokens"]
     ), "the first step trains on what it would have without a probe"
-    assert t._step == plain._step == 12 and alf.tracker.scores("gain").known
+    assert t._step == plain._step == 12 and alf.run.tracker.scores("gain").known
     assert [len(x.state.log_history) for x in (plain, t)] == [7, 7] and not t._metrics["train"]
 
 
@@ -362,7 +362,7 @@ def test_losses_of_several_data_sets_in_sentence_transformers(tmp_path):
         t.train()
         return t
     plain, t = run(tmp_path/"plain"), run(tmp_path/"alf", alf := probing(interval=3))
-    assert losses(plain)[0] == losses(t)[0] and len(losses(t)) == 6 and alf.tracker.scores("gain").known
+    assert losses(plain)[0] == losses(t)[0] and len(losses(t)) == 6 and alf.run.tracker.scores("gain").known
 
 
 SCRIPT = '''
@@ -568,10 +568,10 @@ def test_a_resume_draws_the_same_where_the_sampler_draws_from_the_global_generat
 
 
 def test_the_check_of_the_compiler_draws_nothing():
-    from alf_nb.train.trainer import _graphs_see_freezing
-    _graphs_see_freezing.cache_clear()
+    from alf_nb.train.engine import graphs_see_freezing
+    graphs_see_freezing.cache_clear()
     with _same_draws(): first = draws()
-    _graphs_see_freezing()
+    graphs_see_freezing()
     assert draws() == first
 
 
@@ -590,7 +590,7 @@ def test_running_statistics_are_those_of_training(tmp_path):
         return t
     alf = ALFCallback(budget=.3, interval=0, ban=("head",))
     t = fit(tmp_path/"alf", alf)
-    by_hand = fit(tmp_path/"hand", only={k for n in alf.selection for k in alf.layers.named_params(n)})
+    by_hand = fit(tmp_path/"hand", only={k for n in alf.selection for k in alf.run.layers.named_params(n)})
     assert (
         same(weights(t), weights(by_hand))
         and int(t.model.resnet.embedder.embedder.normalization.num_batches_tracked) == 6

@@ -24,6 +24,7 @@ from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.app.finetune import finetune
 from alf_nb.signals.probe import _model_loss
 from alf_nb.model.shards import local_tensor, full_tensor
+from alf_nb.train import probing
 from alf_nb.train.trainer import ALFCallback
 torch.set_num_threads(1)
 world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
@@ -44,8 +45,8 @@ class Watch(TrainerCallback):
     def __init__(self, alf, die): self.alf, self.die, self.rows = alf, die, []
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
         held = lambda p: local_tensor(p).numel()
-        ps = [p for n in self.alf.layers for p in self.alf.layers.params(n)]
-        chosen = [p for n in self.alf.selection.names for p in self.alf.layers.params(n)]
+        ps = [p for n in self.alf.run.layers for p in self.alf.run.layers.params(n)]
+        chosen = [p for n in self.alf.selection.names for p in self.alf.run.layers.params(n)]
         state = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
         self.rows.append(dict(
             trains=sum(map(held, chosen)), all=sum(map(held, ps)),
@@ -63,13 +64,13 @@ class Spoil(TrainerCallback):
     processes add theirs up, and after they did"""
     def __init__(self, alf, probe=None, before=None, after=None):
         self.alf, self.probe, self.before, self.after, self.n, self.units = alf, probe, before, after, 0, {}
-        if probe is not None and rank: alf._batch_loss = self.loss
+        if probe is not None and rank: probing.trainer_loss = lambda trainer: self.loss
     def loss(self, model, batch):
         self.n += 1
         return _model_loss(model, batch)*(NAN if self.n in self.probe else 1)
     def first(self, step):
         unit = self.units.setdefault(step, self.alf.selection.names[0])
-        return self.alf.layers.params(unit)[0] if rank else None
+        return self.alf.run.layers.params(unit)[0] if rank else None
     def on_step_begin(self, args, state, control, **kw):
         if state.global_step + 1 != self.before or (p := self.first(self.before)) is None: return
         p.register_hook(lambda g: g*(NAN if state.global_step + 1 == self.before else 1))
@@ -112,12 +113,12 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, **more):
         share=alf.summary()['trainable_share_peak'],
         norm=[float(p.norm()) for p in weights.values()],
         held=watch.rows,
-        n_total=alf.n_total,
+        n_total=alf.run.n_total,
         engine=type(trainer.model_wrapped).__name__,
         spoilt=list(bad.units.values()) if spoil else [],
         finetune=said,
         tuned=(out/'finetune').exists(),
-        signals={s: alf.tracker.scores(s, 10).values for s in ('prior', 'rate', 'gain', 'grad_norm', 'descent')})))
+        signals={s: alf.run.tracker.scores(s, 10).values for s in ('prior', 'rate', 'gain', 'grad_norm', 'descent')})))
 
 for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)
 '''
@@ -393,17 +394,17 @@ def test_ddp_buffers_only_what_trains(runs):
 def test_what_cannot_work_is_refused_before_the_first_step(monkeypatch):
     from types import SimpleNamespace
     from torch import nn
-    from alf_nb.train.trainer import _check_engine
+    from alf_nb.train.engine import check_engine
     args, model = SimpleNamespace(deepspeed=None, fsdp=None, world_size=1), nn.Linear(2, 2)
-    _check_engine(args, model)
+    check_engine(args, model)
     with pytest.raises(ValueError, match='FSDP1 flattens.*version'):
-        _check_engine(args, nn.Sequential(type('FullyShardedDataParallel', (nn.Linear,), {})(2, 2)))
+        check_engine(args, nn.Sequential(type('FullyShardedDataParallel', (nn.Linear,), {})(2, 2)))
     with pytest.warns(UserWarning, match='every process holds the whole weights'):
-        _check_engine(SimpleNamespace(**{**vars(args), 'fsdp': True}), model)
+        check_engine(SimpleNamespace(**{**vars(args), 'fsdp': True}), model)
     with pytest.raises(ValueError, match='DeepSpeed.*accelerate_fsdp2.yaml.*apply_selection'):
-        _check_engine(SimpleNamespace(**{**vars(args), 'deepspeed': 'ds.json'}), model)
+        check_engine(SimpleNamespace(**{**vars(args), 'deepspeed': 'ds.json'}), model)
     split = nn.Linear(2, 2)
     split._tp_size = 2
-    with pytest.raises(ValueError, match='tensor parallelism is not supported'): _check_engine(args, split)
+    with pytest.raises(ValueError, match='tensor parallelism is not supported'): check_engine(args, split)
     monkeypatch.setenv('ACCELERATE_USE_DEEPSPEED', 'true')
-    with pytest.raises(ValueError, match='DeepSpeed'): _check_engine(args, model)
+    with pytest.raises(ValueError, match='DeepSpeed'): check_engine(args, model)

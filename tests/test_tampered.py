@@ -9,7 +9,7 @@ from small_run import small_trainer
 
 from alf_nb.core.checkpoints import write_manifest
 from alf_nb.demo import demo_model
-from alf_nb.train.resume import _Settings, _State
+from alf_nb.train.state import State
 from alf_nb.train.trainer import ALFCallback
 
 
@@ -29,14 +29,10 @@ def test_a_tampered_state_of_a_loop_is_refused_in_words(record_property):
     record_property("tried", tried)
 
 
-def test_the_settings_of_a_checkpoint_are_those_of_the_callback():
-    assert {f.name for f in fields(_Settings)} == set(ALFCallback().config)
-
-
 def test_every_field_of_the_state_is_tampered_with(tmp_path):
     folder = T.made(tmp_path)
     tried = {words.partition(":")[0].partition(".")[0] for words, _ in T.cases(folder, ("state",))}
-    assert {f.name for f in fields(_State)} <= tried
+    assert {f.name for f in fields(State)} <= tried
 
 
 OPTIMIZERS = {

@@ -13,7 +13,8 @@ from alf_nb.core.checkpoints import find_checkpoint
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.model.states import unwrap_optimizer
 from alf_nb.core.runlog import RunLog
-from alf_nb.train.trainer import ALFCallback, _graphs_see_freezing
+from alf_nb.train.trainer import ALFCallback
+from alf_nb.train.engine import graphs_see_freezing
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
@@ -42,7 +43,7 @@ def test_sft_trainer(tmp_path, packing):
         return t, alf, before
     t, alf, before = sft(tmp_path/"a", save_strategy="steps", save_steps=5)
     after, chosen = weights(t), {n for s in RunLog(tmp_path/"a").selections() for n in s.names}
-    moved = {alf.layers.unit_of(k) for k in before if not torch.equal(before[k], after[k])}
+    moved = {alf.run.layers.unit_of(k) for k in before if not torch.equal(before[k], after[k])}
     assert moved == chosen and 0 < alf.summary()["trainable_share_peak"] <= .3
     again, _, _ = sft(tmp_path/"a", resume=str(tmp_path/"a"/"checkpoint-5"))
     assert same(after, weights(again))
@@ -101,7 +102,7 @@ def test_a_compiled_model(tmp_path):
     assert not any(none) and all(
         graphs[i] == graphs[i // every * every] for i in range(20)
     ), "one selection needs no second graph"
-    if _graphs_see_freezing():
+    if graphs_see_freezing():
         assert [n - graphs[0] for n in graphs] == [
             len(set(names[: i // every + 1])) - 1 for i in range(20)
         ], "nor does one that was there before"
@@ -126,7 +127,7 @@ def test_more_selections_than_torch_compile_makes_graphs_are_pointed_out(tmp_pat
             ).train()
         return [str(w.message) for w in caught if "makes a graph" in str(w.message)]
     assert not said("a", 2), "a model that is not compiled"
-    if not _graphs_see_freezing(): return        # every selection begins anew there, so nothing piles up
+    if not graphs_see_freezing(): return        # every selection begins anew there, so nothing piles up
     told, = said("b", 2, torch_compile=True, torch_compile_backend="eager")
     assert "gives up after 8" in told and "may select 10 times" in told
     assert not said("c", 3, torch_compile=True, torch_compile_backend="eager")

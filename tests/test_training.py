@@ -12,7 +12,9 @@ from alf_nb.core.checkpoints import write_manifest
 from alf_nb.demo import demo_model
 from alf_nb.model.states import optimizer_bytes
 from alf_nb.core.runlog import RunLog
-from alf_nb.train.trainer import PRESETS, ALFCallback
+from alf_nb.train.trainer import ALFCallback
+from alf_nb.core.config import PRESETS
+from alf_nb.core.schedule import rotation
 
 
 def run(tmp_path, *callbacks, model=None, steps=12, freeze=None, resume=None, data=None, **kw):
@@ -49,7 +51,7 @@ def test_a_static_choice_is_freezing_by_hand(tmp_path, trick):
     "One selection for the whole run gives the bits of a Trainer whose other parameters never required grad"
     alf = ALFCallback(policy=dict(policy="static", where="last"), budget=.3, interval=0, measure_every=4)
     a = run(tmp_path / "alf", alf, **TRICKS[trick])
-    trained = {k for n in alf.selection for k in alf.layers.named_params(n)}
+    trained = {k for n in alf.selection for k in alf.run.layers.named_params(n)}
     b = run(tmp_path / "hand", freeze=lambda n: n not in trained, **TRICKS[trick])
     assert losses(a) == losses(b)
     assert same(weights(a), weights(b))
@@ -62,7 +64,7 @@ class Witness(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
         self.before = {k: p.detach().clone() for k, p in model.named_parameters()}
-        self.should = {k for n in self.alf.selection for k in self.alf.layers.named_params(n)}
+        self.should = {k for n in self.alf.selection for k in self.alf.run.layers.named_params(n)}
         assert {
             k for k, p in model.named_parameters() if p.grad is not None
         } <= self.should, "a frozen parameter has a gradient"
@@ -95,12 +97,12 @@ def test_every_signal_keeps_to_the_budget(tmp_path, signal, mode):
     eye = Witness(alf)
     run(tmp_path, alf, eye, steps=16, weight_decay=.1)
     ever = {n for e in RunLog(tmp_path).events("select") for n in e["names"]}
-    assert eye.peak_share <= .25 and alf.totals["share_peak"] <= .25
-    assert eye.moved == {k for n in ever for k in alf.layers.named_params(n)}, "each selected unit moves"
+    assert eye.peak_share <= .25 and alf.run.totals.share_peak <= .25
+    assert eye.moved == {k for n in ever for k in alf.run.layers.named_params(n)}, "each selected unit moves"
     assert eye.max_state <= 4 * 200, "optimizer state of frozen units is gone"
-    assert (alf.parked.nbytes > 0) == (mode != "drop" and len(ever) > len(alf.selection))
-    full = 12 * sum(p.numel() for p in alf.layers.model.parameters())
-    assert alf.totals["state_bytes_peak"] <= .35 * full
+    assert (alf.run.offloaded.nbytes > 0) == (mode != "drop" and len(ever) > len(alf.selection))
+    full = 12 * sum(p.numel() for p in alf.run.layers.model.parameters())
+    assert alf.run.totals.state_bytes_peak <= .35 * full
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -153,7 +155,7 @@ def test_references_anywhere_resume_exactly(tmp_path, references):
 def test_other_families(tmp_path, family):
     alf = ALFCallback(budget=.25, interval=4, measure_every=2)
     run(tmp_path, alf, Witness(alf), model=demo_model(family))
-    assert 0 < alf.totals["share_peak"] <= .25
+    assert 0 < alf.run.totals.share_peak <= .25
 
 
 def test_peft_adapters_are_the_units(tmp_path):
@@ -162,8 +164,8 @@ def test_peft_adapters_are_the_units(tmp_path):
     base = {k: p.detach().clone() for k, p in model.named_parameters() if not p.requires_grad}
     alf = ALFCallback(budget=.25, interval=4, measure_every=2)
     run(tmp_path, alf, model=model)
-    assert {alf.layers[n].kind for n in alf.selection} == {"adapter"}
-    assert alf.totals["share_peak"] <= .25                                     # of the adapters
+    assert {alf.run.layers[n].kind for n in alf.selection} == {"adapter"}
+    assert alf.run.totals.share_peak <= .25                                     # of the adapters
     assert all(torch.equal(p, base[k]) for k, p in model.named_parameters() if k in base)
 
 
@@ -182,8 +184,8 @@ def test_a_pattern_that_means_nothing_is_named(tmp_path):
 def test_the_probe_never_holds_the_gradients(tmp_path):
     alf = ALFCallback(budget=.1, interval=4, measure_every=2)
     run(tmp_path, alf)
-    full = 12 * sum(p.numel() for p in alf.layers.model.parameters())
-    assert alf.totals["state_bytes_peak"] <= .14 * full
+    full = 12 * sum(p.numel() for p in alf.run.layers.model.parameters())
+    assert alf.run.totals.state_bytes_peak <= .14 * full
 
 
 def test_training_data_is_untouched_by_probes(tmp_path):
@@ -219,7 +221,7 @@ def test_an_optimizer_of_too_few_parameters_is_refused(tmp_path):
 def test_nan_weights_are_named(tmp_path):
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, **kw):
-            with torch.no_grad(): alf.layers.params(alf.selection.names[0])[0][0, 0] = float("nan")
+            with torch.no_grad(): alf.run.layers.params(alf.selection.names[0])[0][0, 0] = float("nan")
     alf = ALFCallback(budget=.25, measure_every=3)
     with pytest.raises(RuntimeError, match="hold NaN or infinity"): run(tmp_path, alf, Poison())
 
@@ -237,7 +239,7 @@ def test_a_crash_leaves_a_model_that_trains_again(tmp_path):
     with pytest.raises(KeyboardInterrupt): run(tmp_path / "a", ALFCallback(budget=.2), Crash(), model=model)
     alf = ALFCallback(budget=.25)
     run(tmp_path / "b", alf, model=model)
-    assert alf.totals["share_peak"] > .2 and all(p.requires_grad for p in model.parameters())
+    assert alf.run.totals.share_peak > .2 and all(p.requires_grad for p in model.parameters())
 
 
 def test_resume_as_a_new_object_from_the_checkpoint(tmp_path):
@@ -319,7 +321,7 @@ def test_a_start_of_some_steps_keeps_to_ban_pin_reach_and_budget(tmp_path, start
     run(tmp_path, alf, steps=9)
     begin = [s for s in RunLog(tmp_path).selections() if s.step < 8]
     assert {n for s in begin for n in s.names} == {
-        u.name for u in alf.units if u.kind == "matrix" and u.layer in ("block.1", "block.3") and u.role != "v_proj"
+        u.name for u in alf.run.units if u.kind == "matrix" and u.layer in ("block.1", "block.3") and u.role != "v_proj"
     }
     assert all("block.3.mlp.up_proj" in s.names for s in begin)
     assert len(begin) == 1 if start == "warm-up" else len(begin) > 1 and all(s.share <= .2 for s in begin)
@@ -328,8 +330,8 @@ def test_a_start_of_some_steps_keeps_to_ban_pin_reach_and_budget(tmp_path, start
 def test_a_rotating_start_leaves_out_what_alone_exceeds_the_budget(tmp_path):
     alf = ALFCallback(budget=.1, signal="rate", start="rotate", warm_up=30, kinds=("matrix", "embedding"))
     run(tmp_path, alf, steps=1)
-    assert sorted(n for g in alf._rotation() for n in g) == sorted(u.name for u in alf.units if u.kind == "matrix")
-    assert all(sum(alf._sizes[n] for n in g) <= .1*alf.n_total for g in alf._rotation())
+    assert sorted(n for g in rotation(alf.run.policy, alf.run.units) for n in g) == sorted(u.name for u in alf.run.units if u.kind == "matrix")
+    assert all(sum(alf.run.layers[n].n_params for n in g) <= .1*alf.run.n_total for g in rotation(alf.run.policy, alf.run.units))
 
 
 @pytest.mark.parametrize("start", ["rotate", "warm-up"])
@@ -351,4 +353,4 @@ def test_a_policy_chosen_while_training_keeps_to_the_reach(tmp_path):
     alf = ALFCallback(budget=.3, reach=.5, probe_batches=2)
     run(tmp_path, alf, Wish(), steps=4)
     last = RunLog(tmp_path).selections()[-1]
-    assert set(last.names) == {u.name for u in alf.units if u.eligible and u.depth > 2} and last.policy == "full"
+    assert set(last.names) == {u.name for u in alf.run.units if u.eligible and u.depth > 2} and last.policy == "full"

@@ -367,7 +367,7 @@ def test_a_loop_does_not_go_on_from_the_state_of_an_earlier_run(tmp_path):
     m(**rows[0]).loss.backward()
     alf.step()
     state, kept = alf.state_dict(), {k: v.clone() for k, v in m.state_dict().items()}
-    first = alf.callback.run_id
+    first = alf.run.run_id
     alf.close(ValueError("it failed"))
     again, _ = begin(demo_model(blocks=2), tmp_path/"run")
     again.close(ValueError("it failed, too"))
@@ -376,7 +376,7 @@ def test_a_loop_does_not_go_on_from_the_state_of_an_earlier_run(tmp_path):
     with pytest.raises(
         RuntimeError,
         match=(
-            rf"belongs to run {first}, and a newer run, {again.callback.run_id}, was begun in .*run since: give another"
+            rf"belongs to run {first}, and a newer run, {again.run.run_id}, was begun in .*run since: give another"
             r" out="
         ),
     ):

@@ -543,7 +543,7 @@ def test_beside_a_real_run(picker, tmp_path):
             assert {n: v for n, v in fresh.state.scores(step=e['step']).values.items() if v is not None} == {
                 n: v for n, v in e['scores'].items() if v is not None
             }
-    tracked = run.callback.tracker.scores(run.callback.signal, 60)
+    tracked = run.callback.run.tracker.scores(run.callback.config.signal, 60)
     assert fresh.state.scores().known == pytest.approx(tracked.known)
     for i, e in enumerate(chosen):
         fresh.step.value = i

@@ -55,7 +55,8 @@ def complexities(src):
 
 def private_patches(tree):
     "Private methods that are added to a class from outside: `@patch` is for public verbs"
-    functions = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name.startswith('_')]
+    hidden = lambda name: name.startswith('_') and not name.endswith('_')      # `_repr_html_` is a verb of others
+    functions = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and hidden(f.name)]
     named = [[d.func if isinstance(d, ast.Call) else d for d in f.decorator_list] for f in functions]
     return sum(any(isinstance(d, ast.Name) and d.id == 'patch' for d in ds) for ds in named)
 

@@ -70,7 +70,7 @@ def check_plan(
     save_steps:int  # between checkpoints; 0: none
 ):
     "Is there room for delta and checkpoints of this run?"
-    layers = partition_layers(net, unit=callback.unit, kinds=callback.kinds)
+    layers = partition_layers(net, unit=callback.config.unit, kinds=callback.config.kinds)
     whole, chosen = bytes_of(layers, layers), bytes_of(layers, names)
     there = len(list(Path(out).glob('checkpoint-*')))
     n = min(-(-steps//save_steps), max(1, 3-there)) if save_steps else 0

@@ -33,7 +33,8 @@ from ..report.page import write_report
 from ..report.summary import summarize
 from ..sources.models import load_model
 from ..sources.texts import check_text, load_texts, unrelated_texts
-from ..train.trainer import ALFCallback, peak_rss_bytes
+from ..train.trainer import ALFCallback
+from ..core.system import peak_rss_bytes
 
 # %% ../../nbs/10_app/07_finetune.ipynb #be8169e9
 class _Bar(TrainerCallback):
@@ -66,10 +67,10 @@ class _Opening(TrainerCallback):
     def on_train_begin(self, args, state, control, **kw):
         if state.global_step > 0: return
         # half: not all of it has to move
-        least = bytes_of(self.alf.layers, self.alf.selection.names)//2
+        least = bytes_of(self.alf.run.layers, self.alf.selection.names)//2
         check_room(self.out, 0, least, 'the delta of what is selected')
         keep_results(self.out)
-        for e in self.events: self.alf._event(step=0, **e)
+        for e in self.events: self.alf.run.journal.event(step=0, **e)
 
 # %% ../../nbs/10_app/07_finetune.ipynb #402bd54b
 def _arguments(job, out):
@@ -106,7 +107,7 @@ def _trainer(job, out, callback, opening, bar):
 def _rescue(job, out, callback, made, metadata):
     "Save what was learnt in `made` steps, and say where it is"
     steps = metadata['steps']
-    metadata = dict(run_id=callback.run_id, **metadata | dict(steps=made), figures=callback.summary())
+    metadata = dict(run_id=callback.run.run_id, **metadata | dict(steps=made), figures=callback.summary())
     where, _ = save_anywhere(job.net, job.base, out, metadata)
     if where == out/'delta' and made == steps:
         return "all steps are made and the delta is written: finetune(…, resume=True) finishes the run"
@@ -120,7 +121,7 @@ def _train(job, trainer, checkpoint, out, callback, metadata):
     try: trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as e:
         steps, made = metadata['steps'], trainer.state.global_step
-        lost = made < steps and (not isinstance(e, OSError) or find_checkpoint(out, callback.run_id))
+        lost = made < steps and (not isinstance(e, OSError) or find_checkpoint(out, callback.run.run_id))
         if not made or lost:
             e.model = job.net
             raise
@@ -134,7 +135,7 @@ def _finish(job, trainer, done, out, callback):
     with RunLog(out) as log:
         if name != 'delta' and not has_event(log, steps, 'save', path=name): log.write('save', step=steps, path=name)
         if not has_event(log, steps, 'run_end'):
-            log.write('run_end', step=steps, **last_figures(log, done, callback), stopped=False)
+            log.write('run_end', step=steps, **last_figures(log, done), stopped=False)
     return run
 
 # %% ../../nbs/10_app/07_finetune.ipynb #a0ca2545
@@ -205,7 +206,7 @@ def _run(loaded, out, callback, settings, checkpoint, done, resume, progress, t0
         bar.open(settings.steps, 0 if checkpoint is None else int(checkpoint.rsplit('-', 1)[-1]))
         try: _train(job, trainer, checkpoint, out, callback, made)
         finally: bar.close()
-        run = callback.run_id
+        run = callback.run.run_id
     metadata = dict(run_id=run, **made)
     _save(job, out, metadata)
     return _write(job, out, metadata, t0)

@@ -18,6 +18,8 @@ from ..core.checkpoints import _newest_run, _set_aside, _why_none, find_checkpoi
 from ..core.foreign import read_plain
 from ..core.runlog import RunLog
 from ..model.delta import read_delta
+from ..train.controller import figures
+from ..train.state import RunTotals
 from ..report.summary import summarize
 
 # %% ../../nbs/10_app/05_results.ipynb #7b2d0e02
@@ -62,14 +64,11 @@ def keep_results(
 # %% ../../nbs/10_app/05_results.ipynb #785ac4f7
 def last_figures(
     log:RunLog,
-    folder,    # checkpoint or delta
-    callback   # `ALFCallback`
+    folder     # checkpoint or delta
 )->dict:
     "What the last line of a run says, when the run was killed before it: from its checkpoint or delta, else its log"
     totals = read_json(Path(folder)/'alf'/'state.json').get('totals')
-    if totals:
-        callback.totals = totals
-        return callback.summary()
+    if totals: return figures(RunTotals(**totals))
     known = delta_metadata(folder).get('figures')
     if isinstance(known, dict): return known
     s, wanted = summarize(log), ('wall_s', 'trainable_share_mean', 'trainable_share_peak', 'state_bytes_peak',

@@ -26,7 +26,7 @@ from ..report.results import PolicyComparison, read_results
 from .methods import Method, as_methods
 from .runs import device_name, train_method
 from .task import Task, text_task
-from ..train.trainer import versions
+from ..core.system import versions
 
 # %% ../../nbs/09_study/13_compare.ipynb #5dbdc159
 def _next(found, grid, seeds, extend):

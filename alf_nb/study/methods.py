@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from ..core.policy import match_units
 from ..model.layers import partition_layers
-from ..train.trainer import PRESETS, ALFCallback
+from ..core.config import PRESETS, ALFConfig
 
 # %% ../../nbs/09_study/11_methods.ipynb #4d01c254
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Method:
         "Arguments of `ALFCallback`, with the task's pins beside those of preset and policy; None: no callback"
         kw = self.alf(steps, blocks) if callable(self.alf) else self.alf
         if kw is None or not pin: return kw
-        return {**kw, 'pin': tuple(dict.fromkeys([*ALFCallback(**kw).policy.pin, *pin]))}
+        return {**kw, 'pin': tuple(dict.fromkeys([*ALFConfig.from_args(**kw).policy.pin, *pin]))}
 
 # %% ../../nbs/09_study/11_methods.ipynb #1a1d0c35
 def alf_method(
@@ -53,7 +53,7 @@ def alf_method(
     **alf                # arguments of `ALFCallback`
 )->Method:
     "A method from arguments of `ALFCallback`; wrong ones are refused now"
-    ALFCallback(**alf)
+    ALFConfig.from_args(**alf)
     about = about or 'ALF with ' + (', '.join(f'{k}={v!r}' for k,v in alf.items()) or 'its defaults')
     return Method(name, about, tuple(lrs), alf, None, selects)
 
@@ -69,7 +69,7 @@ def describe(self:Method,
     settings = json.dumps(kw or {}, sort_keys=True, default=str)
     row = dict(method=self.name, about=self.about, selects=self.selects, settings=settings)
     if kw is None: return row | dict(signal=None, unit=None, budget=None)
-    c = ALFCallback(**kw)
+    c = ALFConfig.from_args(**kw)
     signal = c.signal if c.policy.needs_scores else None
     return row | dict(signal=signal, unit=c.unit, budget=getattr(c.policy, 'budget', None))
 

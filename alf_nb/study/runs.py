@@ -23,7 +23,8 @@ from ..model.layers import Layers, partition_layers
 from ..model.states import gradient_bytes, optimizer_bytes
 from .methods import Method
 from .task import Task
-from ..train.trainer import ALFCallback, peak_rss_bytes
+from ..train.trainer import ALFCallback
+from ..core.system import peak_rss_bytes
 
 # %% ../../nbs/09_study/12_runs.ipynb #9925dde0
 def device_name(
@@ -76,7 +77,7 @@ def _finite(v): return v if v is not None and math.isfinite(v) else None
 
 def _off_the_clock(alf):
     "Tell ALF, if there is one, that time passed which is none of the training's"
-    if alf is not None: alf._forget_pause()
+    if alf is not None: alf.run.forget_pause()
 
 class _Meter(TrainerCallback):
     "Losses while training, time that training itself took, bytes of its state"
@@ -183,13 +184,13 @@ def _trainer(task, ready, meter, args):
 # %% ../../nbs/09_study/12_runs.ipynb #de42028a
 def _figures_of_alf(ready, selections, steps):
     s = ready.alf.summary()
-    part = ready.alf.n_total/ready.layers.total      # ALF over adapters knows shares of the adapters
+    part = ready.alf.run.n_total/ready.layers.total      # ALF over adapters knows shares of the adapters
     return dict(
         importance_s=s['importance_s'],
         trainable_share_mean=s['trainable_share_mean']*part,
         trainable_share_peak=s['trainable_share_peak']*part,
         state_bytes_peak=s['state_bytes_peak'] + ready.added,
-        map=_layer_map(ready.alf.units, selections, steps),
+        map=_layer_map(ready.alf.run.units, selections, steps),
         n_total=ready.layers.total,
         prepare_s=ready.seconds,
     )

@@ -23,7 +23,7 @@ from ..model.offload import OffloadedStates
 from ..model.states import gradient_bytes, optimizer_bytes
 from ..signals.probe import _model_loss, probe_gradients
 from ..signals.snapshots import Snapshot
-from ..train.trainer import peak_rss_bytes
+from ..core.system import peak_rss_bytes
 
 # %% ../../nbs/09_study/04_step_costs.ipynb #ad5b25bb
 def _processors(root):

@@ -43,7 +43,7 @@ def test_what_the_slider_says_is_what_trains(notebook, shot):
         "picker = ThresholdPicker(run); picker",
         "run.step",
         "picker.budget, share(), run.log.events('choose')[-1]['policy']['budget']",
-        "picker.threshold, run.callback.policy.threshold, share()",
+        "picker.threshold, run.callback.run.policy.threshold, share()",
         "run.alive, run.step",
         "run.stop(); run.wait(); run.status",
     )
