@@ -83,8 +83,8 @@ class Writer:
         gain = {n: v*self.rng.uniform(.85, 1.15)*1e-6*(1+shift*math.sin(i)) - 2e-8
                 for i, (n, v) in enumerate(self.true.items())}
         norms = {n: abs(v)**.5 for n, v in gain.items()}
-        self.write('probe', s, signals=dict(gain=gain, grad_norm=norms), wall_s=2.4 if first else 1.2,
-                   batches=8 if first else 4)
+        batches, wall_s = (8, 2.4) if first else (4, 1.2)
+        self.write('probe', s, signals=dict(gain=gain, grad_norm=norms), wall_s=wall_s, batches=batches)
         new, share = self.best(gain)
         entered, left = [n for n in new if n not in self.current], [n for n in self.current if n not in new]
         reason = f'highest gain up to {self.budget:.0%} of the parameters'

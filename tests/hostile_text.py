@@ -17,7 +17,7 @@ from alf_nb.report.html import Html
 from alf_nb.core.records import Scores, Selection, UnitInfo
 from alf_nb.core.shift import AttentionComparison, AttentionShift
 from alf_nb.report.page import report_html
-from alf_nb.report.results import PolicyComparison
+from alf_nb.report.results_page import PolicyComparison
 from alf_nb.report.comparison import compare_runs
 from alf_nb.report.charts import layer_map, loss_chart, memory_chart, role_maps
 from alf_nb.core.runlog import RunLog, _read_once
