@@ -15,6 +15,9 @@ import argparse, datetime, functools, json, platform, statistics, time
 from pathlib import Path
 import numpy as np, torch
 from alf_nb.kernels import plan as K
+from alf_nb.kernels.chunks import _chunks
+from alf_nb.kernels.numba_sweep import _in_threads, _pointer, numba
+from alf_nb.kernels.triton_sweep import triton
 from alf_nb.study.runs import device_name
 
 RESULTS = Path(__file__).parent/'results'/'delta_norms.jsonl'
@@ -124,22 +127,22 @@ class Case:
         tensors = self.w + self.r
         words = np.array([t.nbytes//8 for t in tensors])
         at = np.array([t.data_ptr() for t in tensors])
-        tensor, index = K._chunks(words, 8192)
+        tensor, index = _chunks(words, 8192)
         out = np.zeros(len(tensor), np.uint64)
         tag = np.empty(0, np.uint64)
-        return lambda: K._in_threads(
+        return lambda: _in_threads(
             lambda lo, hi: pure_read(at, words, tensor, index, out, lo, hi, 8192, tag),
             len(tensor),
             torch.get_num_threads(),
         )
 
-if K.numba:
-    @K.numba.njit(nogil=True, boundscheck=False)
+if numba:
+    @numba.njit(nogil=True, boundscheck=False)
     def pure_read(at, words, tensor, index, out, lo, hi, chunk, tag):
         for c in range(lo, hi):
             t = tensor[c]
             n = min(chunk, words[t] - index[c]*chunk)
-            x = K.numba.carray(K._pointer(at[t] + index[c]*chunk*8, tag), (n,))
+            x = numba.carray(_pointer(at[t] + index[c]*chunk*8, tag), (n,))
             s = np.uint64(0)
             for i in range(n): s ^= x[i]
             out[c] = s
@@ -177,7 +180,7 @@ def providers(case, wanted):
 
 def versions():
     return {
-        p: m.__version__ for p, m in (('torch', torch), ('numba', K.numba), ('triton', K.triton), ('numpy', np)) if m
+        p: m.__version__ for p, m in (('torch', torch), ('numba', numba), ('triton', triton), ('numpy', np)) if m
     } | dict(python=platform.python_version())
 
 def bench(label, shapes, dtype, ref_dtype, args):

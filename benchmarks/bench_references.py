@@ -20,7 +20,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from alf_nb.kernels.plan import delta_norms, quantize_reference
-from alf_nb.model.optim import last_update, unwrap_optimizer
+from alf_nb.model.updates import last_update
+from alf_nb.model.states import unwrap_optimizer
 from alf_nb.sources.models import load_model
 from alf_nb.sources.losses import supports_bf16
 from alf_nb.sources.blocks import token_blocks

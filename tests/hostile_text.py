@@ -14,7 +14,8 @@ from alf_nb.model.delta import Delta
 from alf_nb.model.layers import Layers
 from alf_nb.report.maps import cell_table
 from alf_nb.report.html import Html
-from alf_nb.core.records import AttentionComparison, AttentionShift, Scores, Selection, UnitInfo
+from alf_nb.core.records import Scores, Selection, UnitInfo
+from alf_nb.core.shift import AttentionComparison, AttentionShift
 from alf_nb.report.page import report_html
 from alf_nb.report.results_page import PolicyComparison
 from alf_nb.report.comparison import compare_runs

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from alf_nb.core.checkpoints import write_manifest
 from alf_nb.demo import demo_model
 from alf_nb.train.loop import ALFLoop
-from alf_nb.model.optim import unwrap_optimizer
+from alf_nb.model.states import unwrap_optimizer
 from alf_nb.train.saving import load, read_state, read_tensors
 from alf_nb.train.trainer import ALFCallback
 

@@ -13,7 +13,7 @@ from alf_nb.study.words import ROLES, central_words
 from alf_nb.study.maps import attention_distance, attention_entropy, attention_maps
 from alf_nb.study.attention import compare_attention
 from alf_nb.demo import demo_model, demo_tokenizer
-from alf_nb.core.records import AttentionComparison, AttentionShift
+from alf_nb.core.shift import AttentionComparison, AttentionShift
 from alf_nb.sources.models import load_encoder, load_model
 from alf_nb.sources.packaged import package_folder
 

@@ -11,7 +11,7 @@ from alf_nb.app.cli import main
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.app.finetune import finetune
 from alf_nb.app.tuned import load_tuned, tuned_kind
-from alf_nb.core.records import AttentionComparison, AttentionShift
+from alf_nb.core.shift import AttentionComparison, AttentionShift
 from alf_nb.report.page import report_html
 from alf_nb.report.summary import summarize
 from alf_nb.core.runlog import RunLog

@@ -13,7 +13,9 @@ from transformers.optimization import Adafactor, AdafactorSchedule
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.model.layers import partition_layers
 from alf_nb.train.loop import ALFLoop
-from alf_nb.model.optim import OffloadedStates, apply_selection, check_optimizer, check_state, optimizer_bytes
+from alf_nb.model.optim import apply_selection, check_state
+from alf_nb.model.offload import OffloadedStates
+from alf_nb.model.states import check_optimizer, optimizer_bytes
 from alf_nb.core.runlog import RunLog
 from alf_nb.signals.tracker import prior_scores
 from alf_nb.train.trainer import ALFCallback

@@ -20,7 +20,7 @@ from alf_nb.study.compare import _append
 from alf_nb.model.delta import apply_delta, fingerprint, read_delta, save_delta
 from alf_nb.core.files import write_whole
 from alf_nb.app.tuned import load_tuned
-from alf_nb.core.records import AttentionShift
+from alf_nb.core.shift import AttentionShift
 from alf_nb.train.saving import read_state, read_tensors
 from alf_nb.report.page import report_html
 from alf_nb.report.results_page import compare_results

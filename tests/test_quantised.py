@@ -8,7 +8,7 @@ from torch import nn
 from alf_nb.model.delta import apply_delta, fingerprint, save_delta
 from alf_nb.demo import demo_model
 from alf_nb.model.layers import partition_layers
-from alf_nb.model.optim import FrozenGuard
+from alf_nb.model.bits import FrozenGuard
 from alf_nb.core.runlog import RunLog
 from alf_nb.signals.tracker import prior_scores
 from alf_nb.train.trainer import ALFCallback

@@ -2,7 +2,8 @@
 import errno, json, os, subprocess, sys, threading, time
 import pytest
 from alf_nb.core import runlog
-from alf_nb.core.runlog import RunLog, effective_events
+from alf_nb.core.runlog import RunLog
+from alf_nb.core.events import effective_events
 
 def run(code, *args):
     return subprocess.Popen(
@@ -80,15 +81,15 @@ def test_poll_follows_a_live_writer(tmp_path):
 def test_full_disk_raises_once_then_counts(tmp_path):
     l = RunLog(tmp_path)
     l.write('log', step=1)
-    real, l._fd = l._fd, os.open('/dev/full', os.O_WRONLY)
+    real, l._file.fd = l._file.fd, os.open('/dev/full', os.O_WRONLY)
     with pytest.raises(OSError, match='earlier events are safe') as e: l.write('log', step=2)
     assert e.value.errno == errno.ENOSPC and str(l.path) in str(e.value)
     # quiet, but counted
     l.write('log', step=3)
     l.write('log', step=4)
     assert l.lost == 3
-    os.close(l._fd)
-    l._fd = real
+    os.close(l._file.fd)
+    l._file.fd = real
     l.write('log', step=5)
     l.write('log', step=6)
     assert [(e['step'], e.get('lost')) for e in l.events('log')] == [(1, None), (5, 3), (6, None)]

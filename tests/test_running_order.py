@@ -5,7 +5,9 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 import pytest, torch, transformers as tf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from alf_nb.model.layers import _Places, _before, _uses, partition_layers
+from alf_nb.model.layers import partition_layers
+from alf_nb.model.stacks import _Places
+from alf_nb.model.running_order import _before, _uses
 
 D = 4
 

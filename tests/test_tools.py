@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from alf_nb.core.checkpoints import find_checkpoint
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
-from alf_nb.model.optim import unwrap_optimizer
+from alf_nb.model.states import unwrap_optimizer
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.trainer import ALFCallback
 from alf_nb.train.engine import graphs_see_freezing

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from alf_nb.core.checkpoints import write_manifest
 from alf_nb.demo import demo_model
-from alf_nb.model.optim import optimizer_bytes
+from alf_nb.model.states import optimizer_bytes
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.trainer import ALFCallback
 from alf_nb.core.config import PRESETS

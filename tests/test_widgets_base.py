@@ -4,7 +4,9 @@ import json, random, sys, threading, time
 import ipywidgets as W
 import pytest
 
-from alf_nb.core.runlog import RunLog, effective_events
+from alf_nb.core.runlog import RunLog
+
+from alf_nb.core.events import effective_events
 from alf_nb.widgets.base import LogReader, View, as_source, follow, put, ticker
 from alf_nb.report.run_state import RunState
 

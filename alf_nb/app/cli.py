@@ -168,7 +168,7 @@ def _look(a, tuned):
     _quiet_transformers()
     import torch
     from alf_nb.app.tuned import load_tuned
-    from alf_nb.core.records import AttentionComparison
+    from alf_nb.core.shift import AttentionComparison
     from alf_nb.sources.models import load_model
     from alf_nb.study.attention import AttentionSnapshot, attention_bar
     texts, base, device = _passages(a), a.get('base'), 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -32,6 +32,7 @@ def _files(folder):
     )
     return sorted(p for p in folder.rglob('*') if stat.S_ISREG(p.lstat().st_mode) and not left_out(p))
 
+# %% ../../nbs/01_core/13_checkpoints.ipynb #2ef810f2
 def write_manifest(
     folder, # of the checkpoint, in which everything else is written
     durable:bool=True # flush it to the disk first; False: it is only in passing there
@@ -55,6 +56,7 @@ def _marks(paths):
     except OSError: return None
     return res if all(time.time() - max(m, c)/1e9 > 3 for *_,m,c in res) else None
 
+# %% ../../nbs/01_core/13_checkpoints.ipynb #973cfe90
 def verify_checkpoint(
     folder, # of the checkpoint
     full:bool=True # compare checksums, not only sizes
@@ -109,6 +111,7 @@ def _other_run(checkpoint, run):
     of = _run_of(checkpoint)
     return f'of run {of}, and the newest run is {run}' if of is not None and run is not None and of != run else ''
 
+# %% ../../nbs/01_core/13_checkpoints.ipynb #483a6261
 def _set_aside(folder, names, run=None):
     """Move what an earlier run left to `earlier/<run id>`; `run` for what does not tell its own. Returns where the
     last one is now, None: nothing was there"""
@@ -162,6 +165,7 @@ def find_checkpoint(
         )
     return str(p) if p else None
 
+# %% ../../nbs/01_core/13_checkpoints.ipynb #3440ec58
 def _why_none(folder, run):
     "Why there is nothing to go on from"
     others = [

@@ -31,6 +31,7 @@ def _machine():
     )
     return hashlib.sha256(repr(known).encode()).hexdigest()[:8]
 
+# %% ../../nbs/01_core/03_files.ipynb #cd7641e7
 def _begun(pid):
     "When process `pid` began, in ticks since the machine was started; -1: it has ended; 0: not known"
     try: state,*rest = Path(f'/proc/{pid}/stat').read_text(errors='replace').rpartition(')')[2].split()
@@ -55,6 +56,7 @@ def is_part(
     "Is it something unfinished, of a process that writes now or was killed?"
     return _PART.fullmatch(os.path.basename(name)) is not None
 
+# %% ../../nbs/01_core/03_files.ipynb #34522e6e
 def _part(path):
     # 50 letters: with four bytes each still below the 255 of a name
     return path.with_name(f'.{path.name[:50]}.part-{_machine()}-{os.getpid()}-{_begun(os.getpid())}-{next(_count)}')
@@ -137,6 +139,7 @@ def replacing(
         if durable: sync(path.parent)
     finally: _remove(part)
 
+# %% ../../nbs/01_core/03_files.ipynb #5a9ce773
 def check_writable(
     folder # that files will be written to
 ):

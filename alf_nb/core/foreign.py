@@ -15,12 +15,14 @@ from pathlib import Path
 # controls but tab and line ends, separators, direction marks that reach beyond their word, what has no width, lone
 # surrogates, tags
 _UNSEEN = re.compile(
-    '[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]|\r(?!\n)'
+    '[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff'
+    '\U000e0000-\U000e007f]|\r(?!\n)'
 )
 
 def _spelt(m):
     n = ord(m[0])
-    return f'\\x{n:02x}' if n < 256 else f'\\u{n:04x}' if n < 65536 else f'\\U{n:08x}'
+    if n < 256: return f'\\x{n:02x}'
+    return f'\\u{n:04x}' if n < 65536 else f'\\U{n:08x}'
 
 def visible(
     x # what to show, such as the name of a unit
@@ -88,6 +90,7 @@ def _not_plain(path, mode):
         f"{path} is {what}, not a file" + ('; put a copy of the file in its place' if what == 'a link' else '')
     )
 
+# %% ../../nbs/01_core/04_foreign.ipynb #d74c1dd9
 def _blob(path):
     """Where a file of a snapshot in the Hub's cache lies: among the blobs of the same repository; elsewhere `path`
     itself"""
@@ -97,6 +100,7 @@ def _blob(path):
         return real if repo and real.parent == repo/'blobs' else path
     except (OSError, RuntimeError): return path       # a loop of links
 
+# %% ../../nbs/01_core/04_foreign.ipynb #76339f88
 def plain_fd(
     path,            # of the file
     flags=os.O_RDONLY # as for `os.open`

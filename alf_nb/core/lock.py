@@ -64,6 +64,7 @@ class _Held:
 _held = {}                      # lock file → _Held
 _guard = threading.RLock()
 
+# %% ../../nbs/01_core/14_lock.ipynb #910470e6
 def _give_back(path, user):
     "`user` needs the lock no longer, nor what began in its thread after it"
     with _guard:

@@ -11,6 +11,8 @@ __all__ = ['LISAPolicy', 'BAdamPolicy', 'GRASSPolicy']
 import math, random
 from dataclasses import dataclass
 
+from fastcore.basics import patch
+
 from .check import number, one_of, whole
 from .policy import Policy, _best_first, _budget, _known
 
@@ -57,11 +59,22 @@ class BAdamPolicy(Policy):
         )
         return [u.name for u in layers[names[i]]], f"block {i+1} of {len(names)} in sweep {sweep+1}, {self.order}"
 
+# %% ../../nbs/01_core/07_peers.ipynb #71e3b9e0
+def _drawn_by_importance(candidates, temperature, seed):
+    "Candidates in the order of a draw without replacement, with probability softmax(importance / temperature)"
+    _known(candidates)
+    imp = candidates.importance
+    mean = sum(imp.values())/len(imp)
+    rng = random.Random(f'grass|{seed}|{candidates.step}')
+    # sorting by logit + Gumbel noise is sampling without replacement from the softmax of the logits
+    def key(u): return imp.get(u.name, mean)/temperature - math.log(-math.log(rng.random() or 1e-300))
+    return _best_first(candidates.units, {u.name: key(u) for u in candidates.units})
+
 # %% ../../nbs/01_core/07_peers.ipynb #82262e56
 @dataclass(frozen=True)
 class GRASSPolicy(Policy):
     "Draw units with probability softmax(gradient norm / temperature) (GRASS 2026)."
-    budget:float=None       # fraction of all parameters, above 0 and at most 1; None: 0.25, or no limit if `k` is given
+    budget:float=None       # fraction of all parameters, above 0 and at most 1; None: 0.25, no limit if `k` is given
     k:int=None              # units to draw instead
     temperature:float=.25   # above 0; small: the largest always win
     name = 'grass'
@@ -72,24 +85,15 @@ class GRASSPolicy(Policy):
             raise ValueError(f"both budget={self.budget!r} and k={self.k!r}: give one")
         if self.k is None: self._keep(budget=_budget(.25 if self.budget is None else self.budget))
         else: self._keep(k=whole('k', self.k, 1, why="k is a whole number of units, at least 1"))
-        self._keep(
-            temperature=number(
-                'temperature', self.temperature, 0, 1e6, "temperature is above 0, such as 0.25", above=True
-            )
-        )
+        why = "temperature is above 0, such as 0.25"
+        self._keep(temperature=number('temperature', self.temperature, 0, 1e6, why, above=True))
 
-    def choose(self, candidates):
-        _known(candidates)
-        imp = candidates.importance
-        mean = sum(imp.values())/len(imp)
-        rng = random.Random(f'grass|{self.seed}|{candidates.step}')
-        # sorting by logit + Gumbel noise is sampling without replacement from the softmax of the logits
-        key = {
-            u.name: imp.get(u.name, mean) / self.temperature - math.log(-math.log(rng.random() or 1e-300))
-            for u in candidates.units
-        }
-        order = _best_first(candidates.units, key)
-        if self.k is None:
-            return candidates.fill(order, self.budget), f"drawn by gradient norm within {self.budget:g} of the parameters"
-        if self.k > len(order): raise ValueError(f"k={self.k}, but there are {len(order)} candidates")
-        return [u.name for u in order[:self.k]], f"{self.k} drawn by gradient norm"
+# %% ../../nbs/01_core/07_peers.ipynb #6551c83f
+@patch
+def choose(self:GRASSPolicy, candidates):
+    order = _drawn_by_importance(candidates, self.temperature, self.seed)
+    if self.k is None:
+        why = f"drawn by gradient norm within {self.budget:g} of the parameters"
+        return candidates.fill(order, self.budget), why
+    if self.k > len(order): raise ValueError(f"k={self.k}, but there are {len(order)} candidates")
+    return [u.name for u in order[:self.k]], f"{self.k} drawn by gradient norm"

@@ -59,11 +59,14 @@ class ThresholdPolicy(Policy):
 # %% ../../nbs/01_core/08_policies.ipynb #49169ed0
 def _strata(v): return whole('strata', v, 0, why="it is a number of bands of the depth, such as 3; 0 for none")
 
-# %% ../../nbs/01_core/08_policies.ipynb #b06d7cb2
+def _hysteresis(v): return number('hysteresis', v, 0, 100, "hysteresis is at least 0, such as 0.15")
+
+# %% ../../nbs/01_core/08_policies.ipynb #061a5752
 def _sticky(values, current, hysteresis):
     "Scores in which current members count `1 + hysteresis` times; a negative score is moved up as far"
     return {n: v + hysteresis*abs(v) if n in current else v for n,v in values.items()}
 
+# %% ../../nbs/01_core/08_policies.ipynb #d7986ccd
 def _standing(units, values, bands):
     """How far up a unit stands among those of its role and its band of the depth, counted in parameters: near 1 the
     best, near 0 the worst"""
@@ -79,6 +82,7 @@ def _standing(units, values, bands):
             above += u.n_params
     return out
 
+# %% ../../nbs/01_core/08_policies.ipynb #fb6ea62e
 @dataclass(frozen=True)
 class BudgetPolicy(Policy):
     "Train the units with the highest score until the budget is full."
@@ -86,65 +90,66 @@ class BudgetPolicy(Policy):
     explore:float=0.        # part of the budget for the units not measured for longest, 0–1
     hysteresis:float=.15    # a current member's score counts `1 + hysteresis` times
     cost_aware:bool=False   # weigh importance against the cost of the backward pass down to a unit
-    # bands of the depth in each of which every role gets the same share of the budget, the best first; 0: the best of
-    # all
-    strata:int=0
+    strata:int=0            # bands of the depth in which every role gets the same share; 0: the best of all
     name = 'budget'
     def __post_init__(self):
         super().__post_init__()
         self._keep(
             budget=_budget(self.budget),
             explore=number('explore', self.explore, 0, 1, "explore is a part of the budget, from 0 to 1"),
-            hysteresis=number('hysteresis', self.hysteresis, 0, 100, "hysteresis is at least 0, such as 0.15"),
+            hysteresis=_hysteresis(self.hysteresis),
             cost_aware=flag('cost_aware', self.cost_aware),
             strata=_strata(self.strata),
         )
         if self.strata and self.cost_aware:
-            raise ValueError(
-                f"strata={self.strata} spreads what trains over the depth and cost_aware=True gathers it at the top:"
-                " give one of them"
-            )
+            raise ValueError(f"strata={self.strata} spreads what trains over the depth and cost_aware=True gathers it"
+                             " at the top: give one of them")
 
-    def _queues(self, b, values, first):
-        """Candidates by value (equal ones as in `first`), by age (unknown first, those just measured not at all),
-        and the unknown ones; ties and unknown ones in random order"""
-        age = {u.name: b.scores.ages.get(u.name, 0) if u.name in values else math.inf for u in b.units}
-        old = sorted((u for u in self._order(b.units, b.step) if age[u.name] > 0), key=lambda u: -age[u.name])
-        return _best_first(first, values), old, [u for u in old if u.name not in values]
+# %% ../../nbs/01_core/08_policies.ipynb #5efccc5b
+def _queues(policy, b, values, first):
+    """Candidates by value (equal ones as in `first`), by age (unknown first, those just measured not at all),
+    and the unknown ones; ties and unknown ones in random order"""
+    age = {u.name: b.scores.ages.get(u.name, 0) if u.name in values else math.inf for u in b.units}
+    old = sorted((u for u in policy._order(b.units, b.step) if age[u.name] > 0), key=lambda u: -age[u.name])
+    return _best_first(first, values), old, [u for u in old if u.name not in values]
 
-    def _fill(self, b, best, old, unknown):
-        "Names within the budget, and how many of them were explored"
-        names = b.fill(best, (1-self.explore)*self.budget)
-        n = len(names)
-        names = b.fill(old, self.budget, names, enough=self.explore*self.budget)
-        n_old = len(names) - n
-        for queue in (best, unknown): names = b.fill(queue, self.budget, names)
-        return names, n_old
+def _explore(policy, b, best, old, unknown):
+    "Names within the budget, a part of it for the oldest, and how many of them were explored"
+    names = b.fill(best, (1-policy.explore)*policy.budget)
+    n = len(names)
+    names = b.fill(old, policy.budget, names, enough=policy.explore*policy.budget)
+    n_old = len(names) - n
+    for queue in (best, unknown): names = b.fill(queue, policy.budget, names)
+    return names, n_old
 
-    def choose(self, candidates):
-        values = _sticky(_known(candidates), candidates.current, self.hysteresis)
-        first = _best_first(candidates.units, values)
-        if self.strata: values = _standing(candidates.units, values, self.strata)
-        queues = self._queues(candidates, values, first)
-        why = (
-            f"highest {candidates.scores.signal}"
-            f" {f'of every role in {self.strata} bands of the depth, ' if self.strata else ''}within {self.budget:g} of"
-            " the parameters"
-        )
-        if not self.cost_aware: names, n_old = self._fill(candidates, *queues)
-        else:
-            size, pinned, best = {u.name: u.n_params for u in candidates.units}, [u.name for u in candidates.pinned], None
-            for cut in sorted({u.depth for u in candidates.units}, reverse=True):
-                names, n_old = self._fill(candidates, *([u for u in q if u.depth >= cut] for q in queues))
-                cost = step_cost(candidates.model, [*names, *pinned])
-                worth = sum(max(values.get(n, 0.), 0.)*size[n] for n in names)/cost
-                if names and (best is None or worth > best[0]): best = worth, names, n_old, cost
-            if best is None: return (), why
-            _, names, n_old, cost = best
-            why += f" per step cost ({cost:.2f} of full)"
-        return names, why + (f", {n_old} explored" if n_old else '')
+# %% ../../nbs/01_core/08_policies.ipynb #a3e5de47
+def _best_cut(policy, b, values, queues):
+    "Of the cut of the depth that is most worth its cost: names, how many were explored, cost of a step"
+    size, pinned, best = {u.name: u.n_params for u in b.units}, [u.name for u in b.pinned], None
+    for cut in sorted({u.depth for u in b.units}, reverse=True):
+        names, n_old = _explore(policy, b, *([u for u in q if u.depth >= cut] for q in queues))
+        cost = step_cost(b.model, [*names, *pinned])
+        worth = sum(max(values.get(n, 0.), 0.)*size[n] for n in names)/cost
+        if names and (best is None or worth > best[0]): best = worth, (names, n_old, cost)
+    return best[1] if best else ((), 0, None)
 
-# %% ../../nbs/01_core/08_policies.ipynb #fcb68f1d
+# %% ../../nbs/01_core/08_policies.ipynb #c9c94a6f
+@patch
+def choose(self:BudgetPolicy, candidates):
+    values = _sticky(_known(candidates), candidates.current, self.hysteresis)
+    first = _best_first(candidates.units, values)
+    if self.strata: values = _standing(candidates.units, values, self.strata)
+    queues = _queues(self, candidates, values, first)
+    where = f'of every role in {self.strata} bands of the depth, ' if self.strata else ''
+    why = f"highest {candidates.scores.signal} {where}within {self.budget:g} of the parameters"
+    if self.cost_aware:
+        names, n_old, cost = _best_cut(self, candidates, values, queues)
+        if cost is None: return names, why
+        why += f" per step cost ({cost:.2f} of full)"
+    else: names, n_old = _explore(self, candidates, *queues)
+    return names, why + (f", {n_old} explored" if n_old else '')
+
+# %% ../../nbs/01_core/08_policies.ipynb #a967585a
 def budget_for_threshold(
     scores:Scores,   # one signal's value for each unit
     units,           # `UnitInfo` of every unit of the model
@@ -156,6 +161,7 @@ def budget_for_threshold(
     b = _candidates(scores, units, t.pin, t.ban)
     return b.share([*(n for n,v in b.importance.items() if v >= t.threshold), *(u.name for u in b.pinned)])
 
+# %% ../../nbs/01_core/08_policies.ipynb #602bf270
 def threshold_for_budget(
     scores:Scores,   # one signal's value for each unit
     units,           # `UnitInfo` of every unit of the model
@@ -205,7 +211,8 @@ class TopKPolicy(Policy):
     def choose(self, candidates):
         if self.k > len(v := _known(candidates)):
             raise ValueError(f"k={self.k}, but only {len(v)} candidates have a known {candidates.scores.signal}")
-        return [u.name for u in _best_first(candidates.units, v)[:self.k]], f"top {self.k} by {candidates.scores.signal}"
+        best = _best_first(candidates.units, v)[:self.k]
+        return [u.name for u in best], f"top {self.k} by {candidates.scores.signal}"
 
 # %% ../../nbs/01_core/08_policies.ipynb #5091ccac
 @dataclass(frozen=True)
@@ -237,27 +244,28 @@ class StaticPolicy(Policy):
                 f"strata={self.strata} beside where={self.where!r}: only random units are shared out over strata"
             )
 
-    def choose(self, candidates):
-        us, why = candidates.units, f"{self.where} units within {self.budget:g} of the parameters"
-        if self.where == 'random':
-            order = self._order(us)
-            if self.strata:
-                order = _best_first(us, _standing(us, {u.name: -i for i,u in enumerate(order)}, self.strata))
-            return candidates.fill(order, self.budget), why
-        if self.where == 'spread':
-            return (
-                candidates.fill(
-                    [us[i] for i in sorted(range(len(us)), key=lambda i: i * (5**0.5 - 1) / 2 % 1)], self.budget
-                ),
-                why,
-            )
-        names = []
-        for d in sorted({u.depth for u in us}, reverse=self.where == 'last'):
-            layer = [u for u in us if u.depth == d]
-            more = candidates.fill(layer, self.budget, names)
-            full, names = len(more) < len(names) + len(layer), more
-            if full and names: break
-        return names, why
+# %% ../../nbs/01_core/08_policies.ipynb #45dfab38
+def _spread(units):
+    "Units far from each other first: a low-discrepancy order of their positions"
+    return [units[i] for i in sorted(range(len(units)), key=lambda i: i*(5**.5 - 1)/2 % 1)]
+
+def _from_an_end(candidates, budget, top):
+    "Whole layers from the bottom, or from the top, up to the first that does not fit; of the first what fits"
+    us, names = candidates.units, []
+    for d in sorted({u.depth for u in us}, reverse=top):
+        layer = [u for u in us if u.depth == d]
+        more = candidates.fill(layer, budget, names)
+        full, names = len(more) < len(names) + len(layer), more
+        if full and names: break
+    return names
+
+@patch
+def choose(self:StaticPolicy, candidates):
+    us, why = candidates.units, f"{self.where} units within {self.budget:g} of the parameters"
+    if self.where in ('first', 'last'): return _from_an_end(candidates, self.budget, self.where == 'last'), why
+    order = _spread(us) if self.where == 'spread' else self._order(us)
+    if self.strata: order = _best_first(us, _standing(us, {u.name: -i for i,u in enumerate(order)}, self.strata))
+    return candidates.fill(order, self.budget), why
 
 # %% ../../nbs/01_core/08_policies.ipynb #a8bb7426
 @dataclass(frozen=True)
@@ -287,7 +295,7 @@ class InvertedPolicy(Policy):
         super().__post_init__()
         self._keep(
             budget=_budget(self.budget),
-            hysteresis=number('hysteresis', self.hysteresis, 0, 100, "hysteresis is at least 0, such as 0.15"),
+            hysteresis=_hysteresis(self.hysteresis),
         )
 
     def choose(self, candidates):

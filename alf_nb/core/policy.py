@@ -9,33 +9,50 @@ __all__ = ['match_units', 'Candidates', 'Policy']
 
 # %% ../../nbs/01_core/06_policy.ipynb #94ccc3ef
 import math, random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+
+from fastcore.basics import patch
 
 from .check import number, whole
 from .records import KINDS, Record, Scores, Selection
 
-# %% ../../nbs/01_core/06_policy.ipynb #febc0329
+# %% ../../nbs/01_core/06_policy.ipynb #40dc690b
+def _ways(pattern, units):
+    "What a pattern may mean, the closest meaning first: tests of a unit"
+    top = max((u.depth for u in units), default=0)
+    yield lambda u: u.name == pattern
+    yield lambda u: u.layer == pattern
+    if pattern == 'embeddings': yield lambda u: u.layer.endswith('.embeddings')
+    if pattern == 'head': yield lambda u: u.layer.endswith('.head') and u.depth == top
+    yield lambda u: u.name.startswith(pattern + '.')
+    yield lambda u: fnmatchcase(u.name, pattern) or fnmatchcase(u.layer, pattern)
+
 def _meant(pattern, units):
     "Names of the units that `pattern` means, in model order; none if it means none"
     if pattern.startswith('kind:'):
         kind = pattern[5:]
         if kind not in KINDS: raise ValueError(f"{pattern!r}: kinds are {', '.join(KINDS)}")
         return tuple(u.name for u in units if u.kind == kind)
-    top = max((u.depth for u in units), default=0)
-    ends = dict(embeddings=lambda u: u.layer.endswith('.embeddings'),
-                head=lambda u: u.layer.endswith('.head') and u.depth == top).get(pattern, lambda u: False)
-    for same in (
-        lambda u: u.name == pattern,
-        lambda u: u.layer == pattern,
-        ends,
-        lambda u: u.name.startswith(pattern + '.'),
-        lambda u: fnmatchcase(u.name, pattern) or fnmatchcase(u.layer, pattern),
-    ):
-        if found := tuple(u.name for u in units if same(u)): return found
-    return ()
+    found = (tuple(u.name for u in units if means(u)) for means in _ways(pattern, units))
+    return next(filter(None, found), ())
 
+# %% ../../nbs/01_core/06_policy.ipynb #e048ed65
+def _no_match(pattern, units):
+    "What to say of a pattern that means no unit"
+    if pattern.startswith('kind:'):
+        kinds = ', '.join(k for k in KINDS if any(u.kind == k for u in units))
+        return f"{pattern!r} matches no unit: kinds of this model are {kinds}"
+    layers = list(dict.fromkeys(u.layer for u in units))
+    towers = dict.fromkeys('.'.join(p[:i]) for p in (l.split('.') for l in layers) for i in range(1, len(p)))
+    names = dict.fromkeys([*towers, *(n for u in units for n in (u.layer, u.name))])
+    near = get_close_matches(pattern, list(names), n=3, cutoff=0.5)
+    why = "; a head that is tied to the embeddings is part of them" if pattern == 'head' else ''
+    hint = f"close: {', '.join(near)}" if near else f"layers are {', '.join(layers)}"
+    return f"{pattern!r} matches no unit or layer{why}; {hint}"
+
+# %% ../../nbs/01_core/06_policy.ipynb #da197d8f
 def match_units(
     # name of a unit, of a layer or of all below it, `embeddings`, `head`, `kind:norm`, or glob such as `*.q_proj`
     pattern:str,
@@ -45,23 +62,9 @@ def match_units(
     if not isinstance(pattern, str):
         raise ValueError(f"a pattern is the name of a unit or a layer, a kind, or a glob, got {pattern!r}")
     if found := _meant(pattern, units): return found
-    if pattern.startswith('kind:'):
-        raise ValueError(
-            f"{pattern!r} matches no unit: kinds of this model are"
-            f" {', '.join(k for k in KINDS if any(u.kind == k for u in units))}"
-        )
-    layers = list(dict.fromkeys(u.layer for u in units))
-    towers = dict.fromkeys('.'.join(p[:i]) for p in (l.split('.') for l in layers) for i in range(1, len(p)))
-    near = get_close_matches(
-        pattern, list(dict.fromkeys([*towers, *(n for u in units for n in (u.layer, u.name))])), n=3, cutoff=0.5
-    )
-    why = "; a head that is tied to the embeddings is part of them" if pattern == 'head' else ''
-    raise ValueError(
-        f"{pattern!r} matches no unit or layer{why}; "
-        + (f"close: {', '.join(near)}" if near else f"layers are {', '.join(layers)}")
-    )
+    raise ValueError(_no_match(pattern, units))
 
-# %% ../../nbs/01_core/06_policy.ipynb #04d873e6
+# %% ../../nbs/01_core/06_policy.ipynb #8529f3b2
 @dataclass(frozen=True)
 class Candidates:
     "What a policy chooses from: candidates, scores, and the room that is left."
@@ -82,21 +85,6 @@ class Candidates:
         "Known values of the candidates, in model order"
         return {u.name: v for u in self.units if (v := self.scores.values.get(u.name)) is not None}
 
-    @property
-    def importance(self)->dict:
-        "Importance 0…1 of the candidates that are known"
-        scale = Scores(
-            self.scores.signal, {u.name: self.scores.values.get(u.name) for u in self.model if u.eligible}
-        ).importance
-        return {n: scale[n] for n in self.values}
-
-    @property
-    def layers(self)->dict:
-        "Candidates by layer, layers that hold weights a block trains: layer name → units"
-        res = {}
-        for u in self.units: res.setdefault(u.layer, []).append(u)
-        return {k: us for k,us in res.items() if any(u.kind in ('matrix', 'block', 'adapter') for u in us)}
-
     def share(self,
         names # unit names
     )->float: # fraction of all parameters, 0–1
@@ -104,44 +92,75 @@ class Candidates:
         names = set(names)
         return sum(u.n_params for u in self.model if u.name in names)/self.n_total
 
-    def fill(self,
-        order,        # candidates (`UnitInfo`), the best first
-        budget:float, # fraction of all parameters, pinned units included
-        taken=(),     # names already chosen
-        enough=math.inf # stop when what was added reaches this fraction of all parameters
-    )->list:          # `taken` and the names that were added
-        "Take units in `order` while they fit; skip one that does not."
-        seen, n_total = set(taken), self.n_total
-        used = sum(u.n_params for u in self.units if u.name in seen) + sum(u.n_params for u in self.pinned)
-        names, start = list(taken), used
-        for u in order:
-            if (used - start)/n_total >= enough: break
-            if u.name not in seen and (used + u.n_params)/n_total <= budget:
-                names.append(u.name)
-                used += u.n_params
-        return names
+# %% ../../nbs/01_core/06_policy.ipynb #e4052013
+@patch(as_prop=True)
+def importance(self:Candidates)->dict:
+    "Importance 0…1 of the candidates that are known"
+    eligible = {u.name: self.scores.values.get(u.name) for u in self.model if u.eligible}
+    scale = Scores(self.scores.signal, eligible).importance
+    return {n: scale[n] for n in self.values}
 
-    def check(self,
-        budget:float # fraction of all parameters
-    ):
-        "Refuse a budget that the pinned units exceed, or that is too small for any candidate."
-        if (paid := self.share(u.name for u in self.pinned)) > budget:
-            raise ValueError(
-                f"the pinned units hold {paid:.4g} of the parameters, more than budget={budget:g}: pin fewer or raise"
-                " the budget"
-            )
-        if not self.pinned and self.units:
-            u = min(self.units, key=lambda u: u.n_params)
-            if (least := u.n_params/self.n_total) > budget:
-                raise ValueError(
-                    f"budget={budget:g} is too small for any unit: the smallest, {u.name}, holds {least:.4g} of the"
-                    f" parameters; use at least {_round_up(least):g}"
-                )
+@patch(as_prop=True)
+def layers(self:Candidates)->dict:
+    "Candidates by layer, layers that hold weights a block trains: layer name → units"
+    res = {}
+    for u in self.units: res.setdefault(u.layer, []).append(u)
+    return {k: us for k,us in res.items() if any(u.kind in ('matrix', 'block', 'adapter') for u in us)}
 
+# %% ../../nbs/01_core/06_policy.ipynb #0af55d23
+@patch
+def fill(self:Candidates,
+    order,        # candidates (`UnitInfo`), the best first
+    budget:float, # fraction of all parameters, pinned units included
+    taken=(),     # names already chosen
+    enough=math.inf # stop when what was added reaches this fraction of all parameters
+)->list:          # `taken` and the names that were added
+    "Take units in `order` while they fit; skip one that does not."
+    seen, n_total = set(taken), self.n_total
+    used = sum(u.n_params for u in self.units if u.name in seen) + sum(u.n_params for u in self.pinned)
+    names, start = list(taken), used
+    for u in order:
+        if (used - start)/n_total >= enough: break
+        if u.name not in seen and (used + u.n_params)/n_total <= budget:
+            names.append(u.name)
+            used += u.n_params
+    return names
+
+# %% ../../nbs/01_core/06_policy.ipynb #0521a267
 def _round_up(x, digits=3):
     "`x` with `digits` significant digits, never below `x`"
     q = 10**(digits - 1 - math.floor(math.log10(x)))
     return min(math.ceil(x*q)/q, 1.)
+
+@patch
+def check(self:Candidates,
+    budget:float # fraction of all parameters
+):
+    "Refuse a budget that the pinned units exceed, or that is too small for any candidate."
+    if (paid := self.share(u.name for u in self.pinned)) > budget:
+        raise ValueError(
+            f"the pinned units hold {paid:.4g} of the parameters, more than budget={budget:g}: pin fewer or raise"
+            " the budget"
+        )
+    if not self.pinned and self.units:
+        u = min(self.units, key=lambda u: u.n_params)
+        if (least := u.n_params/self.n_total) > budget:
+            raise ValueError(
+                f"budget={budget:g} is too small for any unit: the smallest, {u.name}, holds {least:.4g} of the"
+                f" parameters; use at least {_round_up(least):g}"
+            )
+
+# %% ../../nbs/01_core/06_policy.ipynb #b49dd0ce
+def _patterns(name, v):
+    "A pattern or a list of them, as a tuple"
+    if isinstance(v, str): v = (v,)
+    if isinstance(v, (tuple, list)) and all(isinstance(o, str) and o for o in v): return tuple(v)
+    raise ValueError(f"{name}={v!r}, but it is a list of unit names, layer names or globs")
+
+def _shuffled(units, *seed):
+    "`units` in an order that depends on `seed` only"
+    rng = random.Random('|'.join(map(str, seed)))
+    return [u for _,_,u in sorted((rng.random(), i, u) for i,u in enumerate(units))]
 
 # %% ../../nbs/01_core/06_policy.ipynb #0ceb3680
 @dataclass(frozen=True, kw_only=True)
@@ -155,82 +174,93 @@ class Policy(Record):
     needs_scores = True  # False: it measures nothing, and `select(None, units)` works
 
     def __post_init__(self):
-        for k in ('pin', 'ban'):
-            v = getattr(self, k)
-            v = (v,) if isinstance(v, str) else v
-            if not isinstance(v, (tuple, list)) or not all(isinstance(o, str) and o for o in v):
-                raise ValueError(f"{k}={v!r}, but it is a list of unit names, layer names or globs")
-            self._keep(**{k: tuple(v)})
+        self._keep(pin=_patterns('pin', self.pin), ban=_patterns('ban', self.ban))
         self._keep(seed=whole('seed', self.seed, why="a seed is a whole number"))
 
     def _keep(self, **kw):
         for k,v in kw.items(): object.__setattr__(self, k, v)
 
     def _order(self, units, *key):
-        "`units` in random order; the draw depends on the policy, its seed and `key` only"
-        rng = random.Random('|'.join(map(str, (self.name, self.seed, *key))))
-        return [u for _,_,u in sorted((rng.random(), i, u) for i,u in enumerate(units))]
+        "`units` in random order, which depends on the policy, its seed and `key` only"
+        return _shuffled(units, self.name, self.seed, *key)
 
-    def to_dict(self)->dict:
-        "Settings as JSON-ready values, with the policy's name"
-        return dict(
-            policy=self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in super().to_dict().items()}
-        )
+# %% ../../nbs/01_core/06_policy.ipynb #5ecbf259
+@patch
+def choose(self:Policy,
+    candidates:Candidates # candidates, scores and room
+)->tuple:         # names of the candidates chosen, and the reason in a few words
+    "Names of the candidates to train, and why."
+    raise NotImplementedError(f"{type(self).__name__} has no `choose`")
 
-    def choose(self,
-        candidates:Candidates # candidates, scores and room
-    )->tuple:         # names of the candidates chosen, and the reason in a few words
-        "Names of the candidates to train, and why."
-        raise NotImplementedError(f"{type(self).__name__} has no `choose`")
+# %% ../../nbs/01_core/06_policy.ipynb #5d1a7ae9
+@patch
+def to_dict(self:Policy)->dict:
+    "Settings as JSON-ready values, with the policy's name"
+    settings = {k: list(v) if isinstance(v, tuple) else v for k,v in asdict(self).items()}
+    return dict(policy=self.name, **settings)
 
-# %% ../../nbs/01_core/06_policy.ipynb #0050ece1
-from fastcore.basics import patch
-
-def _candidates(scores, units, pin=(), ban=(), step=0, current=None):
-    "The candidates for these scores, with pins and bans settled"
-    units = tuple(units)
+# %% ../../nbs/01_core/06_policy.ipynb #05150060
+def _check_model(units, scores):
+    "Refuse units to choose from that are none or not told apart, and scores of another model"
     if not sum(u.n_params for u in units):
         raise ValueError("no parameters to choose from: the list of units is empty or holds only empty ones")
     names = {u.name for u in units}
     if len(names) < len(units): raise ValueError("two units have the same name")
-    if scores is not None and (odd := [n for n in scores.values if n not in names]):
-        raise ValueError(
-            f"scores of another model: {', '.join(map(repr, odd[:3]))} is not among its units, such as"
-            f" {', '.join(map(repr, [u.name for u in units[:3]]))}"
-        )
+    if scores is None or not (odd := [n for n in scores.values if n not in names]): return
+    raise ValueError(
+        f"scores of another model: {', '.join(map(repr, odd[:3]))} is not among its units, such as"
+        f" {', '.join(map(repr, [u.name for u in units[:3]]))}"
+    )
+
+# %% ../../nbs/01_core/06_policy.ipynb #6575e8c7
+def _candidates(scores, units, pin=(), ban=(), step=0, current=None):
+    "The candidates for these scores, with pins and bans settled"
+    units = tuple(units)
+    _check_model(units, scores)
     pinned, banned = ({n for p in ps for n in match_units(p, units)} for ps in (pin, ban))
     if both := [u.name for u in units if u.name in pinned & banned]:
         raise ValueError(f"both pinned and banned: {', '.join(both[:5])}")
     free = tuple(u for u in units if u.eligible and u.n_params and u.name not in pinned | banned)
     return Candidates(free, tuple(u for u in units if u.name in pinned), units, scores, step, frozenset(current or ()))
 
+# %% ../../nbs/01_core/06_policy.ipynb #f4daabd1
+def _check_scores(policy, scores):
+    "Refuse scores that the policy does not choose by"
+    if scores is None and policy.needs_scores: raise ValueError(f"policy {policy.name!r} chooses by scores, got None")
+    if policy.signal and scores.signal not in (policy.signal, 'prior'):
+        raise ValueError(f"policy {policy.name!r} chooses by {policy.signal!r}, got scores of {scores.signal!r}")
+
+def _choose(policy, candidates):
+    "What the policy chooses of its candidates, and why; it has to be some of them, or something is pinned"
+    name = policy.name
+    if not candidates.units: return (), 'no candidate but the pinned'
+    names, why = policy.choose(candidates)
+    if odd := set(names) - {u.name for u in candidates.units}:
+        raise RuntimeError(f"policy {name!r} chose what was not on the candidates: {', '.join(sorted(odd)[:5])}")
+    if not names and not candidates.pinned: raise ValueError(f"policy {name!r} selects nothing ({why})")
+    return names, why
+
+# %% ../../nbs/01_core/06_policy.ipynb #8706cfe5
 @patch
 def select(self:Policy,
     scores:Scores,          # one signal's value for each unit; None in it: unknown
-    units,                  # `UnitInfo` of every unit of the model, in model order
+    units,                  # `UnitInfo` of every unit, in model order
     step:int=0,             # optimizer step; seeds the policies that draw
     current:Selection=None  # what trains now
 )->Selection:               # names in model order, the reason, and the share of all parameters
     "The units that train next, and why."
-    if scores is None and self.needs_scores: raise ValueError(f"policy {self.name!r} chooses by scores, got None")
-    if self.signal and scores.signal not in (self.signal, 'prior'):
-        raise ValueError(f"policy {self.name!r} chooses by {self.signal!r}, got scores of {scores.signal!r}")
+    _check_scores(self, scores)
     step = whole('step', step, 0, why="a step is a whole number of at least 0")
     b = _candidates(scores, units, self.pin, self.ban, step, current)
     if not b.units and not b.pinned:
-        raise ValueError(
-            f"nothing to choose from: of {len(b.model)} units none is eligible and not banned (ban={list(self.ban)})"
-        )
+        why = f"of {len(b.model)} units none is eligible and not banned (ban={list(self.ban)})"
+        raise ValueError("nothing to choose from: " + why)
     if (budget := getattr(self, 'budget', None)) is not None: b.check(budget)
-    names, why = self.choose(b) if b.units else ((), 'no candidate but the pinned')
-    if odd := set(names) - {u.name for u in b.units}:
-        raise RuntimeError(f"policy {self.name!r} chose what was not on the candidates: {', '.join(sorted(odd)[:5])}")
-    if not names and not b.pinned: raise ValueError(f"policy {self.name!r} selects nothing ({why})")
+    names, why = _choose(self, b)
     chosen = {*names, *(u.name for u in b.pinned)}
     if b.pinned: why += f", {len(b.pinned)} pinned"
-    return Selection(
-        tuple(u.name for u in b.model if u.name in chosen), why, self.name or type(self).__name__, step, b.share(chosen)
-    )
+    ordered = tuple(u.name for u in b.model if u.name in chosen)
+    return Selection(ordered, why, self.name or type(self).__name__, step, b.share(chosen))
 
 # %% ../../nbs/01_core/06_policy.ipynb #2d62fc45
 def _best_first(units, values): return sorted((u for u in units if u.name in values), key=lambda u: -values[u.name])

@@ -11,7 +11,7 @@ __all__ = ['index_labels', 'square_figure', 'head_hints', 'shift_map', 'summariz
 from pathlib import Path
 from ..core.files import write_whole
 from ..core.foreign import escape
-from ..core.records import AttentionShift
+from ..core.shift import AttentionShift
 from .html import Html, data_table, key_list, legend_key, note, section, tag, whole_page
 from .png import map_images
 

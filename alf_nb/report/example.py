@@ -10,7 +10,8 @@ __all__ = ['example_run', 'example_results', 'example_shift']
 # %% ../../nbs/07_report/07_example.ipynb #d428bd05
 import math, random
 from pathlib import Path
-from ..core.records import AttentionShift, UnitInfo
+from ..core.records import UnitInfo
+from ..core.shift import AttentionShift
 from ..core.runlog import RunLog
 
 # %% ../../nbs/07_report/07_example.ipynb #ae66aa17

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.files import write_whole
 from ..core.foreign import escape
 from ..core.format import human_bytes, human_count, human_time, num, percent
-from ..core.records import AttentionShift
+from ..core.shift import AttentionShift
 from ..core.runlog import _read_once
 from .attention import shift_section
 from .charts import MOST_SHOWN, drawn_layers, layer_map, loss_chart, memory_chart, role_maps

@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.foreign import md_text, open_plain
 from ..core.format import human_bytes, human_count, human_time, num, percent
-from ..core.runlog import _is_number, _is_text
+from ..core.events import _is_number, _is_text
 from ..core.stats import t_interval
 
 # %% ../../nbs/07_report/13_results.ipynb #8f619224

@@ -15,7 +15,8 @@ from ..core.foreign import visible
 from ..core.format import human_bytes, human_count, human_time, num, percent
 from ..core.policies import POLICIES
 from ..core.records import Scores
-from ..core.runlog import _is_number, _read_once
+from ..core.runlog import _read_once
+from ..core.events import _is_number
 from .run_state import RunState, bytes_of_trained, state_bytes
 
 # %% ../../nbs/07_report/08_summary.ipynb #e08b8c33

@@ -54,10 +54,12 @@ def _same_draws():
     finally:
         for put_back,state in kept: put_back(state)
 
+# %% ../../nbs/05_signals/02_probe.ipynb #0cea31ef
 def _can_change(buffer):
     "May a forward pass write it? The packed weights of GPTQ and AWQ are buffers too, of integers, and large"
     return not buffer.is_inference() and (buffer.is_floating_point() or buffer.is_complex() or buffer.numel() <= 2**20)
 
+# %% ../../nbs/05_signals/02_probe.ipynb #f9aad109
 @contextmanager
 def _same_modules(*roots):
     "Afterwards buffers, modes and counters of these modules are what they were"
@@ -78,6 +80,7 @@ def _same_modules(*roots):
         with torch.no_grad():
             for b,was in copies: b.copy_(was)
 
+# %% ../../nbs/05_signals/02_probe.ipynb #8eca50eb
 def _enclosed(function):
     "What a function has closed over"
     def content(cell):
@@ -89,6 +92,7 @@ def _named(function):
     "Values of the global names in a function"
     return [function.__globals__.get(n) for n in function.__code__.co_names]
 
+# %% ../../nbs/05_signals/02_probe.ipynb #feaff0ca
 def _modules_in(thing, depth=4, seen=None):
     "Modules that a function, or whatever else, uses: what it is bound to, encloses, names or holds"
     seen = {} if seen is None else seen
@@ -119,6 +123,7 @@ def _inside(thing):
     if isinstance(thing, (list, tuple, set, deque)): return [*itertools.islice(thing, 100)]
     return [*vars(thing).values()] if _is_part(thing) else []
 
+# %% ../../nbs/05_signals/02_probe.ipynb #c4ac488e
 def _walk(things, skip=()):
     "These things and all that they hold, but none of the classes `skip`"
     seen,todo = {},deque((t, 0) for t in things)      # the nearest first: each is met on its shortest way
@@ -133,6 +138,7 @@ def _refill(container, was):
     container.clear()
     getattr(container, 'update' if isinstance(container, (dict, set)) else 'extend')(was)
 
+# %% ../../nbs/05_signals/02_probe.ipynb #11dd52cf
 def _state_of(thing):
     "(how to set it, its state) of a generator, a container or an object; None: it has none"
     np = sys.modules.get('numpy')
@@ -146,6 +152,7 @@ def _state_of(thing):
         return (functools.partial(_refill, thing), copy.copy(thing)) if len(thing) <= 10_000 else None      # else data
     return (functools.partial(_refill, vars(thing)), dict(vars(thing))) if _is_part(thing) else None
 
+# %% ../../nbs/05_signals/02_probe.ipynb #7fd85ce4
 def _states(things, skip=(), but=()):
     "How to put back what these things hold, except what `but` holds"
     left = {id(t) for t in _walk(but, skip)}
@@ -175,6 +182,7 @@ def _lent(loader):
     held = [getattr(_base(loader), k, None) for k in ('dataset', 'sampler', 'batch_sampler')]
     return [v.stream for v in held if isinstance(v, _Lent)]
 
+# %% ../../nbs/05_signals/02_probe.ipynb #789728e8
 def _takes_by_index(loader):
     "Does it fetch rows or batches of a dataset by index, as torch's does? Another way of iterating may do more"
     base = _base(loader)
@@ -182,6 +190,7 @@ def _takes_by_index(loader):
     torchs = type(base).__iter__ is DataLoader.__iter__ or type(base).__module__.startswith('torchdata.')
     return torchs and (base is loader or type(loader).__module__.startswith('accelerate.'))
 
+# %% ../../nbs/05_signals/02_probe.ipynb #a7fb6b3b
 def _whole_sampler(loader):
     "The batch sampler of all processes, of which accelerate gives each its share"
     sampler = _base(loader).batch_sampler
@@ -199,6 +208,7 @@ def _plain_size(loader):
 
 _AHEAD = 4096      # batches of an epoch among which the probe draws: samplers that pack are slow
 
+# %% ../../nbs/05_signals/02_probe.ipynb #90445c50
 def _index_batches(loader, sampler, n, generator, rank, world):
     "`n` items of the loader's own sampler, from all over the epoch, in its order"
     dispatched,split = type(loader).__name__ == 'DataLoaderDispatcher',getattr(loader, 'split_batches', False)
@@ -212,6 +222,7 @@ def _index_batches(loader, sampler, n, generator, rank, world):
     if not found: raise ValueError(f"the training loader gives no batch: its {type(sampler).__name__} is empty")
     return [*itertools.islice(itertools.cycle(found), n)]
 
+# %% ../../nbs/05_signals/02_probe.ipynb #28b4a412
 def _reseed(seed, loader):
     "Begin every generator of torch, numpy and Python, and those of the loader, from `seed`"
     torch.manual_seed(seed)
@@ -220,6 +231,7 @@ def _reseed(seed, loader):
     for setter,_ in _states(_parts(loader), (_Lent,), _lent(loader)):
         if isinstance(g := getattr(setter, '__self__', None), torch.Generator): g.manual_seed(seed)
 
+# %% ../../nbs/05_signals/02_probe.ipynb #cebe6b70
 def _probe_batches(loader, n, seed, size=None, rank=0, world=1):
     "Up to `n` batches as `loader` makes them, by a draw that `seed` decides; moves generators and the loader's state"
     if not _takes_by_index(loader): return _first_batches(loader, n, seed)
@@ -240,6 +252,7 @@ def _probe_batches(loader, n, seed, size=None, rank=0, world=1):
     how = dict(batch_size=None, sampler=chosen) if base.batch_sampler is None else dict(batch_sampler=chosen)
     return DataLoader(data, collate_fn=base.collate_fn, **how)
 
+# %% ../../nbs/05_signals/02_probe.ipynb #9854df4c
 def _first_batches(loader, n, seed):
     "The first batches of a loader that iterates itself"
     base = _base(loader)
@@ -265,6 +278,7 @@ def _alike(a, b):
     try: return bool(a == b) or a != a and b != b
     except Exception: return True
 
+# %% ../../nbs/05_signals/02_probe.ipynb #a7b9815b
 class _Lent(IterableDataset):
     "A stream, or a sampler, that can be read only once, of which a probe may see items before training gets them"
     def __init__(self, stream, ahead, sources, n):
@@ -288,6 +302,7 @@ class _Lent(IterableDataset):
         raise StopIteration
     def probe(self): return _Seen(self)
 
+# %% ../../nbs/05_signals/02_probe.ipynb #73d3333f
 class _Rest:
     "What training reads: first what a probe has seen"
     def __init__(self, lent): self.lent = lent
@@ -304,6 +319,7 @@ class _Seen(IterableDataset):
                 except StopIteration: return
             yield copy.deepcopy(self.lent.ahead[i])      # a collate function may take things out of a row
 
+# %% ../../nbs/05_signals/02_probe.ipynb #a347bb23
 def _shared(thing):
     "What all iterations of a thing share, beside its attributes: those of its class, and what its `__iter__` names"
     begin = getattr(type(thing), '__iter__', None)
@@ -325,6 +341,7 @@ def _read_once(stream, n):
     if _alike(a, b): return _put_back(before)
     return a + b, [first] if first is second else [first, second], holds
 
+# %% ../../nbs/05_signals/02_probe.ipynb #bbb34e66
 def _lend(loader, n=2):
     "Let a loader that can be read once hand on what a probe sees. None: it can be read again; else: does it, surely?"
     base,where = _base(loader),None
@@ -353,6 +370,7 @@ class Probe:
     batches:int          # batches used
     peak_bytes:int       # most bytes of gradients and sign bits at any moment
 
+# %% ../../nbs/05_signals/02_probe.ipynb #9c2285b4
 class _Reducer:
     "Reduces each gradient of some parameters the moment it is complete, and frees it."
     def __init__(self):
@@ -370,6 +388,7 @@ class _Reducer:
         self.signs[p] = _pack_signs(g)
         self.sq[p] = g.float().square().sum(dtype=torch.float64)
 
+# %% ../../nbs/05_signals/02_probe.ipynb #ef79e98d
 @contextmanager
 def _only_trainable(all_params, wanted):
     "Within this context exactly `wanted` require grad; before and after, nothing has changed"
@@ -401,6 +420,7 @@ def _model_loss(model, batch):
 
 def _is_loss(x): return isinstance(x, Tensor) and x.numel() == 1 and x.is_floating_point()
 
+# %% ../../nbs/05_signals/02_probe.ipynb #e47aab65
 def _loss_in(out):
     "The loss in what a model returned: by its name, or the first of a tuple, as Trainer takes it; None: there is none"
     if _is_loss(out): return out
@@ -417,6 +437,7 @@ def _described(out):
     if isinstance(out, (tuple, list)): return f"{type(out).__name__} of {', '.join(map(one, out)) or 'nothing'}"
     return one(out)
 
+# %% ../../nbs/05_signals/02_probe.ipynb #40cdafb6
 def _finite_everywhere(loss):
     "Is the loss finite, on every process? What one leaves out all leave out, or their sums would not fit together"
     ok = loss.detach().isfinite().float()
@@ -434,6 +455,7 @@ def _other_leaves(loss, params):
         if (leaf := getattr(node, 'variable', None)) is not None and leaf not in params: found.append(leaf)
     return found
 
+# %% ../../nbs/05_signals/02_probe.ipynb #0a2fc033
 def _backward(loss, params):
     "The backward pass, which adds to no gradient but those of `params`"
     before = [(p, p.grad) for p in _other_leaves(loss, params)]
@@ -450,6 +472,7 @@ def _is_masked(batch):
     labels = batch.get('labels') if hasattr(batch, 'get') else None
     return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == -100).all())
 
+# %% ../../nbs/05_signals/02_probe.ipynb #f57daaa2
 def _why_odd(layers, odd, masked):
     "Why batches have a loss that is NaN or infinite"
     many = f"{odd} batch{'es'*(odd > 1)} of the probe left out"
@@ -470,6 +493,7 @@ def _why_odd(layers, odd, masked):
         " and its dtype"
     )
 
+# %% ../../nbs/05_signals/02_probe.ipynb #19e845fd
 def probe_gradients(
     layers:Layers,        # a model as units
     batches,              # batches of keyword arguments for the model, labels included; at least 2

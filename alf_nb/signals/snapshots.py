@@ -148,6 +148,7 @@ def snapshot_tensors(
         )
     return out
 
+# %% ../../nbs/05_signals/01_snapshots.ipynb #42a8223c
 def restore_snapshot(
     snap:Snapshot,  # empty snapshot of the same model
     tensors:dict    # what `snapshot_tensors` returned

@@ -35,6 +35,7 @@ def _per_rate(deltas, rates):
     "Norm of a change of which every part is divided by its own learning rate"
     return math.sqrt(sum((d/lr)**2 for d,lr in zip(deltas, rates) if lr > 0))
 
+# %% ../../nbs/05_signals/03_tracker.ipynb #759d53fc
 class ImportanceTracker:
     "The latest number of each signal for each unit, and when it was measured."
     def __init__(self,

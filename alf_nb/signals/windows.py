@@ -11,7 +11,9 @@ __all__ = ['SAMPLE', 'largest', 'LearningRates', 'Window', 'unmoved', 'Reference
 from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
-from ..model.optim import _groups, _is_readable, _learning_rates, _rate_sources, _sample_bits, last_update
+from ..model.updates import _is_readable, _learning_rates, _rate_sources, last_update
+from ..model.bits import _sample_bits
+from ..model.states import _groups
 from ..model.shards import local_tensor, reduce_shards
 from ..core.records import DeltaNorms
 from .snapshots import Snapshot

@@ -17,7 +17,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.check import whole
-from ..core.records import AttentionComparison, AttentionShift
+from ..core.shift import AttentionComparison, AttentionShift
 from .maps import attend, attention_entropy, attention_maps, distances, eager_attention, normalised
 from .words import central_words, check_tokenizer, encode_text, token_roles
 

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from ..core.runlog import RunLog
 from ..model.layers import Layers, partition_layers
-from ..model.optim import gradient_bytes, optimizer_bytes
+from ..model.states import gradient_bytes, optimizer_bytes
 from .methods import Method
 from .task import Task
 from ..train.trainer import ALFCallback

@@ -15,9 +15,12 @@ import torch
 from fastcore.basics import patch
 from ..core.check import whole
 from ..core.records import Record
-from ..model.layers import _size, partition_layers
-from ..model.optim import FrozenGuard, OffloadedStates, apply_selection, check_state
-from ..model.optim import gradient_bytes, optimizer_bytes
+from ..model.layers import partition_layers
+from ..model.tree import _size
+from ..model.optim import apply_selection, check_state
+from ..model.bits import FrozenGuard
+from ..model.offload import OffloadedStates
+from ..model.states import gradient_bytes, optimizer_bytes
 from ..signals.probe import _model_loss, probe_gradients
 from ..signals.snapshots import Snapshot
 from ..core.system import peak_rss_bytes

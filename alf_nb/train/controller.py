@@ -13,8 +13,11 @@ from fastcore.basics import patch
 from ..core.config import PROBED
 from ..core.system import peak_rss_bytes, versions
 from ..kernels.plan import compile_kernels
-from ..model.optim import OffloadedStates, _bare, _states, check_last_update, check_optimizer
-from ..model.optim import gradient_bytes, optimizer_bytes, rebuild_ddp_buckets
+from ..model.updates import _bare, check_last_update
+from ..model.offload import OffloadedStates
+from ..model.states import _states, check_optimizer
+from ..model.optim import rebuild_ddp_buckets
+from ..model.states import gradient_bytes, optimizer_bytes
 from ..model.shards import is_sharded
 from ..signals.tracker import ImportanceTracker, prior_scores
 from ..signals.windows import LearningRates, ReferenceWindows, UpdateWindows

@@ -11,7 +11,10 @@ __all__ = ['JUMP', 'few', 'Journal', 'Guards', 'any_gradient', 'explain_unmoved'
 import warnings
 import torch
 from fastcore.basics import patch
-from ..model.optim import FrozenGuard, _groups, _has_to_move, check_state
+from ..model.optim import check_state
+from ..model.updates import _has_to_move
+from ..model.bits import FrozenGuard
+from ..model.states import _groups
 from ..model.shards import _any_process, local_tensor
 
 # %% ../../nbs/06_train/06_guards.ipynb #5522aabc

@@ -11,7 +11,8 @@ __all__ = ['finite_sum', 'GradientSums', 'NonFinite']
 import functools
 import torch
 from fastcore.basics import patch
-from ..model.optim import _pop_state, _states
+from ..model.optim import _pop_state
+from ..model.states import _states
 from ..model.shards import _any_process
 
 # %% ../../nbs/06_train/08_nan.ipynb #1da5d9f4

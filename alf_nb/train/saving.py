@@ -16,8 +16,12 @@ from safetensors.torch import load_file
 from ..core.foreign import open_plain
 from ..core.policy import Policy
 from ..core.records import Scores
-from ..model.optim import _first_states, _pack_states, _pop_state, _safe_classes, _sample_bits, _set_first_states
-from ..model.optim import _state_classes, _state_of, _states, _unpack_states, apply_selection, rebuild_ddp_buckets
+from ..model.optim import _first_states, _pop_state, _set_first_states
+from ..model.bits import _sample_bits
+from ..model.packing import _pack_states, _safe_classes
+from ..model.optim import _state_of, apply_selection, rebuild_ddp_buckets
+from ..model.packing import _state_classes, _unpack_states
+from ..model.states import _states
 from ..model.shards import full_tensor
 from ..signals.snapshots import restore_snapshot, snapshot_tensors
 from .choosing import without

@@ -13,7 +13,8 @@ import torch
 from ..core.config import PROBED
 from ..core.records import Scores, Selection
 from ..core.schedule import schedule_of
-from ..model.optim import apply_selection, optimizer_bytes, rebuild_ddp_buckets
+from ..model.optim import apply_selection, rebuild_ddp_buckets
+from ..model.states import optimizer_bytes
 from ..model.shards import reshard
 from ..signals.probe import _NothingToCompare
 from .choosing import choose_reached

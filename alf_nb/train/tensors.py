@@ -14,7 +14,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from ..kernels.plan import empty_reference
-from ..model.optim import FIRST_MOMENTS, _entry, _is_repeated, _members, _tensors
+from ..model.packing import _is_repeated
+from ..model.offload import FIRST_MOMENTS, _entry
+from ..model.states import _members, _tensors
 from ..model.shards import shard_of
 from .state import MOST, shown
 

@@ -13,7 +13,8 @@ import ipywidgets as W
 from fastcore.basics import patch
 from traitlets import HasTraits
 from ..core.foreign import escape
-from ..core.runlog import RunLog, effective_events
+from ..core.runlog import RunLog, runs_nearby
+from ..core.events import effective_events
 from ..report.html import Html, theme_css
 from ..report.run_state import RunState
 from .parts import all_widgets, put, show
@@ -63,7 +64,7 @@ def as_source(
     if isinstance(x, RunLog): return x, None
     if isinstance(x, (str, os.PathLike)):
         log = RunLog(x)
-        if not log.path.exists(): raise FileNotFoundError(f"no run here: {log.path} does not exist{log._neighbours()}")
+        if not log.path.exists(): raise FileNotFoundError(f"no run here: {log.path} does not exist{runs_nearby(log.dir)}")
         return log, None
     log = getattr(x, 'log', None)
     if isinstance(log, RunLog) and hasattr(x, 'choose'): return log, x

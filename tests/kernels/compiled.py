@@ -8,7 +8,8 @@ from collections import Counter
 import pytest, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from alf_nb.kernels import plan as K
+from alf_nb.kernels import triton_sweep as K
+from alf_nb.kernels.reference8 import empty_reference
 from common import *
 assert not triton.knobs.runtime.interpret, "the compiler cannot share a process with the interpreter"
 
@@ -47,7 +48,7 @@ def partials(target, d1=torch.bfloat16, d2=torch.bfloat16, d3=None, offset=0, **
     w = tensor(64, d1, offset=offset)
     g = None if d3 is None else tensor(64, d3)
     n, tables, consts, kernel = K._TritonSweep(
-        [(0, w, K.empty_reference(w) if d2 == torch.int8 else tensor(64, d2), g)]
+        [(0, w, empty_reference(w) if d2 == torch.int8 else tensor(64, d2), g)]
     ).launches[0]
     return build(
         target,

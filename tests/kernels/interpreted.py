@@ -10,6 +10,8 @@ warnings.filterwarnings('ignore')
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from alf_nb.kernels import plan as K
+from alf_nb.kernels.reference8 import _INV127
+from alf_nb.kernels.triton_sweep import _CHUNK, _TritonSweep
 from audit import audit
 from common import *
 
@@ -25,13 +27,13 @@ def partials(sweep, refresh=False):
     return kept[0]
 
 def full(items): return [(*i, *[None]*(4 - len(i))) for i in items]
-def sweep(items, refresh=False, chunk=K._CHUNK, columns=3):
-    owners, out = K._TritonSweep(full(items), chunk)(refresh)
+def sweep(items, refresh=False, chunk=_CHUNK, columns=3):
+    owners, out = _TritonSweep(full(items), chunk)(refresh)
     return out.numpy()[:,:columns]
 
 def close(got, want, tol=4e-7): np.testing.assert_allclose(got, want, rtol=tol)
 
-def audited(items, refresh, chunk=K._CHUNK, columns=3):
+def audited(items, refresh, chunk=_CHUNK, columns=3):
     "Run under the audit; every byte read once, references written once or never, nothing else touched"
     names = {
         f'{k}{i}': t
@@ -54,7 +56,7 @@ def test_each_byte_once_and_nothing_else(d1, d2, refresh):
 
 def test_a_misaligned_tensor_gets_no_promise():
     items = [(0, *pair(4096, torch.bfloat16, torch.bfloat16, o1=1)), (1, *pair(4096, torch.bfloat16, torch.bfloat16))]
-    s = K._TritonSweep(full(items))
+    s = _TritonSweep(full(items))
     assert [consts['W_ALIGN'] for *_,consts,_ in s.launches] == [2, 16]
     close(audited(items, False), judge(items))
     s.launches[0][2]['W_ALIGN'] = 16
@@ -63,10 +65,10 @@ def test_a_misaligned_tensor_gets_no_promise():
 def test_the_audit_can_fail():
     items = [(0, *pair(4096, torch.bfloat16, torch.bfloat16))]
     # claims one element more than there is
-    s = K._TritonSweep(full(items))
+    s = _TritonSweep(full(items))
     s.launches[0][1][3] += 1
     with audit(dict(w=items[0][1], r=items[0][2])), pytest.raises(Exception, match='outside every buffer'): s(False)
-    s = K._TritonSweep(full(items*2))                                                    # the same tensor twice
+    s = _TritonSweep(full(items*2))                                                    # the same tensor twice
     with audit(dict(w=items[0][1], r=items[0][2])) as a: s(False)
     assert (a.reads['w'] == 2).all()
 
@@ -76,7 +78,7 @@ def test_more_than_2_31_elements():
     hot = [0, 2**31 - 1, 2**31, n - 1]
     for k,i in enumerate(hot): w[i] = k + 1.
     # visit the chunks of interest only
-    s = K._TritonSweep([(0, w[:1], r[:1], None)])
+    s = _TritonSweep([(0, w[:1], r[:1], None)])
     chunks = sorted({i//s.chunk for i in hot})
     tables = s.launches[0][1]
     s.launches[0] = (
@@ -113,13 +115,13 @@ def test_dot_each_byte_once_and_right(d1, d2, d3):
 
 def test_dot_without_some_gradients():
     items = [(i, w, r, g if i%2 else None) for i,w,r,g in triples(*[torch.bfloat16]*3, (5, 5, 40_000, 40_000))]
-    s = K._TritonSweep(items)
+    s = _TritonSweep(items)
     assert len(s.launches) == 2
     near(s(False)[1].numpy()[:,3], items)
 
 def test_dot_of_a_misaligned_gradient_gets_no_promise():
     items = [(0, *pair(4096, torch.bfloat16, torch.float32), tensor(4096, torch.bfloat16, 9, offset=1))]
-    c = K._TritonSweep(items).launches[0][2]
+    c = _TritonSweep(items).launches[0][2]
     assert (c['W_ALIGN'], c['R_ALIGN'], c['G_ALIGN']) == (2, 4, 2)
     near(audited(items, False, columns=4)[:,3], items)
 
@@ -172,7 +174,7 @@ def test_ref8_more_than_2_31_elements():
     hot = [0, 2**31 - 1, 2**31, n - 1]
     q, scale = sparse((n + 1)//2).view(torch.int8), torch.zeros(-(-n//256))
     for k,i in enumerate(hot): w[i] = k + 1.
-    s = K._TritonSweep([(0, w[:1], K.quantize_reference(w[:1]), None)])
+    s = _TritonSweep([(0, w[:1], K.quantize_reference(w[:1]), None)])
     chunks = sorted({i//s.chunk for i in hot})
     t = s.launches[0][1]
     t[1], t[2] = torch.tensor([q.data_ptr()]), torch.tensor([scale.data_ptr()])
@@ -193,8 +195,8 @@ def test_ref8_more_than_2_31_elements():
         m.setattr(K.torch, 'empty', torch.zeros)
         with audit(dict(w=w, q=q, scale=scale), count=False): assert s(True)[1][0,[0,2]].tolist() == [30, 4]
     assert q[hot].tolist() == [127] * 4 and scale[[0, -1]].tolist() == [
-        np.float32(K._INV127),
-        np.float32(4) * np.float32(K._INV127),
+        np.float32(_INV127),
+        np.float32(4) * np.float32(_INV127),
     ]
 
 @pytest.mark.parametrize('d1,d2', PAIRS)
@@ -210,13 +212,13 @@ def test_values(d1, d2):
 
 def test_one_call_takes_all_dtypes_and_alignments():
     items = [(i, *pair(700 + i, a, b, i, o1=i//9, o2=i//9)) for i,(a,b) in enumerate(PAIRS*2)]
-    s = K._TritonSweep(full(items))
+    s = _TritonSweep(full(items))
     assert len(s.launches) == 18
     close(s(False)[1].numpy()[:,:3], judge(items))
 
 def test_units_of_several_tensors():
     items = [(u, *pair(n, torch.bfloat16, torch.bfloat16, n)) for u,n in ((0, 5), (0, 20_000), (3, 40_000), (3, 1))]
-    s = K._TritonSweep(full(items))
+    s = _TritonSweep(full(items))
     assert s.owners.tolist() == [0, 3]
     j = judge(items)
     close(s(False)[1].numpy()[:,:3], [[*(j[i]+j[i+1])[:2], max(j[i,2], j[i+1,2])] for i in (0, 2)])
@@ -244,17 +246,10 @@ def test_identical_is_exactly_zero():
 @pytest.mark.parametrize('d1,d2', PAIRS)
 def test_refresh_rounds_to_nearest_even(d1, d2):
     every = torch.arange(-2**15, 2**15).to(torch.int16)
-    w = (
-        torch.cat([every.view(d1) if d1.itemsize == 2 else (torch.randn(2**15) * 30).exp(), tensor(17, d1)])
-        if d1 != torch.float32
-        else torch.cat(
-            [
-                every.view(d2).float() if d2.itemsize == 2 else tensor(2**16, d2),
-                tensor(2**15, d1),
-                tensor(2**15 + 17, d1) * 1e-6,
-            ]
-        )
-    )
+    if d1 == torch.float32:
+        edge = every.view(d2).float() if d2.itemsize == 2 else tensor(2**16, d2)
+        w = torch.cat([edge, tensor(2**15, d1), tensor(2**15 + 17, d1)*1e-6])
+    else: w = torch.cat([every.view(d1), tensor(17, d1)])
     r = torch.zeros(len(w), dtype=d2)
     want = w.to(d2)
     sweep([(0, w, r)], refresh=True)
@@ -263,9 +258,9 @@ def test_refresh_rounds_to_nearest_even(d1, d2):
 def test_partials_do_not_depend_on_company():
     items = [(i, *pair(n, torch.bfloat16, torch.bfloat16, i)) for i,n in enumerate((5, 40_000, 16384, 999))]
     for its in (full(items), [(i, w, K.quantize_reference(r), w) for i,w,r in items]):
-        together = partials(K._TritonSweep(its))
-        alone = torch.cat([partials(K._TritonSweep([(0, w, r, g)])) for _,w,r,g in its], 1)
-        assert torch.equal(together, alone) and torch.equal(together, partials(K._TritonSweep(its)))
+        together = partials(_TritonSweep(its))
+        alone = torch.cat([partials(_TritonSweep([(0, w, r, g)])) for _,w,r,g in its], 1)
+        assert torch.equal(together, alone) and torch.equal(together, partials(_TritonSweep(its)))
 
 def test_through_the_plan():
     now = {f'u{i}': [tensor(n, d, i) for d in (*DTYPES, torch.float64)] for i,n in enumerate(SIZES)}
@@ -282,7 +277,8 @@ def test_variants_through_the_plan():
     now = {f'u{i}': [tensor(n, d, i) for d in (*DTYPES, torch.float64)] for i,n in enumerate((1, 300, 20_000))}
     grads = {k: [None, *(t.flip(0) for t in v[1:])] for k,v in now.items()}
     old = {k: [t + .01 for t in v] for k,v in now.items()}
-    ref, twin = ({k: [K.quantize_reference(t, b) for t in v] for k,v in old.items()} for b in ('triton', 'torch'))
+    def quantized(backend): return {k: [K.quantize_reference(t, backend) for t in v] for k,v in old.items()}
+    ref, twin = quantized('triton'), quantized('torch')
     plan = K.DeltaPlan(now, ref, 'triton', grads)
     assert plan.n_tensors == dict(torch=3, triton=9)
     for refresh in (False, True, False):
@@ -301,10 +297,9 @@ models = st.lists(st.lists(tensors, max_size=3), min_size=1, max_size=4).filter(
 chunks = st.sampled_from([1024, 2048, 4096])
 variants = st.sampled_from([None, *DTYPES]), st.booleans() # dtype of gradients, 8-bit references?
 def vary(items, g, eight):
-    return [
-        (u, w, K.quantize_reference(r, 'torch') if eight else r, None if g is None else tensor(w.numel(), g, 5 * i))
-        for i, (u, w, r) in enumerate(items)
-    ]
+    refs = [K.quantize_reference(r, 'torch') if eight else r for _,_,r in items]
+    grads = [None if g is None else tensor(w.numel(), g, 5*i) for i,(_,w,_) in enumerate(items)]
+    return [(u, w, r, grad) for (u,w,_),r,grad in zip(items, refs, grads)]
 def make(spec, seed):
     return [(u, *pair(n, a, b, seed + i, o1, o2)) for u,unit in enumerate(spec) for i,(n,a,b,o1,o2) in enumerate(unit)]
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
@@ -339,8 +334,8 @@ def test_property_powers_of_two_scale_exactly(spec, k, seed, eight):
 def test_property_a_cut_at_a_chunk_boundary_changes_no_bit(c, extra, d, seed):
     w, r = pair(c*1024 + extra, d, d, seed)
     cut = c*1024
-    one = K._TritonSweep([(0, w, r, w)], 1024)
-    two = K._TritonSweep([(0, w[:cut], r[:cut], w[:cut]), (0, w[cut:], r[cut:], w[cut:])], 1024)
+    one = _TritonSweep([(0, w, r, w)], 1024)
+    two = _TritonSweep([(0, w[:cut], r[:cut], w[:cut]), (0, w[cut:], r[cut:], w[cut:])], 1024)
     assert torch.equal(partials(one), partials(two)) and torch.equal(one(False)[1], two(False)[1])
 
 @few

@@ -1,10 +1,11 @@
 """The CPU backends where a notebook cell is not enough: properties over random models, huge tensors, foreign
 threads, forks, missing packages, caches that cannot be written."""
 import os, subprocess, sys, textwrap, threading
-from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from alf_nb.kernels import plan as K
+from alf_nb.kernels.chunks import _CHUNK
+from alf_nb.kernels.reference8 import _quantize
 from common import *
 
 BACKENDS = [b for b in ('torch', 'numba') if K.available_backends()[b] is True]
@@ -37,7 +38,8 @@ def make(spec, seed):
         f'u{u}': [pair(n, a, b, seed + i, o1, o2) for i, (n, a, b, o1, o2) in enumerate(unit)]
         for u, unit in enumerate(spec)
     }
-    return tuple({k: [p[j] for p in v] for k,v in pairs.items()} for j in (0, 1))
+    def side(j): return {k: [p[j] for p in v] for k,v in pairs.items()}
+    return side(0), side(1)
 
 def want(now, ref):
     rows = []
@@ -80,7 +82,8 @@ def gradients(now, d, seed):
     }
 def items(now, ref, grads): return [(k, w, r, g) for k in now for w,r,g in zip(now[k], ref[k], grads[k])]
 def per_unit(now, x):
-    return np.array([sum(v for v,k in zip(x, [k for k in now for _ in now[k]]) if k == u) for u in now])
+    owners = [k for k in now for _ in now[k]]
+    return np.array([sum(v for v,k in zip(x, owners) if k == u) for u in now])
 
 @pytest.mark.parametrize('backend', BACKENDS)
 @few
@@ -106,7 +109,7 @@ def test_any_model_with_gradients_and_8_bits_is_measured_right(backend, spec, se
     if not eight: assert out.error == ()
     elif refresh:
         for k,w,r,_ in items(now, ref, grads):
-            q, scale = K._quantize(w)
+            q, scale = _quantize(w)
             assert torch.equal(r.q, q) and same(r.scale, scale)
             assert abs(r.error - ((f64(w) - f64(r))**2).sum()) <= 1e-5*r.error + 1e-12*w.numel()
 
@@ -114,7 +117,7 @@ def test_any_model_with_gradients_and_8_bits_is_measured_right(backend, spec, se
 @pytest.mark.parametrize('d', (*DTYPES, torch.float64))
 def test_codes_and_scales_are_the_specifications(backend, d):
     for w in (awkward(d), awkward(d)[1:], *(tensor(n, d, n) for n in (1, 255, 256, 257, 16385))):
-        a, (q, scale) = K.quantize_reference(w, backend), K._quantize(w)
+        a, (q, scale) = K.quantize_reference(w, backend), _quantize(w)
         assert torch.equal(a.q, q) and same(a.scale, scale) and np.isfinite(a.error) == bool(w.isfinite().all())
 
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -128,7 +131,7 @@ def test_nothing_beyond_the_ends_of_8_bit_references_is_touched(backend):
             {'a': [w[32:-32]]}, {'a': [K.Reference8(q[32:-32], scale[1:-1])]}, backend, True, {'a': [w[32:-32]]}
         )
         assert not d.bad and (q[:32] == 7).all() and (q[-32:] == 7).all() and scale[[0, -1]].tolist() == [7, 7]
-        assert torch.equal(q[32:-32], K._quantize(w[32:-32])[0])
+        assert torch.equal(q[32:-32], _quantize(w[32:-32])[0])
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_variants_take_any_strides(backend):
@@ -172,8 +175,9 @@ def test_a_plan_takes_gradients_of_new_memory_and_dtype():
 @few
 @given(spec=models, k=st.integers(-6, 6), seed=st.integers(0, 99))
 def test_powers_of_two_scale_exactly(backend, spec, k, seed):
-    now, ref = ({u: [t.float() for t in v] for u,v in x.items()} for x in make(spec, seed))
-    scaled = ({u: [t*2.**k for t in v] for u,v in x.items()} for x in (now, ref))
+    def each(f, tensors): return {u: [f(t) for t in v] for u,v in tensors.items()}
+    now, ref = (each(torch.Tensor.float, x) for x in make(spec, seed))
+    scaled = (each(lambda t: t*2.**k, x) for x in (now, ref))
     assert (got(K.delta_norms(now, ref, backend))*2.**k == got(K.delta_norms(*scaled, backend))).all()
 
 @few
@@ -217,9 +221,9 @@ def test_more_than_2_31_elements():
     for k,i in enumerate((0, 2**31 - 1, 2**31, n - 1)): w[i] = k + 1.
     plan = K.DeltaPlan({'a': [w]}, {'a': [r]}, 'numba')
     s = plan._sweeps[0][1]
-    assert len(s.tensor) == -(-n//K._CHUNK)
+    assert len(s.tensor) == -(-n//_CHUNK)
     # the other chunks are zeros, and take seconds to read
-    visit = np.unique(np.array([0, 2**31 - 1, 2**31, n - 1])//K._CHUNK)
+    visit = np.unique(np.array([0, 2**31 - 1, 2**31, n - 1])//_CHUNK)
     s.tensor, s.index, s.owners = s.tensor[visit], s.index[visit], s.owners[visit]
     assert plan.run().delta == (30**.5,) and plan.run().max_abs == (4.,)
 
@@ -272,7 +276,7 @@ def test_a_forked_child_can_measure():
     out = run_python("""
         import os, signal, torch; from alf_nb.kernels.plan import *
         torch.set_num_threads(1); now = {'a': [torch.ones(400_000)]}; ref = {'a': [torch.zeros(400_000)]}
-        import alf_nb.kernels.plan as K; K.torch.get_num_threads = lambda: 3                  # helpers of ours, none of OpenMP's
+        torch.get_num_threads = lambda: 3 # helpers of ours, none of OpenMP's
         a = delta_norms(now, ref, 'numba')
         pid = os.fork()
         if not pid: signal.alarm(20); os._exit(0 if delta_norms(now, ref, 'numba') == a else 1)
@@ -295,16 +299,21 @@ def test_a_missing_package_is_no_error(missing):
         from alf_nb.kernels.plan import *
         print(available_backends()['{missing}'])
         a, b = torch.randn(5000), torch.randn(5000)
-        assert abs(delta_norms({{'a': [a]}}, {{'a': [b]}}).delta[0] - (a.double()-b.double()).norm()) < 1e-3; compile_kernels()
+        found = delta_norms({{'a': [a]}}, {{'a': [b]}}).delta[0]
+        assert abs(found - (a.double()-b.double()).norm()) < 1e-3
+        compile_kernels()
         try: delta_norms({{'a': [a]}}, {{'a': [b]}}, '{missing}')
         except ValueError as e: print(e)""", TRITON_INTERPRET='0')
     assert f'{missing} cannot be imported' in out and f"backend '{missing}' does not work here" in out
 
 def test_importing_asks_for_no_gpu():
-    assert run_python("""
-        import alf_nb.kernels.plan as K
-        driver = K.triton and K.triton.runtime.driver
-        print(driver and (driver._active if hasattr(driver, '_active') else driver.active._obj))     # the second in triton 3.2""", TRITON_INTERPRET='0').strip() == 'None'
+    code = """
+        import alf_nb.kernels.plan
+        from alf_nb.kernels.triton_sweep import triton
+        driver = triton and triton.runtime.driver
+        # the second in triton 3.2
+        print(driver and (driver._active if hasattr(driver, '_active') else driver.active._obj))"""
+    assert run_python(code, TRITON_INTERPRET='0').strip() == 'None'
 
 # the disk is full
 # no folder to write to
@@ -316,7 +325,8 @@ def test_a_cache_that_cannot_be_written_is_no_error(how, tmp_path):
         def fail(*a): raise OSError(28, 'No space left on device')
         {how}
         from alf_nb.kernels.plan import *
-        assert delta_norms({{'a': [torch.ones(9)]}}, {{'a': [torch.zeros(9)]}}, 'numba').delta == (3.,)""", NUMBA_CACHE_DIR=str(tmp_path))
+        assert delta_norms({{'a': [torch.ones(9)]}}, {{'a': [torch.zeros(9)]}}, 'numba').delta == (3.,)""",
+        NUMBA_CACHE_DIR=str(tmp_path))
 
 def test_second_process_does_not_compile_again(tmp_path):
     code = """
