@@ -284,7 +284,9 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
     run,trial = self.run,getattr(state, 'is_hyper_param_search', False)
     # a trial's checkpoints lie elsewhere, and are never resumed; of weights in pieces, the others send what they hold
-    if args.save_only_model or trial or not (run.engine.main or run.guards.sharded): return drop_made_up(run)
+    if args.save_only_model or trial or not (run.engine.main or run.guards.sharded):
+        drop_made_up(run)
+        return
     saved,tensors = collect(run, state.global_step)
     folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
     if not (run.engine.main and folder.is_dir()): return
