@@ -149,7 +149,7 @@ def interrupted(wait):
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_ctrl_c_ends_the_waiting_and_not_the_run(tmp_path):
     "The run is alive, trains on, takes wishes and stops; a second run of its model is refused"
-    run = train_in_background(trainer(tmp_path, ALFCallback(budget=.3), Slow(), steps=1000))
+    run = train_in_background(trainer(tmp_path, ALFCallback(budget=.3), Slow(), steps=100_000))
     while run.step < 1: time.sleep(.001)
     for _ in range(3):
         interrupted(run.wait)
@@ -265,7 +265,7 @@ def test_when_no_thread_is_to_be_had_nothing_is_left_behind(tmp_path, monkeypatc
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_forked_child_has_no_run(tmp_path):
     "Threads do not come along: there the model is free"
-    run = train_in_background(trainer(tmp_path, ALFCallback(budget=.3), Slow(), steps=1000))
+    run = train_in_background(trainer(tmp_path, ALFCallback(budget=.3), Slow(), steps=100_000))
     pid = os.fork()
     if not pid: os._exit(int(run.alive))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -57,7 +57,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if self.die == [rank, state.global_step]: os._exit(9)
 
-NAN = float('nan')
+NAN, PLAIN = float('nan'), probing.trainer_loss
 
 class Spoil(TrainerCallback):
     """NaN on the second process only: in the loss of a batch of the probe; in the gradient of one unit before the
@@ -93,6 +93,7 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, **more):
     out = Path(out)
     torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)
+    probing.trainer_loss = PLAIN
     alf = ALFCallback(**settings)
     watch, bad = Watch(alf, die), Spoil(alf, **spoil) if spoil else None
     usual = dict(output_dir=str(out), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2,

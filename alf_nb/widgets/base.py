@@ -64,7 +64,8 @@ def as_source(
     if isinstance(x, RunLog): return x, None
     if isinstance(x, (str, os.PathLike)):
         log = RunLog(x)
-        if not log.path.exists(): raise FileNotFoundError(f"no run here: {log.path} does not exist{runs_nearby(log.dir)}")
+        if not log.path.exists():
+            raise FileNotFoundError(f"no run here: {log.path} does not exist{runs_nearby(log.dir)}")
         return log, None
     log = getattr(x, 'log', None)
     if isinstance(log, RunLog) and hasattr(x, 'choose'): return log, x
