@@ -31,9 +31,13 @@ EDC = dict(
 VIS = dict(hidden_size=D, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8)
 QKVO,GUD = 'q_proj k_proj v_proj o_proj'.split(),'gate_proj up_proj down_proj'.split()
 BERT = 'query key value attention.output.dense intermediate.dense output.dense'.split()
-BERT_EMB = [f'embeddings.{n}' for n in 'word_embeddings position_embeddings token_type_embeddings LayerNorm'.split()]
+BERT_EMB = [f'embeddings.{n}_embeddings' for n in ('word', 'position', 'token_type')]
+BERT_BEGIN = dict.fromkeys(BERT_EMB, 'embedding') | {'embeddings.LayerNorm': 'norm'}
 NEOX = 'query_key_value dense dense_h_to_4h dense_4h_to_h'.split()
 FAIRSEQ = 'q_proj k_proj v_proj out_proj fc1 fc2'.split()
+BART = [f'{a}.{m}' for a in ('self_attn', 'encoder_attn') for m in FAIRSEQ[:4]] + FAIRSEQ[4:]
+T5 = [f'{a}.{m}' for a in ('SelfAttention', 'EncDecAttention') for m in 'qkvo'] + ['wi', 'wo']
+RWKV = [f'{a}.{m}' for a in ('attention', 'feed_forward') for m in ('key', 'value', 'receptance')] + ['output']
 LN2 = ['input_layernorm', 'post_attention_layernorm']
 
 # family → model, {stack: blocks}, roles of the matrices of the last block, its norms, its number of biases, every unit
@@ -199,8 +203,7 @@ FAMILIES = {
         norms=['attention.output.LayerNorm', 'output.LayerNorm'],
         biases=6,
         rest={
-            **{n: 'embedding' for n in BERT_EMB[:3]},
-            BERT_EMB[3]: 'norm',
+            **BERT_BEGIN,
             'head.pooler.dense': 'head',
             'head.pooler.dense.bias': 'bias',
             'head.classifier': 'head',
@@ -214,8 +217,7 @@ FAMILIES = {
         norms=['attention.output.LayerNorm', 'output.LayerNorm'],
         biases=6,
         rest={
-            **{n: 'embedding' for n in BERT_EMB[:3]},
-            BERT_EMB[3]: 'norm',
+            **BERT_BEGIN,
             'head.lm_head.dense': 'head',
             'head.lm_head.dense.bias': 'bias',
             'head.lm_head.layer_norm': 'norm',
@@ -246,7 +248,7 @@ FAMILIES = {
             tf.T5Config(vocab_size=V, d_model=D, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4)
         ),
         stacks={'encoder.block': 3, 'decoder.block': 2},
-        matrices=[f'{a}.{m}' for a in ('SelfAttention', 'EncDecAttention') for m in 'qkvo'] + ['wi', 'wo'],
+        matrices=T5,
         norms=['layer_norm'] * 3,
         biases=0,
         rest={
@@ -264,16 +266,15 @@ FAMILIES = {
     'bart': lambda: dict(
         model=tf.BartForConditionalGeneration(tf.BartConfig(**EDC, max_position_embeddings=64)),
         stacks={'encoder.block': 3, 'decoder.block': 2},
-        matrices=[f'{a}.{m}' for a in ('self_attn', 'encoder_attn') for m in FAIRSEQ[:4]] + ['fc1', 'fc2'],
+        matrices=BART,
         norms=['self_attn_layer_norm', 'encoder_attn_layer_norm', 'final_layer_norm'],
         biases=10,
         rest={
             'embeddings.shared': 'embedding',
-            **{
-                f'{p}.embeddings.{n}': k
-                for p in ('encoder', 'decoder')
-                for n, k in (('embed_positions', 'embedding'), ('layernorm_embedding', 'norm'))
-            },
+            'encoder.embeddings.embed_positions': 'embedding',
+            'encoder.embeddings.layernorm_embedding': 'norm',
+            'decoder.embeddings.embed_positions': 'embedding',
+            'decoder.embeddings.layernorm_embedding': 'norm',
         },
         tied={'lm_head.weight': 'embeddings.shared', 'model.decoder.embed_tokens.weight': 'embeddings.shared'},
     ),
@@ -307,7 +308,7 @@ FAMILIES = {
             )
         ),
         stacks={'encoder.block': 3, 'decoder.block': 2},
-        matrices=[f'{a}.{m}' for a in ('self_attn', 'encoder_attn') for m in FAIRSEQ[:4]] + ['fc1', 'fc2'],
+        matrices=BART,
         norms=['self_attn_layer_norm', 'encoder_attn_layer_norm', 'final_layer_norm'],
         biases=8,
         frozen=['encoder.embeddings.embed_positions'],
@@ -489,12 +490,7 @@ FAMILIES = {
     'rwkv': lambda: dict(
         model=tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=V, hidden_size=D, num_hidden_layers=3, context_length=32)),
         stacks={'block': 3},
-        matrices=[
-            f'{a}.{m}'
-            for a, ms in (('attention', 'key value receptance'), ('feed_forward', 'key receptance value'))
-            for m in ms.split()
-        ]
-        + ['output'],
+        matrices=RWKV,
         norms=['ln1', 'ln2'],
         biases=7,
         rest={'embeddings.embeddings': 'embedding', 'head.ln_out': 'norm', 'head.head': 'head'},
@@ -505,6 +501,43 @@ FAMILIES = {
 # 5.8 and 5.23
 SINCE = dict(phi='5.4', mamba='5.4', clip='5.8', gpt_neox='5.23', vit='5.23', llava='5.23', swin='5.23')
 
+def check_parameters(model, layers):
+    "Every parameter once, tied weights once, no buffers"
+    unique = dict(model.named_parameters())
+    held = [k for n in layers for k in layers.named_params(n)]
+    assert sorted(held) == sorted(unique)
+    assert sum(u.n_params for u in layers.units) == sum(p.numel() for p in unique.values())
+    assert layers.total == sum(p.numel() for p in unique.values() if p.requires_grad)
+    assert all(layers.unit_of(k) in layers for k,_ in model.named_parameters(remove_duplicate=False))
+
+def check_blocks(layers, blocks, stacks):
+    assert [l for l in layers.by_layer if l.rpartition('.')[0] in stacks] == blocks
+    assert layers.n_blocks == len(blocks)
+    assert [layers[layers.by_layer[b][0]].depth for b in blocks] == list(range(1, len(blocks)+1))
+    assert all(u.depth == layers.n_blocks+1 for u in layers.units if u.layer == 'head')
+    depths = [u.depth for u in layers.units]
+    assert depths == sorted(depths)
+
+def check_last_block(last, f):
+    "What stands in it"
+    assert sorted(u.role for u in last if u.kind == 'matrix') == sorted(f['matrices'])
+    assert sorted(u.role for u in last if u.kind == 'norm') == sorted(f['norms'])
+    assert sum(u.kind == 'bias' for u in last) == f['biases']
+    assert all(u.name.startswith(u.layer + '.') for u in last)
+
+def check_outside(layers, rest, f):
+    "What stands outside the blocks"
+    if f['rest'] is None: assert list(layers.by_layer) == f['layers']
+    else: assert rest == f['rest']
+    frozen = f.get('frozen', [])
+    assert all(u.eligible == (u.kind == 'matrix' and u.name not in frozen) for u in layers.units)
+
+def check_by_block(by_block, layers, blocks, rest):
+    "The same by blocks"
+    assert [u.name for u in by_block.units if u.kind == 'block'] == blocks
+    assert all(by_block[b].n_params == sum(layers[n].n_params for n in layers.by_layer[b]) for b in blocks)
+    assert {u.name:u.kind for u in by_block.units if u.kind != 'block'} == rest
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_family(family):
     torch.manual_seed(0)
@@ -512,44 +545,18 @@ def test_family(family):
     if older and family == 'phi': pytest.skip(f"transformers {tf.__version__} cannot build a Phi")
     f = FAMILIES[family]()
     model,layers = f['model'],partition_layers(f['model'])
-    unique = dict(model.named_parameters())
-    # every parameter once, tied weights once, no buffers
-    held = [k for n in layers for k in layers.named_params(n)]
-    assert sorted(held) == sorted(unique)
-    assert sum(u.n_params for u in layers.units) == sum(p.numel() for p in unique.values())
-    assert layers.total == sum(p.numel() for p in unique.values() if p.requires_grad)
-    assert all(layers.unit_of(k) in layers for k,_ in model.named_parameters(remove_duplicate=False))
+    check_parameters(model, layers)
     if older:
         pytest.skip(
             f"transformers {tf.__version__} names the modules of {family} otherwise; every parameter is in one unit"
         )
     for name,unit in f.get('tied', {}).items(): assert layers.unit_of(name) == unit
-    # blocks
     blocks = [f'{s}.{i}' for s,n in f['stacks'].items() for i in range(n)]
-    assert [l for l in layers.by_layer if l.rpartition('.')[0] in f['stacks']] == blocks and layers.n_blocks == len(
-        blocks
-    )
-    assert [layers[layers.by_layer[b][0]].depth for b in blocks] == list(range(1, len(blocks)+1))
-    assert all(u.depth == layers.n_blocks+1 for u in layers.units if u.layer == 'head')
-    depths = [u.depth for u in layers.units]
-    assert depths == sorted(depths)
-    # what stands in the last block
-    last = [layers[n] for n in layers.by_layer[blocks[-1]]]
-    assert sorted(u.role for u in last if u.kind == 'matrix') == sorted(f['matrices'])
-    assert sorted(u.role for u in last if u.kind == 'norm') == sorted(f['norms'])
-    assert sum(u.kind == 'bias' for u in last) == f['biases']
-    assert all(u.name.startswith(u.layer + '.') for u in last)
-    # what stands outside the blocks
     rest = {u.name:u.kind for u in layers.units if u.layer not in blocks}
-    if f['rest'] is None: assert list(layers.by_layer) == f['layers']
-    else: assert rest == f['rest']
-    frozen = f.get('frozen', [])
-    assert all(u.eligible == (u.kind == 'matrix' and u.name not in frozen) for u in layers.units)
-    # the same by blocks
-    by_block = partition_layers(model, unit='block')
-    assert [u.name for u in by_block.units if u.kind == 'block'] == blocks
-    assert all(by_block[b].n_params == sum(layers[n].n_params for n in layers.by_layer[b]) for b in blocks)
-    assert {u.name:u.kind for u in by_block.units if u.kind != 'block'} == rest
+    check_blocks(layers, blocks, f['stacks'])
+    check_last_block([layers[n] for n in layers.by_layer[blocks[-1]]], f)
+    check_outside(layers, rest, f)
+    check_by_block(partition_layers(model, unit='block'), layers, blocks, rest)
 
 @pytest.mark.parametrize(
     'cls,config,key',

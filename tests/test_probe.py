@@ -21,7 +21,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, Trainer, de
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.model.layers import partition_layers
 from alf_nb.train.loop import ALFLoop
-from alf_nb.signals.probe import _same_draws, _same_modules, probe_gradients
+from alf_nb.signals.probe import probe_gradients
+from alf_nb.signals.untouched import _same_draws, _same_modules
 from alf_nb.train.trainer import ALFCallback
 
 
@@ -155,10 +156,8 @@ class Bins(Dataset):
 
 
 def pack(bins):
-    return {
-        k: torch.tensor([sum((r[k] if isinstance(r[k], list) else [r[k]] for r in b), []) for b in bins])
-        for k in ROWS[0]
-    }
+    def joined(rows, k): return sum((r[k] if isinstance(r[k], list) else [r[k]] for r in rows), [])
+    return {k: torch.tensor([joined(b, k) for b in bins]) for k in ROWS[0]}
 
 
 class Drawing:
@@ -212,21 +211,22 @@ class InTurns:
 
 
 FIRST = [[4*i+j for j in range(4)] for i in range(16)]
+BINS = [[[i, i + 1], [i + 2, i + 3]] for i in range(0, 64, 4)]
+
+
+def of_one_class(b): return len({x % 16 for x in b}) == 1
+
+
 LOADERS = {
     "batches from the dataset": (lambda: DataLoader(Pages(), batch_size=None, shuffle=True), lambda b: b in FIRST),
-    "packed": (
-        lambda: DataLoader(
-            Bins(), batch_sampler=[[[i, i + 1], [i + 2, i + 3]] for i in range(0, 64, 4)], collate_fn=pack
-        ),
-        lambda b: b in FIRST,
-    ),
+    "packed": (lambda: DataLoader(Bins(), batch_sampler=BINS, collate_fn=pack), lambda b: b in FIRST),
     "four of a class": (
         lambda: DataLoader(ROWS, batch_sampler=[[i, i + 16, i + 32, i + 48] for i in range(16)], collate_fn=collate),
-        lambda b: len({x % 16 for x in b}) == 1,
+        of_one_class,
     ),
     "a sampler with a generator": (
         lambda: DataLoader(ROWS, batch_sampler=Drawing(), collate_fn=collate),
-        lambda b: len({x % 16 for x in b}) == 1,
+        of_one_class,
     ),
     "two data sets": (
         lambda: DataLoader(Mixed(), batch_sampler=InTurns(), collate_fn=collate),
@@ -247,7 +247,7 @@ LOADERS = {
     "masks": (lambda: DataLoader(ROWS, batch_size=4, shuffle=True, collate_fn=Masking()), lambda b: len(b) == 4),
     "workers that live on": (
         lambda: DataLoader(ROWS, batch_sampler=Drawing(), collate_fn=collate, num_workers=1, persistent_workers=True),
-        lambda b: len({x % 16 for x in b}) == 1,
+        of_one_class,
     ),
 }
 
@@ -324,18 +324,11 @@ def test_losses_of_several_data_sets_in_sentence_transformers(tmp_path):
     demo_model("gpt2", blocks=2, resid_pdrop=.1).save_pretrained(tmp_path/"base")
     demo_tokenizer().save_pretrained(tmp_path/"base")
     letters = "abcdefghijklmnopqrstuvwxyzabcdef"
-    data = dict(
-        pairs=datasets.Dataset.from_dict(
-            dict(anchor=[f"what is {c}" for c in letters], positive=[f"{c} is a letter" for c in letters])
-        ),
-        scored=datasets.Dataset.from_dict(
-            dict(
-                sentence1=[f"{c} is small" for c in letters],
-                sentence2=[f"{c} is big" for c in letters],
-                score=[i / 32 for i in range(32)],
-            )
-        ),
-    )
+    pairs = [dict(anchor=f"what is {c}", positive=f"{c} is a letter") for c in letters]
+    scored = [
+        dict(sentence1=f"{c} is small", sentence2=f"{c} is big", score=i / 32) for i, c in enumerate(letters)
+    ]
+    data = dict(pairs=datasets.Dataset.from_list(pairs), scored=datasets.Dataset.from_list(scored))
 
     def run(folder, *callbacks):
         torch.manual_seed(0)
@@ -373,12 +366,20 @@ import test_probe as T
 from torch.utils.data import DataLoader
 rank, out, found = int(os.environ["RANK"]), Path(sys.argv[2]), {}
 pairs = lambda: DataLoader(T.ROWS, batch_sampler=[[i, i+32] for i in range(32)], collate_fn=T.collate)
-jobs = {"sampler": (T.Loading, pairs, {}), "dispatched sampler": (T.Loading, pairs, dict(dispatch_batches=True)), "stream": (T.Counting, None, {}), "stream in shares": (T.Counting, None, dict(dispatch_batches=False))}
+jobs = {
+    "sampler": (T.Loading, pairs, {}),
+    "dispatched sampler": (T.Loading, pairs, dict(dispatch_batches=True)),
+    "stream": (T.Counting, None, {}),
+    "stream in shares": (T.Counting, None, dict(dispatch_batches=False)),
+}
 for name, (kind, make, how) in jobs.items():
+    args = dict(per_device_train_batch_size=2, max_steps=8, ddp_find_unused_parameters=True)
+    if how: args["accelerator_config"] = how
     for alf in (None, T.probing()):
         data = T.ROWS if make else T.stream("an iterator")
-        t = T.train(out/name, make, alf, kind, data=data, per_device_train_batch_size=2, max_steps=8, ddp_find_unused_parameters=True, **(dict(accelerator_config=how) if how else {}))
-        found[f"{name}, {'probed' if alf else 'plain'}"] = dict(seen=t.seen, probed=t.probed, names=list(alf.selection) if alf else [])
+        t = T.train(out/name, make, alf, kind, data=data, **args)
+        names = list(alf.selection) if alf else []
+        found[f"{name}, {'probed' if alf else 'plain'}"] = dict(seen=t.seen, probed=t.probed, names=names)
 (out/f"rank{rank}.json").write_text(json.dumps(found))
 '''
 

@@ -20,6 +20,8 @@ from fastcore.meta import delegates
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+# %% ../../nbs/10_app/07_finetune.ipynb #2bd44798
 from .disk import bytes_of, check_plan, check_room, full_error, output_folder, save_anywhere
 from .job import FinetuneSettings, Job, check_base, load_weights, measure_after, measure_before
 from .publish import write_card

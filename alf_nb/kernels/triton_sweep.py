@@ -314,6 +314,11 @@ def _first_slots(numels, chunk):
         raise ValueError(f"{n_slots} chunks of {chunk} elements; one plan takes fewer than {2**31//5}")
     return n.cumsum() - n, n_slots
 
+# %% ../../nbs/04_kernels/05_triton_sweep.ipynb #8f3de83b
+def _on(device):
+    "Within this context kernels are launched on `device`; the interpreter needs none"
+    return torch.cuda.device(device) if device.type == 'cuda' else nullcontext()
+
 # %% ../../nbs/04_kernels/05_triton_sweep.ipynb #38ab5dc1
 class _TritonSweep:
     "Tensors of one GPU: a launch per combination of dtypes"
@@ -331,7 +336,7 @@ class _TritonSweep:
         part = torch.empty(5, n_slots, dtype=torch.float32, device=device)
         out = torch.empty(len(self.owners), 5, dtype=torch.float64, device=device)
         options = dict(REFRESH=bool(refresh), num_warps=4, enable_fp_fusion=True)
-        with torch.cuda.device(device) if device.type == 'cuda' else nullcontext():
+        with _on(device):
             for n,tables,consts,run in self.launches: run[(n,)](*tables, part, n_slots, **consts, **options)
             _delta_finish[(len(self.owners), 5)](part, self.start, out, n_slots, BLOCK=1024)
         return self.owners, out

@@ -9,12 +9,23 @@ __all__ = ['Snapshot', 'snapshot_tensors', 'restore_snapshot']
 
 # %% ../../nbs/05_signals/01_snapshots.ipynb #ac72c79a
 import torch
+from fastcore.basics import patch
 from ..kernels.plan import DeltaPlan, Reference8, empty_reference
 from ..model.layers import Layers
 from ..core.records import DeltaNorms
 from ..model.shards import gather_to_first, is_sharded, local_tensor, reduce_shards, shard_of
 
-# %% ../../nbs/05_signals/01_snapshots.ipynb #37f0f86a
+# %% ../../nbs/05_signals/01_snapshots.ipynb #bc347e69
+def _check_bits(bits, sharded):
+    if bits not in (8, 32):
+        raise ValueError(f"references in {bits} bits; there are 8, and 32 for the dtype of the weights")
+    if bits == 8 and sharded:
+        raise ValueError(
+            "references in 8 bits share scales over 256 neighbours, which weights in pieces (FSDP2) do not keep"
+            " together: take references in the dtype of the weights, 'device' or 'host'"
+        )
+
+# %% ../../nbs/05_signals/01_snapshots.ipynb #17841e59
 class Snapshot:
     "Reference weights of some units of a model."
     def __init__(self,
@@ -23,14 +34,8 @@ class Snapshot:
         backend:str='auto',      # kernel backend, see `available_backends`
         bits:int=32              # 8: one byte and a bit per parameter; 32: references in the dtype of the weights
     ):
-        if bits not in (8, 32):
-            raise ValueError(f"references in {bits} bits; there are 8, and 32 for the dtype of the weights")
         self.sharded = any(is_sharded(p) for n in layers for p in layers.params(n))
-        if bits == 8 and self.sharded:
-            raise ValueError(
-                "references in 8 bits share scales over 256 neighbours, which weights in pieces (FSDP2) do not keep"
-                " together: take references in the dtype of the weights, 'device' or 'host'"
-            )
+        _check_bits(bits, self.sharded)
         self.layers,self.device,self.backend,self.bits = layers,device,backend,bits
         self._refs,self._plan = {},None
 
@@ -44,92 +49,98 @@ class Snapshot:
         "Bytes of all references"
         return sum(t.nbytes for ts in self._refs.values() for t in ts.values())
 
-    @torch.no_grad()
-    def take(self,
-        names # units whose weights of now become the reference
-    ):
-        "Remember the weights of `names` as they are now"
-        names = list(names)
-        for n in names:
-            self._refs[n] = {
-                k: (
-                    empty_reference(self._here(p))
-                    if self.bits == 8
-                    else local_tensor(p).detach().to(self.device or p.device, copy=True).contiguous()
-                )
-                for k, p in self.layers.named_params(n).items()
-            }
-        if self.bits == 8 and names: self._new_plan(names).run(refresh=True)     # the kernel fills them
-        self._plan = None
+# %% ../../nbs/05_signals/01_snapshots.ipynb #c0a1ff2d
+def _on_device(t, device):
+    "The part of a tensor that is here, on `device`; None: where it is"
+    t = local_tensor(t)
+    return t if t is None or device is None else t.detach().to(device)
 
-    def _here(self, t):
-        t = local_tensor(t)
-        return t if t is None or self.device is None else t.detach().to(self.device)
+def _all_on_device(tensors, device): return {n: [_on_device(t, device) for t in ts] for n,ts in tensors.items()}
 
-    def _new_plan(self, names, dot=None):
-        # the parameters themselves where they can be: the plan notices when one gets new memory
-        now = {n: [self._here(p) for p in self.layers.params(n)] for n in names}
-        return DeltaPlan(
-            now,
-            {n: list(self._refs[n].values()) for n in names},
-            self.backend,
-            dot and {n: [self._here(g) for g in dot[n]] for n in names},
-        )
+def _delta_plan(snap, names, dot=None):
+    "How the kernels measure the units `names` of a snapshot"
+    # the parameters themselves where they can be: the plan notices when one gets new memory
+    now = _all_on_device({n: snap.layers.params(n) for n in names}, snap.device)
+    refs = {n: list(snap._refs[n].values()) for n in names}
+    return DeltaPlan(now, refs, snap.backend, dot and _all_on_device({n: dot[n] for n in names}, snap.device))
 
-    def drop(self,
-        names # units to forget
-    ):
-        "Forget the references of `names`; unknown ones are an error"
-        for n in names:
-            if n not in self._refs:
-                raise ValueError(f"no reference of {n!r} is held; held are {', '.join(self.names) or 'none'}")
-            del self._refs[n]
-        self._plan = None
+# %% ../../nbs/05_signals/01_snapshots.ipynb #99e4ba64
+def _reference(p, bits, device):
+    "A place for the reference of a parameter, which in 32 bits holds its weights already"
+    if bits == 8: return empty_reference(_on_device(p, device))
+    return local_tensor(p).detach().to(device or p.device, copy=True).contiguous()
 
-    def params_and_refs(self,
-        name:str # a unit with a reference
-    )->list:
-        """Pairs of parameter and reference of one unit; 8-bit references as the fp32 they stand for; of weights in
-        pieces, the local ones"""
-        return [
-            (local_tensor(p), r.dequantize() if isinstance(r := self._refs[name][k], Reference8) else r)
-            for k, p in self.layers.named_params(name).items()
-        ]
+@patch
+@torch.no_grad()
+def take(self:Snapshot,
+    names # units whose weights of now become the reference
+):
+    "Remember the weights of `names` as they are now"
+    names = list(names)
+    for n in names:
+        self._refs[n] = {k: _reference(p, self.bits, self.device) for k,p in self.layers.named_params(n).items()}
+    if self.bits == 8 and names: _delta_plan(self, names).run(refresh=True)     # the kernel fills them
+    self._plan = None
 
-    @torch.no_grad()
-    def measure(self,
-        refresh:bool=False, # let the next window start from the weights of now
-        dot:dict|None=None, # unit → list of gradients in the order of its parameters, None where there is none
-        split:bool=False    # also tell the parameters of every unit apart
-    )->DeltaNorms:
-        "How far every unit with a reference has moved since; with gradients, of their units only, also Σ g·(W−W_ref)"
-        names = self.names if dot is None else tuple(n for n in self.names if n in dot)
-        if not names: return DeltaNorms((), (), (), ())
-        if dot is None and self._plan: return self._plan.run(refresh, split)
-        plan = self._new_plan(names, dot)
-        # FSDP may give a piece new memory: a new plan each time
-        if self.sharded: return self._total(plan.run(refresh, split))
-        # a plan of host copies or of gradients is good for one measurement
-        if dot is None and self.device is None: self._plan = plan
-        return plan.run(refresh, split)
+# %% ../../nbs/05_signals/01_snapshots.ipynb #02c3b6eb
+@patch
+def drop(self:Snapshot,
+    names # units to forget
+):
+    "Forget the references of `names`; unknown ones are an error"
+    for n in names:
+        if n not in self._refs:
+            raise ValueError(f"no reference of {n!r} is held; held are {', '.join(self.names) or 'none'}")
+        del self._refs[n]
+    self._plan = None
 
-    def _total(self, norms):
-        "Norms of whole weights from those of the pieces"
-        (d2, r2, *dot), (top,) = reduce_shards(
-            self.layers,
-            norms.names,
-            [[x * x for x in norms.delta], [x * x for x in norms.ref], *([norms.dot] if norms.dot else [])],
-            [norms.max_abs],
-        )
-        tell = {k: self._totals(norms.names, v, k == 'deltas') for k in ('deltas', 'dots') if (v := getattr(norms, k))}
-        return DeltaNorms(norms.names, [x**.5 for x in d2], [x**.5 for x in r2], top, *dot, **tell)
+@patch
+def params_and_refs(self:Snapshot,
+    name:str # a unit with a reference
+)->list:
+    """Pairs of parameter and reference of one unit; 8-bit references as the fp32 they stand for; of weights in
+    pieces, the local ones"""
+    return [
+        (local_tensor(p), r.dequantize() if isinstance(r := self._refs[name][k], Reference8) else r)
+        for k, p in self.layers.named_params(name).items()
+    ]
 
-    def _totals(self, names, rows, norm):
-        "The same for numbers of single parameters"
-        flat = [(n, x) for n,xs in zip(names, rows) for x in xs]
-        (sums,),_ = reduce_shards(self.layers, [n for n,_ in flat], [[x*x if norm else x for _,x in flat]])
-        sums = iter([x**.5 for x in sums] if norm else sums)
-        return [[next(sums) for _ in xs] for xs in rows]
+# %% ../../nbs/05_signals/01_snapshots.ipynb #5189142e
+def _whole_values(layers, names, rows, norm):
+    "Numbers of single parameters, a row for each unit, from those of their pieces"
+    flat = [(n, x) for n,xs in zip(names, rows) for x in xs]
+    (sums,),_ = reduce_shards(layers, [n for n,_ in flat], [[x*x if norm else x for _,x in flat]])
+    sums = iter([x**.5 for x in sums] if norm else sums)
+    return [[next(sums) for _ in xs] for xs in rows]
+
+def _whole_norms(layers, norms):
+    "Norms of whole weights from those of the pieces"
+    squares = [[x*x for x in norms.delta], [x*x for x in norms.ref]]
+    (d2, r2, *dot), (top,) = reduce_shards(
+        layers, norms.names, [*squares, *([norms.dot] if norms.dot else [])], [norms.max_abs]
+    )
+    found = {k: v for k in ('deltas', 'dots') if (v := getattr(norms, k))}
+    tell = {k: _whole_values(layers, norms.names, v, k == 'deltas') for k,v in found.items()}
+    return DeltaNorms(norms.names, [x**.5 for x in d2], [x**.5 for x in r2], top, *dot, **tell)
+
+# %% ../../nbs/05_signals/01_snapshots.ipynb #bc576d87
+@patch
+@torch.no_grad()
+def measure(self:Snapshot,
+    refresh:bool=False, # let the next window start from the weights of now
+    dot:dict|None=None, # unit → list of gradients in the order of its parameters, None where there is none
+    split:bool=False    # also tell the parameters of every unit apart
+)->DeltaNorms:
+    "How far every unit with a reference has moved since; with gradients, of their units only, also Σ g·(W−W_ref)"
+    names = self.names if dot is None else tuple(n for n in self.names if n in dot)
+    if not names: return DeltaNorms((), (), (), ())
+    if dot is None and self._plan: return self._plan.run(refresh, split)
+    plan = _delta_plan(self, names, dot)
+    # FSDP may give a piece new memory: a new plan each time
+    if self.sharded: return _whole_norms(self.layers, plan.run(refresh, split))
+    # a plan of host copies or of gradients is good for one measurement
+    if dot is None and self.device is None: self._plan = plan
+    return plan.run(refresh, split)
 
 # %% ../../nbs/05_signals/01_snapshots.ipynb #66fce5aa
 def snapshot_tensors(
@@ -148,35 +159,39 @@ def snapshot_tensors(
         )
     return out
 
-# %% ../../nbs/05_signals/01_snapshots.ipynb #42a8223c
+# %% ../../nbs/05_signals/01_snapshots.ipynb #236207aa
+def _key(name, bits):
+    "The tensor that is saved of every reference"
+    return f'{name}/q' if bits == 8 else name
+
+def _saved_reference(tensors, k, p, bits, device):
+    "The reference of parameter `p`, of the name `k`, from what was saved"
+    ref = tensors[_key(k, bits)]
+    if ref.shape != p.shape:
+        raise ValueError(f"reference of {k} has shape {tuple(ref.shape)}, the parameter has {tuple(p.shape)}")
+    if bits == 32:
+        if ref.dtype != p.dtype: raise ValueError(f"reference of {k} is {ref.dtype}, the parameter is {p.dtype}")
+        return shard_of(ref, p).to(device, copy=True).contiguous()
+    if missing := [e for e in ('scale', 'error') if f'{k}/{e}' not in tensors]:
+        raise ValueError(f"the reference of {k} has no {missing[0]}")
+    if (error := tensors[f'{k}/error']).numel() != 1:
+        raise ValueError(f"the error of the reference of {k} is no number")
+    return Reference8(ref.to(device, copy=True), tensors[f'{k}/scale'].to(device, copy=True), error.item())
+
+# %% ../../nbs/05_signals/01_snapshots.ipynb #32cca76f
 def restore_snapshot(
     snap:Snapshot,  # empty snapshot of the same model
     tensors:dict    # what `snapshot_tensors` returned
 )->None:
     "Fill `snap` with saved references; a unit is restored whole or not at all, and after an error nothing is"
-    def put(k, p):
-        ref, device = tensors[key(k)], snap.device or p.device
-        if ref.shape != p.shape:
-            raise ValueError(f"reference of {k} has shape {tuple(ref.shape)}, the parameter has {tuple(p.shape)}")
-        if snap.bits == 32:
-            if ref.dtype != p.dtype: raise ValueError(f"reference of {k} is {ref.dtype}, the parameter is {p.dtype}")
-            return shard_of(ref, p).to(device, copy=True).contiguous()
-        if missing := [e for e in ('scale', 'error') if f'{k}/{e}' not in tensors]:
-            raise ValueError(f"the reference of {k} has no {missing[0]}")
-        if (error := tensors[f'{k}/error']).numel() != 1:
-            raise ValueError(f"the error of the reference of {k} is no number")
-        return Reference8(ref.to(device, copy=True), tensors[f'{k}/scale'].to(device, copy=True), error.item())
-    refs = {}
-    key = lambda k: f'{k}/q' if snap.bits == 8 else k
+    refs,bits = {},snap.bits
     for n in snap.layers:
         params = snap.layers.named_params(n)
-        if other := [k for k in params if (k if snap.bits == 8 else f'{k}/q') in tensors]:
-            raise ValueError(
-                f"the reference of {other[0]} was saved in {40-snap.bits} bits, this snapshot keeps {snap.bits}"
-            )
-        if held := [k for k in params if key(k) in tensors]:
-            if missing := [k for k in params if key(k) not in tensors]:
+        if other := [k for k in params if _key(k, 40-bits) in tensors]:
+            raise ValueError(f"the reference of {other[0]} was saved in {40-bits} bits, this snapshot keeps {bits}")
+        if held := [k for k in params if _key(k, bits) in tensors]:
+            if missing := [k for k in params if k not in held]:
                 raise ValueError(f"reference of {n!r} is incomplete: {missing[0]} is missing")
-            refs[n] = {k: put(k, params[k]) for k in held}
+            refs[n] = {k: _saved_reference(tensors, k, params[k], bits, snap.device or params[k].device) for k in held}
     snap._refs |= refs
     snap._plan = None

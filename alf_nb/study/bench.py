@@ -18,7 +18,7 @@ import numpy as np, torch
 from ..core.check import whole
 from ..kernels.plan import delta_norms
 from ..model.layers import Layers
-from ..signals.probe import _same_draws, _same_modules
+from ..signals.untouched import _same_draws, _same_modules
 from ..signals.tracker import ImportanceTracker
 
 # %% ../../nbs/09_study/07_bench.ipynb #83974afa

@@ -12,7 +12,7 @@ import functools, os, warnings
 from dataclasses import dataclass
 import torch
 from ..model.shards import _n_started, is_sharded
-from ..signals.probe import _same_draws
+from ..signals.untouched import _same_draws
 
 # %% ../../nbs/06_train/04_engine.ipynb #938665ed
 @dataclass

@@ -17,7 +17,7 @@ from ..core.config import config_of, with_settings
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
 from ..model.shards import _n_started
-from ..signals.probe import _base, _lend
+from ..signals.batches import _base, _lend
 from .beside import refuse_beside
 from .controller import ALFController
 from .engine import Engine, check_model, is_compiled

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
-from ..signals.probe import _Lent, _lend, _lent, _model_loss, _modules_in, _parts, _plain_size
-from ..signals.probe import _probe_batches, _same_draws, _same_modules, _same_objects, _takes_by_index
-from ..signals.probe import probe_gradients
+from ..signals.batches import _lend, _lent, _parts, _plain_size, _probe_batches, _takes_by_index
+from ..signals.lending import _Lent
+from ..signals.probe import _model_loss, probe_gradients
+from ..signals.untouched import _modules_in, _same_draws, _same_modules, _same_objects
 
 # %% ../../nbs/06_train/09_probing.ipynb #f8f8cac8
 def to_device(
