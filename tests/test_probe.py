@@ -155,10 +155,8 @@ class Bins(Dataset):
 
 
 def pack(bins):
-    return {
-        k: torch.tensor([sum((r[k] if isinstance(r[k], list) else [r[k]] for r in b), []) for b in bins])
-        for k in ROWS[0]
-    }
+    def joined(rows, k): return sum((r[k] if isinstance(r[k], list) else [r[k]] for r in rows), [])
+    return {k: torch.tensor([joined(b, k) for b in bins]) for k in ROWS[0]}
 
 
 class Drawing:
@@ -373,12 +371,18 @@ import test_probe as T
 from torch.utils.data import DataLoader
 rank, out, found = int(os.environ["RANK"]), Path(sys.argv[2]), {}
 pairs = lambda: DataLoader(T.ROWS, batch_sampler=[[i, i+32] for i in range(32)], collate_fn=T.collate)
-jobs = {"sampler": (T.Loading, pairs, {}), "dispatched sampler": (T.Loading, pairs, dict(dispatch_batches=True)), "stream": (T.Counting, None, {}), "stream in shares": (T.Counting, None, dict(dispatch_batches=False))}
+jobs = {
+    "sampler": (T.Loading, pairs, {}), "dispatched sampler": (T.Loading, pairs, dict(dispatch_batches=True)),
+    "stream": (T.Counting, None, {}), "stream in shares": (T.Counting, None, dict(dispatch_batches=False)),
+}
 for name, (kind, make, how) in jobs.items():
     for alf in (None, T.probing()):
         data = T.ROWS if make else T.stream("an iterator")
-        t = T.train(out/name, make, alf, kind, data=data, per_device_train_batch_size=2, max_steps=8, ddp_find_unused_parameters=True, **(dict(accelerator_config=how) if how else {}))
-        found[f"{name}, {'probed' if alf else 'plain'}"] = dict(seen=t.seen, probed=t.probed, names=list(alf.selection) if alf else [])
+        given = dict(accelerator_config=how) if how else {}
+        t = T.train(out/name, make, alf, kind, data=data, per_device_train_batch_size=2, max_steps=8,
+                    ddp_find_unused_parameters=True, **given)
+        names = list(alf.selection) if alf else []
+        found[f"{name}, {'probed' if alf else 'plain'}"] = dict(seen=t.seen, probed=t.probed, names=names)
 (out/f"rank{rank}.json").write_text(json.dumps(found))
 '''
 

@@ -66,8 +66,8 @@ def test_poll_waits_for_the_end_of_a_line(tmp_path):
 
 def test_poll_follows_a_live_writer(tmp_path):
     p = run(
-        "import sys\nfrom alf_nb.core.runlog import RunLog\nl = RunLog(sys.argv[1])\nfor i in range(3000): l.write('log',"
-        " step=i, pad='y'*(i%50))",
+        "import sys\nfrom alf_nb.core.runlog import RunLog\nl = RunLog(sys.argv[1])\n"
+        "for i in range(3000): l.write('log', step=i, pad='y'*(i%50))",
         tmp_path,
     )
     l, got, end = RunLog(tmp_path), [], time.time()+30

@@ -1,4 +1,4 @@
-"""Two processes that write into one run folder mix their logs, checkpoints and results. So who writes holds a lock; who reads needs none.
+"""Who writes into a run folder holds a lock; who reads needs none.
 
 Docs: https://example.github.io/alf_nb/01_core/lock.html.md"""
 

@@ -316,7 +316,7 @@ def _first_slots(numels, chunk):
 
 # %% ../../nbs/04_kernels/05_triton_sweep.ipynb #38ab5dc1
 class _TritonSweep:
-    "Tensors of one GPU: a launch per combination of dtypes"
+    "Tensors of one GPU, a launch for each mix of dtypes"
     name = 'triton'
     def __init__(self, items, chunk=_CHUNK):
         owner, ws, *_ = zip(*items)
@@ -332,6 +332,6 @@ class _TritonSweep:
         out = torch.empty(len(self.owners), 5, dtype=torch.float64, device=device)
         options = dict(REFRESH=bool(refresh), num_warps=4, enable_fp_fusion=True)
         with torch.cuda.device(device) if device.type == 'cuda' else nullcontext():
-            for n,tables,consts,run in self.launches: run[(n,)](*tables, part, n_slots, **consts, **options)
+            for n,tables,consts,f in self.launches: f[(n,)](*tables, part, n_slots, **consts, **options)
             _delta_finish[(len(self.owners), 5)](part, self.start, out, n_slots, BLOCK=1024)
         return self.owners, out

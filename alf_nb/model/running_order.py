@@ -255,7 +255,7 @@ class _Uses:
 
     def call(self, node, env):
         f = node.func
-        name = f.id if isinstance(f, ast.Name) else f.attr if isinstance(f, ast.Attribute) else ''
+        name = getattr(f, 'id', '') or getattr(f, 'attr', '') if isinstance(f, (ast.Name, ast.Attribute)) else ''
         if name == 'super' and isinstance(f, ast.Name): return (_Ref('super', owner=env[''][1], cls=env[''][2]),)
         inner = f.value if isinstance(f, ast.Attribute) else None
         if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == 'super':
@@ -294,7 +294,8 @@ class _Uses:
         "A call of what a reference stands for"
         if r.it == 'items': return self.items([r.owner])
         if isinstance(r.it, nn.Module):
-            if r.it is not self.root: self.note(r.child, _CALLED if r.whole else _PART if _composite(r.it) else _LEAF)
+            part = _PART if _composite(r.it) else _LEAF
+            if r.it is not self.root: self.note(r.child, _CALLED if r.whole else part)
             return ()
         if isinstance(r.it, ast.AST): return self.follow(r.it, None, None, args, kwargs, r.cls)
         if r.owner is None: return ()
@@ -329,4 +330,5 @@ def _before(m, a, b):
     at = _uses(m)
     if a in at and b in at: return at[a] < at[b]
     kids = list(m._modules)
-    return (kids.index(a) if a in kids else -1) < (kids.index(b) if b in kids else -1)
+    def place(k): return kids.index(k) if k in kids else -1
+    return place(a) < place(b)

@@ -129,14 +129,9 @@ class _Places:
             # not said twice
             rest = rest.partition('.')[2]
         if not below: return (above[0][0],0,len(up)), _join(label, 'embeddings'), rest, 'embedding', above[0][1]-1
-        last = below[-1][0] == len(self.stacks)-1
-        return (
-            (below[-1][0], 2, -len(up)),
-            _join(label, 'head'),
-            rest,
-            'head' if last else 'between',
-            self.n_blocks + 1 if last else below[-1][1],
-        )
+        s, depth = below[-1]
+        zone = 'head' if s == len(self.stacks)-1 else 'between'
+        return (s, 2, -len(up)), _join(label, 'head'), rest, zone, self.n_blocks + 1 if zone == 'head' else depth
 
     def _shared(self, of, up):
         "Label of some of the stacks together"
