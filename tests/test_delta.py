@@ -5,8 +5,9 @@ import errno, json, signal, subprocess, sys, warnings
 from pathlib import Path
 import pytest, torch, transformers as tf
 from torch import nn
-from alf_nb.model import delta as D
-from alf_nb.model.delta import apply_delta, fingerprint, read_delta, save_delta
+from alf_nb.model import delta as D, fingerprint as F
+from alf_nb.model.delta import apply_delta, read_delta, save_delta
+from alf_nb.model.fingerprint import fingerprint
 
 warnings.filterwarnings('ignore', category=FutureWarning)
 DEC = dict(
@@ -23,7 +24,7 @@ def llama(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     return tf.LlamaForCausalLM(tf.LlamaConfig(**DEC, tie_word_embeddings=True)).to(dtype)
 
-def bits(model): return {k:(t.dtype, t.shape, D._bytes(k, t).tobytes()) for k,t in model.state_dict().items()}
+def bits(model): return {k:(t.dtype, t.shape, F._bytes(k, t).tobytes()) for k,t in model.state_dict().items()}
 
 def poke(model, *names):
     "Change the named parameters a little, the first with a NaN and a -0.0"
@@ -67,7 +68,7 @@ def test_round_trip_is_bit_identical(dtype, tmp_path):
 def test_any_kind_of_base(kind, tmp_path):
     base = dict(
         fingerprint=fingerprint(llama()),
-        json=D.BaseFingerprint.from_json(fingerprint(llama()).to_json()),
+        json=F.BaseFingerprint.from_json(fingerprint(llama()).to_json()),
         model=llama(),
         state_dict=llama().state_dict(),
     )[kind]
@@ -255,7 +256,7 @@ def test_a_changed_tensor_is_not_taken_for_another(saved):
     path,_ = saved
     file = path/'delta.safetensors'
     raw = file.read_bytes()
-    file.write_bytes(raw[:-24] + D._bytes('w', small().a.weight).tobytes())
+    file.write_bytes(raw[:-24] + F._bytes('w', small().a.weight).tobytes())
     refused(small(), path, "the bytes of 'a.weight' do not match")
 
 def test_failed_write_leaves_the_old_delta(saved, monkeypatch):
@@ -321,7 +322,7 @@ def test_the_json_is_for_people_only(saved):
     assert note['base'] == 'small' and list(note['changed']) == ['a.weight'] and note['metadata'] == dict(steps=3)
     assert (
         note['changed']['a.weight']['sha256']
-        == D._describe('a', m.a.weight)[2]
+        == F._describe('a', m.a.weight)[2]
         != note['changed']['a.weight']['base_sha256']
     )
     (path/'delta.json').unlink()

@@ -18,7 +18,8 @@ from small_run import small_trainer
 from alf_nb.core import files
 from alf_nb.app import finetune as room
 from alf_nb.core.checkpoints import MANIFEST, verify_checkpoint, write_manifest
-from alf_nb.model.delta import fingerprint, save_delta
+from alf_nb.model.delta import save_delta
+from alf_nb.model.fingerprint import fingerprint
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.report.page import write_report
 from alf_nb.core.runlog import RunLog

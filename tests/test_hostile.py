@@ -22,6 +22,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from alf_nb.model import delta as D
+from alf_nb.model.fingerprint import fingerprint
 from alf_nb.core.checkpoints import MANIFEST, verify_checkpoint, find_checkpoint, write_manifest
 from alf_nb.core.policies import POLICIES
 from alf_nb.core.policy import Policy
@@ -442,7 +443,7 @@ class Small(torch.nn.Module):
 @pytest.fixture(scope="module")
 def delta(tmp_path_factory):
     path, m = tmp_path_factory.mktemp("delta"), Small()
-    base = D.fingerprint(m)
+    base = fingerprint(m)
     with torch.no_grad(): m.a.weight += 1
     D.save_delta(m, base, path, metadata=dict(steps=3))
     with open(path/"delta.safetensors", "rb") as f: info, _ = D._read_info(f, path)

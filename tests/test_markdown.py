@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import mistune
 import pytest
 from alf_nb.app.publish import card_text
-from alf_nb.model.delta import fingerprint, save_delta
+from alf_nb.model.delta import save_delta
+from alf_nb.model.fingerprint import fingerprint
 from alf_nb.core.foreign import escape, md_code, md_text, visible
 from alf_nb.report.results_page import write_comparison
 from alf_nb.report.summary import summarize, summary_table

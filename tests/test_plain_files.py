@@ -17,7 +17,8 @@ from alf_nb.app.publish import card_text, write_card
 from alf_nb.core.checkpoints import MANIFEST, verify_checkpoint, find_checkpoint, write_manifest
 from alf_nb.app.cli import main
 from alf_nb.study.compare import _append
-from alf_nb.model.delta import apply_delta, fingerprint, read_delta, save_delta
+from alf_nb.model.delta import apply_delta, read_delta, save_delta
+from alf_nb.model.fingerprint import fingerprint
 from alf_nb.core.files import write_whole
 from alf_nb.app.tuned import load_tuned
 from alf_nb.core.shift import AttentionShift

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from alf_nb.core.checkpoints import find_checkpoint
-from alf_nb.model.delta import fingerprint
+from alf_nb.model.fingerprint import fingerprint
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.app.finetune import finetune
 from alf_nb.signals.probe import _model_loss

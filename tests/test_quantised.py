@@ -5,7 +5,9 @@ import torch
 from small_run import losses, same, small_trainer, weights
 from torch import nn
 
-from alf_nb.model.delta import apply_delta, fingerprint, save_delta
+from alf_nb.model.delta import apply_delta, save_delta
+
+from alf_nb.model.fingerprint import fingerprint
 from alf_nb.demo import demo_model
 from alf_nb.model.layers import partition_layers
 from alf_nb.model.bits import FrozenGuard

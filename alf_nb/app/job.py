@@ -17,7 +17,8 @@ from pathlib import Path
 from .results import has_event
 from ..core.check import whole
 from ..core.runlog import RunLog
-from ..model.delta import apply_delta, fingerprint
+from ..model.delta import apply_delta
+from ..model.fingerprint import fingerprint
 from ..sources.blocks import holdout_split, token_blocks
 from ..sources.losses import continuation, evaluate_loss, supports_bf16
 from ..study.attention import AttentionSnapshot

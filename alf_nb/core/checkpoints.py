@@ -56,7 +56,30 @@ def _marks(paths):
     except OSError: return None
     return res if all(time.time() - max(m, c)/1e9 > 3 for *_,m,c in res) else None
 
-# %% ../../nbs/01_core/13_checkpoints.ipynb #973cfe90
+# %% ../../nbs/01_core/13_checkpoints.ipynb #1ec3fc8a
+def _read_manifest(folder):
+    "(file → [size, CRC-32], ''), or (None, what is wrong with it)"
+    try:
+        # a line per file: no checkpoint has that many
+        if (folder/MANIFEST).stat().st_size > 64 << 20: return None, f'its {MANIFEST} cannot be read'
+        data = json.loads(read_plain(folder/MANIFEST))
+    except FileNotFoundError: return None, 'its writing was cut off' if folder.is_dir() else 'there is no such folder'
+    except (OSError, ValueError, RecursionError): return None, f'its {MANIFEST} cannot be read'
+    files = data.get('files') if isinstance(data, dict) and data.get('version') == 1 else None
+    def counts(v): return isinstance(v, list) and len(v) == 2 and all(type(n) is int for n in v)
+    if isinstance(files, dict) and all(map(counts, files.values())): return files, ''
+    return None, f'its {MANIFEST} is not one that this alf_nb reads'
+
+# %% ../../nbs/01_core/13_checkpoints.ipynb #5a45dfd0
+def _damage(path, name, size, crc):
+    "What is wrong with a file that should have this size and this checksum, if one is given; empty: nothing"
+    try:
+        if path.stat().st_size != size: return f'{name} has {path.stat().st_size:,} bytes, not {size:,}'
+        if crc is not None and _crc(path) != crc: return f'{name} is damaged'
+    except (OSError, ValueError) as e: return f'{name} cannot be read ({getattr(e, "strerror", e)})'
+    return ''
+
+# %% ../../nbs/01_core/13_checkpoints.ipynb #17cd6e02
 def verify_checkpoint(
     folder, # of the checkpoint
     full:bool=True # compare checksums, not only sizes
@@ -64,26 +87,14 @@ def verify_checkpoint(
     "Is everything there that was written?"
     folder = Path(folder)
     if odd := odd_inside(folder): return odd
-    try:
-        # a line per file: no checkpoint has that many
-        if (folder/MANIFEST).stat().st_size > 64 << 20: return f'its {MANIFEST} cannot be read'
-        data = json.loads(read_plain(folder/MANIFEST))
-    except FileNotFoundError: return 'its writing was cut off' if folder.is_dir() else 'there is no such folder'
-    except (OSError, ValueError, RecursionError): return f'its {MANIFEST} cannot be read'
-    files = data.get('files') if isinstance(data, dict) and data.get('version') == 1 else None
-    if not isinstance(files, dict) or not all(
-        isinstance(v, list) and len(v) == 2 and all(type(n) is int for n in v) for v in files.values()
-    ):
-        return f'its {MANIFEST} is not one that this alf_nb reads'
+    files, wrong = _read_manifest(folder)
+    if wrong: return wrong
     here = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
     marks = _marks([*here.values(), folder/MANIFEST])
     if full and marks and _whole.get(folder.resolve()) == marks: return ''
     for name,(size,crc) in files.items():
         if name not in here: return f'{name} is missing'
-        try:
-            if here[name].stat().st_size != size: return f'{name} has {here[name].stat().st_size:,} bytes, not {size:,}'
-            if full and _crc(here[name]) != crc: return f'{name} is damaged'
-        except (OSError, ValueError) as e: return f'{name} cannot be read ({getattr(e, "strerror", e)})'
+        if wrong := _damage(here[name], name, size, crc if full else None): return wrong
     if full:
         _whole.clear()
         _whole[folder.resolve()] = marks
@@ -128,7 +139,18 @@ def _set_aside(folder, names, run=None):
         os.replace(path, where/path.name)
     return where
 
-# %% ../../nbs/01_core/13_checkpoints.ipynb #8ca86f6b
+# %% ../../nbs/01_core/13_checkpoints.ipynb #8ff88da9
+def _checkpoints(folder):
+    "Folders of checkpoints, the largest step first"
+    found = [p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: -int(p.name.split('-')[1]))
+
+def _written_last(found, folder):
+    "The checkpoint whose manifest was written last; `folder` if none has one"
+    whole = [p for p in found if (p/MANIFEST).is_file()]
+    return max(whole, key=lambda p: (p/MANIFEST).stat().st_mtime_ns, default=folder)
+
+# %% ../../nbs/01_core/13_checkpoints.ipynb #bdc957b0
 def find_checkpoint(
     folder, # a Trainer's output_dir, with `checkpoint-<step>` folders
     # id of the run it has to belong to; None: the newest one in the folder's log, or without a log that of the
@@ -138,31 +160,17 @@ def find_checkpoint(
     # path of the newest whole checkpoint, as `Trainer.train(resume_from_checkpoint=…)` takes it; None: there is none
     """The newest whole checkpoint of the newest run; what has a larger number and is damaged, or another run's, is
     named in a warning"""
-    found = sorted(
-        (p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name) and p.is_dir()),
-        key=lambda p: -int(p.name.split('-')[1]),
-    )
-    run = (
-        run
-        or _newest_run(folder)
-        or _run_of(
-            max((p for p in found if (p / MANIFEST).is_file()), key=lambda p: (p / MANIFEST).stat().st_mtime_ns, default=folder)
-        )
-    )
+    found = _checkpoints(folder)
+    run = run or _newest_run(folder) or _run_of(_written_last(found, folder))
     passed = []
     for p in found:
-        if not (
-            why := ('it is a link, not a folder' if p.is_symlink() else '') or _other_run(p, run) or verify_checkpoint(p)
-        ):
-            break
+        why = 'it is a link, not a folder' if p.is_symlink() else _other_run(p, run) or verify_checkpoint(p)
+        if not why: break
         passed.append(f'{p.name} ({why})')
     else: p = None
     if passed:
-        warnings.warn(
-            f"passed over {', '.join(passed)}: "
-            + (f"going on from {p.name}" if p else f"no whole checkpoint in {folder}"),
-            stacklevel=2,
-        )
+        on = f"going on from {p.name}" if p else f"no whole checkpoint in {folder}"
+        warnings.warn(f"passed over {', '.join(passed)}: {on}", stacklevel=2)
     return str(p) if p else None
 
 # %% ../../nbs/01_core/13_checkpoints.ipynb #3440ec58

@@ -1,4 +1,4 @@
-"""A file or folder takes its name only when it is complete and on the disk; what a killed process leaves behind is cleared away by the next writer.
+"""A file or folder takes its name only when it is complete and on the disk.
 
 Docs: https://example.github.io/alf_nb/01_core/files.html.md"""
 

@@ -1,4 +1,4 @@
-"""Two processes that write into one run folder mix their logs, checkpoints and results. So who writes holds a lock; who reads needs none.
+"""Who writes into a run folder holds a lock; who reads needs none.
 
 Docs: https://example.github.io/alf_nb/01_core/lock.html.md"""
 
@@ -10,6 +10,7 @@ __all__ = ['RunLock']
 # %% ../../nbs/01_core/14_lock.ipynb #8c1e0a03
 import errno, json, os, socket, stat, threading, time, weakref
 from pathlib import Path
+from fastcore.basics import patch
 from .files import _begun, process_ended
 try: import fcntl
 except ImportError: fcntl = None      # Windows
@@ -88,112 +89,110 @@ def _forget():
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forget)
 
-# %% ../../nbs/01_core/14_lock.ipynb #8c1e0a11
+# %% ../../nbs/01_core/14_lock.ipynb #eec554f3
+def _unwritable(path, e):
+    why = f"cannot write the lock of the folder ({e.strerror or e}); choose another folder than"
+    return type(e)(e.errno, why, str(path))
+
+def _open(path):
+    "The lock file, made if needed"
+    flags = os.O_RDWR | os.O_CREAT
+    for name in 'O_NOFOLLOW', 'O_NONBLOCK', 'O_BINARY': flags |= getattr(os, name, 0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, flags, 0o644)
+    except OSError as e: raise _unwritable(path, e) from None
+    if stat.S_ISREG(os.fstat(fd).st_mode): return fd
+    os.close(fd)
+    raise _unwritable(path, OSError(errno.EINVAL, 'it is no plain file'))
+
+# %% ../../nbs/01_core/14_lock.ipynb #b224a1ff
+def _refusal(path, owner):
+    "Why it cannot be taken, and what to do"
+    who = 'another process'
+    if owner: who = f"process {owner['pid']} on {owner['host']} ({owner['what']}, since {owner['since']})"
+    if not owner or _is_here(owner):
+        todo = (
+            "wait for it, end it, or give another folder. A notebook gives the folder back when its training ends"
+            " or its kernel is restarted"
+        )
+    else:
+        todo = (
+            "that is another machine, which cannot be asked from here. Wait for it, or give another folder; if"
+            f" that process is gone, delete {path}"
+        )
+    return f"{who} is writing to {path.parent}: {todo}"
+
+# %% ../../nbs/01_core/14_lock.ipynb #1cf8c90a
+def _take(path, what):
+    "The open lock file, with this process written in it"
+    for _ in range(100):
+        fd = _open(path)
+        try:
+            got = _grab(fd)
+            # its owner has removed it since it was opened
+            if got is not False and not _same_file(fd, path): continue
+            owner = _owner(fd)
+            gone = not owner or _is_here(owner) and (got or process_ended(owner['pid'], owner['started']))
+            if got is False or not gone: raise RuntimeError(_refusal(path, owner))
+            os.ftruncate(fd, 0)
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.write(fd, json.dumps(_me(what)).encode())
+            fd,taken = None,fd
+            return taken
+        except OSError as e: raise _unwritable(path, e) from None
+        finally:
+            if fd is not None: os.close(fd)
+    raise RuntimeError(
+        f"{path} is taken and given back all the time: is something else started again and again in this"
+        " folder?"
+    )
+
+# %% ../../nbs/01_core/14_lock.ipynb #cbd08db3
+def _make_room(held, path):
+    "Forget the users that have ended; a RuntimeError names one that still writes in another thread"
+    here = threading.current_thread()
+    for user,(thread, what, scope) in list(held.users.items()):
+        if thread is here:
+            if not scope: del held.users[user]      # it has failed, else its thread would not be here
+        elif not thread.is_alive(): del held.users[user]
+        else:
+            raise RuntimeError(
+                f"{what} in thread {thread.name!r} of this process is writing to {path.parent}: wait for"
+                " it, end it, or give another folder"
+            )
+
+# %% ../../nbs/01_core/14_lock.ipynb #7542909c
 class RunLock:
     "The right to write into a run folder, or to a results file, which one process has at a time."
     def __init__(self,
-        path,        # a folder, or a `.jsonl` file
-        what='a run', # who takes it, for the message that others get
-        at_work=None # () → bool: does this one still write? None: as long as its thread lives
+        path,         # a folder, or a `.jsonl` file
+        what='a run'  # who takes it, for the message that others get
     ):
         path = Path(path)
         path = path.with_name(path.name + '.lock') if path.suffix == '.jsonl' else path/'alf.lock'
         self.path = path.parent.resolve()/path.name
-        self._what,self._at_work,self._is_scope,self._end = what,at_work,False,None
+        self._what,self._is_scope,self._end = what,False,None
 
     def __repr__(self): return f"RunLock({str(self.path)!r})"
-
-    def acquire(self)->'RunLock':
-        "Take it; a RuntimeError names who has it"
-        with _guard:
-            held = _held.get(self.path)
-            if held is None: held = _held[self.path] = _Held(self._take())
-            here = threading.current_thread()
-            for user,(thread, what, scope, at_work) in list(held.users.items()):
-                if thread is here:
-                    if not scope: del held.users[user]      # it has failed, else its thread would not be here
-                elif not thread.is_alive() or at_work is not None and not at_work(): del held.users[user]
-                else:
-                    raise RuntimeError(
-                        f"{what} in thread {thread.name!r} of this process is writing to {self.path.parent}: wait for"
-                        " it, end it, or give another folder"
-                    )
-            held.users[id(self)] = here,self._what,self._is_scope,self._at_work
-            # also when the process ends without release()
-            self._end = weakref.finalize(self, _give_back, self.path, id(self))
-        return self
-
-    def release(self)->None:
-        "Give it back; the file goes when nobody in this process needs it"
-        if self._end is not None: self._end()
-
     def __enter__(self):
         self._is_scope = True
         return self.acquire()
     def __exit__(self, *args): self.release()
 
-    def _take(self):
-        "The open lock file, with this process written in it"
-        for _ in range(100):
-            fd = self._open()
-            try:
-                got = _grab(fd)
-                # its owner has removed it since it was opened
-                if got is not False and not _same_file(fd, self.path): continue
-                owner = _owner(fd)
-                gone = not owner or _is_here(owner) and (got or process_ended(owner['pid'], owner['started']))
-                if got is False or not gone: raise RuntimeError(self._refusal(owner))
-                os.ftruncate(fd, 0)
-                os.lseek(fd, 0, os.SEEK_SET)
-                os.write(fd, json.dumps(_me(self._what)).encode())
-                fd,taken = None,fd
-                return taken
-            except OSError as e: raise self._unwritable(e) from None
-            finally:
-                if fd is not None: os.close(fd)
-        raise RuntimeError(
-            f"{self.path} is taken and given back all the time: is something else started again and again in this"
-            " folder?"
-        )
+    def release(self)->None:
+        "Give it back; the file goes when nobody in this process needs it"
+        if self._end is not None: self._end()
 
-    def _open(self):
-        flags = (
-            os.O_RDWR
-            | os.O_CREAT
-            | getattr(os, 'O_NOFOLLOW', 0)
-            | getattr(os, 'O_NONBLOCK', 0)
-            | getattr(os, 'O_BINARY', 0)
-        )
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self.path, flags, 0o644)
-        except OSError as e: raise self._unwritable(e) from None
-        if stat.S_ISREG(os.fstat(fd).st_mode): return fd
-        os.close(fd)
-        raise self._unwritable(OSError(errno.EINVAL, 'it is no plain file'))
-
-    def _unwritable(self, e):
-        return type(e)(
-            e.errno,
-            f"cannot write the lock of the folder ({e.strerror or e}); choose another folder than",
-            str(self.path),
-        )
-
-    def _refusal(self, owner):
-        "Why it cannot be taken, and what to do"
-        who = (
-            f"process {owner['pid']} on {owner['host']} ({owner['what']}, since {owner['since']})"
-            if owner
-            else 'another process'
-        )
-        if not owner or _is_here(owner):
-            todo = (
-                "wait for it, end it, or give another folder. A notebook gives the folder back when its training ends"
-                " or its kernel is restarted"
-            )
-        else:
-            todo = (
-                "that is another machine, which cannot be asked from here. Wait for it, or give another folder; if"
-                f" that process is gone, delete {self.path}"
-            )
-        return f"{who} is writing to {self.path.parent}: {todo}"
+# %% ../../nbs/01_core/14_lock.ipynb #c8f9a4bd
+@patch
+def acquire(self:RunLock)->RunLock:
+    "Take it; a RuntimeError names who has it"
+    with _guard:
+        held = _held.get(self.path)
+        if held is None: held = _held[self.path] = _Held(_take(self.path, self._what))
+        _make_room(held, self.path)
+        held.users[id(self)] = threading.current_thread(),self._what,self._is_scope
+        # also when the process ends without release()
+        self._end = weakref.finalize(self, _give_back, self.path, id(self))
+    return self

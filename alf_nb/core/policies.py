@@ -88,9 +88,9 @@ class BudgetPolicy(Policy):
     "Train the units with the highest score until the budget is full."
     budget:float=.25        # fraction of all parameters, above 0 and at most 1
     explore:float=0.        # part of the budget for the units not measured for longest, 0–1
-    hysteresis:float=.15    # a current member's score counts `1 + hysteresis` times
-    cost_aware:bool=False   # weigh importance against the cost of the backward pass down to a unit
-    strata:int=0            # bands of the depth in which every role gets the same share; 0: the best of all
+    hysteresis:float=.15    # a member's score counts `1 + hysteresis` times
+    cost_aware:bool=False   # weigh importance against the cost of the backward pass to it
+    strata:int=0            # bands of the depth, the same share of each role in each; 0: none
     name = 'budget'
     def __post_init__(self):
         super().__post_init__()
@@ -102,8 +102,8 @@ class BudgetPolicy(Policy):
             strata=_strata(self.strata),
         )
         if self.strata and self.cost_aware:
-            raise ValueError(f"strata={self.strata} spreads what trains over the depth and cost_aware=True gathers it"
-                             " at the top: give one of them")
+            why = "spreads what trains over the depth and cost_aware=True gathers it at the top: give one of them"
+            raise ValueError(f"strata={self.strata} {why}")
 
 # %% ../../nbs/01_core/08_policies.ipynb #5efccc5b
 def _queues(policy, b, values, first):

@@ -1,4 +1,4 @@
-"""Every tensor is cut into pieces of 16 384 elements, whatever its size, so that sums are exact and the same every time.
+"""Every tensor is cut into pieces of 16 384 elements, so that sums are exact and the same every time.
 
 Docs: https://example.github.io/alf_nb/04_kernels/chunks.html.md"""
 

@@ -1,4 +1,4 @@
-"""How far did each unit move? One pass over all weights and references, on a GPU (Triton), on a CPU (numba), or anywhere (torch).
+"""How far did each unit move? One pass over all weights and references, on a GPU, on a CPU, or anywhere.
 
 Docs: https://example.github.io/alf_nb/04_kernels/plan.html.md"""
 

@@ -31,6 +31,15 @@ def _sample(flat, k):
     if flat.numel() <= k: return flat
     return flat[torch.linspace(0, flat.numel()-1, k, dtype=torch.float64).long().to(flat.device)]
 
+# %% ../../nbs/03_model/10_bits.ipynb #71a497be
+def _changed(names):
+    "Say which frozen weights changed"
+    more = f' and {len(names)-3} more' if len(names) > 3 else ''
+    raise RuntimeError(
+        f"frozen weights changed: {', '.join(names[:3])}{more}. Something outside ALF writes to them: an optimizer with"
+        " its own copy, a merge, a callback that loads weights?"
+    )
+
 # %% ../../nbs/03_model/10_bits.ipynb #d850bfd3
 class FrozenGuard:
     "Notices when a parameter that should be frozen has changed."
@@ -55,9 +64,4 @@ class FrozenGuard:
         now = [(_sample_bits(p, self.samples) != bits).any() for _,p,bits in self._bits.values()]
         changed = torch.stack([x.to(now[0].device) for x in now])
         if bool(changed.any()):     # the one synchronisation
-            bad = [f"{k} (unit {n})" for (k,(n,_,_)),c in zip(self._bits.items(), changed.tolist()) if c]
-            raise RuntimeError(
-                f"frozen weights changed: {', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''}."
-                " Something outside ALF writes to them: an optimizer with its own copy, a merge, a callback that loads"
-                " weights?"
-            )
+            _changed([f"{k} (unit {n})" for (k,(n,_,_)),c in zip(self._bits.items(), changed.tolist()) if c])

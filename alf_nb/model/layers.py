@@ -16,6 +16,7 @@ import difflib, math
 from collections import Counter
 from itertools import groupby
 
+from fastcore.basics import patch
 from torch import nn
 from ..core.foreign import md_text
 from ..core.records import KINDS, UnitInfo
@@ -34,7 +35,7 @@ def _unknown(what, name, names, hint=''):
         + f" This model has {shown}"
     )
 
-# %% ../../nbs/03_model/04_layers.ipynb #83cf2107
+# %% ../../nbs/03_model/04_layers.ipynb #d54cbc52
 class Layers:
     "A model as named layers and units; every parameter in exactly one unit, tied weights in the first."
     def __init__(self,
@@ -58,47 +59,55 @@ class Layers:
             f" unit={self.unit!r})"
         )
 
-    def __getitem__(self,
-        name:str # exact unit name
-    )->UnitInfo:
-        "What is known of unit `name`"
-        if name in self._by_name: return self._by_name[name]
-        inside = self.by_layer.get(name, ()) if isinstance(name, str) else ()
-        raise _unknown('unit', name, inside or self, ': that is a layer, look for its units' if inside else '')
+# %% ../../nbs/03_model/04_layers.ipynb #70c896d7
+@patch
+def __getitem__(self:Layers,
+    name:str # exact unit name
+)->UnitInfo:
+    "What is known of unit `name`"
+    if name in self._by_name: return self._by_name[name]
+    inside = self.by_layer.get(name, ()) if isinstance(name, str) else ()
+    raise _unknown('unit', name, inside or self, ': that is a layer, look for its units' if inside else '')
 
-    @property
-    def by_layer(self)->dict:
-        "Layer name → names of its units, from the bottom of the model to the top"
-        res = {}
-        for u in self.units: res.setdefault(u.layer, []).append(u.name)
-        return {k:tuple(v) for k,v in res.items()}
+@patch(as_prop=True)
+def by_layer(self:Layers)->dict:
+    "Layer name → names of its units, from the bottom of the model to the top"
+    res = {}
+    for u in self.units: res.setdefault(u.layer, []).append(u.name)
+    return {k:tuple(v) for k,v in res.items()}
 
-    def named_params(self,
-        name:str # exact unit name
-    )->dict:
-        "Full parameter name → Parameter for unit `name`, in model order"
-        self[name]
-        return dict(self._params[name])
+# %% ../../nbs/03_model/04_layers.ipynb #800fe95e
+@patch
+def named_params(self:Layers,
+    name:str # exact unit name
+)->dict:
+    "Full parameter name → Parameter for unit `name`, in model order"
+    self[name]
+    return dict(self._params[name])
 
-    def params(self,
-        name:str # exact unit name
-    )->list:
-        "Parameters of unit `name`, in model order"
-        return list(self.named_params(name).values())
+@patch
+def params(self:Layers,
+    name:str # exact unit name
+)->list:
+    "Parameters of unit `name`, in model order"
+    return list(self.named_params(name).values())
 
-    def unit_of(self,
-        # full parameter name, as in `model.named_parameters()`; the other names of a tied weight work too
-        param_name:str
-    )->str:
-        "Name of the unit that holds this parameter"
-        if param_name in self._aliases: return self._aliases[param_name]
-        raise _unknown('parameter', param_name, self._aliases)
+# %% ../../nbs/03_model/04_layers.ipynb #bec1768d
+@patch
+def unit_of(self:Layers,
+    # full parameter name, as in `model.named_parameters()`; the other names of a tied weight work too
+    param_name:str
+)->str:
+    "Name of the unit that holds this parameter"
+    if param_name in self._aliases: return self._aliases[param_name]
+    raise _unknown('parameter', param_name, self._aliases)
 
-    def share(self,
-        names # unit names
-    )->float:
-        "Their parameters as a fraction of all that can train; each unit counts once"
-        return sum(self[n].n_params for n in dict.fromkeys([names] if isinstance(names, str) else names)) / self.total
+@patch
+def share(self:Layers,
+    names # unit names
+)->float:
+    "Their parameters as a fraction of all that can train; each unit counts once"
+    return sum(self[n].n_params for n in dict.fromkeys([names] if isinstance(names, str) else names)) / self.total
 
 # %% ../../nbs/03_model/04_layers.ipynb #b30da8db
 def _is_vector(p):
@@ -157,7 +166,19 @@ def _adapts(mods, at):
         at = up
     return at if name == 'weight' else _join(at, name)
 
-# %% ../../nbs/03_model/04_layers.ipynb #9b2a288e
+# %% ../../nbs/03_model/04_layers.ipynb #4abb9313
+def _check_params(model):
+    params = list(model.parameters())
+    if not params: raise ValueError(f"{type(model).__name__} has no parameters: nothing to train")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in params):
+        raise ValueError("some parameters have no shape yet (lazy modules): run one batch through the model first")
+    if not any(p.requires_grad for p in params):
+        raise ValueError(
+            f"all {len(params)} parameters of {type(model).__name__} are frozen: model.requires_grad_(True) thaws them,"
+            " then freeze what must stay as it is"
+        )
+
+# %% ../../nbs/03_model/04_layers.ipynb #4bfbd6a1
 def _check(model, unit, kinds):
     "Arguments as they should be, or an error that says what would work"
     if not isinstance(model, nn.Module):
@@ -171,88 +192,99 @@ def _check(model, unit, kinds):
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for k in kinds:
         if k not in KINDS: raise ValueError(f"unknown kind {k!r}; kinds are {', '.join(KINDS)}")
-    params = list(model.parameters())
-    if not params: raise ValueError(f"{type(model).__name__} has no parameters: nothing to train")
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in params):
-        raise ValueError("some parameters have no shape yet (lazy modules): run one batch through the model first")
-    if not any(p.requires_grad for p in params):
-        raise ValueError(
-            f"all {len(params)} parameters of {type(model).__name__} are frozen: model.requires_grad_(True) thaws them,"
-            " then freeze what must stay as it is"
-        )
+    _check_params(model)
     return kinds
 
-# %% ../../nbs/03_model/04_layers.ipynb #f6592365
-def partition_layers(
-    # any transformers model, PEFT-wrapped, compiled or in DDP if you like; or any torch module
-    model:nn.Module,
-    unit:str='module',        # what trains as one: 'module', a weight matrix, or 'block', a whole block
-    kinds=('matrix', 'block', 'adapter') # kinds that a policy may choose; the others stay frozen
-)->Layers:  # every parameter in exactly one unit
-    "A model as named layers and units, found from its module tree"
-    kinds,places,head = _check(model, unit, kinds),_Places(model),_own_head(model)
-    mods = dict(model.named_modules(remove_duplicate=False))
-    tuners = {k:m.adapter_layer_names for k,m in mods.items() if hasattr(type(m), 'adapter_layer_names')}
-    found = {} # id of a parameter → where it stands: (rank, path, module, name), an embedding first
+# %% ../../nbs/03_model/04_layers.ipynb #e824f7ae
+def _spots(mods):
+    "id of a parameter → where it stands: (rank, path, module, name), an embedding first"
+    found = {}
     for path,m in mods.items():
-        for pname,p in m._parameters.items():
-            if p is not None: found.setdefault(id(p), []).append((not isinstance(m, nn.Embedding), path, m, pname))
-    groups,where = {},{} # what each unit is made of; parameter name → its unit
-    for full,p in model.named_parameters():
-        spots = [(rank, places(path, pname), path, m, pname) for rank,path,m,pname in found[id(p)]]
-        _,(order,layer,rest,zone,depth),path,m,pname = min(spots, key=lambda s: s[:1]+s[1][:1])
-        at = _tuner(tuners, _join(path, pname))
-        if unit == 'block' and zone == 'block' and places.stacks: kind,rest,key = 'block','',layer
-        elif at is not None: kind,rest,key = 'adapter',places(_adapts(mods, at), pname)[2],at
-        else:
-            kind,whole = _classify(m, pname, p, zone, head)
-            rest,key = (rest,path) if whole else (_join(rest, pname),_join(path, pname))
-        g = groups.setdefault(
-            (layer, key, p.requires_grad),
-            dict(
-                order=order, layer=layer, rest=rest, kind=kind, depth=depth, key=key, of=order[:2], params={}, shapes=[]
-            ),
-        )
-        g['params'][full] = p
-        g['shapes'].append(_shape(p, m, pname))
-        for _,_,path2,_,pname2 in spots: where[_join(path2, pname2)] = g
-    return _finish(model, groups, where, unit, kinds, places.n_blocks)
+        for name,p in m._parameters.items():
+            if p is not None: found.setdefault(id(p), []).append((not isinstance(m, nn.Embedding), path, m, name))
+    return found
 
-# %% ../../nbs/03_model/04_layers.ipynb #964c6847
-def _finish(model, groups, where, unit, kinds, n_blocks):
-    "Give each group a unique name and make the units"
-    count = Counter(
-        _join(g['layer'], g['rest'])
-        for (_, _, grad), g in groups.items()
-        if grad or (g['layer'], g['key'], True) not in groups
-    )
-    rests = {} # paths inside the blocks of one stack, or inside another layer
-    for g in groups.values(): rests.setdefault(g['of'], set()).add(g['rest'] or g['layer'].rpartition('.')[2])
-    roles = {k:_roles(v) for k,v in rests.items()}
-    units,params = [],{}
-    for (layer,key,grad),g in sorted(groups.items(), key=lambda kv: kv[1]['order']):
+class _Finder:
+    "Says of every parameter where it stands and what unit it is part of"
+    def __init__(self, model, unit):
+        self.unit,self.places,self.head = unit,_Places(model),_own_head(model)
+        self.mods = dict(model.named_modules(remove_duplicate=False))
+        self.tuners = {k:m.adapter_layer_names for k,m in self.mods.items() if hasattr(type(m), 'adapter_layer_names')}
+        self.found = _spots(self.mods)
+
+    def spots(self, p):
+        "Every (rank, place, path, module, name) of a parameter"
+        return [(rank, self.places(path, name), path, m, name) for rank,path,m,name in self.found[id(p)]]
+
+# %% ../../nbs/03_model/04_layers.ipynb #70746d79
+def _part_of(finder, p, spot):
+    "(kind, rest of the path, key in its layer) of the unit that holds a parameter"
+    _,(_,layer,rest,zone,_),path,m,name = spot
+    if finder.unit == 'block' and zone == 'block' and finder.places.stacks: return 'block','',layer
+    at = _tuner(finder.tuners, _join(path, name))
+    if at is not None: return 'adapter',finder.places(_adapts(finder.mods, at), name)[2],at
+    kind,whole = _classify(m, name, p, zone, finder.head)
+    return (kind,rest,path) if whole else (kind,_join(rest, name),_join(path, name))
+
+# %% ../../nbs/03_model/04_layers.ipynb #d0070332
+def _name_groups(groups):
+    "Give each group a name of its own, in place"
+    def is_rest(layer, key, grad): return not grad and (layer, key, True) in groups     # the frozen part of a unit
+    count = Counter(_join(k[0], g['rest']) for k,g in groups.items() if not is_rest(*k))
+    for (layer,key,grad),g in groups.items():
         name = _join(layer, g['rest'])
         if count[name] > 1: name = _join(layer, _clean(key))
-        if not grad and (layer, key, True) in groups: name = _join(name, 'frozen')
-        g['name'],params[name] = name,g['params']
-        units.append(
-            UnitInfo(
-                name,
-                layer,
-                g['kind'],
-                roles[g['of']][g['rest'] or layer.rpartition('.')[2]],
-                sum(map(math.prod, g['shapes'])),
-                g['depth'],
-                tuple(g['shapes']),
-                eligible=grad and g['kind'] in kinds,
-            )
-        )
-    if not any(u.eligible for u in units):
-        can = sorted({g['kind'] for (_,_,grad),g in groups.items() if grad}, key=KINDS.index)
-        raise ValueError(
-            f"no unit of kind {' or '.join(kinds) or '(none given)'} can train here; this model could train"
-            f" kinds=({', '.join(map(repr, can))},)"
-        )
+        g['name'] = _join(name, 'frozen') if is_rest(layer, key, grad) else name
+
+def _role_of(groups):
+    "group → role of its unit, told from the paths inside the blocks of its stack, or inside its layer"
+    def path(g): return g['rest'] or g['layer'].rpartition('.')[2]
+    rests = {}
+    for g in groups.values(): rests.setdefault(g['of'], set()).add(path(g))
+    roles = {k:_roles(v) for k,v in rests.items()}
+    return lambda g: roles[g['of']][path(g)]
+
+# %% ../../nbs/03_model/04_layers.ipynb #301f51b7
+def partition_layers(
+    model:nn.Module,   # of transformers, PEFT-wrapped, compiled or in DDP too; any torch module
+    unit:str='module', # what trains as one: 'module', a weight matrix, or 'block'
+    kinds=('matrix', 'block', 'adapter') # kinds that a policy may choose; others stay frozen
+)->Layers:  # every parameter in exactly one unit
+    "A model as named layers and units, found from its module tree"
+    kinds,finder = _check(model, unit, kinds),_Finder(model, unit)
+    groups,where = {},{} # what each unit is made of; parameter name → its unit
+    for full,p in model.named_parameters():
+        spots = finder.spots(p)
+        first = min(spots, key=lambda s: s[:1]+s[1][:1])
+        _,(order,layer,_,_,depth),_,m,name = first
+        kind,rest,key = _part_of(finder, p, first)
+        new = dict(order=order, of=order[:2], layer=layer, rest=rest, kind=kind, depth=depth)
+        g = groups.setdefault((layer, key, p.requires_grad), new | dict(params={}, shapes=[]))
+        g['params'][full] = p
+        g['shapes'].append(_shape(p, m, name))
+        for _,_,path,_,name in spots: where[_join(path, name)] = g
+    return _finish(model, groups, where, unit, kinds, finder.places.n_blocks)
+
+# %% ../../nbs/03_model/04_layers.ipynb #d0eec41f
+def _check_eligible(units, groups, kinds):
+    if any(u.eligible for u in units): return
+    can = sorted({g['kind'] for (_,_,grad),g in groups.items() if grad}, key=KINDS.index)
+    raise ValueError(
+        f"no unit of kind {' or '.join(kinds) or '(none given)'} can train here; this model could train"
+        f" kinds=({', '.join(map(repr, can))},)"
+    )
+
+def _finish(model, groups, where, unit, kinds, n_blocks):
+    "Make the units"
+    _name_groups(groups)
+    role,units,params = _role_of(groups),[],{}
+    for (layer,_,grad),g in sorted(groups.items(), key=lambda kv: kv[1]['order']):
+        params[g['name']] = g['params']
+        n,eligible = sum(map(math.prod, g['shapes'])),grad and g['kind'] in kinds
+        units.append(UnitInfo(
+            g['name'], layer, g['kind'], role(g), n, g['depth'], tuple(g['shapes']), eligible=eligible
+        ))
+    _check_eligible(units, groups, kinds)
     return Layers(model, tuple(units), params, {k:g['name'] for k,g in where.items()}, unit, n_blocks)
 
 # %% ../../nbs/03_model/04_layers.ipynb #1fdf8293

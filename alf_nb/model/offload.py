@@ -9,6 +9,7 @@ __all__ = ['FIRST_MOMENTS', 'STATE_MODES', 'OffloadedStates']
 
 # %% ../../nbs/03_model/07_offload.ipynb #51cad191
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .shards import as_shard, local_tensor
 from .states import _OPAQUE, _is_object, _is_wrapper, _nbytes, _tensors
@@ -72,36 +73,6 @@ class OffloadedStates:
         "Bytes of host memory in use"
         return sum(_nbytes(v) for s in self.held.values() for v in s.values())
 
-    def park(self,
-        name:str,    # full parameter name
-        state:dict,  # the optimizer's state of that parameter
-        p:Tensor|None=None # the parameter; None: first moments are of its shape
-    )->None:
-        "Copy what is to be kept of `state` to the host"
-        if self.state == 'drop' or not state: return
-        empty = {}
-        for k,v in state.items():
-            if self.state != 'v' or _entry(k) not in FIRST_MOMENTS or not isinstance(v, Tensor): continue
-            plain = not _is_wrapper(local_tensor(v)) and (p is None or v.shape == p.shape)
-            zero = torch.zeros((), dtype=v.dtype) if plain else _zeros_like(v)      # one number that says: zeros
-            if zero is not None: empty[k] = zero
-        if len(empty) < len(state):
-            self.held[name] = {k: empty[k] if k in empty else _host_copy(v) for k,v in state.items()}
-
-    def fetch(self,
-        name:str,    # full parameter name
-        p:Tensor     # the parameter that returns
-    )->dict|None:
-        "State of a parameter that returns, on its device; None if none was kept"
-        if (kept := self.held.pop(name, None)) is None: return None
-        # a step count lives on the host in plain Adam, beside the weights in fused and capturable ones: torch moves it
-        # when needed
-        zeros = lambda k, v: isinstance(v, Tensor) and not v.dim() and _entry(k) in FIRST_MOMENTS and p.dim()
-        return {
-            k: torch.zeros_like(p, dtype=v.dtype, requires_grad=False) if zeros(k, v) else _beside(v, p)
-            for k, v in kept.items()
-        }
-
 # %% ../../nbs/03_model/07_offload.ipynb #beb1165d
 def _entry(key):
     "Name of an entry, whichever member of a chain it is of"
@@ -114,3 +85,37 @@ def _beside(x, p):
     # a tensor made of tensors has one device
     x = _mapped(x, lambda t: whole(t.to(p.device)) if t.dim() or isinstance(x, Tensor) else t)
     return as_shard(x, p) if isinstance(x, Tensor) else x
+
+# %% ../../nbs/03_model/07_offload.ipynb #b572c9ae
+@patch
+def park(self:OffloadedStates,
+    name:str,    # full parameter name
+    state:dict,  # the optimizer's state of that parameter
+    p:Tensor|None=None # the parameter; None: first moments are of its shape
+)->None:
+    "Copy what is to be kept of `state` to the host"
+    if self.state == 'drop' or not state: return
+    empty = {}
+    for k,v in state.items():
+        if self.state != 'v' or _entry(k) not in FIRST_MOMENTS or not isinstance(v, Tensor): continue
+        plain = not _is_wrapper(local_tensor(v)) and (p is None or v.shape == p.shape)
+        zero = torch.zeros((), dtype=v.dtype) if plain else _zeros_like(v)      # one number that says: zeros
+        if zero is not None: empty[k] = zero
+    if len(empty) < len(state):
+        self.held[name] = {k: empty[k] if k in empty else _host_copy(v) for k,v in state.items()}
+
+# %% ../../nbs/03_model/07_offload.ipynb #b499edf6
+@patch
+def fetch(self:OffloadedStates,
+    name:str,    # full parameter name
+    p:Tensor     # the parameter that returns
+)->dict|None:
+    "State of a parameter that returns, on its device; None if none was kept"
+    if (kept := self.held.pop(name, None)) is None: return None
+    # a step count lives on the host in plain Adam, beside the weights in fused and capturable ones: torch moves it
+    # when needed
+    zeros = lambda k, v: isinstance(v, Tensor) and not v.dim() and _entry(k) in FIRST_MOMENTS and p.dim()
+    return {
+        k: torch.zeros_like(p, dtype=v.dtype, requires_grad=False) if zeros(k, v) else _beside(v, p)
+        for k, v in kept.items()
+    }

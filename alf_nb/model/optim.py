@@ -72,13 +72,29 @@ def _set_first_states(optimizer, first):
     "What `_first_states` will say"
     _FIRST[_members(optimizer)[0]] = first
 
-# %% ../../nbs/03_model/09_optim.ipynb #7c6a28cd
+# %% ../../nbs/03_model/09_optim.ipynb #6e4d6f1a
+def _freeze(params, states, parked):
+    "Parameters by name stop training; their state goes to the host"
+    for k,p in params.items():
+        p.requires_grad_(False)
+        p.grad = None
+        parked.park(k, _pop_state(states, p), p)
+
+def _thaw(params, states, parked, first):
+    "Parameters by name train again, with the state they left with, or the one they began with"
+    for k,p in params.items():
+        p.requires_grad_(True)
+        old = parked.fetch(k, p)
+        if old is None and p in first: old = {e: _beside(_host_copy(v), p) for e,v in first[p].items()}
+        if old is not None: _put_state(states, p, old)
+
+# %% ../../nbs/03_model/09_optim.ipynb #106883bf
 @torch.no_grad()
 def apply_selection(
-    layers:Layers,                   # a model as units
-    names,                           # units that train from now on
-    optimizer=None,                  # its optimizer; None: only freeze and thaw
-    parked:OffloadedStates|None=None    # where state of leavers goes; None: dropped
+    layers:Layers,  # a model as units
+    names,          # units that train from now on
+    optimizer=None, # its optimizer; None: only freeze and thaw
+    parked:OffloadedStates|None=None # where state of leavers goes; None: dropped
 )->tuple:
     "Freeze all but `names`; returns (units that entered, units that left), in model order"
     wanted = set(names)
@@ -92,17 +108,8 @@ def apply_selection(
     trains = {n: any(p.requires_grad for p in layers.params(n)) for n in layers}
     left = tuple(n for n in layers if trains[n] and n not in wanted)
     entered = tuple(n for n in layers if not trains[n] and n in wanted)
-    for n in left:
-        for k,p in layers.named_params(n).items():
-            p.requires_grad_(False)
-            p.grad = None
-            parked.park(k, _pop_state(states, p), p)
-    for n in entered:
-        for k,p in layers.named_params(n).items():
-            p.requires_grad_(True)
-            old = parked.fetch(k, p)
-            if old is None and p in first: old = {e: _beside(_host_copy(v), p) for e,v in first[p].items()}
-            if old is not None: _put_state(states, p, old)
+    for n in left: _freeze(layers.named_params(n), states, parked)
+    for n in entered: _thaw(layers.named_params(n), states, parked, first)
     return entered, left
 
 # %% ../../nbs/03_model/09_optim.ipynb #14fb0e9e

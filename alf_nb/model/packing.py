@@ -46,7 +46,25 @@ def _state_classes(optimizer):
 # %% ../../nbs/03_model/08_packing.ipynb #1f705d23
 _PLAIN = (bool, int, float, str, type(None))
 
-# %% ../../nbs/03_model/08_packing.ipynb #ad5fa215
+# %% ../../nbs/03_model/08_packing.ipynb #8866c38f
+def _pack_tensor(x, put, again):
+    "A tensor as plain values; `put` keeps an ordinary one and names it, `again` takes a part of it apart"
+    if _is_wrapper(x):
+        keys,context = x.__tensor_flatten__()
+        parts,context = {k: again(getattr(x, k)) for k in keys},again(context)
+        return dict(
+            kind='wrapper', of=_class_name(type(x)), parts=parts, context=context, shape=list(x.shape),
+            stride=list(x.stride()),
+        )
+    if isinstance(x, torch.nn.Parameter): raise TypeError('a parameter')
+    if x.numel() > 1 and not any(x.stride()):
+        return dict(kind='repeated', tensor=put(x.reshape(-1)[0]), shape=list(x.shape))
+    # a product depends on the order of memory in its last bits
+    order = sorted(range(x.dim()), key=lambda i: -x.stride(i))
+    plain = x.is_contiguous() or not x.permute(order).is_contiguous()
+    return dict(kind='tensor', tensor=put(x), **({} if plain else dict(order=order)))
+
+# %% ../../nbs/03_model/08_packing.ipynb #4ea83124
 def _pack(
     x,        # one entry of a state in host memory
     tensors,  # name → tensor; those of `x` are added
@@ -59,26 +77,7 @@ def _pack(
         tensors[key] = t
         return key
     if type(x) in _PLAIN: return x
-    if isinstance(x, Tensor) and _is_wrapper(x):
-        keys,context = x.__tensor_flatten__()
-        return dict(
-            kind='wrapper',
-            of=_class_name(type(x)),
-            parts={k: again(getattr(x, k)) for k in keys},
-            context=again(context),
-            shape=list(x.shape),
-            stride=list(x.stride()),
-        )
-    if isinstance(x, torch.nn.Parameter): raise TypeError('a parameter')
-    if isinstance(x, Tensor) and x.numel() > 1 and not any(x.stride()):
-        return dict(kind='repeated', tensor=put(x.reshape(-1)[0]), shape=list(x.shape))
-    if isinstance(x, Tensor):       # a product depends on the order of memory in its last bits
-        order = sorted(range(x.dim()), key=lambda i: -x.stride(i))
-        return dict(
-            kind='tensor',
-            tensor=put(x),
-            **({} if x.is_contiguous() or not x.permute(order).is_contiguous() else dict(order=order))
-        )
+    if isinstance(x, Tensor): return _pack_tensor(x, put, again)
     if isinstance(x, torch.dtype): return dict(kind='dtype', of=str(x).rpartition('.')[2])
     if isinstance(x, torch.Size): return dict(kind='size', items=list(x))
     if type(x) in (list, tuple): return dict(kind=type(x).__name__, items=[again(v) for v in x])
@@ -88,7 +87,33 @@ def _pack(
         return dict(kind='object', of=_class_name(type(x)), parts={k: again(v) for k,v in vars(x).items()})
     raise TypeError(_class_name(type(x)))
 
-# %% ../../nbs/03_model/08_packing.ipynb #3d81a92e
+# %% ../../nbs/03_model/08_packing.ipynb #5d93a14f
+def _unpack_class(d, again, known):
+    "A tensor made of tensors, or an object, put together again"
+    if d['of'] not in known:
+        raise ValueError(
+            f"it holds an object of class {d['of']}, which is not loaded unless you say so:"
+            f" torch.serialization.add_safe_globals([{d['of'].rpartition('.')[2]}])"
+        )
+    cls,parts = known[d['of']],{str(k): again(v) for k,v in d['parts'].items()}
+    if d['kind'] == 'wrapper':
+        if not hasattr(cls, '__tensor_unflatten__'): raise ValueError(f"{d['of']} is no class of tensors")
+        x = cls.__tensor_unflatten__(parts, again(d['context']), torch.Size(d['shape']), tuple(d['stride']))
+        if list(x.shape) != d['shape']:
+            raise ValueError(f"a {d['of']} of shape {tuple(x.shape)} that says {tuple(d['shape'])}")
+        return x
+    if issubclass(cls, _OPAQUE): raise ValueError(f"{d['of']} is no class of objects in a state")
+    x = object.__new__(cls)
+    vars(x).update(parts)
+    return x
+
+# %% ../../nbs/03_model/08_packing.ipynb #034ee047
+def _unpack_tensor(d, tensors):
+    t = tensors[d['tensor']]
+    if 'order' not in d: return t
+    return t.permute(d['order']).contiguous().permute(sorted(range(t.dim()), key=d['order'].__getitem__))
+
+# %% ../../nbs/03_model/08_packing.ipynb #b33b5fd6
 def _unpack(
     d,       # what `_pack` returned
     tensors, # name → tensor
@@ -98,32 +123,9 @@ def _unpack(
     again = lambda v: _unpack(v, tensors, known)
     if type(d) in _PLAIN: return d
     kind = d['kind']
-    if kind in ('wrapper', 'object'):
-        if d['of'] not in known:
-            raise ValueError(
-                f"it holds an object of class {d['of']}, which is not loaded unless you say so:"
-                f" torch.serialization.add_safe_globals([{d['of'].rpartition('.')[2]}])"
-            )
-        cls,parts = known[d['of']],{str(k): again(v) for k,v in d['parts'].items()}
-        if kind == 'wrapper':
-            if not hasattr(cls, '__tensor_unflatten__'): raise ValueError(f"{d['of']} is no class of tensors")
-            x = cls.__tensor_unflatten__(parts, again(d['context']), torch.Size(d['shape']), tuple(d['stride']))
-            if list(x.shape) != d['shape']:
-                raise ValueError(f"a {d['of']} of shape {tuple(x.shape)} that says {tuple(d['shape'])}")
-            return x
-        if issubclass(cls, _OPAQUE): raise ValueError(f"{d['of']} is no class of objects in a state")
-        x = object.__new__(cls)
-        vars(x).update(parts)
-        return x
+    if kind in ('wrapper', 'object'): return _unpack_class(d, again, known)
     if kind == 'repeated': return tensors[d['tensor']].expand(d['shape'])
-    if kind == 'tensor' and 'order' in d:
-        return (
-            (t := tensors[d['tensor']])
-            .permute(d['order'])
-            .contiguous()
-            .permute(sorted(range(t.dim()), key=d['order'].__getitem__))
-        )
-    if kind == 'tensor': return tensors[d['tensor']]
+    if kind == 'tensor': return _unpack_tensor(d, tensors)
     if kind == 'dtype' and isinstance(x := getattr(torch, d['of'], None), torch.dtype): return x
     if kind == 'size': return torch.Size(d['items'])
     if kind in ('list', 'tuple'): return dict(list=list, tuple=tuple)[kind](map(again, d['items']))
@@ -134,7 +136,28 @@ def _unpack(
         return g
     raise ValueError(f"it holds a {kind!r}, which is unknown")
 
-# %% ../../nbs/03_model/08_packing.ipynb #d2f049fa
+# %% ../../nbs/03_model/08_packing.ipynb #98668888
+def _is_plain_tensor(v, entry, p):
+    "Can safetensors hold this entry of the state of parameter `p` as it is, under its own name?"
+    if not isinstance(v, Tensor) or _is_wrapper(v): return False
+    return (is_sharded(p) or not _is_repeated(v)) and isinstance(entry, str) and '/' not in entry
+
+def _pack_state(
+    state, # entry → value in host memory
+    p,     # the parameter it belongs to
+    k,     # its name
+    word   # where the names of the tensors begin
+)->tuple:  # (entry → plain value, name → tensor); a TypeError says what cannot be taken apart
+    "The state of one parameter"
+    plain,mine,apart = {},{},{}
+    for e,v in state.items():
+        if _is_plain_tensor(v, e, p): mine[f'{word}/{k}/{e}'] = gather_to_first(v.contiguous(), p) if v.dim() else v
+        elif type(v) in _PLAIN and isinstance(e, str): plain[e] = v
+        elif is_sharded(p) or not isinstance(e, str): raise TypeError(_class_name(type(v)))
+        else: plain[e] = _pack(v, apart, f'{word}-parts/{k}/{e}')
+    return plain, mine | apart
+
+# %% ../../nbs/03_model/08_packing.ipynb #5c15768d
 def _pack_states(
     held,    # parameter name → entry → value in host memory
     params,  # parameter name → parameter
@@ -142,28 +165,14 @@ def _pack_states(
     word     # where their names begin
 )->tuple:    # (parameter name → entry → plain value, parameter name → class that cannot be taken apart)
     """States for a checkpoint: ordinary tensors as `word/parameter/entry`, numbers as they are, all else taken
-    apart. Weights in pieces are gather_to_first, and every process has to call this"""
+    apart. Weights in pieces are gathered, and every process has to call this"""
     plain,lost = {},{}
     for k,s in held.items():
-        mine,apart = {},{}
-        try:
-            for e,v in s.items():
-                if (
-                    isinstance(v, Tensor)
-                    and not _is_wrapper(v)
-                    and (is_sharded(params[k]) or not _is_repeated(v))
-                    and isinstance(e, str)
-                    and '/' not in e
-                ):
-                    mine[f'{word}/{k}/{e}'] = gather_to_first(v.contiguous(), params[k]) if v.dim() else v
-                elif type(v) in _PLAIN and isinstance(e, str): plain.setdefault(k, {})[e] = v
-                elif is_sharded(params[k]) or not isinstance(e, str): raise TypeError(_class_name(type(v)))
-                else: plain.setdefault(k, {})[e] = _pack(v, apart, f'{word}-parts/{k}/{e}')
-        except (TypeError, RecursionError) as e:
-            lost[k] = str(e)
-            plain.pop(k, None)
-            continue
-        tensors.update(mine | apart)
+        try: values,mine = _pack_state(s, params[k], k, word)
+        except (TypeError, RecursionError) as e: lost[k] = str(e)
+        else:
+            if values: plain[k] = values
+            tensors.update(mine)
     return plain, lost
 
 # %% ../../nbs/03_model/08_packing.ipynb #3bb4af0f

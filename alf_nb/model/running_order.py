@@ -71,249 +71,279 @@ def _scope(f):
         except ValueError: pass     # not bound yet
     return res
 
-# %% ../../nbs/03_model/02_running_order.ipynb #eb660ca0
+# %% ../../nbs/03_model/02_running_order.ipynb #0db6ff1a
 class _Uses:
     "When each child and parameter of a module is used, read from the source of `forward`"
     def __init__(self, root):
         self.root, self.first, self.n, self.room, self.active = root, {}, 0, 100_000, []
         f, cls = _method(type(root), 'forward')
-        if inspect.isroutine(f): self.follow(f, cls, _Ref(root), (), {})
+        if inspect.isroutine(f): _follow(self, f, cls, _Ref(root), (), {})
 
     @property
     def places(self):
         "Name → place of its first use of the strongest kind: where it is called counts, not where it is named"
         return {k: how[max(how)] for k,how in self.first.items()}
 
+    def goes_on(self):
+        "Count one more piece of syntax: is there room for it?"
+        self.room -= 1
+        return self.room > 0
+
     def note(self, name, how):
         self.n += 1
         if name is not None: self.first.setdefault(name, {}).setdefault(how, self.n)
-
-    def follow(self, f, cls, owner, args, kwargs, closure=None):
-        "Read a function whose arguments are known as far as they are modules; what it returns"
-        if isinstance(f, (staticmethod, classmethod)):
-            f, owner = f.__func__, None if isinstance(f, staticmethod) else owner
-        node = f if isinstance(f, ast.AST) else _tree(inspect.unwrap(f))
-        if node is None:
-            for name in getattr(getattr(inspect.unwrap(f), '__code__', None), 'co_names', ()): self.named(owner, name)
-            return ()
-        key = id(node), owner and id(owner.it)
-        if key in self.active or len(self.active) > 12 or self.room <= 0: return ()
-        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
-        env = {'': (_scope(inspect.unwrap(f)), owner, cls)} if closure is None else dict(closure)
-        given = ((owner,), *args) if owner is not None else args
-        env.update(zip(names, given))
-        env.update((k, v) for k,v in kwargs.items() if k is not None)
-        if node.args.vararg: env[node.args.vararg.arg] = _union(*given[len(names):])
-        self.active.append(key)
-        try:
-            if isinstance(node, ast.Lambda): return self.eval(node.body, env)
-            found = []
-            self.run(node.body, env, found)
-            return _union(*found)
-        finally: self.active.pop()
 
     def named(self, owner, name):
         "An attribute that is named in code that cannot be followed"
         if owner is None or owner.it is not self.root: return
         if self.root._modules.get(name) is not None or name in self.root._parameters: self.note(name, _NAMED)
 
-    # statements
-    def run(self, body, env, found):
-        for s in body: self.statement(s, env, found)
+# %% ../../nbs/03_model/02_running_order.ipynb #38c441e2
+def _arguments(node, owner, args, kwargs):
+    "Names in a function → what they stand for, as far as its arguments are modules"
+    names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+    given = ((owner,), *args) if owner is not None else args
+    env = dict(zip(names, given)) | {k: v for k,v in kwargs.items() if k is not None}
+    if node.args.vararg: env[node.args.vararg.arg] = _union(*given[len(names):])
+    return env
 
-    def statement(self, s, env, found):
-        self.room -= 1
-        if self.room <= 0: return
-        if isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef)): env[s.name] = (_Ref(s, cls=dict(env)),)
-        elif isinstance(s, ast.Return): found.append(self.eval(s.value, env))
-        elif isinstance(s, (ast.Assign, ast.AnnAssign)):
-            value = self.eval(s.value, env)
-            for t in s.targets if isinstance(s, ast.Assign) else [s.target]: self.bind(t, value, env, s.value)
-        elif isinstance(s, (ast.For, ast.AsyncFor)):
-            self.bind(s.target, self.items(self.eval(s.iter, env)), env)
-            self.run(s.body, env, found)
-            self.run(s.orelse, env, found)
-        elif isinstance(s, (ast.If, ast.While)):
-            self.eval(s.test, env)
-            other = dict(env)
-            self.run(s.body, env, found)
-            self.run(s.orelse, other, found)
-            for k,v in other.items(): env[k] = v if k == '' else _union(env.get(k, ()), v)
-        elif isinstance(s, (ast.With, ast.AsyncWith)):
-            for i in s.items:
-                value = self.eval(i.context_expr, env)
-                if i.optional_vars: self.bind(i.optional_vars, value, env)
-            self.run(s.body, env, found)
-        elif isinstance(s, ast.Try):
-            for part in s.body, *(h.body for h in s.handlers), s.orelse, s.finalbody: self.run(part, env, found)
-        elif isinstance(s, ast.Match):
-            self.eval(s.subject, env)
-            for c in s.cases: self.run(c.body, env, found)
-        elif not isinstance(s, ast.ClassDef):
-            for k in ast.iter_child_nodes(s): self.eval(k, env)
-
-    def bind(self, target, value, env, source=None):
-        "Give a name, or each of several, what was assigned"
-        if isinstance(target, ast.Name): env[target.id] = value
-        elif isinstance(target, ast.Starred): self.bind(target.value, value, env)
-        elif isinstance(target, (ast.Tuple, ast.List)):
-            same = isinstance(source, (ast.Tuple, ast.List)) and len(source.elts) == len(target.elts)
-            for i,t in enumerate(target.elts): self.bind(t, self.peek(source.elts[i], env) if same else value, env)
-
-    def peek(self, node, env):
-        "Value of an expression that was evaluated before: nothing is noted again"
-        first, n = {k: dict(v) for k,v in self.first.items()}, self.n
-        try: return self.eval(node, env)
-        finally: self.first, self.n = first, n
-
-    def items(self, refs):
-        "What a loop over these gives"
-        return _union(
-            *(
-                (
-                    (_Ref(m, r.child, r.whole) for m in r.it._modules.values() if m is not None)
-                    if isinstance(r.it, _LISTS)
-                    else (r,)
-                )
-                for r in refs
-            )
-        )
-
-    # expressions
-    def eval(self, node, env):
-        "What an expression may stand for; the calls in it are noted in the order in which Python makes them"
-        self.room -= 1
-        if (
-            node is None
-            or self.room <= 0
-            or isinstance(node, (ast.Constant, ast.expr_context, ast.operator, ast.cmpop, ast.unaryop))
-        ):
-            return ()
-        if isinstance(node, ast.Name): return env.get(node.id, ()) if node.id else ()
-        if isinstance(node, ast.Attribute):
-            return _union(*(self.attribute(r, node.attr) for r in self.eval(node.value, env)))
-        if isinstance(node, ast.Call): return self.call(node, env)
-        if isinstance(node, ast.Lambda): return (_Ref(node, cls=dict(env)),)
-        if isinstance(node, ast.NamedExpr):
-            value = self.eval(node.value, env)
-            self.bind(node.target, value, env)
-            return value
-        if isinstance(node, ast.IfExp):
-            self.eval(node.test, env)
-            return _union(self.eval(node.body, env), self.eval(node.orelse, env))
-        if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
-            env = dict(env)
-            for g in node.generators:
-                self.bind(g.target, self.items(self.eval(g.iter, env)), env)
-                for test in g.ifs: self.eval(test, env)
-            return self.eval(node.elt if hasattr(node, 'elt') else node.value, env)
-        if isinstance(node, ast.Subscript):
-            base = self.eval(node.value, env)
-            self.eval(node.slice, env)
-            if isinstance(node.slice, ast.Slice): return base
-            key = str(node.slice.value) if isinstance(node.slice, ast.Constant) else None
-            return _union(
-                *(
-                    (
-                        self.items([r])
-                        if key is None or not isinstance(r.it, _LISTS) or r.it._modules.get(key) is None
-                        else (_Ref(r.it._modules[key], r.child, r.whole),)
-                    )
-                    for r in base
-                )
-            )
-        found = [self.eval(k, env) for k in ast.iter_child_nodes(node)]
-        return (
-            _union(*found)
-            if isinstance(node, (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.BoolOp, ast.Starred, ast.Await))
-            else ()
-        )
-
-    def attribute(self, r, name):
-        "What attribute `name` of a module stands for"
-        m = r.it
-        if not isinstance(m, nn.Module): return ()
-        if m._modules.get(name) is not None:
-            if m is self.root and r.child is None:
-                self.note(name, _NAMED)
-                return (_Ref(m._modules[name], name, True),)
-            return (_Ref(m._modules[name], r.child, r.whole and isinstance(m, _LISTS)),)
-        if name in m._parameters:
-            self.note(r.child or name, _WEIGHT)
-            return ()
-        if name in ('__call__', 'forward'): return (r,)
-        if isinstance(m, _LISTS) and name in _ITEMS: return (_Ref('items', owner=r),)
-        f, cls = _method(type(m), name)
-        if cls is nn.Module: return ()
-        if isinstance(f, (property, functools.cached_property)):
-            return self.follow(f.fget if isinstance(f, property) else f.func, cls, r, (), {})
-        return (
-            (_Ref(f, r.child, owner=r, cls=cls),)
-            if inspect.isfunction(f) or isinstance(f, (staticmethod, classmethod))
-            else ()
-        )
-
-    def call(self, node, env):
-        f = node.func
-        name = f.id if isinstance(f, ast.Name) else f.attr if isinstance(f, ast.Attribute) else ''
-        if name == 'super' and isinstance(f, ast.Name): return (_Ref('super', owner=env[''][1], cls=env[''][2]),)
-        inner = f.value if isinstance(f, ast.Attribute) else None
-        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == 'super':
-            refs = self.inherited(name, env)
-        else: refs = self.eval(f, env)
-        args = tuple(self.eval(a, env) for a in node.args)
-        kwargs = {k.arg: self.eval(k.value, env) for k in node.keywords}
-        if refs: return _union(*(self.apply(r, args, kwargs) for r in refs))
-        if not any((*args, *kwargs.values())) or name in _ASKING: return ()
-        if name == 'getattr' and len(node.args) > 1:
-            return _union(*(self.named_attribute(r, node.args[1], env) for r in args[0]), *args[2:])
-        if name in _PASSING: return _union(*args)
-        if 'checkpoint' in name or name in ('map', 'apply'):
-            return _union(*(self.apply(r, args[1:], kwargs) for r in _union(*args[:1], *kwargs.values())))
-        g = env[''][0].get(name) if isinstance(f, ast.Name) else None
-        return self.follow(g, None, None, args, kwargs) if inspect.isfunction(g) else ()
-
-    def inherited(self, name, env):
-        "What `super().name` stands for"
-        _, owner, cls = env['']
-        if owner is None or not isinstance(owner.it, nn.Module): return ()
-        f, cls = _method(type(owner.it), name, cls)
-        return (_Ref(f, owner.child, owner=owner, cls=cls),) if inspect.isfunction(f) else ()
-
-    def named_attribute(self, r, key, env):
-        "What `getattr(module, key)` stands for; a key that is put together may mean several"
-        if isinstance(key, ast.Constant): return self.attribute(r, str(key.value))
-        if isinstance(key, ast.Attribute):      # such as `self.base_model_prefix`
-            found = (getattr(type(o.it), key.attr, None) for o in self.eval(key.value, env))
-            return _union(*(self.attribute(r, n) for n in found if isinstance(n, str)))
-        if not isinstance(key, ast.JoinedStr) or not isinstance(r.it, nn.Module): return ()
-        like = ''.join(re.escape(str(v.value)) if isinstance(v, ast.Constant) else '.*' for v in key.values)
-        return _union(*(self.attribute(r, n) for n in r.it._modules if re.fullmatch(like, n)))
-
-    def apply(self, r, args, kwargs):
-        "A call of what a reference stands for"
-        if r.it == 'items': return self.items([r.owner])
-        if isinstance(r.it, nn.Module):
-            if r.it is not self.root: self.note(r.child, _CALLED if r.whole else _PART if _composite(r.it) else _LEAF)
-            return ()
-        if isinstance(r.it, ast.AST): return self.follow(r.it, None, None, args, kwargs, r.cls)
-        if r.owner is None: return ()
-        name = getattr(r.it, '__name__', '')
-        return (
-            self.looked_up(r.owner, name, args, kwargs)
-            if name in _ACCESSORS
-            else self.follow(r.it, r.cls, r.owner, args, kwargs)
-        )
-
-    def looked_up(self, owner, name, args, kwargs):
-        "What an accessor of transformers returns"
-        try: m = getattr(owner.it, name)()
-        except Exception: return ()     # the class has none, or code of its own that wants more
-        if m is owner.it: return (owner,)
-        if owner.it is not self.root: return (_Ref(m, owner.child),) if isinstance(m, nn.Module) else ()
-        for k,c in self.root._modules.items():
-            if c is not None and any(m is x for x in c.modules()): return (_Ref(m, k, c is m),)
+# %% ../../nbs/03_model/02_running_order.ipynb #40efc7b6
+def _follow(uses, f, cls, owner, args, kwargs, closure=None):
+    "Read a function whose arguments are known as far as they are modules; what it returns"
+    if isinstance(f, (staticmethod, classmethod)):
+        f, owner = f.__func__, None if isinstance(f, staticmethod) else owner
+    node = f if isinstance(f, ast.AST) else _tree(inspect.unwrap(f))
+    if node is None:
+        for name in getattr(getattr(inspect.unwrap(f), '__code__', None), 'co_names', ()): uses.named(owner, name)
         return ()
+    key = id(node), owner and id(owner.it)
+    if key in uses.active or len(uses.active) > 12 or uses.room <= 0: return ()
+    env = {'': (_scope(inspect.unwrap(f)), owner, cls)} if closure is None else dict(closure)
+    env.update(_arguments(node, owner, args, kwargs))
+    uses.active.append(key)
+    try: return _result(uses, node, env)
+    finally: uses.active.pop()
+
+def _result(uses, node, env):
+    if isinstance(node, ast.Lambda): return _eval(uses, node.body, env)
+    found = []
+    _run(uses, node.body, env, found)
+    return _union(*found)
+
+# %% ../../nbs/03_model/02_running_order.ipynb #440e6ecd
+def _run(uses, body, env, found):
+    for s in body:
+        if not uses.goes_on(): continue
+        if read := _STATEMENTS.get(type(s)): read(uses, s, env, found)
+        else:
+            for k in ast.iter_child_nodes(s): _eval(uses, k, env)
+
+def _define(uses, s, env, found): env[s.name] = (_Ref(s, cls=dict(env)),)
+def _pass_over(uses, s, env, found): pass
+def _return(uses, s, env, found): found.append(_eval(uses, s.value, env))
+
+def _assign(uses, s, env, found):
+    value = _eval(uses, s.value, env)
+    for t in s.targets if isinstance(s, ast.Assign) else [s.target]: _bind(uses, t, value, env, s.value)
+
+def _loop(uses, s, env, found):
+    _bind(uses, s.target, _items(_eval(uses, s.iter, env)), env)
+    _run(uses, s.body, env, found)
+    _run(uses, s.orelse, env, found)
+
+# %% ../../nbs/03_model/02_running_order.ipynb #5189f7c2
+def _branch(uses, s, env, found):
+    _eval(uses, s.test, env)
+    other = dict(env)
+    _run(uses, s.body, env, found)
+    _run(uses, s.orelse, other, found)
+    for k,v in other.items(): env[k] = v if k == '' else _union(env.get(k, ()), v)
+
+def _with(uses, s, env, found):
+    for i in s.items:
+        value = _eval(uses, i.context_expr, env)
+        if i.optional_vars: _bind(uses, i.optional_vars, value, env)
+    _run(uses, s.body, env, found)
+
+def _try(uses, s, env, found):
+    for part in s.body, *(h.body for h in s.handlers), s.orelse, s.finalbody: _run(uses, part, env, found)
+
+def _match(uses, s, env, found):
+    _eval(uses, s.subject, env)
+    for c in s.cases: _run(uses, c.body, env, found)
+
+_STATEMENTS = {
+    ast.FunctionDef: _define, ast.AsyncFunctionDef: _define, ast.ClassDef: _pass_over, ast.Return: _return,
+    ast.Assign: _assign, ast.AnnAssign: _assign, ast.For: _loop, ast.AsyncFor: _loop, ast.If: _branch,
+    ast.While: _branch, ast.With: _with, ast.AsyncWith: _with, ast.Try: _try, ast.Match: _match,
+}
+
+# %% ../../nbs/03_model/02_running_order.ipynb #5cf9c23b
+def _bind(uses, target, value, env, source=None):
+    "Give a name, or each of several, what was assigned"
+    if isinstance(target, ast.Name): env[target.id] = value
+    elif isinstance(target, ast.Starred): _bind(uses, target.value, value, env)
+    elif isinstance(target, (ast.Tuple, ast.List)):
+        same = isinstance(source, (ast.Tuple, ast.List)) and len(source.elts) == len(target.elts)
+        for i,t in enumerate(target.elts): _bind(uses, t, _peek(uses, source.elts[i], env) if same else value, env)
+
+def _peek(uses, node, env):
+    "Value of an expression that was evaluated before: nothing is noted again"
+    first, n = {k: dict(v) for k,v in uses.first.items()}, uses.n
+    try: return _eval(uses, node, env)
+    finally: uses.first, uses.n = first, n
+
+def _items(refs):
+    "What a loop over these gives"
+    def inside(r):
+        if not isinstance(r.it, _LISTS): return (r,)
+        return tuple(_Ref(m, r.child, r.whole) for m in r.it._modules.values() if m is not None)
+    return _union(*map(inside, refs))
+
+# %% ../../nbs/03_model/02_running_order.ipynb #0b5ed5c0
+_SILENT = ast.Constant, ast.expr_context, ast.operator, ast.cmpop, ast.unaryop
+_HOLDING = ast.Tuple, ast.List, ast.Set, ast.Dict, ast.BoolOp, ast.Starred, ast.Await
+
+def _eval(uses, node, env):
+    "What an expression may stand for; the calls in it are noted in the order in which Python makes them"
+    if not uses.goes_on() or node is None or isinstance(node, _SILENT): return ()
+    if read := _EXPRESSIONS.get(type(node)): return read(uses, node, env)
+    found = [_eval(uses, k, env) for k in ast.iter_child_nodes(node)]
+    return _union(*found) if isinstance(node, _HOLDING) else ()
+
+def _name(uses, node, env): return env.get(node.id, ()) if node.id else ()
+def _lambda(uses, node, env): return (_Ref(node, cls=dict(env)),)
+def _dotted(uses, node, env): return _union(*(_attribute(uses, r, node.attr) for r in _eval(uses, node.value, env)))
+
+def _walrus(uses, node, env):
+    value = _eval(uses, node.value, env)
+    _bind(uses, node.target, value, env)
+    return value
+
+# %% ../../nbs/03_model/02_running_order.ipynb #127115d6
+def _choice(uses, node, env):
+    _eval(uses, node.test, env)
+    return _union(_eval(uses, node.body, env), _eval(uses, node.orelse, env))
+
+def _comprehension(uses, node, env):
+    env = dict(env)
+    for g in node.generators:
+        _bind(uses, g.target, _items(_eval(uses, g.iter, env)), env)
+        for test in g.ifs: _eval(uses, test, env)
+    return _eval(uses, node.elt if hasattr(node, 'elt') else node.value, env)
+
+def _subscript(uses, node, env):
+    base = _eval(uses, node.value, env)
+    _eval(uses, node.slice, env)
+    if isinstance(node.slice, ast.Slice): return base
+    key = str(node.slice.value) if isinstance(node.slice, ast.Constant) else None
+    def item(r):
+        if key is None or not isinstance(r.it, _LISTS) or r.it._modules.get(key) is None: return _items([r])
+        return (_Ref(r.it._modules[key], r.child, r.whole),)
+    return _union(*map(item, base))
+
+# %% ../../nbs/03_model/02_running_order.ipynb #1a806608
+def _attribute(uses, r, name):
+    "What attribute `name` of a module stands for"
+    m = r.it
+    if not isinstance(m, nn.Module): return ()
+    if m._modules.get(name) is not None:
+        if m is uses.root and r.child is None:
+            uses.note(name, _NAMED)
+            return (_Ref(m._modules[name], name, True),)
+        return (_Ref(m._modules[name], r.child, r.whole and isinstance(m, _LISTS)),)
+    if name in m._parameters:
+        uses.note(r.child or name, _WEIGHT)
+        return ()
+    if name in ('__call__', 'forward'): return (r,)
+    if isinstance(m, _LISTS) and name in _ITEMS: return (_Ref('items', owner=r),)
+    return _class_attribute(uses, r, name)
+
+def _class_attribute(uses, r, name):
+    "What a property or a method of a module's class stands for"
+    f, cls = _method(type(r.it), name)
+    if cls is nn.Module: return ()
+    if isinstance(f, (property, functools.cached_property)):
+        return _follow(uses, f.fget if isinstance(f, property) else f.func, cls, r, (), {})
+    if inspect.isfunction(f) or isinstance(f, (staticmethod, classmethod)):
+        return (_Ref(f, r.child, owner=r, cls=cls),)
+    return ()
+
+# %% ../../nbs/03_model/02_running_order.ipynb #6a76fe30
+def _is_super(f):
+    "Is it `super().name`?"
+    inner = f.value if isinstance(f, ast.Attribute) else None
+    return isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == 'super'
+
+def _call(uses, node, env):
+    f = node.func
+    name = getattr(f, 'id', '') or getattr(f, 'attr', '') if isinstance(f, (ast.Name, ast.Attribute)) else ''
+    if name == 'super' and isinstance(f, ast.Name): return (_Ref('super', owner=env[''][1], cls=env[''][2]),)
+    refs = _inherited(name, env) if _is_super(f) else _eval(uses, f, env)
+    args = tuple(_eval(uses, a, env) for a in node.args)
+    kwargs = {k.arg: _eval(uses, k.value, env) for k in node.keywords}
+    if refs: return _union(*(_apply(uses, r, args, kwargs) for r in refs))
+    if not any((*args, *kwargs.values())) or name in _ASKING: return ()
+    return _call_outside(uses, node, name, args, kwargs, env)
+
+# %% ../../nbs/03_model/02_running_order.ipynb #566170d6
+def _call_outside(uses, node, name, args, kwargs, env):
+    "A call of what is no part of the model, with modules among its arguments"
+    if name == 'getattr' and len(node.args) > 1:
+        return _union(*(_named_attribute(uses, r, node.args[1], env) for r in args[0]), *args[2:])
+    if name in _PASSING: return _union(*args)
+    if 'checkpoint' in name or name in ('map', 'apply'):
+        return _union(*(_apply(uses, r, args[1:], kwargs) for r in _union(*args[:1], *kwargs.values())))
+    g = env[''][0].get(name) if isinstance(node.func, ast.Name) else None
+    return _follow(uses, g, None, None, args, kwargs) if inspect.isfunction(g) else ()
+
+_EXPRESSIONS = {
+    ast.Name: _name, ast.Attribute: _dotted, ast.Call: _call, ast.Lambda: _lambda, ast.NamedExpr: _walrus,
+    ast.IfExp: _choice, ast.ListComp: _comprehension, ast.SetComp: _comprehension,
+    ast.GeneratorExp: _comprehension, ast.DictComp: _comprehension, ast.Subscript: _subscript,
+}
+
+# %% ../../nbs/03_model/02_running_order.ipynb #f24e9ca2
+def _inherited(name, env):
+    "What `super().name` stands for"
+    _, owner, cls = env['']
+    if owner is None or not isinstance(owner.it, nn.Module): return ()
+    f, cls = _method(type(owner.it), name, cls)
+    return (_Ref(f, owner.child, owner=owner, cls=cls),) if inspect.isfunction(f) else ()
+
+def _named_attribute(uses, r, key, env):
+    "What `getattr(module, key)` stands for; a key that is put together may mean several"
+    if isinstance(key, ast.Constant): return _attribute(uses, r, str(key.value))
+    if isinstance(key, ast.Attribute):      # such as `self.base_model_prefix`
+        found = (getattr(type(o.it), key.attr, None) for o in _eval(uses, key.value, env))
+        return _union(*(_attribute(uses, r, n) for n in found if isinstance(n, str)))
+    if not isinstance(key, ast.JoinedStr) or not isinstance(r.it, nn.Module): return ()
+    like = ''.join(re.escape(str(v.value)) if isinstance(v, ast.Constant) else '.*' for v in key.values)
+    return _union(*(_attribute(uses, r, n) for n in r.it._modules if re.fullmatch(like, n)))
+
+# %% ../../nbs/03_model/02_running_order.ipynb #be38fc7a
+def _apply(uses, r, args, kwargs):
+    "A call of what a reference stands for"
+    if r.it == 'items': return _items([r.owner])
+    if isinstance(r.it, nn.Module):
+        part = _PART if _composite(r.it) else _LEAF
+        if r.it is not uses.root: uses.note(r.child, _CALLED if r.whole else part)
+        return ()
+    if isinstance(r.it, ast.AST): return _follow(uses, r.it, None, None, args, kwargs, r.cls)
+    if r.owner is None: return ()
+    name = getattr(r.it, '__name__', '')
+    if name in _ACCESSORS: return _looked_up(uses, r.owner, name)
+    return _follow(uses, r.it, r.cls, r.owner, args, kwargs)
+
+def _looked_up(uses, owner, name):
+    "What an accessor of transformers returns"
+    try: m = getattr(owner.it, name)()
+    except Exception: return ()     # the class has none, or code of its own that wants more
+    if m is owner.it: return (owner,)
+    if owner.it is not uses.root: return (_Ref(m, owner.child),) if isinstance(m, nn.Module) else ()
+    for k,c in uses.root._modules.items():
+        if c is not None and any(m is x for x in c.modules()): return (_Ref(m, k, c is m),)
+    return ()
 
 # %% ../../nbs/03_model/02_running_order.ipynb #647a7b08
 _read = weakref.WeakKeyDictionary()  # module → its class and members when it was read, and the places of its children
@@ -329,4 +359,5 @@ def _before(m, a, b):
     at = _uses(m)
     if a in at and b in at: return at[a] < at[b]
     kids = list(m._modules)
-    return (kids.index(a) if a in kids else -1) < (kids.index(b) if b in kids else -1)
+    def place(k): return kids.index(k) if k in kids else -1
+    return place(a) < place(b)

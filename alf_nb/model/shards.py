@@ -71,7 +71,7 @@ def as_shard(
 def full_tensor(
     t # a tensor
 ):
-    "All of `t`, gather_to_first from all processes: every one of them has to call this"
+    "All of `t`, gathered from all processes: every one of them has to call this"
     return t.full_tensor() if is_sharded(t) else t
 
 # %% ../../nbs/03_model/05_shards.ipynb #5c067554
@@ -104,7 +104,7 @@ def _fsdp_modules(model): return [m for m in model.modules() if hasattr(m, '_get
 def reshard(
     model # a model, in pieces or not
 )->None:
-    "Put gather_to_first weights back into pieces"
+    "Put gathered weights back into pieces"
     for m in _fsdp_modules(model): m.reshard()
 
 def set_up_shards(
@@ -129,7 +129,12 @@ def _copies(params):
     if len(found) > 1: raise ValueError("some of its parameters are in pieces and others are not: choose unit='module'")
     return found.pop()
 
-# %% ../../nbs/03_model/05_shards.ipynb #31def4cb
+# %% ../../nbs/03_model/05_shards.ipynb #f6cb4baf
+def _unit_copies(layers, name):
+    try: return _copies(layers.params(name))
+    except ValueError as e: raise ValueError(f"unit {name!r}: {e}") from None
+
+# %% ../../nbs/03_model/05_shards.ipynb #d7377fdf
 def reduce_shards(
     layers:Layers, # a model as units
     names,         # units, the same on every process
@@ -140,12 +145,8 @@ def reduce_shards(
     names,sums,tops = list(names),[list(r) for r in sums],[list(r) for r in tops]
     first = next((p for n in names for p in layers.params(n) if is_sharded(p)), None)
     if first is None: return sums,tops
-    copies = []
-    for n in names:
-        try: copies.append(_copies(layers.params(n)))
-        except ValueError as e: raise ValueError(f"unit {n!r}: {e}") from None
     mine = torch.tensor(sums + tops, dtype=torch.float64)
-    mine[:len(sums)] /= torch.tensor(copies, dtype=torch.float64)
+    mine[:len(sums)] /= torch.tensor([_unit_copies(layers, n) for n in names], dtype=torch.float64)
     mine = mine.to(first.device if first.device.type != 'mps' else 'cpu')
     every = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(every, mine)

@@ -82,71 +82,83 @@ def _labels(paths):
     heads = Counter(tuple(p[n:k]) for p in parts for k in range(n+1, len(p)+1))
     return ['.'.join(p[n:next((k for k in range(n+1, len(p)) if heads[tuple(p[n:k])] == 1), len(p))]) for p in parts]
 
-# %% ../../nbs/03_model/03_stacks.ipynb #fc1baa5a
+# %% ../../nbs/03_model/03_stacks.ipynb #e6d17048
+def _index(stacks):
+    "(block path → (stack, number, depth), path above blocks → [(child, stack, depth)])"
+    blocks,inside,depth = {},{},0
+    for s,members in enumerate(stacks):
+        for i,(path,_) in enumerate(members):
+            depth += 1
+            blocks[path] = s,i,depth
+            ps = path.split('.')
+            for j in range(len(ps)): inside.setdefault('.'.join(ps[:j]), []).append((ps[j], s, depth))
+    return blocks, inside
+
+def _below_wrappers(m):
+    "Path below wrappers, modules with one composite child and nothing else"
+    root = ''
+    while len(kids := list(m._modules.items())) == 1 and not m._parameters and kids[0][1]._modules:
+        root,m = _join(root, kids[0][0]),kids[0][1]
+    return root
+
+# %% ../../nbs/03_model/03_stacks.ipynb #055b8a18
 class _Places:
     "Says of every module or parameter path which layer it is part of"
     def __init__(self, model):
         self.model,self.stacks = model,_stacks(model, '', _size(model))
         parents = [s[0][0].rpartition('.')[0] for s in self.stacks]
         self.labels = _labels(parents) if parents else []
-        self.blocks,self.inside,depth = {},{},0 # block path → (stack, number, depth); path above blocks → its stacks
-        for s,blocks in enumerate(self.stacks):
-            for i,(path,_) in enumerate(blocks):
-                depth += 1
-                self.blocks[path] = s,i,depth
-                ps = path.split('.')
-                for j in range(len(ps)): self.inside.setdefault('.'.join(ps[:j]), []).append((ps[j], s, depth))
-        self.n_blocks,self.root,self.seen = depth,'',{}
-        m = model # without stacks: names start below wrappers, modules with one composite child and nothing else
-        while not depth and len(kids := list(m._modules.items())) == 1 and not m._parameters and kids[0][1]._modules:
-            self.root,m = _join(self.root, kids[0][0]),kids[0][1]
+        self.blocks,self.inside = _index(self.stacks)
+        self.n_blocks = sum(map(len, self.stacks))
+        # without stacks: names start below wrappers
+        self.root,self.seen = '' if self.stacks else _below_wrappers(model),{}
 
     def __call__(self, path, name):
         "(order, layer, rest of the module's path, zone, depth) of parameter `name` of the module at `path`"
-        if not self.stacks: return self._alone(path)
+        if not self.stacks: return _alone(self, path)
         parts = _join(path, name).split('.')
         for j in range(len(parts)):
             up = '.'.join(parts[:j])
-            if up in self.blocks:
-                s,i,depth = self.blocks[up]
-                return (s,1,i), _join(self.labels[s], f'block.{i}'), _clean('.'.join(parts[j:-1])), 'block', depth
+            if up in self.blocks: return _in_block(self, up, parts[j:-1])
             if up not in self.inside: break
             last = j
-        return self._beside('.'.join(parts[:last]), parts[last], _clean('.'.join(parts[last:-1])))
+        return _beside(self, '.'.join(parts[:last]), parts[last], _clean('.'.join(parts[last:-1])))
 
-    def _beside(self, up, name, rest):
-        "Place of what stands beside the blocks, in child `name` of module `up`"
-        inner,m = self.inside[up],self.model.get_submodule(up)
-        below = [(s,d) for k,s,d in inner if _before(m, k, name)]
-        above = [(s,d) for k,s,d in inner if not _before(m, k, name)]
-        of = sorted({s for _,s,_ in inner})
-        label = '' if len(of) == len(self.stacks) else self._shared(of, up)
-        child = m._modules.get(name)
-        if below and above:
-            k = list(m._modules).index(name) if child is not None else -1
-            return (below[-1][0],3,k), _join(label, name), rest.partition('.')[2], 'between', below[-1][1]
-        if child is not None and _composite(child) and name == ('head' if below else 'embeddings'):
-            # not said twice
-            rest = rest.partition('.')[2]
-        if not below: return (above[0][0],0,len(up)), _join(label, 'embeddings'), rest, 'embedding', above[0][1]-1
-        last = below[-1][0] == len(self.stacks)-1
-        return (
-            (below[-1][0], 2, -len(up)),
-            _join(label, 'head'),
-            rest,
-            'head' if last else 'between',
-            self.n_blocks + 1 if last else below[-1][1],
-        )
+# %% ../../nbs/03_model/03_stacks.ipynb #4bd1f31f
+def _alone(places, path):
+    "Place in a model without stacks: every module is its own layer"
+    rel = _clean(path[len(places.root):] if path.startswith(places.root) else path)
+    i = places.seen.setdefault(rel, len(places.seen))
+    return (0,1,i), rel or 'model', '', 'block', i
 
-    def _shared(self, of, up):
-        "Label of some of the stacks together"
-        if len(of) == 1: return self.labels[of[0]]
-        parts = [self.labels[s].split('.') for s in of]
-        n = next((i for i,c in enumerate(zip(*parts)) if len(set(c)) > 1), 0)
-        return '.'.join(parts[0][:n]) or _clean(up)
+def _in_block(places, path, rest):
+    "Place of a module whose parts of the path below the block at `path` are `rest`"
+    s,i,depth = places.blocks[path]
+    return (s,1,i), _join(places.labels[s], f'block.{i}'), _clean('.'.join(rest)), 'block', depth
 
-    def _alone(self, path):
-        "Place in a model without stacks: every module is its own layer"
-        rel = _clean(path[len(self.root):] if path.startswith(self.root) else path)
-        i = self.seen.setdefault(rel, len(self.seen))
-        return (0,1,i), rel or 'model', '', 'block', i
+def _shared(places, of, up):
+    "Label of some of the stacks together"
+    if len(of) == len(places.stacks): return ''
+    if len(of) == 1: return places.labels[of[0]]
+    parts = [places.labels[s].split('.') for s in of]
+    n = next((i for i,c in enumerate(zip(*parts)) if len(set(c)) > 1), 0)
+    return '.'.join(parts[0][:n]) or _clean(up)
+
+# %% ../../nbs/03_model/03_stacks.ipynb #0cb3fad7
+def _beside(places, up, name, rest):
+    "Place of what stands beside the blocks, in child `name` of module `up`"
+    inner,m = places.inside[up],places.model.get_submodule(up)
+    below = [(s,d) for k,s,d in inner if _before(m, k, name)]
+    above = [(s,d) for k,s,d in inner if not _before(m, k, name)]
+    label = _shared(places, sorted({s for _,s,_ in inner}), up)
+    child = m._modules.get(name)
+    if below and above:
+        k = list(m._modules).index(name) if child is not None else -1
+        return (below[-1][0],3,k), _join(label, name), rest.partition('.')[2], 'between', below[-1][1]
+    if child is not None and _composite(child) and name == ('head' if below else 'embeddings'):
+        # not said twice
+        rest = rest.partition('.')[2]
+    if not below: return (above[0][0],0,len(up)), _join(label, 'embeddings'), rest, 'embedding', above[0][1]-1
+    s, depth = below[-1]
+    zone = 'head' if s == len(places.stacks)-1 else 'between'
+    return (s, 2, -len(up)), _join(label, 'head'), rest, zone, places.n_blocks + 1 if zone == 'head' else depth

@@ -148,6 +148,20 @@ def gradient_bytes(
     "Bytes of the gradients that exist now"
     return sum(_nbytes(p.grad) for p in model.parameters())
 
+# %% ../../nbs/03_model/06_states.ipynb #305cf311
+def _check_owners(optimizer, layers, params):
+    "Refuse a parameter that two members of a chain train"
+    ends,owner = [m for m in _members(optimizer) if len(_members(m)) == 1],{}
+    for m in ends:
+        for p in (p for g in m.param_groups for p in g['params'] if id(p) in params):
+            if owner.setdefault(id(p), m) is m: continue
+            name = next(k for n in layers for k,q in layers.named_params(n).items() if q is p)
+            raise ValueError(
+                f"{name} is in two of the optimizers that {type(_members(optimizer)[-1]).__name__} chains,"
+                f" {type(owner[id(p)]).__name__} and {type(m).__name__}: its learning rate cannot be told. Give"
+                " every parameter to one of them"
+            )
+
 # %% ../../nbs/03_model/06_states.ipynb #950634c2
 def _check_chain(optimizer, layers, params):
     "Refuse a chain whose members cannot be told apart, or that steps without being asked"
@@ -158,16 +172,7 @@ def _check_chain(optimizer, layers, params):
             " their own, such as during the backward pass: ALF measures around one step. Take an optimizer that steps"
             " all of them at once (optim='galore_adamw', not 'galore_adamw_layerwise')"
         )
-    ends,owner = [m for m in _members(optimizer) if len(_members(m)) == 1],{}
-    for m in ends:
-        for p in (p for g in m.param_groups for p in g['params'] if id(p) in params):
-            if owner.setdefault(id(p), m) is not m:
-                name = next(k for n in layers for k,q in layers.named_params(n).items() if q is p)
-                raise ValueError(
-                    f"{name} is in two of the optimizers that {type(whole).__name__} chains,"
-                    f" {type(owner[id(p)]).__name__} and {type(m).__name__}: its learning rate cannot be told. Give"
-                    " every parameter to one of them"
-                )
+    _check_owners(optimizer, layers, params)
 
 # %% ../../nbs/03_model/06_states.ipynb #8498efb3
 def check_optimizer(
