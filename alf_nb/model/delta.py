@@ -94,13 +94,13 @@ class Delta(Record):
     "What a delta checkpoint holds."
     path:str=field(repr=False) # the folder
     base:str           # name of the model it belongs to
-    changed:tuple      # names of the tensors in it, sorted
+    changed:tuple      # names of its tensors, sorted
     n_tensors:int      # tensors of the whole model
     n_bytes:int        # size of the file
     model_bytes:int    # size of the whole model
     metadata:dict=field(default_factory=dict) # what the user added
     version:str=''     # alf_nb that wrote it
-    base_digest:str='' # one SHA-256 for all tensors of the base
+    base_digest:str='' # SHA-256 of all tensors of the base
     dtype:str=''       # of most tensors in it, as torch names it
     def __post_init__(self): object.__setattr__(self, 'changed', tuple(self.changed))
     def __len__(self): return len(self.changed)

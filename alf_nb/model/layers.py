@@ -246,7 +246,7 @@ def _role_of(groups):
 
 # %% ../../nbs/03_model/04_layers.ipynb #301f51b7
 def partition_layers(
-    model:nn.Module,   # of transformers, PEFT-wrapped, compiled or in DDP too; any torch module
+    model:nn.Module,   # any torch module; PEFT-wrapped, compiled or in DDP too
     unit:str='module', # what trains as one: 'module', a weight matrix, or 'block'
     kinds=('matrix', 'block', 'adapter') # kinds that a policy may choose; others stay frozen
 )->Layers:  # every parameter in exactly one unit
