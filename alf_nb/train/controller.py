@@ -312,16 +312,18 @@ def end(self:ALFController,
     "Close the log and leave the model trainable as it was found"
     self.training = self.blind.on = False
     try: self.journal.event('run_end', step, **self.summary(), stopped=step < self.max_steps)
-    finally: self.leave()
+    finally:
+        self.leave()
+        rebuild_ddp_buckets(self.engine.ddp)
 
 @patch
 def leave(self:ALFController):
-    "The model is trainable as it was found, and the log is closed"
+    "The model is trainable as it was found, and the log is closed; also where other processes no longer answer"
     self.training = self.blind.on = False
     thaw(self.layers.model)
-    rebuild_ddp_buckets(self.engine.ddp)
     if self.journal.log is not None: self.journal.log.close()
 
+# %% ../../nbs/06_train/13_controller.ipynb #f16ba5e5
 def figures(
     t # `RunTotals`
 )->dict:
