@@ -59,7 +59,7 @@ class Option:
 
 def _kind(annotation, default):
     "Type by annotation, else by default; a text if neither tells"
-    said = ast.unparse(annotation).partition('|')[0] if annotation else ''
+    said = ast.unparse(annotation).partition('|')[0].strip() if annotation else ''
     if said in _TYPES: return _TYPES[said]
     one = default[0] if isinstance(default, tuple) and default else default
     return type(one) if isinstance(one, (int, float, str)) else str
