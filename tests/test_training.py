@@ -330,9 +330,9 @@ def test_a_start_of_some_steps_keeps_to_ban_pin_reach_and_budget(tmp_path, start
 def test_a_rotating_start_leaves_out_what_alone_exceeds_the_budget(tmp_path):
     alf = ALFCallback(budget=.1, signal="rate", start="rotate", warm_up=30, kinds=("matrix", "embedding"))
     run(tmp_path, alf, steps=1)
-    run, groups = alf.run, rotation(alf.run.policy, alf.run.units)
-    assert sorted(n for g in groups for n in g) == sorted(u.name for u in run.units if u.kind == "matrix")
-    assert all(sum(run.layers[n].n_params for n in g) <= .1*run.n_total for g in groups)
+    of, groups = alf.run, rotation(alf.run.policy, alf.run.units)
+    assert sorted(n for g in groups for n in g) == sorted(u.name for u in of.units if u.kind == "matrix")
+    assert all(sum(of.layers[n].n_params for n in g) <= .1*of.n_total for g in groups)
 
 
 @pytest.mark.parametrize("start", ["rotate", "warm-up"])
