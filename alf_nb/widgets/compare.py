@@ -12,6 +12,7 @@ import ipywidgets as W
 from fastcore.basics import patch
 from ..core.foreign import escape, visible
 from ..core.format import human_bytes, human_time, num, percent
+from ..core.events import effective_events
 from ..core.runlog import RunLog
 from ..report.charts import held_out, stairs
 from ..report.comparison import compare_runs, sort_known
@@ -28,7 +29,7 @@ class Followed(RunLog):
     ):
         super().__init__(follower.log.path)
         self.follower = follower
-    def _found(self, kinds): return list(self.follower.events)
+    def _runs(self, kinds): return effective_events(list(self.follower.events))
     @property
     def damaged(self): return self.follower.log._passed
 
