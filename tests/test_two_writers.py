@@ -115,8 +115,9 @@ def test_a_second_process_is_refused_and_told_who_the_first_is_and_a_killed_one_
 def test_a_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path):
     script = (
         "import os, time\nfrom alf_nb.core.lock import RunLock\n"
-        f"lock = RunLock({str(tmp_path)!r}).acquire()\nif not (pid := os.fork()): time.sleep(600)\n"
-        "print(pid, flush=True); time.sleep(600)"
+        f"lock = RunLock({str(tmp_path)!r}).acquire()\nready, begun = os.pipe()\n"
+        "if not (pid := os.fork()):\n    os.write(begun, b'.')\n    time.sleep(600)\n"      # the child has begun
+        "os.read(ready, 1)\nprint(pid, flush=True)\ntime.sleep(600)"
     )
     p = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=ENV)
     pid = int(p.stdout.readline())
