@@ -102,7 +102,8 @@ def moved(self:Window,
 )->dict:       # unit → part of its norm
     "How far every unit moved that is not still"
     part = lambda n, x: self.relative[n] if isinstance(x, list) else x*rates.get(n, 0.)
-    return {n: part(n, x) for n,x in self.lr.items() if n in self.known}
+    known = self.known
+    return {n: part(n, x) for n,x in self.lr.items() if n in known}
 
 @patch
 def to_dict(self:Window)->dict:
