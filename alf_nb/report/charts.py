@@ -12,11 +12,10 @@ __all__ = ['MOST_SHOWN', 'held_out', 'loss_lines', 'held_out_lines', 'rate_chart
 # %% ../../nbs/07_report/09_charts.ipynb #b5cb031b
 import math
 from ..core.format import human_bytes, num, percent
-from ..core.runlog import _read_once
 from .html import Html, note, tag
 from .lines import first_and_last, line_chart, short, trend
 from .maps import SideBars, band_legend, band_map, cell_table, heat_map, names_px, ramp_legend, trained_map
-from .run_state import STATE_KINDS, RunState, by_layer, mean_importance, state_bytes
+from .run_state import STATE_KINDS, RunState, by_layer, mean_importance, state_bytes, state_of
 from .summary import eval_name, latest_scores, share_of_full, summarize
 
 # %% ../../nbs/07_report/09_charts.ipynb #9ca84000
@@ -80,10 +79,6 @@ def loss_figure(
     return Html(line_chart(series, said, short, **end, **kw) + rate)
 
 # %% ../../nbs/07_report/09_charts.ipynb #35b028b0
-def _state(run):
-    "What a log that is read once says"
-    return RunState(_read_once(run).events())
-
 def _told(series):
     dots = [s for s in series if s.get('kind') == 'dots']
     return '. '.join(f"{s['name']}: {num(s['y'][0])} to {num(s['y'][-1])}" for s in dots)
@@ -107,7 +102,7 @@ def loss_chart(
     run # folder of a run, or its `RunLog`
 )->Html:
     "Training loss with its average, held-out losses, and the learning rate below"
-    state = _state(run)
+    state = state_of(run)
     x, y = state.series('log', 'loss')
     series, held, aside = loss_lines(x, y, 'training loss'), held_out(state), []
     for i, (name, (hx, hy)) in enumerate(held.items()):
@@ -170,7 +165,7 @@ def layer_map(
     run # folder of a run, or its `RunLog`
 )->Html:
     "Layers by steps: what trained, with the importance of each layer beside it"
-    state, scores = _state(run), latest_scores(run)
+    state, scores = state_of(run), latest_scores(run)
     steps, sels, layers = state.steps_logged, state.selections, drawn_layers(state)
     if not sels or not layers: return note('Nothing was selected.')
     rows, imp = trained_map(layers, sels, max(steps, sels[-1].step+1)), mean_importance(layers, scores.importance)
@@ -224,7 +219,7 @@ def role_maps(
     run # folder of a run, or its `RunLog`
 )->Html:
     "Units by step in bands of one role, and their importance as a table; empty if all units have one role"
-    state, scores = _state(run), latest_scores(run)
+    state, scores = state_of(run), latest_scores(run)
     sels, steps, roles = state.selections, state.steps_logged, _by_role(drawn_units(state))
     if not sels or len(roles) < 2: return Html('')
     left, upto = names_px(roles), max(steps, sels[-1].step+1)
@@ -286,7 +281,7 @@ def memory_chart(
     run # folder of a run, or its `RunLog`
 )->Html:
     "Bytes of the training state over time, against full fine-tuning"
-    s, state = summarize(run), _state(run)
+    s, state = summarize(run), state_of(run)
     events, full = state.events('memory'), s['state_bytes_full']
     if not events: return note('Memory was not recorded.')
     end = max(s['steps'], events[-1]['step'], 1)

@@ -18,7 +18,7 @@ from .attention import shift_section
 from .charts import MOST_SHOWN, drawn_layers, layer_map, loss_chart, memory_chart, role_maps
 from .html import data_table, note, section, settings_table, tag, tile, warning, whole_page
 from .lines import trend
-from .run_state import RunState
+from .run_state import state_of
 from .summary import change, continuation, eval_name, passed_over, share_of_full, summarize
 
 # %% ../../nbs/07_report/12_page.ipynb #475f3a79
@@ -222,7 +222,7 @@ def report_html(
 )->str:
     "The report as one page of HTML"
     log = _read_once(run)
-    s, state = summarize(log), RunState(log.events())
+    s, state = summarize(log), state_of(log)
     train = [v for v in trend(state.series('log', 'loss')[1]) if v is not None]
     written = (f"Written by alf_nb {escape(str(s['versions'].get('alf_nb', '')))} from the run log of"
                f" {tag('code', escape(s['run']))}. A dash means not measured.")

@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/07_report/run_state.html.md"""
 
 # %% auto #0
 __all__ = ['STATE_KINDS', 'RunState', 'eligible_importance', 'by_layer', 'mean_importance', 'axis_end', 'state_bytes',
-           'bytes_of_trained']
+           'bytes_of_trained', 'state_of']
 
 # %% ../../nbs/07_report/01_run_state.ipynb #d33f5580
 import math, threading, time
@@ -15,6 +15,7 @@ from statistics import median
 from fastcore.basics import patch
 from ..core.policies import step_cost
 from ..core.records import Scores, Selection, UnitInfo
+from ..core.runlog import _Reading, _read_once
 
 # %% ../../nbs/07_report/01_run_state.ipynb #2ba1cb6a
 class _Measured:
@@ -328,3 +329,13 @@ def seconds_per_full_step(self:RunState)->float|None:
         if on.step not in costs: costs[on.step] = step_cost(self.units, on.names)
         found.append(y/costs[on.step])
     return median(found) if found else None
+
+# %% ../../nbs/07_report/01_run_state.ipynb #57a7e0f2
+def state_of(
+    run # folder of a run, or its `RunLog`
+)->RunState:
+    "What a log says; not to be changed"
+    log = _read_once(run)
+    if not isinstance(log, _Reading): return RunState(log.events())     # it goes on
+    if 'state' not in vars(log): log.state = RunState(log.events())
+    return log.state

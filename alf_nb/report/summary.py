@@ -17,7 +17,7 @@ from ..core.policies import POLICIES
 from ..core.records import Scores
 from ..core.runlog import _read_once
 from ..core.events import _is_number
-from .run_state import RunState, bytes_of_trained, state_bytes
+from .run_state import RunState, bytes_of_trained, state_bytes, state_of
 
 # %% ../../nbs/07_report/08_summary.ipynb #e08b8c33
 def perplexity(
@@ -128,7 +128,7 @@ def summarize(
     "A run in numbers; None: not known"
     log = _read_once(run)
     events = log.events()
-    state, nonfinite = RunState(events), sum(bool(e.get('nonfinite')) for e in events)
+    state, nonfinite = state_of(log), sum(bool(e.get('nonfinite')) for e in events)
     end = _last(state, 'run_end') if log.status == 'complete' else {}
     wall_s, losses = _wall_s(events, end), _losses(state)
     told = dict(resumed=len(state.events('resume')), nonfinite=nonfinite, damaged_lines=log.damaged)
