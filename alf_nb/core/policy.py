@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from fastcore.basics import patch
 
 from .check import number, whole
-from .records import KINDS, Record, Scores, Selection
+from .records import KINDS, Record, Scores, Selection, by_layer
 
 # %% ../../nbs/01_core/06_policy.ipynb #40dc690b
 def _ways(pattern, units):
@@ -103,9 +103,7 @@ def importance(self:Candidates)->dict:
 @patch(as_prop=True)
 def layers(self:Candidates)->dict:
     "Candidates by layer, layers that hold weights a block trains: layer name → units"
-    res = {}
-    for u in self.units: res.setdefault(u.layer, []).append(u)
-    return {k: us for k,us in res.items() if any(u.kind in ('matrix', 'block', 'adapter') for u in us)}
+    return {k: us for k,us in by_layer(self.units).items() if any(u.kind in ('matrix', 'block', 'adapter') for u in us)}
 
 # %% ../../nbs/01_core/06_policy.ipynb #0af55d23
 @patch

@@ -11,7 +11,7 @@ __all__ = ['BarChart']
 from fastcore.basics import patch
 from ..core.foreign import escape
 from .html import key_list, legend_key, overlay, tag
-from .run_state import by_layer
+from ..core.records import by_layer
 
 # %% ../../nbs/07_report/06_bars.ipynb #96d58b92
 # px, px, and the height in which importance 1 is 1000: below lie two strips

@@ -15,7 +15,8 @@ from ..core.format import human_bytes, num, percent
 from .html import Html, note, tag
 from .lines import first_and_last, line_chart, short, trend
 from .maps import SideBars, band_legend, band_map, cell_table, heat_map, names_px, ramp_legend, trained_map
-from .run_state import STATE_KINDS, RunState, by_layer, mean_importance, state_bytes, state_of
+from ..core.records import by_layer
+from .run_state import STATE_KINDS, RunState, mean_importance, state_bytes, state_of
 from .summary import eval_name, latest_scores, share_of_full, summarize
 
 # %% ../../nbs/07_report/09_charts.ipynb #9ca84000

@@ -8,6 +8,7 @@ Docs: https://example.github.io/alf_nb/06_train/tracking.html.md"""
 __all__ = ['SPEED', 'log_numbers', 'metrics_of']
 
 # %% ../../nbs/06_train/14_tracking.ipynb #ace0f00d
+from ..core.records import by_layer, mean_over_parameters
 from .selecting import known_scores
 
 # %% ../../nbs/06_train/14_tracking.ipynb #3610cafd
@@ -45,12 +46,6 @@ def log_numbers(
     run.forget_time()      # evaluation and saving are not part of a step
 
 # %% ../../nbs/06_train/14_tracking.ipynb #fe6217cd
-def _by_layer(units):
-    "layer → its units"
-    res = {}
-    for u in units: res.setdefault(u.layer, []).append(u)
-    return res
-
 def _size(units): return sum(u.n_params for u in units)
 
 def metrics_of(
@@ -58,10 +53,9 @@ def metrics_of(
 )->dict: # name → number
     "What trains now, and how important every layer is, for a tracker"
     importance,on = known_scores(run, run.totals.steps).importance,set(run.selection.names)
-    layers,mean = _by_layer(run.units),{}
-    for l,units in layers.items():
-        known = [u for u in units if importance.get(u.name) is not None]
-        if known: mean[l] = sum(importance[u.name]*u.n_params for u in known)/max(_size(known), 1)
+    layers = by_layer(run.units)
+    means = {l: mean_over_parameters(us, importance) for l,us in layers.items()}
+    mean = {l: v for l,v in means.items() if v is not None}
     top = max(mean.values(), default=0.) or 1.
     trains = {l: _size([u for u in us if u.name in on])/max(_size(us), 1) for l,us in layers.items()}
     return {
