@@ -171,11 +171,6 @@ class ALFConfig(_How, _When, _What):
         if not plain.pop('presumed'): return plain | dict(policy=self.policy.to_dict(), kinds=list(self.kinds))
         return plain | dict(policy=self.policy.to_dict(), kinds=list(self.kinds), presumed=list(self.presumed))
 
-    @property
-    def probes(self)->bool:
-        "Does choosing need the gradient probe?"
-        return self.policy.needs_scores and self.signal in PROBED
-
 # %% ../../nbs/01_core/09_config.ipynb #825541cb
 @dataclass(frozen=True)
 class _Choice:

@@ -10,6 +10,7 @@ __all__ = ['FrozenGuard']
 # %% ../../nbs/03_model/10_bits.ipynb #1a9723cd
 import torch
 from torch import Tensor
+from ..core.format import few
 from .layers import Layers
 from .shards import local_tensor
 from .states import _is_wrapper, _tensors
@@ -34,9 +35,8 @@ def _sample(flat, k):
 # %% ../../nbs/03_model/10_bits.ipynb #71a497be
 def _changed(names):
     "Say which frozen weights changed"
-    more = f' and {len(names)-3} more' if len(names) > 3 else ''
     raise RuntimeError(
-        f"frozen weights changed: {', '.join(names[:3])}{more}. Something outside ALF writes to them: an optimizer with"
+        f"frozen weights changed: {few(names)}. Something outside ALF writes to them: an optimizer with"
         " its own copy, a merge, a callback that loads weights?"
     )
 

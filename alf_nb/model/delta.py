@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from .. import __version__
 from ..core.files import write_whole
+from ..core.format import few
 from ..core.foreign import md_code, md_text, open_plain
 from ..core.records import Record
 from .fingerprint import _DTYPES, _TORCH, BaseFingerprint, fingerprint
@@ -266,7 +267,7 @@ def _read_tensors(f, start, info, path):
         res[k] = (torch.frombuffer(buf, dtype=dtype) if buf else torch.empty(0, dtype=dtype)).reshape(entry['shape'])
     return res
 
-def _some(names): return ', '.join(map(repr, names[:3])) + (f' and {len(names)-3} more' if len(names) > 3 else '')
+def _some(names): return few(list(map(repr, names)))
 
 # %% ../../nbs/03_model/13_delta.ipynb #8135e62d
 def _refuse_other_layout(tensors, want, who):

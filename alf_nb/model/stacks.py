@@ -21,7 +21,7 @@ from .tree import _clean, _composite, _holds, _is_list, _items, _join, _parts, _
 # %% ../../nbs/03_model/03_stacks.ipynb #1a33c6f0
 def _is_stack(m, total):
     "The blocks of list `m` as (path, module), empty if it is not a stack"
-    items, n = list(_items(m)), 0
+    items = list(_items(m))
     comp = [(k,b) for k,b in items if _composite(b)]
     seen = Counter(type(b) for _,b in comp)
     # may also hold an embedding, a norm, a head

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from ..core.check import whole
 from ..core.records import Record
+from ..core.schedule import default_interval
 from ..model.layers import partition_layers
 from ..model.tree import _size
 from ..model.optim import apply_selection, check_state
@@ -78,7 +79,7 @@ def count_selections(
 )->int:                 # the first one included
     "Selections in a run, as `ALFCallback` makes them"
     if steps < 1: raise ValueError(f"steps={steps!r}, but a run has at least 1")
-    every = min(max(steps//3, 32), 256) if interval is None else interval
+    every = default_interval(steps) if interval is None else interval
     return 1 + sum(1 for s in range(every, steps, every) if s < lock*steps) if every else 1
 
 def probe_batches(

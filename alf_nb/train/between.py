@@ -12,8 +12,8 @@ import warnings
 from ..core.policy import _candidates
 from ..core.records import Selection
 from ..model.shards import _any_process
-from .choosing import tell, without
-from .guards import few
+from .choosing import tell, unreached, without
+from ..core.format import few
 from .selecting import select, share_of, switch, use_policy
 
 # %% ../../nbs/06_train/12_between.ipynb #8c404a04
@@ -32,12 +32,6 @@ def note_reached(run):
     has_gradient = run.blind.gradients(run.engine.alone)
     run.nothing_reached = not run.reach.note(run.selection.names, has_gradient)
 
-def _refuse_unreached(run, may, step):
-    run.journal.found(
-        f"no gradient has reached any of the {len(may)} units that may train in {step} steps: {few(may)}. The loss does"
-        " not depend on them: let others train (kinds=…, ban=…), or look for a detached input"
-    )
-
 def _anything_known(run): return any(v == 0 for v in run.reach.dry.values()) or run.tracker.values.get('descent')
 
 # %% ../../nbs/06_train/12_between.ipynb #01890499
@@ -55,7 +49,8 @@ def count_reached(run, step):
     free = [u.name for u in candidates.units if u.name not in waiting]
     if free and new and step < run.max_steps: run.again = True
     elif run.measuring and not free and not _anything_known(run):
-        _refuse_unreached(run, [u.name for u in (*candidates.pinned, *candidates.units)], step)
+        may = [u.name for u in (*candidates.pinned, *candidates.units)]
+        run.journal.found(unreached('has reached', may, f'{step} steps'))
 
 # %% ../../nbs/06_train/12_between.ipynb #75df00ab
 def take_request(run, step):

@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/06_train/choosing.html.md"""
 
 # %% auto #0
 __all__ = ['within_reach', 'partition', 'preview', 'PolicyRequests', 'one_target', 'check_selections_left', 'requested',
-           'without', 'choose_reached', 'tell']
+           'without', 'unreached', 'choose_reached', 'tell']
 
 # %% ../../nbs/06_train/10_choosing.ipynb #fd2b6156
 import math, threading
@@ -17,7 +17,7 @@ from ..core.policy import _candidates, _meant, match_units
 from ..core.records import Scores, Selection
 from ..model.layers import partition_layers
 from ..signals.tracker import prior_scores
-from .guards import few
+from ..core.format import few
 
 # %% ../../nbs/06_train/10_choosing.ipynb #17b5f06b
 def within_reach(
@@ -136,11 +136,11 @@ _LEFT_OUT = (
     " model that these batches do not use, or weights in no loss (ban=…)"
 )
 
-def _refuse_unreached(run, away):
-    run.journal.refuse(
-        f"no gradient reached any of the {len(away)} units that may train in {run.config.probe_batches} batches:"
-        f" {few(away)}. The loss does not depend on them: let others train (kinds=…, ban=…), or look for a detached"
-        " input"
+def unreached(reached, names, when):
+    "Why a run cannot go on, in words"
+    return (
+        f"no gradient {reached} any of the {len(names)} units that may train in {when}: {few(names)}. The loss does not"
+        " depend on them: let others train (kinds=…, ban=…), or look for a detached input"
     )
 
 def _select_without(policy, away, scores, run, step):
@@ -161,7 +161,8 @@ def choose_reached(
     "Ask the policy, without the units that no gradient reaches; if too few are left, with them"
     candidates = _candidates(scores, run.units, run.policy.pin, run.policy.ban)
     away = run.reach.waiting([u.name for u in candidates.units], step)
-    if step == 0 and away and len(away) == len(candidates.units) and not candidates.pinned: _refuse_unreached(run, away)
+    if step == 0 and away and len(away) == len(candidates.units) and not candidates.pinned:
+        run.journal.refuse(unreached('reached', away, f'{run.config.probe_batches} batches'))
     policy,chosen,away = _select_without(run.policy, away, scores, run, step)
     if away != run.reach.away:
         tell(run, policy, step)

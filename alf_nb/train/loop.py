@@ -12,7 +12,6 @@ import json, warnings
 from fastcore.basics import patch
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from ..core.checkpoints import _newest_run
 from ..core.config import config_of, with_settings
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
@@ -24,7 +23,7 @@ from .engine import Engine, check_model, is_compiled
 from .marks import thaw
 from .probing import ProbeSource
 from .tracking import log_numbers, metrics_of
-from .saving import collect, load, naming, restore
+from .saving import collect, copies, load, naming, newer_run, restore
 
 # %% ../../nbs/06_train/17_loop.ipynb #dede0e0c
 class _Stream(IterableDataset):
@@ -206,8 +205,8 @@ def state_dict(self:ALFLoop)->dict: # `step`, `max_steps`, `state` (JSON), `tens
     state,tensors = collect(self.run, self.steps)
     self.run.journal.event('save', self.steps, path=f'checkpoint-{self.steps}')
     self.run.forget_time()
-    kept = {k: t.detach().contiguous().clone() for k,t in tensors.items()}
-    return dict(step=self.steps, max_steps=self.max_steps, state=json.dumps(state.to_dict()), tensors=kept)
+    text = json.dumps(state.to_dict())
+    return dict(step=self.steps, max_steps=self.max_steps, state=text, tensors=copies(tensors))
 
 # %% ../../nbs/06_train/17_loop.ipynb #fcbb910a
 def _check_saved(saved):
@@ -230,11 +229,10 @@ def _load(run, saved, out):
     "What `state_dict` gave, checked"
     def check_run(run_id):
         "A state is a file that may be an older run's"
-        newest = _newest_run(out) if out is not None else None
-        if newest in (None, run_id): return
+        newest,runs = newer_run(name, run_id, out)
+        if newest is None: return
         raise RuntimeError(
-            f"{name} belongs to run {run_id}, and a newer run, {newest}, was begun in {out} since: give another out= to"
-            " go on from the older one, or resume from a state of the newer one"
+            f"{runs}: give another out= to go on from the older one, or resume from a state of the newer one"
         )
     name = f"the state of step {saved['step']}"
     with naming(name, 'its text', (ValueError, RecursionError)): data = json.loads(saved['state'])

@@ -114,8 +114,8 @@ def switch(run, chosen, step, seen=None):
     run.nonfinite.gradients.sums.clear()
     run.selection,run.new_state = chosen,True
     run.totals.select_s += time.perf_counter() - t0
-    ours = set(run.names)
-    before = [n for n in left if n in ours] if step else []
+    known = set(run.names)
+    before = [n for n in left if n in known] if step else []
     run.journal.event(
         'select',
         step,

@@ -35,8 +35,8 @@ from .engine import Engine, check_engine, is_compiled
 from .marks import TRAINS, add_hooks, check_alone, note_frozen, thaw
 from .tracking import log_numbers, metrics_of
 from .probing import TrainerSource
-from .saving import STATE, TENSORS, collect, drop_made_up, load, read_state, read_tensors, restore
-from .saving import typed_state
+from .saving import STATE, TENSORS, collect, copies, drop_made_up, load, read_state, read_tensors, restore
+from .saving import newer_run, typed_state
 
 # %% ../../nbs/06_train/16_trainer.ipynb #dba59f01
 def _check_path(name, path):
@@ -292,8 +292,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
     if not (run.engine.main and folder.is_dir()): return
     with replacing(folder/'alf', durable=False) as part:      # the manifest flushes all
         part.mkdir()
-        tensors = {k: t.detach().contiguous().clone() for k,t in tensors.items()}
-        save_file(tensors, part/Path(TENSORS).name)
+        save_file(copies(tensors), part/Path(TENSORS).name)
         (part/Path(STATE).name).write_text(json.dumps(saved.to_dict()), encoding='utf-8')
     write_manifest(folder, getattr(args, 'durable', True))      # last of all: from now on it is whole
     run.journal.event('save', state.global_step, path=folder.name)
@@ -313,10 +312,8 @@ def _newest(args, run_id):
 def _check_run(alf, args, folder, run_id):
     """Does a checkpoint of this run belong to the newest one? If not, it has to be meant: Trainer alone takes the one
     with the largest number"""
-    home = alf.out or args.output_dir
-    newest = _newest_run(home) if home else None
-    if newest in (None, run_id): return
-    runs = f"{folder.name} belongs to run {run_id}, and a newer run, {newest}, was begun in {home} since"
+    newest,runs = newer_run(folder.name, run_id, alf.out or args.output_dir)
+    if newest is None: return
     numbers = [p.name[11:] for p in Path(args.output_dir).glob('checkpoint-*')]
     last = max((int(n) for n in numbers if n.isdigit()), default=None)
     if _given_folder(alf, args) or folder.name != f'checkpoint-{last}': return warnings.warn(f"{runs}: was it meant?")
