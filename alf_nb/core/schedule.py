@@ -1,4 +1,4 @@
-"""The steps at which a run selects, and what takes turns before the first selection that knows something. Plain Python: the run asks it, and so does who only wants to count.
+"""The steps at which a run selects, and what takes turns before the first selection that knows something.
 
 Docs: https://example.github.io/alf_nb/01_core/schedule.html.md"""
 

@@ -1,4 +1,4 @@
-"""The cell returns, the kernel stays free, the widgets stay live: training goes on in a thread, and can be paused, steered and stopped.
+"""The cell returns, the kernel stays free, the widgets stay live.
 
 Docs: https://example.github.io/alf_nb/06_train/background.html.md"""
 

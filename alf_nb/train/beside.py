@@ -1,4 +1,4 @@
-"""A second training of a model, a Trainer or a callback would spoil the one that runs: it is refused before it has touched anything.
+"""A second training of a model, a Trainer or a callback would spoil the one that runs.
 
 Docs: https://example.github.io/alf_nb/06_train/beside.html.md"""
 

@@ -1,4 +1,4 @@
-"""Probe, select, switch, measure, check: all that ALF does in a training, without knowing who trains. Five moments, in this order: `begin`, `before_optimizer_step`, `after_optimizer_step`, `end_step`, `end`.
+"""Probe, select, switch, measure, check: all that ALF does in a training, without knowing who trains.
 
 Docs: https://example.github.io/alf_nb/06_train/controller.html.md"""
 

@@ -1,4 +1,4 @@
-"""One process or many, sharded or not, compiled or not: what cannot work is refused before the first step, in words that name a way out.
+"""One process or many, sharded or not, compiled or not.
 
 Docs: https://example.github.io/alf_nb/06_train/engine.html.md"""
 

@@ -1,4 +1,4 @@
-"""Frozen weights stay frozen, what trains moves and is finite, and nobody moves the model meanwhile. What is found is said once, in the log and as a warning; what would spoil the run ends it.
+"""Frozen weights stay frozen, what trains moves and is finite, and nobody moves the model meanwhile.
 
 Docs: https://example.github.io/alf_nb/06_train/guards.html.md"""
 

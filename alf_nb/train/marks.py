@@ -1,4 +1,4 @@
-"""Frozen parameters, hooks, and who trains it: noted on the model, so that a later run finds it as it was, even after a crash.
+"""Frozen parameters, hooks, and who trains it.
 
 Docs: https://example.github.io/alf_nb/06_train/marks.html.md"""
 

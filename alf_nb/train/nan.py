@@ -1,4 +1,4 @@
-"""With `check='freeze'` a unit that gets NaN or infinity is put back to the weights where its window began, and frozen for the rest of the run; all others go on.
+"""With `check='freeze'` a unit that gets NaN or infinity is put back and frozen.
 
 Docs: https://example.github.io/alf_nb/06_train/nan.html.md"""
 

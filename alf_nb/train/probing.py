@@ -1,4 +1,4 @@
-"""Batches of training, and a loss: of a loop of your own, or of a Trainer that may have changed both. Afterwards nothing has changed: training sees, draws and counts what it would without.
+"""Batches of training, and a loss: of a loop of your own, or of a Trainer that may have changed both.
 
 Docs: https://example.github.io/alf_nb/06_train/probing.html.md"""
 

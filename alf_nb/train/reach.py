@@ -1,4 +1,4 @@
-"""A unit in no loss, an expert without tokens, a batch that none of what trains takes part in: noticed for nothing, since a gradient is there or it is not.
+"""A unit in no loss, an expert without tokens, a batch that none of what trains takes part in.
 
 Docs: https://example.github.io/alf_nb/06_train/reach.html.md"""
 

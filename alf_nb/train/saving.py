@@ -1,4 +1,4 @@
-"""Killed and resumed is the same as uninterrupted. What a checkpoint holds is read and checked whole before anything is changed; who resumes meets an error that says which file is wrong, and how.
+"""Killed and resumed is the same as uninterrupted.
 
 Docs: https://example.github.io/alf_nb/06_train/saving.html.md"""
 

@@ -1,4 +1,4 @@
-"""Scores become a selection, and the selection becomes true in model, optimizer and references: between two steps, and written down.
+"""Scores become a selection, and the selection becomes true.
 
 Docs: https://example.github.io/alf_nb/06_train/selecting.html.md"""
 

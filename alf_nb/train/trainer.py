@@ -1,4 +1,4 @@
-"""One callback for any Hugging Face `Trainer`: it starts from a probe, measures, re-selects, keeps to the budget, checks itself, and resumes exactly.
+"""One callback for any Hugging Face `Trainer`.
 
 Docs: https://example.github.io/alf_nb/06_train/trainer.html.md"""
 
