@@ -13,7 +13,7 @@ import difflib, inspect, warnings
 from dataclasses import dataclass, field, fields
 from fastcore.basics import patch
 from fastcore.docments import docments
-from .check import fraction, known, one_of, whole
+from .check import flag, fraction, known, one_of, whole
 from .policies import POLICIES, BudgetPolicy
 from .policy import Policy
 from .records import KINDS, Record
@@ -89,6 +89,9 @@ class _How(Record):
     # where reference weights live: 'device', 'host'; '8bit': rounded, a quarter of the memory; 'none': rates from the
     # optimizer's last update
     references:str='device'
+    # what trains of a 16-bit model is held in fp32; False: it stays in 16 bits, and most of what small steps teach is
+    # rounded away
+    masters:bool=True
     # self-check: 'raise', 'warn' or 'off'; 'freeze': raises, but a unit that gets NaN or infinity is put back, and
     # frozen
     check:str='raise'
@@ -115,6 +118,7 @@ def _checked(c):
         start=known('start', c.start, (*STARTS, 'none')),
         kinds=tuple(known('kind', k, KINDS) for k in kinds),
         presumed=tuple(c.presumed),
+        masters=flag('masters', c.masters),
         policy=_ready(c.policy, c.seed),
     ) | {k: one_of(k, getattr(c, k), allowed) for k,allowed in VALUES.items()}
 

@@ -277,13 +277,14 @@ def axis_end(
     return max(1, min(end, last or end), step)
 
 # %% ../../nbs/07_report/01_run_state.ipynb #0bb77047
-STATE_KINDS = (     # field of `memory` → what it is, colour; the last one waits in host memory
+STATE_KINDS = (     # field of `memory` → what it is, colour
     ('grad_bytes', 'gradients', 1),
     ('optimizer_bytes', 'optimizer', 2),
     ('reference_bytes', 'references', 3),
     ('parked_bytes', 'parked in host memory', 4),
+    ('master_bytes', 'fp32 instead of 16 bits', 5),
 )
-_ON_DEVICE = tuple(k for k, _, c in STATE_KINDS if c < 4)
+_ON_DEVICE = tuple(k for k, *_ in STATE_KINDS if k != 'parked_bytes')
 
 def state_bytes(
     e:dict,          # a `memory` event

@@ -96,7 +96,7 @@ def full_state_bytes(
     state:RunState # of a run
 )->int|None:       # None: not measured
     "Gradients and optimizer state if everything trained: the median of what was measured"
-    per = list(bytes_of_trained(state, ('grad_bytes', 'optimizer_bytes')))
+    per = list(bytes_of_trained(state, ('grad_bytes', 'optimizer_bytes', 'master_bytes')))
     n = state.begin.get('n_total')
     return round(statistics.median(per)*n) if n and per and statistics.median(per) else None
 

@@ -13,9 +13,10 @@ from fastcore.basics import patch
 from ..core.config import PROBED
 from ..core.system import peak_rss_bytes, versions
 from ..kernels.plan import compile_kernels
+from ..model.masters import Masters, lost_to_rounding
 from ..model.updates import _bare, check_last_update
 from ..model.offload import OffloadedStates
-from ..model.states import _states, check_optimizer
+from ..model.states import _groups, _states, check_optimizer
 from ..model.optim import rebuild_ddp_buckets
 from ..model.states import gradient_bytes, optimizer_bytes
 from ..model.shards import is_sharded
@@ -69,6 +70,7 @@ def _set_up_parts(run):
     "What measures, keeps and watches"
     c,layers,optimizer = run.config,run.layers,run.optimizer
     run.rates = LearningRates(layers, optimizer, run.names)
+    run.masters = Masters(layers, run.names, c.masters)
     run.windows = _windows(c, layers, run.rates, optimizer)
     run.guards = Guards(layers, run.names, optimizer, run.journal)
     run.guards.sharded = any(is_sharded(p) for n in layers for p in layers.params(n))
@@ -121,6 +123,7 @@ def begin(self:ALFController,
     self.journal.log = log
     note_frozen(model, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     _hook(self, model)
+    _warn_of_rounding(self)
     if self.engine.compiled and not self.stale:
         every = self.schedule.every
         warn_of_recompiling(1 + (math.ceil(self.config.select_until*self.max_steps/every) - 1 if every else 0))
@@ -139,6 +142,8 @@ def begin(self:ALFController,
 # %% ../../nbs/06_train/13_controller.ipynb #95810db8
 def _hook(run, model):
     "Hooks that are gone when the run ends"
+    run.masters.watch()
+    add_hooks(model, run.masters)
     # fp16's scaler overflows on purpose, and leaves such steps out itself
     if run.config.check == 'freeze' and not run.engine.fp16:
         add_hooks(model, *run.nonfinite.gradients.watch(run.layers, run.names))
@@ -148,6 +153,20 @@ def _hook(run, model):
         # fp16's scaler and wrappers may skip a step
         add_hooks(model, bare.register_step_post_hook(lambda *a: setattr(run.guards, 'stepped', True)))
     run.stale = run.engine.compiled and not graphs_see_freezing()
+
+# %% ../../nbs/06_train/13_controller.ipynb #c63f8434
+def _warn_of_rounding(run):
+    "Without masters, say which part of an update 16 bits cannot hold"
+    half = run.masters.params.values()
+    if run.masters.on or not half: return
+    groups = [m.param_groups[i] for m,i in _groups(run.optimizer)]
+    lr = max((float(g.get('initial_lr') or g.get('lr') or 0.) for g in groups), default=0.)
+    if lr and (lost := lost_to_rounding(half, lr)) > .1:
+        run.journal.once(
+            'rounding',
+            f"masters=False: {lost:.0%} of the weights, in {next(iter(half)).dtype}, are too large for a step of"
+            f" lr {lr:.1g} to change them, unless the optimizer makes up for it (Kahan summation, stochastic rounding)",
+        )
 
 def _compile(run):
     "Here, not in the first window; what is frozen for good may be packed, which no kernel reads"
@@ -245,7 +264,7 @@ def _close_window(run, step):
 def _count_bytes(run, step):
     "Bytes of the training state at its fullest: after the update, before gradients go"
     optimizer,references = optimizer_bytes(run.optimizer),run.windows.nbytes
-    note_peak(run, run.grad_bytes + optimizer + references)
+    note_peak(run, run.grad_bytes + optimizer + references + run.masters.nbytes)
     run.new_state = False
     run.journal.event(
         'memory',
@@ -253,10 +272,12 @@ def _count_bytes(run, step):
         grad_bytes=run.grad_bytes,
         optimizer_bytes=optimizer,
         reference_bytes=references,
+        **(dict(master_bytes=run.masters.nbytes) if run.masters.on else {}),
         parked_bytes=run.offloaded.nbytes,
         rss_bytes=peak_rss_bytes(),
     )
 
+# %% ../../nbs/06_train/13_controller.ipynb #c056e96c
 @patch
 def end_step(self:ALFController,
     step:int # optimizer steps made

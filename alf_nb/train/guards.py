@@ -104,7 +104,7 @@ class Guards:
         self.layers,self.optimizer,self.journal = layers,optimizer,journal
         self.frozen = FrozenGuard(layers)
         named = {k: p for n in names for k,p in layers.named_params(n).items()}
-        self.places = {k: (p, p.device, p.dtype) for k,p in named.items()}  # where training began
+        self.places = {k: (p, p.device, p.dtype) for k,p in named.items()}  # where they are, and in which dtype
         self.jumped = set()
         self.sharded = False    # does every process hold a piece of the weights?
         self.stepped = False    # has the optimizer made the step it was asked for?
@@ -126,6 +126,12 @@ def check_finite(self:Guards, norms, step):
     )
 
 # %% ../../nbs/06_train/06_guards.ipynb #a5dbb03a
+@patch
+def note_dtypes(self:Guards):
+    "The dtypes of now are meant"
+    self.places = {k: (p, device, p.dtype) for k,(p,device,_) in self.places.items()}
+
+# %% ../../nbs/06_train/06_guards.ipynb #c6c07989
 @patch
 def check_place(self:Guards, replaced=True):
     "Are the parameters those that training began with, where they were and of the same dtype?"

@@ -202,7 +202,7 @@ def __exit__(self:ALFLoop, kind, error, trace): self.close(error)
 def state_dict(self:ALFLoop)->dict: # `step`, `max_steps`, `state` (JSON), `tensors` (name → tensor)
     "All that a resume needs, beside model and optimizer; between two steps"
     _must_be(self, 'ready', "state_dict() between before_step() and after_step(): save between two steps")
-    state,tensors = collect(self.run, self.steps)
+    state,tensors = collect(self.run, self.steps, with_state=True)
     self.run.journal.event('save', self.steps, path=f'checkpoint-{self.steps}')
     self.run.forget_time()
     text = json.dumps(state.to_dict())

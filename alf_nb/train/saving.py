@@ -10,6 +10,7 @@ __all__ = ['STATE', 'TENSORS', 'fingerprint', 'all_params', 'drop_made_up', 'col
 
 # %% ../../nbs/06_train/15_saving.ipynb #f014dd2c
 import hashlib, json, os, warnings
+import torch
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from safetensors.torch import load_file
@@ -17,28 +18,32 @@ from ..core.checkpoints import _newest_run
 from ..core.foreign import open_plain
 from ..core.policy import Policy
 from ..core.records import Scores
-from ..model.optim import _first_states, _pop_state, _set_first_states
+from ..model.optim import _first_states, _pop_state, _put_state, _set_first_states
 from ..model.bits import _sample_bits
+from ..model.offload import _beside
 from ..model.packing import _pack_states, _safe_classes
 from ..model.optim import _state_of, apply_selection, rebuild_ddp_buckets
 from ..model.packing import _state_classes, _unpack_states
 from ..model.states import _states
 from ..model.shards import full_tensor
 from ..signals.snapshots import restore_snapshot, snapshot_tensors
+
+# %% ../../nbs/06_train/15_saving.ipynb #59eead86
 from .choosing import without
 from .controller import settings, write_begin
 from .selecting import known_scores, select, use_policy
 from .state import Reached, State, Tracked, misfits
-from .tensors import check_loaded, check_references, check_states, check_tensor_names, piece_of
+from .tensors import check_loaded, check_masters, check_references, check_states, check_tensor_names, piece_of
 
 # %% ../../nbs/06_train/15_saving.ipynb #6a976f0f
-def fingerprint(layers):
-    "Hash of a sample of every parameter's bits"
+def fingerprint(layers, masters):
+    "Hash of a sample of the bits of every parameter, in the dtype that it was loaded in"
     h = hashlib.sha256()
     for n in layers:
         for k,p in layers.named_params(n).items():
             h.update(k.encode())
-            h.update(_sample_bits(full_tensor(p), 64).cpu().numpy().tobytes())
+            w = masters.rounded(k) if k in masters.base else full_tensor(p)
+            h.update(_sample_bits(w, 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
 def _units(run): return [(u.name, u.n_params) for u in run.units]
@@ -85,23 +90,42 @@ def _states_at_rest(run, params, tensors):
     return parked, first
 
 # %% ../../nbs/06_train/15_saving.ipynb #0142adfa
+def _put_masters_aside(run, params, tensors, with_state):
+    "fp32 of what trains; and its optimizer state, where loading would round that to the dtype of the weights"
+    trains = {k for n in run.selection.names for k in run.layers.named_params(n)}
+    names = [k for k in run.masters.base if run.masters.on and k in trains]
+    tensors |= {f'master/{k}': params[k].detach() for k in names}
+    if not with_state: return {}
+    states = _states(run.optimizer)
+    held = {k: s for k in names if (s := _state_of(states, params[k]))}
+    trained,lost = _pack_states(held, params, tensors, 'trained')
+    _say_lost(run, lost)
+    return trained
+
+def _what_is_known(run):
+    "What a run has measured and chosen so far"
+    return dict(
+        units=_units(run), weights=fingerprint(run.layers, run.masters), policy=run.policy.to_dict(),
+        banned=[n for n in run.names if n in run.banned], selection=run.selection,
+        tracker=Tracked(**run.tracker.state_dict()), marks=run.windows.starts, cum_lr=run.rates.total,
+        totals=run.totals, reach=Reached(**run.reach.state_dict(run.names)), new_state=run.new_state, again=run.again)
+
+# %% ../../nbs/06_train/15_saving.ipynb #2ff26333
 def collect(
     run, # `ALFController`, between two steps
-    step # optimizer steps made
+    step,# optimizer steps made
+    with_state=False # also the optimizer's state of fp32 masters, where it is loaded before they are there?
 )->tuple: # `State`, and name → tensor
     "All that a resume needs beside model and optimizer; of weights in pieces every process has to ask"
     made_up,snapshot = drop_made_up(run),run.windows.snapshot
     tensors = {} if snapshot is None else {f'ref/{k}': t for k,t in snapshot_tensors(snapshot).items()}
     params,states = all_params(run),_states(run.optimizer)
     parked,first = _states_at_rest(run, params, tensors)
+    trained = _put_masters_aside(run, params, tensors, with_state)
     state = State(
-        version=1, run_id=run.run_id, step=step, config=settings(run), weights=fingerprint(run.layers),
-        units=_units(run), selection=run.selection,
-        tracker=Tracked(**run.tracker.state_dict()), marks=run.windows.starts, cum_lr=run.rates.total,
-        totals=run.totals, new_state=run.new_state, parked=parked, first=first, made_up=made_up,
-        optimizer=made_up or [k for k,p in params.items() if _state_of(states, p)], policy=run.policy.to_dict(),
-        reach=Reached(**run.reach.state_dict(run.names)), again=run.again,
-        banned=[n for n in run.names if n in run.banned])
+        version=1, run_id=run.run_id, step=step, config=settings(run), parked=parked, first=first, trained=trained,
+        made_up=made_up, optimizer=made_up or [k for k,p in params.items() if _state_of(states, p)],
+        **_what_is_known(run))
     return state, tensors
 
 # %% ../../nbs/06_train/15_saving.ipynb #c0b1e5aa
@@ -152,6 +176,7 @@ class Saved:
     tensors:dict    # name → tensor
     held:dict       # state of parameters at rest: parameter → entry → value of this process
     first:dict      # that of before the first step
+    trained:dict    # that of fp32 masters, where it was saved
 
 def newer_run(
     name,   # of what was saved
@@ -176,7 +201,12 @@ def check_same(run, name, saved, step):
             f"the model has changed since {name}: {len(saved.units)} units then, {len(run.units)} now"
             + (f", the first difference is {odd[0][:200]!r}" if odd else ', with other sizes')
         )
-    if saved.weights != fingerprint(run.layers):
+    if saved.config['masters'] != run.config.masters and run.masters.base:
+        raise ValueError(
+            f"{name} was saved with masters={saved.config['masters']}, and this run has masters={run.config.masters}:"
+            " what trains goes on in the dtype that it has"
+        )
+    if saved.weights != fingerprint(run.layers, run.masters):
         raise ValueError(
             f"the weights of this model are not those of {name}: resume with"
             " trainer.train(resume_from_checkpoint=…) and the same model"
@@ -195,11 +225,14 @@ def _check_choice(run, saved, step):
 def _kept_states(run, saved, tensors, params, trains):
     "State of parameters at rest, and that of before the first step: parameter → entry → value of this process"
     known,found = _safe_classes() | _state_classes(run.optimizer),[]
-    for word,plain,busy in (('parked', saved.parked, trains), ('first', saved.first, {})):
+    still = {k for k in params if k not in trains}
+    every = ('parked', saved.parked, trains), ('first', saved.first, {}), ('trained', saved.trained, still)
+    for word,plain,not_of in every:
         try: whole = _unpack_states(plain, {}, tensors, word, known)
         except Exception as e:      # classes of others check what they are given in their own way
             raise ValueError(f"{word} cannot be put together: {e if isinstance(e, ValueError) else repr(e)}") from None
-        check_states(word, whole, params, busy, run.optimizer, saved.step)
+        dtype = run.masters.loaded if word == 'first' else run.masters.dtype
+        check_states(word, whole, params, not_of, run.optimizer, saved.step, dtype)
         found.append({k: {e: piece_of(v, params[k]) for e,v in s.items()} for k,s in whole.items()})
     return found
 
@@ -214,6 +247,21 @@ def _named_state(run, name, data, step):
     return saved
 
 # %% ../../nbs/06_train/15_saving.ipynb #5dd9d632
+def _checked(run, name, saved, tensors):
+    "The tensors of a checkpoint, and the optimizer that was loaded, where they fit what trains"
+    params = all_params(run)
+    trains = {k: p for n in saved.selection.names for k,p in run.layers.named_params(n).items()}
+    # what was loaded before there were masters is rounded, and will be replaced by what was saved
+    if not any(k.startswith('trained/') for k in tensors): run.masters.switch(saved.selection.names)
+    with naming(name, 'the optimizer state that was loaded (optimizer.pt)'): check_loaded(run.optimizer, params)
+    run.masters.switch(saved.selection.names)
+    with naming(name, TENSORS):
+        check_masters(tensors, run.masters, trains)
+        check_references(tensors, saved.config['references'], trains)
+        check_tensor_names(tensors, saved, params)
+        return Saved(name, saved, tensors, *_kept_states(run, saved, tensors, params, trains))
+
+# %% ../../nbs/06_train/15_saving.ipynb #69e2f571
 def load(
     run,        # `ALFController` that has not begun
     step,       # optimizer steps that model and optimizer have made
@@ -222,17 +270,15 @@ def load(
     tensors,    # () → its tensors
     check_run=None # called with the id of its run; may refuse it
 )->Saved:
-    "A state, checked against model and optimizer; nothing is changed"
+    "A state, checked against model and optimizer; nothing is changed but that what trains is in fp32 from now on"
     with naming(name, STATE, (ValueError, RecursionError)): found = State.from_dict(data)
     check_same(run, name, found, step)
     if check_run is not None: check_run(found.run_id)
-    saved,tensors,params = _named_state(run, name, data, step),tensors(),all_params(run)
-    trains = {k: p for n in saved.selection.names for k,p in run.layers.named_params(n).items()}
-    with naming(name, 'the optimizer state that was loaded (optimizer.pt)'): check_loaded(run.optimizer, params)
-    with naming(name, TENSORS):
-        check_references(tensors, saved.config['references'], trains)
-        check_tensor_names(tensors, saved, params)
-        return Saved(name, saved, tensors, *_kept_states(run, saved, tensors, params, trains))
+    saved = _named_state(run, name, data, step)
+    try: return _checked(run, name, saved, tensors())
+    except BaseException:
+        run.masters.remove()
+        raise
 
 # %% ../../nbs/06_train/15_saving.ipynb #9fd49fe6
 def _changed(run, was):
@@ -244,11 +290,25 @@ def _changed(run, was):
         warnings.warn(f"resuming with other settings than the checkpoint's: {', '.join(changed)}{anew}")
     return changed
 
+@torch.no_grad()
+def _restore_masters(run, saved, params):
+    "What trains, to the last bit, and its state where that was saved"
+    run.masters.switch(saved.state.selection.names, run.optimizer)
+    states = _states(run.optimizer)
+    for k,t in saved.tensors.items():
+        if k.startswith('master/') and run.masters.on: params[k[7:]].copy_(t)
+    for k,s in saved.trained.items():
+        _pop_state(states, params[k])
+        _put_state(states, params[k], {e: _beside(v, params[k]) for e,v in s.items()})
+    run.guards.note_dtypes()
+
+# %% ../../nbs/06_train/15_saving.ipynb #d8e50caf
 def _restore_optimizer(run, saved):
     "State of before the first step, and what trains; the optimizer came back with the state of these units only"
     params,state = all_params(run),saved.state
     _set_first_states(run.optimizer, {params[k]: s for k,s in saved.first.items()})
     apply_selection(run.layers, state.selection.names, run.optimizer, None)
+    _restore_masters(run, saved, params)
     for k in state.made_up: _pop_state(_states(run.optimizer), params[k])
     run.offloaded.held = saved.held
 

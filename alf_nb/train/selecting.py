@@ -106,6 +106,8 @@ def switch(run, chosen, step, seen=None):
     "Make `chosen` true in model, optimizer and references"
     t0 = time.perf_counter()
     entered,left = apply_selection(run.layers, chosen.names, run.optimizer, run.offloaded)
+    run.masters.switch(chosen.names, run.optimizer)
+    run.guards.note_dtypes()
     run.reach.begin(entered)
     if run.stale: torch._dynamo.reset()      # the graphs there are would go on with the selection before
     run.windows.switch(chosen.names, left, step)

@@ -210,6 +210,7 @@ class _Optimizer:
     "What is no tensor in the state of the optimizer."
     parked:dict[_Parameter, dict[str, _Plain]]    # in that of frozen parameters
     first:dict[_Parameter, dict[str, _Plain]]     # in that of before the first step
+    trained:dict[_Parameter, dict[str, _Plain]]   # in that of fp32 masters, where Trainer does not load it
     optimizer:list[_Parameter]                    # parameters with state
     made_up:list[_Parameter]                      # those that got theirs only to be saved
 

@@ -23,6 +23,7 @@ from ..core.config import config_of, with_settings
 from ..core.files import replacing
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
+from ..model.masters import Widened
 from ..model.optim import find_ddp
 from ..model.shards import is_sharded, set_up_shards
 
@@ -57,7 +58,7 @@ class ALFCallback(TrainerCallback, ExportableState):
     ):
         self.config = config_of(config, settings)
         self.out,self.resume_from = _check_path('out', out),_check_path('resume_from', resume_from)
-        self._trainer = self._on_load = self._loaded_for = None
+        self._trainer = self._on_load = self._loaded_for = self._resume = None
         self._locks = []
 
 # %% ../../nbs/06_train/16_trainer.ipynb #e9aec1af
@@ -127,7 +128,7 @@ def _train_with_alf(train):
     def look_and_train(trainer, *args, **kw):
         refuse_beside(trainer.model, trainer, trainer.callback_handler.callbacks)
         here,mine = _trainers(),_ours_of(trainer)
-        for c in mine: c.meet_trainer(trainer)
+        for c in mine: c.meet_trainer(trainer, args[0] if args else kw.get('resume_from_checkpoint'))
         here.append(trainer)
         try: return train(trainer, *args, **kw)
         finally:
@@ -140,9 +141,10 @@ if not hasattr(Trainer.train, 'of_alf'): Trainer.train = _train_with_alf(Trainer
 
 # %% ../../nbs/06_train/16_trainer.ipynb #7d3c665f
 @patch
-def meet_trainer(self:ALFCallback, trainer):
+def meet_trainer(self:ALFCallback, trainer, resume_from_checkpoint=None):
     "From now on it knows its Trainer, and stands before the trackers, too"
-    self._trainer = trainer
+    self._trainer,self._resume = trainer,resume_from_checkpoint
+    if self._on_load is None: _watch_loading(self, trainer.args, trainer.model)
     callbacks = trainer.callback_handler.callbacks
     first = next((c for c in callbacks if isinstance(c, _Metrics)), None)
     if first is None: callbacks.insert(0, first := _Metrics())
@@ -151,7 +153,7 @@ def meet_trainer(self:ALFCallback, trainer):
 @patch
 def leave_trainer(self:ALFCallback):
     "What a training that failed has left is put in order; others may write into its folder"
-    self._trainer = None
+    self._trainer = self._resume = None
     if self.training: self.run.leave()
     release(self)
 
@@ -279,6 +281,15 @@ class _Metrics(TrainerCallback):
         self.alf.run.journal.news = False
 
 # %% ../../nbs/06_train/16_trainer.ipynb #e2234e62
+def _say_dtype(file, dtype):
+    "transformers writes the dtype of the first parameter, which may be in fp32 only while it trains"
+    if not file.is_file(): return
+    config = json.loads(file.read_text(encoding='utf-8'))
+    if config.get('dtype') == (name := str(dtype).rpartition('.')[2]): return
+    with replacing(file, durable=False) as part:
+        part.write_text(json.dumps(config | dict(dtype=name), indent=2) + '\n', encoding='utf-8')
+
+# %% ../../nbs/06_train/16_trainer.ipynb #0e17843f
 @patch
 def on_save(self:ALFCallback, args, state, control, **kw):
     "Put what a resume needs into the checkpoint"
@@ -294,6 +305,7 @@ def on_save(self:ALFCallback, args, state, control, **kw):
         part.mkdir()
         save_file(copies(tensors), part/Path(TENSORS).name)
         (part/Path(STATE).name).write_text(json.dumps(saved.to_dict()), encoding='utf-8')
+    if run.masters.on: _say_dtype(folder/'config.json', next(iter(run.masters.base.values())))
     write_manifest(folder, getattr(args, 'durable', True))      # last of all: from now on it is whole
     run.journal.event('save', state.global_step, path=folder.name)
     run.forget_time()
@@ -351,16 +363,28 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     if model is None: return
     # else what is frozen is meant to be
     if not any(is_busy(model, run) for run in others()): thaw(model)
-    hook = lambda model, _: _freeze_for_load(self, args, model)
-    self._loaded_for,self._on_load = None,model.register_load_state_dict_post_hook(hook)
+    _watch_loading(self, args, model)
 
-def _freeze_for_load(alf, args, model):
-    "Only what the checkpoint holds optimizer state of requires grad when it is loaded"
-    if not any(map(is_sharded, model.parameters())): return
-    folder = _given_folder(alf, args) or _newest(args, _newest_run(alf.out or args.output_dir))
-    folder = Path(folder or '')
+def _watch_loading(alf, args, model):
+    if model is None: return
+    hook = lambda model, _: _ready_for_state(alf, args, model)
+    alf._loaded_for,alf._on_load = None,model.register_load_state_dict_post_hook(hook)
+
+# %% ../../nbs/06_train/16_trainer.ipynb #dafa278d
+def _ready_for_state(alf, args, model):
+    "The weights of a checkpoint are loaded, its optimizer state comes next: make the parameters ready for it"
+    folder = alf._resume if isinstance(alf._resume, (str, os.PathLike)) else _given_folder(alf, args)
+    folder = Path(folder or _newest(args, _newest_run(alf.out or args.output_dir)) or '')
     if not (folder/STATE).is_file(): return
-    if not (held := set(typed_state(folder).optimizer)): return
+    saved = typed_state(folder)
+    if not (held := set(saved.optimizer)): return
+    if any(map(is_sharded, model.parameters())): _freeze_for_load(alf, folder, model, held)
+    elif alf._resume and alf.config.masters and saved.config['masters']:
+        add_hooks(model, Widened(p for k,p in model.named_parameters() if k in held))
+
+# %% ../../nbs/06_train/16_trainer.ipynb #9bcbfb68
+def _freeze_for_load(alf, folder, model, held):
+    "Only what the checkpoint holds optimizer state of requires grad when it is loaded"
     # accelerate loads twice
     thaw(model)
     alf._loaded_for = folder.resolve()
