@@ -26,7 +26,7 @@ from .disk import bytes_of, check_plan, check_room, full_error, output_folder, s
 from .job import FinetuneSettings, Job, check_base, load_weights, measure_after, measure_before
 from .publish import write_card
 from .results import delta_metadata, has_event, keep_results, last_figures, read_json, resume_point
-from ..core.checkpoints import _newest_run, find_checkpoint
+from ..core.checkpoints import find_checkpoint, newest_run
 from ..core.files import write_whole
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
@@ -132,7 +132,7 @@ def _train(job, trainer, checkpoint, out, callback, metadata):
 # %% ../../nbs/10_app/07_finetune.ipynb #54e6f45f
 def _finish(job, trainer, done, out, callback):
     "All steps were made earlier: the weights, and the log lines that are missing. Returns the run's id"
-    run, steps, name = _newest_run(out), job.settings.steps, Path(done).name
+    run, steps, name = newest_run(out), job.settings.steps, Path(done).name
     load_weights(job, done, trainer)
     with RunLog(out) as log:
         if name != 'delta' and not has_event(log, steps, 'save', path=name): log.write('save', step=steps, path=name)

@@ -9,7 +9,7 @@ __all__ = ['say_blind', 'note_reached', 'count_reached', 'take_request', 'freeze
 
 # %% ../../nbs/06_train/12_between.ipynb #61cb0abf
 import warnings
-from ..core.policy import _candidates
+from ..core.policy import make_candidates
 from ..core.records import Selection
 from ..model.shards import _any_process
 from .choosing import tell, unreached, without
@@ -44,7 +44,7 @@ def count_reached(run, step):
         reach.got = set(_any_process(names, reach.got, next(run.layers.model.parameters()).device))
     lost,new = reach.lost(names),reach.count(names, step)
     if not lost or step >= run.max_steps and not run.measuring: return
-    candidates = _candidates(None, run.units, run.policy.pin, run.policy.ban)
+    candidates = make_candidates(None, run.units, run.policy.pin, run.policy.ban)
     waiting = set(reach.waiting(reach.out, step))
     free = [u.name for u in candidates.units if u.name not in waiting]
     if free and new and step < run.max_steps: run.again = True

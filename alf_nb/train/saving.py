@@ -13,7 +13,7 @@ import hashlib, json, os, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from safetensors.torch import load_file
-from ..core.checkpoints import _newest_run
+from ..core.checkpoints import newest_run
 from ..core.foreign import open_plain
 from ..core.policy import Policy
 from ..core.records import Scores
@@ -159,7 +159,7 @@ def newer_run(
     home    # folder of the run log, or None
 )->tuple:   # id of the newer run, and what there is to say; None, '': there is none
     "Was another run begun in the folder since?"
-    newest = _newest_run(home) if home else None
+    newest = newest_run(home) if home else None
     if newest in (None, run_id): return None, ''
     return newest, f"{name} belongs to run {run_id}, and a newer run, {newest}, was begun in {home} since"
 
