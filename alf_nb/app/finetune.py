@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/10_app/finetune.html.md"""
 __all__ = ['finetune']
 
 # %% ../../nbs/10_app/07_finetune.ipynb #03b8db2d
-from .. import _require
-_require('torch', 'transformers', 'accelerate')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate')
 
 # %% ../../nbs/10_app/07_finetune.ipynb #d72359fb
 import json, time
@@ -30,7 +30,7 @@ from ..core.checkpoints import find_checkpoint, newest_run
 from ..core.files import write_whole
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
-from ..model.shards import _one_process
+from ..model.shards import check_alone
 from ..report.page import write_report
 from ..report.summary import summarize
 from ..sources.models import load_model
@@ -233,7 +233,7 @@ def finetune(
 )->dict:
     "Fine-tune with ALF; writes log, summary, report and delta to `out`, and returns the summary"
     t0 = time.perf_counter()
-    _one_process('finetune()')
+    check_alone('finetune()')
     s, kwargs = _settings(kwargs)
     out = output_folder(out)
     callback = ALFCallback(seed=s.seed, out=str(out), **kwargs)

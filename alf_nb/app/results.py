@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/10_app/results.html.md"""
 __all__ = ['read_json', 'delta_metadata', 'has_event', 'keep_results', 'last_figures', 'resume_point']
 
 # %% ../../nbs/10_app/05_results.ipynb #1c75a8e4
-from .. import _require
-_require('torch')
+from .. import require_versions
+require_versions('torch')
 
 # %% ../../nbs/10_app/05_results.ipynb #df8e6375
 import json, warnings

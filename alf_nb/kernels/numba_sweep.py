@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/04_kernels/numba_sweep.html.md"""
 __all__ = []
 
 # %% ../../nbs/04_kernels/04_numba_sweep.ipynb #3babe6e8
-from .. import _require
-_require('numpy', 'torch')
+from .. import require_versions
+require_versions('numpy', 'torch')
 
 # %% ../../nbs/04_kernels/04_numba_sweep.ipynb #a8c20b7d
 import os, threading
@@ -20,7 +20,7 @@ from .reference8 import _GROUP, _INV127, _TINY, Reference8
 
 # %% ../../nbs/04_kernels/04_numba_sweep.ipynb #0c7036d0
 try:
-    _require('numba')
+    require_versions('numba')
     import numba
     from numba.extending import intrinsic as _intrinsic, overload as _overload
     _no_numba = None

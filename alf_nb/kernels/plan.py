@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/04_kernels/plan.html.md"""
 __all__ = ['available_backends', 'DeltaPlan', 'delta_norms', 'quantize_reference', 'compile_kernels']
 
 # %% ../../nbs/04_kernels/06_plan.ipynb #db298164
-from .. import _require
-_require('numpy', 'torch')
+from .. import require_versions
+require_versions('numpy', 'torch')
 
 # %% ../../nbs/04_kernels/06_plan.ipynb #c59bc42d
 import time

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/04_kernels/reference8.html.md"""
 __all__ = ['Reference8', 'empty_reference']
 
 # %% ../../nbs/04_kernels/01_reference8.ipynb #3babe6e8
-from .. import _require
-_require('numpy', 'torch')
+from .. import require_versions
+require_versions('numpy', 'torch')
 
 # %% ../../nbs/04_kernels/01_reference8.ipynb #041ac2d6
 import math

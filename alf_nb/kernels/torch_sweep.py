@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/04_kernels/torch_sweep.html.md"""
 __all__ = []
 
 # %% ../../nbs/04_kernels/03_torch_sweep.ipynb #3babe6e8
-from .. import _require
-_require('numpy', 'torch')
+from .. import require_versions
+require_versions('numpy', 'torch')
 
 # %% ../../nbs/04_kernels/03_torch_sweep.ipynb #50f40332
 import torch

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/04_kernels/triton_sweep.html.md"""
 __all__ = []
 
 # %% ../../nbs/04_kernels/05_triton_sweep.ipynb #3babe6e8
-from .. import _require
-_require('numpy', 'torch')
+from .. import require_versions
+require_versions('numpy', 'torch')
 
 # %% ../../nbs/04_kernels/05_triton_sweep.ipynb #8b9329e3
 import os
@@ -21,7 +21,7 @@ from .reference8 import _INV127, _TINY, Reference8
 
 # %% ../../nbs/04_kernels/05_triton_sweep.ipynb #0a5342b5
 try:
-    _require('triton')
+    require_versions('triton')
     import triton, triton.language as tl
     _no_triton = None
 except Exception as e: # no wheel for macOS and Windows, or too old

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/audit.html.md"""
 __all__ = ['AuditSettings', 'audit_signals']
 
 # %% ../../nbs/09_study/09_audit.ipynb #3bb66da0
-from .. import _require
-_require('numpy', 'torch', 'transformers')
+from .. import require_versions
+require_versions('numpy', 'torch', 'transformers')
 
 # %% ../../nbs/09_study/09_audit.ipynb #87488ec2
 import random, time

@@ -17,7 +17,7 @@ from ..core.check import whole
 from ..core.records import Record
 from ..core.schedule import default_interval
 from ..model.layers import partition_layers
-from ..model.tree import _size
+from ..model.tree import count_params
 from ..model.optim import apply_selection, check_state
 from ..model.bits import FrozenGuard
 from ..model.offload import OffloadedStates
@@ -305,7 +305,7 @@ def costs(self:StepMeter)->StepCosts:
     peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == 'cuda' else peak_rss_bytes()
     medians = {k: statistics.median(v) if v else 0. for k,v in self.times.items() if k != 'energy_j'}
     return StepCosts(
-        n_params=_size(self.model),
+        n_params=count_params(self.model),
         n_trainable=sum(p.numel() for p in params if p.requires_grad),
         steps=len(self.times['forward_s']),
         tokens=next(iter(self.batch.values())).numel(),

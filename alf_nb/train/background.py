@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/06_train/background.html.md"""
 __all__ = ['BackgroundRun', 'train_in_background']
 
 # %% ../../nbs/06_train/19_background.ipynb #03b8db2d
-from .. import _require
-_require('torch', 'transformers', 'accelerate')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate')
 
 # %% ../../nbs/06_train/19_background.ipynb #e4773cb1
 import functools, os, sys, threading, time

@@ -11,7 +11,7 @@ __all__ = ['say_blind', 'note_reached', 'count_reached', 'take_request', 'freeze
 import warnings
 from ..core.policy import make_candidates
 from ..core.records import Selection
-from ..model.shards import _any_process
+from ..model.shards import any_process
 from .choosing import tell, unreached, without
 from ..core.format import few
 from .selecting import select, share_of, switch, use_policy
@@ -41,7 +41,7 @@ def count_reached(run, step):
     if not (run.measuring or run.nothing_reached and run.engine.n_processes == 1): return
     reach,names = run.reach,run.selection.names
     if run.engine.n_processes > 1:
-        reach.got = set(_any_process(names, reach.got, next(run.layers.model.parameters()).device))
+        reach.got = set(any_process(names, reach.got, next(run.layers.model.parameters()).device))
     lost,new = reach.lost(names),reach.count(names, step)
     if not lost or step >= run.max_steps and not run.measuring: return
     candidates = make_candidates(None, run.units, run.policy.pin, run.policy.ban)

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/06_train/trainer.html.md"""
 __all__ = ['ALFCallback', 'release', 'load_checkpoint']
 
 # %% ../../nbs/06_train/16_trainer.ipynb #7b901c77
-from .. import _require
-_require('torch', 'transformers', 'accelerate', 'safetensors')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate', 'safetensors')
 
 # %% ../../nbs/06_train/16_trainer.ipynb #ee094a8d
 import functools, json, os, threading, warnings
