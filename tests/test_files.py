@@ -256,7 +256,7 @@ def test_a_checkpoint_is_on_the_disk_before_its_seal(tmp_path, monkeypatch):
             sealed.append((folder.name, len([c for c in seen.calls if c[0] == "fsync"])))
             seen.calls.clear()
     small_trainer(
-        tmp_path / "run", Look(budget=0.3, interval=4, state="full"), save_strategy="steps", save_steps=4
+        tmp_path / "run", Look(budget=0.3, interval=4, offload="full"), save_strategy="steps", save_steps=4
     ).train()
     assert [s[0] for s in sealed] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
 

@@ -94,4 +94,4 @@ def schedule_of(
     "The schedule that settings mean for a run of so many steps"
     every = default_interval(max_steps) if config.interval is None else config.interval
     groups = turns(config.start, policy or config.policy, units) if units else ()
-    return Schedule(max_steps, every, config.lock, config.warm_up if groups else 0, groups)
+    return Schedule(max_steps, every, config.select_until, config.warm_up if groups else 0, groups)

@@ -43,7 +43,7 @@ class Layers:
         units:tuple,       # UnitInfo of each unit, in model order
         params:dict,       # unit name → {full parameter name: Parameter}
         aliases:dict,      # every full parameter name, tied ones too → unit name
-        unit:str,          # 'module' or 'block'
+        unit:str,          # 'matrix' or 'block'
         n_blocks:int       # blocks in all stacks together
     ):
         self.model,self.units,self.unit,self.n_blocks = model,tuple(units),unit,n_blocks
@@ -185,9 +185,9 @@ def _check(model, unit, kinds):
         raise ValueError(
             f"partition_layers takes a torch module, such as a transformers model; got {type(model).__name__}"
         )
-    if unit not in ('module', 'block'):
+    if unit not in ('matrix', 'block'):
         raise ValueError(
-            f"unknown unit {unit!r}; 'module' (a weight matrix) and 'block' (a transformer block) are known"
+            f"unknown unit {unit!r}; 'matrix' (a weight matrix) and 'block' (a transformer block) are known"
         )
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for k in kinds:
@@ -247,7 +247,7 @@ def _role_of(groups):
 # %% ../../nbs/03_model/04_layers.ipynb #301f51b7
 def partition_layers(
     model:nn.Module,   # any torch module; PEFT-wrapped, compiled or in DDP too
-    unit:str='module', # what trains as one: 'module', a weight matrix, or 'block'
+    unit:str='matrix', # what trains as one: 'matrix', a weight matrix, or 'block'
     kinds=('matrix', 'block', 'adapter') # kinds that a policy may choose; others stay frozen
 )->Layers:  # every parameter in exactly one unit
     "A model as named layers and units, found from its module tree"

@@ -11,7 +11,7 @@ __all__ = ['FIRST_MOMENTS', 'map_tensors', 'fold_repeated', 'host_copy', 'Offloa
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..core.config import STATE_MODES
+from ..core.config import OFFLOAD_MODES
 from .shards import as_shard, local_tensor
 from .states import OPAQUE, entry_bytes, entry_tensors, is_object, is_wrapper
 
@@ -62,11 +62,11 @@ def _zeros_like(x):
 class OffloadedStates:
     "Optimizer state of frozen parameters, in host memory."
     def __init__(self,
-        state:str='v' # what to keep: 'v', 'full' or 'drop'
+        keep:str='second_moment' # what to keep: 'second_moment', 'full' or 'none'
     ):
-        if state not in STATE_MODES:
-            raise ValueError(f"state={state!r}; give one of {', '.join(map(repr, STATE_MODES))}")
-        self.state,self.held = state,{}
+        if keep not in OFFLOAD_MODES:
+            raise ValueError(f"offload={keep!r}; give one of {', '.join(map(repr, OFFLOAD_MODES))}")
+        self.keep,self.held = keep,{}
 
     @property
     def nbytes(self)->int:
@@ -94,10 +94,10 @@ def park(self:OffloadedStates,
     p:Tensor|None=None # the parameter; None: first moments are of its shape
 )->None:
     "Copy what is to be kept of `state` to the host"
-    if self.state == 'drop' or not state: return
+    if self.keep == 'none' or not state: return
     empty = {}
     for k,v in state.items():
-        if self.state != 'v' or entry_name(k) not in FIRST_MOMENTS or not isinstance(v, Tensor): continue
+        if self.keep != 'second_moment' or entry_name(k) not in FIRST_MOMENTS or not isinstance(v, Tensor): continue
         plain = not is_wrapper(local_tensor(v)) and (p is None or v.shape == p.shape)
         zero = torch.zeros((), dtype=v.dtype) if plain else _zeros_like(v)      # one number that says: zeros
         if zero is not None: empty[k] = zero

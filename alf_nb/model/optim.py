@@ -104,7 +104,7 @@ def apply_selection(
         )
     states = [] if optimizer is None else states_of(optimizer)
     first = {} if optimizer is None else first_states(optimizer)
-    parked = parked or OffloadedStates('drop')
+    parked = parked or OffloadedStates('none')
     trains = {n: any(p.requires_grad for p in layers.params(n)) for n in layers}
     left = tuple(n for n in layers if trains[n] and n not in wanted)
     entered = tuple(n for n in layers if not trains[n] and n in wanted)

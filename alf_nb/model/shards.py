@@ -126,7 +126,7 @@ def _copies(params):
         n = 1
         for i,x in enumerate(p.placements): n *= p.device_mesh.size(i) if x.is_shard() else 1
         found.add(world//n)
-    if len(found) > 1: raise ValueError("some of its parameters are in pieces and others are not: choose unit='module'")
+    if len(found) > 1: raise ValueError("some of its parameters are in pieces and others are not: choose unit='matrix'")
     return found.pop()
 
 # %% ../../nbs/03_model/05_shards.ipynb #f6cb4baf

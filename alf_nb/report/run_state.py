@@ -262,7 +262,7 @@ def next_selection(self:RunState)->int|None:
     every = self.begin.get('interval') or self.config.get('interval')
     if not every: return None
     at = (self.step//every + 1)*every
-    return at if at < (self.max_steps or math.inf)*(self.config.get('lock') or 1) else None
+    return at if at < (self.max_steps or math.inf)*(self.config.get('select_until') or 1) else None
 
 # %% ../../nbs/07_report/01_run_state.ipynb #7f5665d8
 def axis_end(

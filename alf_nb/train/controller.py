@@ -72,7 +72,7 @@ def _set_up_parts(run):
     run.windows = _windows(c, layers, run.rates, optimizer)
     run.guards = Guards(layers, run.names, optimizer, run.journal)
     run.guards.sharded = any(is_sharded(p) for n in layers for p in layers.params(n))
-    run.offloaded,run.reach = OffloadedStates(c.state),Reach()
+    run.offloaded,run.reach = OffloadedStates(c.offload),Reach()
     run.tracker = ImportanceTracker(run.names)
     run.tracker.update('prior', ours(run, prior_scores(layers)), 0)
     run.blind = BlindBatches(layers, lambda: run.selection.names, lambda: say_blind(run))
@@ -123,7 +123,7 @@ def begin(self:ALFController,
     _hook(self, model)
     if self.engine.compiled and not self.stale:
         every = self.schedule.every
-        warn_of_recompiling(1 + (math.ceil(self.config.lock*self.max_steps/every) - 1 if every else 0))
+        warn_of_recompiling(1 + (math.ceil(self.config.select_until*self.max_steps/every) - 1 if every else 0))
     if resume is None: warn_of_new_head(model, self.units, self.policy)
     self.seen = known_scores(self, 0)
     if self.config.signal in PROBED: self.source.lend()
@@ -157,7 +157,7 @@ def _compile(run):
 
 # %% ../../nbs/06_train/13_controller.ipynb #29d14746
 def settings(run)->dict:
-    "What decides how this run goes, as plain values; the policy knows what lies below its reach"
+    "What decides how this run goes, as plain values; the policy knows which units stay frozen"
     return run.config.to_dict() | dict(policy=run.asked.to_dict())
 
 def write_begin(run):

@@ -186,7 +186,7 @@ def check_same(run, name, saved, step):
 def _check_choice(run, saved, step):
     "Could the policy in force choose, if it has to? Asked with every score known"
     policy = Policy.from_dict(saved.policy)
-    due = run.schedule.every and step < run.config.lock*run.max_steps or run.schedule.starting(step) is not None
+    due = run.schedule.every and step < run.config.select_until*run.max_steps or run.schedule.starting(step) is not None
     if not due and not saved.again: return
     every = Scores(saved.config['signal'], dict.fromkeys(run.names, 1.))
     policy.select(every if policy.needs_scores else None, run.units, step, saved.selection)
