@@ -20,7 +20,7 @@ from alf_nb.report.page import report_html
 from alf_nb.report.results_page import PolicyComparison
 from alf_nb.report.comparison import compare_runs
 from alf_nb.report.charts import layer_map, loss_chart, memory_chart, role_maps
-from alf_nb.core.runlog import RunLog, _read_once
+from alf_nb.core.runlog import RunLog, read_once
 from alf_nb.report.attention import shift_map, shift_section
 from fake_run import fake_run
 
@@ -301,7 +301,7 @@ MAKERS = dict(
     Comparison=lambda folder, evil: compare_runs([a_run(folder, evil)] * 2),
     PolicyComparison=lambda folder, evil: PolicyComparison(results(evil)),
     Followed=a_followed_log,
-    _Reading=lambda folder, evil: _read_once(a_run(folder, evil)),
+    _Reading=lambda folder, evil: read_once(a_run(folder, evil)),
     Html=pictures,
     View=a_failed_view,
     ThresholdPicker=a_picker,

@@ -12,10 +12,10 @@ import weakref
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .bits import _sample
+from .bits import spread_sample
 from .layers import Layers
 from .shards import is_sharded
-from .states import _is_wrapper, _states
+from .states import is_wrapper, states_of
 
 # %% ../../nbs/03_model/14_masters.ipynb #52a0b175
 HALF = (torch.bfloat16, torch.float16)      # dtypes of 16 bits
@@ -24,7 +24,7 @@ def is_half(
     p:Tensor # a parameter
 )->bool:
     "Does `p` hold its weights in 16 bits, and in one piece?"
-    return p.dtype in HALF and not is_sharded(p) and not _is_wrapper(p)
+    return p.dtype in HALF and not is_sharded(p) and not is_wrapper(p)
 
 @torch.no_grad()
 def lost_to_rounding(
@@ -35,7 +35,7 @@ def lost_to_rounding(
     "Part of the weights that a step of `lr` leaves as they are, because their dtype has no number between"
     lost,total = 0.,0
     for p in params:
-        w = _sample(p.detach().reshape(-1), samples)
+        w = spread_sample(p.detach().reshape(-1), samples)
         for sign in (1, -1): lost += p.numel()*float(((w.float() + sign*lr).to(p.dtype) == w).float().mean())/2
         total += p.numel()
     return lost/max(total, 1)
@@ -101,7 +101,7 @@ def switch(self:Masters,
     if not self.on: return
     trains = {k for n in names for k in self.layers.named_params(n)}
     wide = trains | self.always if trains else trains
-    states = [] if optimizer is None else _states(optimizer)
+    states = [] if optimizer is None else states_of(optimizer)
     for k,p in self.params.items():
         want = torch.float32 if k in wide else self.base[k]
         if p.dtype == want: continue

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/methods.html.md"""
 __all__ = ['METHODS', 'Method', 'alf_method', 'as_methods']
 
 # %% ../../nbs/09_study/11_methods.ipynb #a92e5cee
-from .. import _require
-_require('torch', 'transformers', 'accelerate')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate')
 
 # %% ../../nbs/09_study/11_methods.ipynb #57dd895d
 import json

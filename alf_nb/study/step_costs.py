@@ -17,12 +17,12 @@ from ..core.check import whole
 from ..core.records import Record
 from ..core.schedule import default_interval
 from ..model.layers import partition_layers
-from ..model.tree import _size
+from ..model.tree import count_params
 from ..model.optim import apply_selection, check_state
 from ..model.bits import FrozenGuard
 from ..model.offload import OffloadedStates
 from ..model.states import gradient_bytes, optimizer_bytes
-from ..signals.probe import _model_loss, probe_gradients
+from ..signals.probe import model_loss, probe_gradients
 from ..signals.snapshots import Snapshot
 from ..core.system import peak_rss_bytes
 
@@ -238,7 +238,7 @@ def _now(device):
     return time.perf_counter()
 
 def _loss_of(meter, model, batch):
-    with torch.autocast(meter.device.type, torch.bfloat16, enabled=meter.bf16): return _model_loss(model, batch)
+    with torch.autocast(meter.device.type, torch.bfloat16, enabled=meter.bf16): return model_loss(model, batch)
 
 def _timed(meter, name, work, share=1):
     "What `work` gives; the seconds that it took, of which one `share` counts, are noted under `name`"
@@ -305,7 +305,7 @@ def costs(self:StepMeter)->StepCosts:
     peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == 'cuda' else peak_rss_bytes()
     medians = {k: statistics.median(v) if v else 0. for k,v in self.times.items() if k != 'energy_j'}
     return StepCosts(
-        n_params=_size(self.model),
+        n_params=count_params(self.model),
         n_trainable=sum(p.numel() for p in params if p.requires_grad),
         steps=len(self.times['forward_s']),
         tokens=next(iter(self.batch.values())).numel(),

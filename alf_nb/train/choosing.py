@@ -13,7 +13,7 @@ import math, threading
 from dataclasses import replace
 from ..core.config import make_policy
 from ..core.policies import with_target
-from ..core.policy import _candidates, _meant, match_units
+from ..core.policy import find_units, make_candidates, match_units
 from ..core.records import Scores, Selection
 from ..model.layers import partition_layers
 from ..signals.tracker import prior_scores
@@ -43,7 +43,7 @@ def partition(
     layers = partition_layers(model, unit=config.unit, kinds=config.kinds)
     units = tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
     # a preset pins what there is
-    pin = tuple(p for p in config.policy.pin if p not in config.presumed or _meant(p, units))
+    pin = tuple(p for p in config.policy.pin if p not in config.presumed or find_units(p, units))
     return layers, units, without_bottom(replace(config.policy, pin=pin), config.freeze_bottom, layers.n_blocks, units)
 
 def preview(
@@ -159,7 +159,7 @@ def choose_reached(
     step:int
 )->Selection:
     "Ask the policy, without the units that no gradient reaches; if too few are left, with them"
-    candidates = _candidates(scores, run.units, run.policy.pin, run.policy.ban)
+    candidates = make_candidates(scores, run.units, run.policy.pin, run.policy.ban)
     away = run.reach.waiting([u.name for u in candidates.units], step)
     if step == 0 and away and len(away) == len(candidates.units) and not candidates.pinned:
         run.journal.refuse(unreached('reached', away, f'{run.config.probe_batches} batches'))

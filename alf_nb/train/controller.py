@@ -14,9 +14,9 @@ from ..core.config import PROBED
 from ..core.system import peak_rss_bytes, versions
 from ..kernels.plan import compile_kernels
 from ..model.masters import Masters, lost_to_rounding
-from ..model.updates import _bare, check_last_update
+from ..model.updates import plain_optimizer, check_last_update
 from ..model.offload import OffloadedStates
-from ..model.states import _groups, _states, check_optimizer
+from ..model.states import deciding_groups, states_of, check_optimizer
 from ..model.optim import rebuild_ddp_buckets
 from ..model.states import gradient_bytes, optimizer_bytes
 from ..model.shards import is_sharded
@@ -149,7 +149,7 @@ def _hook(run, model):
         add_hooks(model, *run.nonfinite.gradients.watch(run.layers, run.names))
     guard_allocators(model, run.policy)
     if not run.engine.compiled: add_hooks(model, model.register_forward_hook(ForwardHook(run.blind)))
-    if (bare := _bare(run.optimizer)) is not None:
+    if (bare := plain_optimizer(run.optimizer)) is not None:
         # fp16's scaler and wrappers may skip a step
         add_hooks(model, bare.register_step_post_hook(lambda *a: setattr(run.guards, 'stepped', True)))
     run.stale = run.engine.compiled and not graphs_see_freezing()
@@ -159,7 +159,7 @@ def _warn_of_rounding(run):
     "Without masters, say which part of an update 16 bits cannot hold"
     half = run.masters.params.values()
     if run.masters.on or not half: return
-    groups = [m.param_groups[i] for m,i in _groups(run.optimizer)]
+    groups = [m.param_groups[i] for m,i in deciding_groups(run.optimizer)]
     lr = max((float(g.get('initial_lr') or g.get('lr') or 0.) for g in groups), default=0.)
     if lr and (lost := lost_to_rounding(half, lr)) > .1:
         run.journal.once(
@@ -289,7 +289,7 @@ def end_step(self:ALFController,
     t.share_sum += self.selection.share
     t.share_peak = max(t.share_peak, self.selection.share)
     take_request(self, step)
-    self.stateless = self.guards.sharded and not any(any(s.values()) for s in _states(self.optimizer))
+    self.stateless = self.guards.sharded and not any(any(s.values()) for s in states_of(self.optimizer))
     t.wall_s += time.perf_counter() - self.t_begin
     self.forget_pause()
 

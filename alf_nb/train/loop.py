@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..core.config import config_of, with_settings
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
-from ..model.shards import _n_started
-from ..signals.batches import _base, _lend
+from ..model.shards import n_started
+from ..signals.batches import base_loader, lend_loader
 from .beside import refuse_beside
 from .controller import ALFController
 from .engine import Engine, check_model, is_compiled
@@ -35,11 +35,11 @@ def _only(rows): return rows[0]
 def _loader(batches):
     "What the probe draws from, as a DataLoader"
     loader,given = batches,batches
-    if isinstance(batches, DataLoader): given = _base(batches).dataset
+    if isinstance(batches, DataLoader): given = base_loader(batches).dataset
     elif hasattr(batches, '__len__') and hasattr(batches, '__getitem__'):
         return DataLoader(batches, batch_size=1, collate_fn=_only)
     else: loader = DataLoader(_Stream(batches), batch_size=1, collate_fn=_only)
-    lent,sure = (True, True) if hasattr(batches, '__next__') else _lend(loader) or (False, False)
+    lent,sure = (True, True) if hasattr(batches, '__next__') else lend_loader(loader) or (False, False)
     words = (f"{type(given).__name__} can be read only once, and the probe would take batches from training: "
              "give a DataLoader, a list of batches, or anything that can be iterated again")
     if sure: raise ValueError(words)
@@ -72,7 +72,7 @@ class ALFLoop:
 def _check_steps(max_steps):
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps={max_steps!r}, but it is the number of optimizer steps, at least 1")
-    if (n := _n_started()) > 1:
+    if (n := n_started()) > 1:
         raise ValueError(
             f"ALFLoop runs in one process, and here are several ({n}): use ALFCallback in a Trainer, whose"
             " processes agree on what trains"

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/06_train/trainer.html.md"""
 __all__ = ['ALFCallback', 'release', 'load_checkpoint']
 
 # %% ../../nbs/06_train/16_trainer.ipynb #7b901c77
-from .. import _require
-_require('torch', 'transformers', 'accelerate', 'safetensors')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate', 'safetensors')
 
 # %% ../../nbs/06_train/16_trainer.ipynb #ee094a8d
 import functools, json, os, threading, warnings
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from ..core.checkpoints import _newest_run, _set_aside, find_checkpoint, verify_checkpoint, write_manifest
+from ..core.checkpoints import find_checkpoint, newest_run, set_aside, verify_checkpoint, write_manifest
 from ..core.config import config_of, with_settings
 from ..core.files import replacing
 from ..core.lock import RunLock
@@ -221,7 +221,7 @@ def _keep_earlier(args, state):
     them aside"""
     deletes = args.save_total_limit and args.save_strategy != 'no' and state.is_world_process_zero
     if not deletes or getattr(state, 'is_hyper_param_search', False): return
-    if where := _set_aside(args.output_dir, [p.name for p in Path(args.output_dir).glob('checkpoint-*')]):
+    if where := set_aside(args.output_dir, [p.name for p in Path(args.output_dir).glob('checkpoint-*')]):
         warnings.warn(
             f"{args.output_dir} holds checkpoints of an earlier run, which save_total_limit={args.save_total_limit}"
             f" would have deleted: they are in {where} now"
@@ -344,7 +344,7 @@ def _folder(alf, args, state):
         )
     why = 'it was saved without ALFCallback or with save_only_model=True, or it lies elsewhere (resume_from=…)'
     if (folder/'alf').is_dir() and not (why := verify_checkpoint(folder)): return folder
-    other,hint = _newest(args, _newest_run(alf.out or args.output_dir)),"There is no whole checkpoint with ALF here"
+    other,hint = _newest(args, newest_run(alf.out or args.output_dir)),"There is no whole checkpoint with ALF here"
     if other: hint = f"The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}"
     raise RuntimeError(f"cannot resume from {folder.name}: {why}. {hint}")
 
@@ -374,7 +374,7 @@ def _watch_loading(alf, args, model):
 def _ready_for_state(alf, args, model):
     "The weights of a checkpoint are loaded, its optimizer state comes next: make the parameters ready for it"
     folder = alf._resume if isinstance(alf._resume, (str, os.PathLike)) else _given_folder(alf, args)
-    folder = Path(folder or _newest(args, _newest_run(alf.out or args.output_dir)) or '')
+    folder = Path(folder or _newest(args, newest_run(alf.out or args.output_dir)) or '')
     if not (folder/STATE).is_file(): return
     saved = typed_state(folder)
     if not (held := set(saved.optimizer)): return
