@@ -33,7 +33,7 @@ from ..core.runlog import RunLog
 from ..model.shards import check_alone
 from ..report.page import write_report
 from ..report.summary import summarize
-from ..sources.models import load_model
+from ..sources.models import load_model, loaded_dtype
 from ..sources.texts import check_text, load_texts, unrelated_texts
 from ..train.trainer import ALFCallback
 from ..core.system import peak_rss_bytes
@@ -182,12 +182,13 @@ def _write(job, out, metadata, t0):
     return summary
 
 # %% ../../nbs/10_app/07_finetune.ipynb #3ec885ae
-def _load(model, data, other, column, prompt, progress):
+def _load(model, data, other, column, settings, progress):
     "Model, tokenizer, texts and unrelated texts; what is no text is refused before a model is loaded"
-    if prompt is not None: check_text(prompt, 'the prompt')
+    if settings.prompt is not None: check_text(settings.prompt, 'the prompt')
     texts = load_texts(data, column)
     others = load_texts(other, column) if other is not None else unrelated_texts()
-    net, tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)
+    given = isinstance(model, tuple)
+    net, tokenizer = model if given else load_model(model, loaded_dtype(settings.bf16), progress=progress)
     # where Trainer will put it: before and after are measured on one device
     if torch.cuda.is_available(): net.to('cuda')
     return net, tokenizer, texts, others
@@ -239,5 +240,5 @@ def finetune(
     callback = ALFCallback(seed=s.seed, out=str(out), **kwargs)
     with RunLock(out, 'finetune()'):
         checkpoint, done = resume_point(out, s.steps) if resume else (None, None)
-        loaded = _load(model, data, other, column, s.prompt, progress)
+        loaded = _load(model, data, other, column, s, progress)
         return _run(loaded, out, callback, s, checkpoint, done, resume, progress, t0)

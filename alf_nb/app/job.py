@@ -20,7 +20,7 @@ from ..core.runlog import RunLog
 from ..model.delta import apply_delta
 from ..model.fingerprint import fingerprint
 from ..sources.blocks import holdout_split, token_blocks
-from ..sources.losses import continuation, evaluate_loss, supports_bf16
+from ..sources.losses import continuation, evaluate_loss, wants_autocast
 from ..study.attention import AttentionSnapshot
 from ..study.words import passages
 
@@ -41,7 +41,8 @@ class FinetuneSettings:
     length:int=256       # tokens per sequence
     eval_blocks:int=24   # held-out sequences of each kind that losses are measured on
     prompt:str|None=None # beginning of the sample continuation; default a held-out text
-    bf16:bool|None=None  # bf16 autocast; default where it is faster
+    # bf16 autocast; default where it is faster, or where weights are in 16 bits; False: the model is loaded in fp32
+    bf16:bool|None=None
     seed:int=0           # decides split, order, draws: the same seed gives the same result
     save_steps:int=0     # checkpoint every so many steps, 0: none
     attention:int=0      # held-out passages for the change of attention, such as 16; 6 or more give intervals, 0: none
@@ -72,7 +73,7 @@ class Job:
         self.train, *sets = (token_blocks(t, tokenizer, s.length) for t in (learnt, held, others))
         domain, other = (b.select(range(min(s.eval_blocks, len(b)))) for b in sets)
         self.sets = dict(domain=domain, other=other)
-        self.bf16 = supports_bf16(next(net.parameters()).device) if s.bf16 is None else s.bf16
+        self.bf16 = wants_autocast(net) if s.bf16 is None else s.bf16
         self.prompt = s.prompt if s.prompt is not None else _prompt(held)
         self.seen = _snapshot(net, tokenizer, held, s)
         self.base = fingerprint(net, name=getattr(net.config, '_name_or_path', '') or type(net).__name__)

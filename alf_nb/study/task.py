@@ -20,8 +20,8 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 from ..sources.blocks import holdout_split, token_blocks
-from ..sources.losses import supports_bf16
-from ..sources.models import load_model
+from ..sources.losses import wants_autocast
+from ..sources.models import load_model, loaded_dtype
 from ..sources.texts import load_texts, unrelated_texts
 
 # %% ../../nbs/09_study/10_task.ipynb #7ad91874
@@ -49,7 +49,7 @@ class Task:
     def __post_init__(self):
         _check_rows(self.train, 'train on')
         _check_rows(self.held, 'evaluate on')
-        if self.bf16 is None: self.bf16 = supports_bf16(self.device)
+        if self.bf16 is None: self.bf16 = wants_autocast(self.model, self.device)
         self.pin = (self.pin,) if isinstance(self.pin, str) else tuple(self.pin)
 
 # %% ../../nbs/09_study/10_task.ipynb #ab49f7d6
@@ -126,20 +126,20 @@ def _text_rows(texts, others, tokenizer, length, eval_blocks):
 def text_task(
     model=None, # hub id, folder, or (model, tokenizer); None: SmolLM2-135M-Instruct
     data=None, # as for `finetune`; None: the Python language reference
-    other=None, # unrelated text; default a sample of GSM8K
-    column:str=None, # column of the text in structured data
+    other=None, # unrelated text; default GSM8K
+    column:str=None, # of the text in structured data
     batch_size:int=3, # sequences per step
-    length:int=256, # tokens per sequence
-    eval_blocks:int=24, # held-out sequences of each kind
+    length:int=256, # tokens of each
+    eval_blocks:int=24, # held out, of each kind
     name:str=None, # of the model, in tables
     data_name:str=None, # of the data
-    bf16:bool=None, # bf16 autocast; default where faster
+    bf16:bool=None, # bf16 autocast; default where it pays; False: all in fp32
     progress:bool=True # show bars?
 )->Task:
     "A causal language model and a text; the split is the same for every seed"
     texts = load_texts(data, column)
     others = load_texts(other, column) if other is not None else unrelated_texts()
-    net, tokenizer = model if isinstance(model, tuple) else load_model(model, progress=progress)
+    net, tokenizer = model if isinstance(model, tuple) else load_model(model, loaded_dtype(bf16), progress=progress)
     rows = _text_rows(texts, others, tokenizer, length, eval_blocks)
     name = name or Path(getattr(net.config, '_name_or_path', '') or type(net).__name__).name
     return Task(net, *rows, name, data_name or _data_name(data), batch_size=batch_size, bf16=bf16)
