@@ -39,7 +39,7 @@ class Compare(TrainerCallback):
     "Truth and estimates of each window, in memory of its own"
     def __init__(self, alf, every): self.alf, self.every, self.rows, self.ref, self.sum_lr = alf, every, [], None, {}
 
-    def params(self): return {n: self.alf.layers.params(n) for n in self.alf.selection}
+    def params(self): return {n: self.alf.run.layers.params(n) for n in self.alf.selection.names}
 
     def on_step_begin(self, args, state, control, **kw):
         if state.global_step % self.every == 0:

@@ -84,7 +84,7 @@ def refused(out):
     except Exception as e: return f'{type(e).__name__}: {e}'
     return ''
 
-def job(out, settings, die=None, resume=False, spoil=None, alone=False, **more):
+def job(out, settings, die=None, resume=False, spoil=None, alone=False, half=False, **more):
     if 'fsdp' in more and not more['fsdp']:                # beside jobs that a launch config shards
         os.environ.pop('ACCELERATE_USE_FSDP', None)
         more.pop('fsdp')
@@ -99,7 +99,8 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, **more):
     usual = dict(output_dir=str(out), max_steps=10, per_device_train_batch_size=4//world, learning_rate=1e-2,
                  logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=3)
     args, callbacks = TrainingArguments(**{**usual, **more}), [alf, watch, *([bad] if bad else [])]
-    trainer = Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=callbacks)
+    model = demo_model().to(torch.bfloat16 if half else torch.float32)
+    trainer = Trainer(model, args, train_dataset=demo_dataset(), callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     watch.wrapped = lambda: trainer.model_wrapped
     trainer.train(resume_from_checkpoint=find_checkpoint(out) if resume else settings.get('resume_from'))
@@ -109,7 +110,7 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, **more):
     said = refused(str(out/'finetune')) if world > 1 else ''
     (out/f'rank{rank}.json').write_text(json.dumps(dict(
         losses=[h['loss'] for h in trainer.state.log_history if 'loss' in h],
-        weights=hashlib.sha256(b''.join(p.numpy().tobytes() for p in weights.values())).hexdigest(),
+        weights=hashlib.sha256(b''.join(p.float().numpy().tobytes() for p in weights.values())).hexdigest(),
         names=list(alf.selection.names),
         share=alf.summary()['trainable_share_peak'],
         norm=[float(p.norm()) for p in weights.values()],
@@ -124,6 +125,7 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, **more):
 for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)
 '''
 SAVE = dict(save_strategy='steps', save_steps=3)
+HALF = dict(half=True, bf16=True)
 PRIOR = dict(signal='prior', budget=.3, interval=4)
 GAIN = dict(budget=.25, interval=4, measure_every=3)
 BADAM = dict(preset='badam', interval=3)
@@ -200,6 +202,7 @@ def runs(tmp_path_factory):
         dict(out='prior2', settings=PRIOR, **SAVE),
         dict(out='badam2', settings=BADAM),
         dict(out='gain2', settings=GAIN, ddp_find_unused_parameters=False),
+        dict(out='half2', settings=BADAM, **HALF, **SAVE),
         dict(out='nan2', settings=GAIN, spoil=dict(probe=[3])),
         dict(out='freeze2', settings=dict(check='freeze', **PRIOR), spoil=dict(before=3, after=6)),
         dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE),
@@ -246,6 +249,7 @@ def runs(tmp_path_factory):
         d,
         2,
         dict(out='prior2to2', settings=dict(resume_from=str(d / 'prior2' / 'checkpoint-6'), **PRIOR)),
+        dict(out='half2to2', settings=dict(resume_from=str(d / 'half2' / 'checkpoint-6'), **BADAM), **HALF),
         dict(out='prior1to2', settings=dict(resume_from=str(d / 'prior1' / 'checkpoint-6'), **PRIOR)),
         config='accelerate_ddp.yaml',
     )
@@ -270,6 +274,16 @@ def test_a_choice_by_gradient_is_the_same_on_every_rank(runs):
         and a['signals'] == b['signals']
         and 0 < a['share'] <= 0.25
     )
+
+
+def test_fp32_masters_are_the_same_on_every_rank_and_after_a_resume(runs):
+    a, b = ranks(runs/'half2')
+    assert a['engine'] == 'DistributedDataParallel' and a['weights'] == b['weights'] and a['names'] == b['names']
+    assert len(choices(runs/'half2')) > 2
+    memory = [e for e in events(runs/'half2') if e['event'] == 'memory']
+    assert memory and all(e['master_bytes'] > 0 for e in memory)
+    again, _ = ranks(runs/'half2to2')
+    assert again['weights'] == a['weights'] and again['losses'] == a['losses']
 
 
 @pytest.mark.parametrize('name', ['gain', 'noref'])
