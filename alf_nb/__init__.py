@@ -21,7 +21,7 @@ def __getattr__(name):
 def __dir__(): return sorted([*globals(), *_FACE])
 
 
-def _require(*packages):
+def require_versions(*packages):
     """ImportError, in one sentence, if one of `packages` is installed and older than alf_nb's metadata asks for.
     Stands first in modules that import large libraries."""
     import re

@@ -15,7 +15,7 @@ import argparse, datetime, functools, json, platform, statistics, time
 from pathlib import Path
 import numpy as np, torch
 from alf_nb.kernels import plan as K
-from alf_nb.kernels.chunks import _chunks
+from alf_nb.kernels.chunks import chunks_of
 from alf_nb.kernels.numba_sweep import _in_threads, _pointer, numba
 from alf_nb.kernels.triton_sweep import triton
 from alf_nb.study.runs import device_name
@@ -127,7 +127,7 @@ class Case:
         tensors = self.w + self.r
         words = np.array([t.nbytes//8 for t in tensors])
         at = np.array([t.data_ptr() for t in tensors])
-        tensor, index = _chunks(words, 8192)
+        tensor, index = chunks_of(words, 8192)
         out = np.zeros(len(tensor), np.uint64)
         tag = np.empty(0, np.uint64)
         return lambda: _in_threads(

@@ -106,7 +106,7 @@ def long_run(folder, steps, views=True, seed=0, places=20):
         seed=seed,
     )
     alf = ALFCallback(
-        policy=POLICIES[0], signal="rate", start="prior", interval=1, lock=1.0, measure_every=5, state="v", seed=seed
+        policy=POLICIES[0], signal="rate", start="prior", interval=1, select_until=1.0, measure_every=5, seed=seed
     )
     trainer = Trainer(demo_model(blocks=2), args, train_dataset=demo_dataset(length=8), callbacks=[alf])
     trainer.remove_callback(PrinterCallback)

@@ -70,7 +70,7 @@ class Cut(ALFCallback):
 def train(folder, copy, cuts):
     "A run of the demo model with as many checkpoints as cuts; milliseconds that each `on_save` took"
     torch.manual_seed(0)
-    alf = Cut(copy, budget=.3, interval=4, state='full', out=str(folder))
+    alf = Cut(copy, budget=.3, interval=4, offload='full', out=str(folder))
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=2 * cuts,

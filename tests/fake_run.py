@@ -49,8 +49,8 @@ class Writer:
         if samples: self.write('sample', step, when=when, prompt=PROMPT, text=BEFORE if when == 'before' else AFTER)
 
     def begin(self, name, interval):
-        config = dict(policy=dict(policy='budget', budget=self.budget, pin=[], ban=[]), signal='gain', unit='module',
-                      interval=interval, state='v', seed=self.seed)
+        config = dict(policy=dict(policy='budget', budget=self.budget, pin=[], ban=[]), signal='gain', unit='matrix',
+                      interval=interval, offload='second_moment', seed=self.seed)
         versions = dict(alf_nb='0.1.0', torch='2.13.0', transformers='5.23.0', python='3.11.7')
         self.write('run_begin', 0, run_id=f'fake{self.seed}', versions=versions, n_total=self.total,
                    max_steps=self.steps, model=name, device='cpu', seed=self.seed, units=self.units, config=config)

@@ -20,7 +20,7 @@ from alf_nb.report.page import report_html
 from alf_nb.report.results_page import PolicyComparison
 from alf_nb.report.comparison import compare_runs
 from alf_nb.report.charts import layer_map, loss_chart, memory_chart, role_maps
-from alf_nb.core.runlog import RunLog, _read_once
+from alf_nb.core.runlog import RunLog, read_once
 from alf_nb.report.attention import shift_map, shift_section
 from fake_run import fake_run
 
@@ -204,7 +204,7 @@ def a_model(evil):
     units = [UnitInfo(f"block.{i}.q" + evil(str(i)), f"block.{i}" + evil("l"), "matrix", "q", 4, i) for i in range(3)]
     p = torch.nn.Parameter(torch.zeros(2, 2))
     return Layers(
-        torch.nn.Linear(2, 2), units, {u.name: {u.name: p} for u in units}, {u.name: u.name for u in units}, "module", 3
+        torch.nn.Linear(2, 2), units, {u.name: {u.name: p} for u in units}, {u.name: u.name for u in units}, "matrix", 3
     )
 
 
@@ -301,7 +301,7 @@ MAKERS = dict(
     Comparison=lambda folder, evil: compare_runs([a_run(folder, evil)] * 2),
     PolicyComparison=lambda folder, evil: PolicyComparison(results(evil)),
     Followed=a_followed_log,
-    _Reading=lambda folder, evil: _read_once(a_run(folder, evil)),
+    _Reading=lambda folder, evil: read_once(a_run(folder, evil)),
     Html=pictures,
     View=a_failed_view,
     ThresholdPicker=a_picker,

@@ -30,8 +30,8 @@ DEEP = json.loads("[" * 500 + "]" * 500)
 FREE = {"selection.reason"}  # any text will do
 SIGNED = {"config.seed", "config.policy.seed", "policy.seed"}  # whole numbers of any size and sign
 MAYBE = {"config.interval"}  # None is a value of it
-RUN = dict(budget=0.2, interval=2, measure_every=1, lock=1.0, hysteresis=0.0)
-SETTINGS = {"v": {}, "full": dict(state="full"), "8bit": dict(references="8bit")}
+RUN = dict(budget=0.2, interval=2, measure_every=1, select_until=1.0, hysteresis=0.0)
+SETTINGS = {"default": {}, "full": dict(offload="full"), "8bit": dict(references="8bit")}
 
 
 class Reached(Exception):
@@ -77,7 +77,7 @@ def others(at, v):
             yield "-1", -1
         if at.endswith("step") or at.startswith(("tracker.steps.", "totals.steps")):
             yield "beyond the run", 4
-        if at.endswith(("share", "share_peak", "reach", "lock", "budget")):
+        if at.endswith(("share", "share_peak", "freeze_bottom", "select_until", "budget")):
             yield "above 1", 1.5
     elif isinstance(v, list):
         yield from (
@@ -399,7 +399,7 @@ def try_all(folder):
         found[name] = try_checkpoint(
             made(folder / name, **settings),
             settings,
-            ("state", "tensors", "optimizer", "files") if name == "v" else ("tensors",),
+            ("state", "tensors", "optimizer", "files") if name == "default" else ("tensors",),
         )
     return found | {"loop": try_loop()}
 

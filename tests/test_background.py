@@ -69,7 +69,7 @@ class Replay(TrainerCallback):
 def test_steered_at_random_is_replayed_exactly(tmp_path):
     "What the log says happened is what happened: the same choices made at the same steps give the same bits"
     rng = random.Random(0)
-    live = ALFCallback(budget=.3, interval=8, lock=1.)
+    live = ALFCallback(budget=.3, interval=8, select_until=1.)
     run = train_in_background(trainer(tmp_path/"live", live, Slow()))
     while run.alive:
         try:
@@ -80,7 +80,7 @@ def test_steered_at_random_is_replayed_exactly(tmp_path):
         time.sleep(rng.random()*.05)
     run.wait()
     assert len(run.log.events("choose")) > 5
-    again = ALFCallback(budget=.3, interval=8, lock=1.)
+    again = ALFCallback(budget=.3, interval=8, select_until=1.)
     plain = trainer(tmp_path/"again", again)
     plain.callback_handler.callbacks.insert(0, Replay(again, run.log))
     plain.train()

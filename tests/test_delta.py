@@ -24,7 +24,7 @@ def llama(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     return tf.LlamaForCausalLM(tf.LlamaConfig(**DEC, tie_word_embeddings=True)).to(dtype)
 
-def bits(model): return {k:(t.dtype, t.shape, F._bytes(k, t).tobytes()) for k,t in model.state_dict().items()}
+def bits(model): return {k:(t.dtype, t.shape, F.raw_bytes(k, t).tobytes()) for k,t in model.state_dict().items()}
 
 def poke(model, *names):
     "Change the named parameters a little, the first with a NaN and a -0.0"
@@ -256,7 +256,7 @@ def test_a_changed_tensor_is_not_taken_for_another(saved):
     path,_ = saved
     file = path/'delta.safetensors'
     raw = file.read_bytes()
-    file.write_bytes(raw[:-24] + F._bytes('w', small().a.weight).tobytes())
+    file.write_bytes(raw[:-24] + F.raw_bytes('w', small().a.weight).tobytes())
     refused(small(), path, "the bytes of 'a.weight' do not match")
 
 def test_failed_write_leaves_the_old_delta(saved, monkeypatch):

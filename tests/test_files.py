@@ -151,9 +151,10 @@ with replacing({str(tmp_path/'slow')!r}) as part:
 @posix
 def test_a_number_that_is_used_again_does_not_keep_a_part(tmp_path):
     "Processes in a container often have the number of the one that was killed before"
-    if not files._begun(os.getpid()): pytest.skip("this system does not say when a process began")
+    if not files.process_start(os.getpid()): pytest.skip("this system does not say when a process began")
     mine = files._part(tmp_path/"a")
-    before = mine.with_name(mine.name.replace(f"-{files._begun(os.getpid())}-", f"-{files._begun(os.getpid())-1}-"))
+    began = files.process_start(os.getpid())
+    before = mine.with_name(mine.name.replace(f"-{began}-", f"-{began-1}-"))
     before.write_text("half")
     mine.write_text("half")
     files.clear_parts(tmp_path)
@@ -168,7 +169,7 @@ def test_a_child_that_nobody_waited_for_is_dead(tmp_path):
             part.write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     for _ in range(500):
-        if files._begun(pid) < 0: break
+        if files.process_start(pid) < 0: break
         time.sleep(.01)
     else: pytest.skip("this system does not tell a process that has ended and was not waited for")
     files.clear_parts(tmp_path)
@@ -255,7 +256,7 @@ def test_a_checkpoint_is_on_the_disk_before_its_seal(tmp_path, monkeypatch):
             sealed.append((folder.name, len([c for c in seen.calls if c[0] == "fsync"])))
             seen.calls.clear()
     small_trainer(
-        tmp_path / "run", Look(budget=0.3, interval=4, state="full"), save_strategy="steps", save_steps=4
+        tmp_path / "run", Look(budget=0.3, interval=4, offload="full"), save_strategy="steps", save_steps=4
     ).train()
     assert [s[0] for s in sealed] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
 

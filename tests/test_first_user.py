@@ -82,13 +82,13 @@ def test_a_start_keeps_to_pins_and_bans(tmp_path, start):
         signal="rate",
         pin=("embeddings",),
         ban=("block.1",),
-        reach=0.6,
+        freeze_bottom=0.4,
     )
     train(tmp_path, alf)
     first, *more = RunLog(tmp_path).selections()
     assert first.step == 0 and more[-1].step == 4
     for s in (first, *more):
-        # banned, and below the reach
+        # banned, and in the frozen bottom
         assert not any(n.startswith(("block.0", "block.1")) for n in s.names) and "embeddings.embed_tokens" in s.names
         assert start == "warm-up" and s.step < 4 or s.share <= .4
 

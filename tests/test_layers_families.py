@@ -573,7 +573,7 @@ def test_eleven_blocks_are_told_apart(cls, config, key):
     'family,targets,tuned',
     [('llama', ['q_proj', 'v_proj'], ['self_attn.q_proj', 'self_attn.v_proj']), ('gpt2', ['c_attn'], ['attn.c_attn'])],
 )
-@pytest.mark.parametrize('unit', ['module', 'block'])
+@pytest.mark.parametrize('unit', ['matrix', 'block'])
 def test_peft_adapters_are_the_units(family, targets, tuned, unit):
     peft = pytest.importorskip('peft')
     plain = FAMILIES[family]()['model']
@@ -588,7 +588,7 @@ def test_peft_adapters_are_the_units(family, targets, tuned, unit):
         == sum(u.n_params for u in eligible)
         == sum(p.numel() for p in model.parameters() if p.requires_grad)
     )
-    if unit == 'module':
+    if unit == 'matrix':
         assert [u.name for u in eligible] == [f'block.{i}.{m}' for i in range(3) for m in tuned]
         assert {u.kind for u in eligible} == {'adapter'} and all(len(u.shapes) == 2 for u in eligible)
         assert {n.replace('.base_layer', '') for n in layers} == names # base weights keep their names, one hop deeper

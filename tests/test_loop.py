@@ -63,7 +63,7 @@ def trainer(folder, *callbacks):
     ids=lambda s: next(iter(s.values())),
 )
 def test_a_loop_is_the_trainer_bit_for_bit(tmp_path, settings):
-    settings = dict(settings, interval=4, measure_every=2, lock=1., seed=5)
+    settings = dict(settings, interval=4, measure_every=2, select_until=1., seed=5)
     t = trainer(tmp_path/"trainer", ALFCallback(**settings))
     t.train()
 
@@ -143,7 +143,7 @@ def test_lightning_is_the_loop_bit_for_bit_and_resumes(tmp_path):
                     scheduler=torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS), interval="step"
                 ),
             )
-    settings = dict(budget=.3, interval=4, measure_every=2, lock=1., seed=5)
+    settings = dict(budget=.3, interval=4, measure_every=2, select_until=1., seed=5)
 
     def fit(folder, steps=STEPS, ckpt=None, **kw):
         alf, module = lightning_callback(out=folder, **settings), Module()
@@ -260,7 +260,7 @@ def test_lightning_prepares_the_batches_of_the_probe_and_joins_its_loaders(tmp_p
             enable_model_summary=False,
         ).fit(module, loaders)
         return module
-    plain, alf = fit(), lightning_callback(out=tmp_path, budget=.3, interval=3, lock=1.)
+    plain, alf = fit(), lightning_callback(out=tmp_path, budget=.3, interval=3, select_until=1.)
     module = fit(alf)
     assert (
         module.seen == plain.seen

@@ -259,7 +259,7 @@ TRIED = {
     "default": {},
     "full": dict(preset="full"),
     "lisa": dict(preset="lisa", interval=4, pin=()),
-    "quick": dict(preset="quick"),
+    "short": dict(preset="short"),
     "badam": dict(preset="badam", interval=3),
     "paper": dict(preset="paper", budget=0.35),
     "rotate": dict(policy="rotate", interval=3, budget=0.3),
@@ -282,7 +282,7 @@ def test_a_selection_that_reaches_nothing_makes_way_for_others(tmp_path):
     "Said before the first backward pass; after the first step others train"
     torch.manual_seed(0)
     model = Pooled()
-    one = ALFCallback(policy="badam", unit="block", interval=8, kinds=KINDS, measure_every=4, state="drop")
+    one = ALFCallback(policy="badam", unit="block", interval=8, kinds=KINDS, measure_every=4, offload="none")
     class First(TrainerCallback):
         def on_train_begin(self, *a, **kw):
             name = next(n for n in one.run.names if "pooler" in n)
@@ -409,7 +409,7 @@ def test_lightning_survives_a_selection_that_reaches_nothing(tmp_path):
 
 def test_what_stays_without_a_gradient_is_left_out_and_looked_at_again(tmp_path):
     "Ten steps without one: left out for sixteen times as long; then it trains again, and stays when it is reached"
-    one = ALFCallback(policy="rotate", budget=1., kinds=KINDS, interval=10, measure_every=5, lock=1.)
+    one = ALFCallback(policy="rotate", budget=1., kinds=KINDS, interval=10, measure_every=5, select_until=1.)
     t, said = train(tmp_path, one, model=Skips(lambda step: step >= 100), data=numbers(), steps=230)
     name = next(n for n in one.run.names if "sometimes" in n)
     chosen = {e["step"]: name in e["names"] for e in RunLog(tmp_path).events("select")}
@@ -425,7 +425,7 @@ def test_what_stays_without_a_gradient_is_left_out_and_looked_at_again(tmp_path)
 def test_what_is_looked_at_again_in_vain_makes_way_again_at_once(tmp_path):
     "One of two matrices is never reached: of 200 steps the few in which it has its turn alone are lost"
     one = ALFCallback(
-        policy=dict(policy="badam", order="descending"), kinds=KINDS, interval=10, measure_every=5, lock=1.0
+        policy=dict(policy="badam", order="descending"), kinds=KINDS, interval=10, measure_every=5, select_until=1.0
     )
     model = Skips()
     t, said = train(tmp_path, one, model=model, data=numbers(), steps=200)
@@ -436,7 +436,8 @@ def test_what_is_looked_at_again_in_vain_makes_way_again_at_once(tmp_path):
 
 
 def test_a_pinned_unit_stays_and_is_said(tmp_path):
-    one = ALFCallback(policy="rotate", budget=1., kinds=KINDS, interval=10, measure_every=5, lock=1., pin="*sometimes*")
+    one = ALFCallback(policy="rotate", budget=1., kinds=KINDS, interval=10, measure_every=5, select_until=1.,
+                      pin="*sometimes*")
     t, said = train(tmp_path, one, model=Skips(), data=numbers(), steps=40)
     name = next(n for n in one.run.names if "sometimes" in n)
     assert all(name in e["names"] for e in RunLog(tmp_path).events("select")) and any(
@@ -446,7 +447,7 @@ def test_a_pinned_unit_stays_and_is_said(tmp_path):
 
 def test_a_probe_that_reaches_a_unit_takes_it_back(tmp_path):
     "Ten probe batches reach it not, a later probe does"
-    one = ALFCallback(budget=1., kinds=KINDS, strata=0, interval=10, measure_every=5, lock=1.)
+    one = ALFCallback(budget=1., kinds=KINDS, strata=0, interval=10, measure_every=5, select_until=1.)
     model = Skips(lambda step: step >= 40)
     t, said = train(tmp_path, one, model=model, data=numbers(), steps=60)
     name = next(n for n in one.run.names if "sometimes" in n)
@@ -456,7 +457,7 @@ def test_a_probe_that_reaches_a_unit_takes_it_back(tmp_path):
 
 def test_the_log_tells_the_policy_with_what_is_left_out(tmp_path):
     "Whoever asks the policy of the log comes to the same selections"
-    one = ALFCallback(policy="rotate", budget=1., kinds=KINDS, interval=10, measure_every=5, lock=1.)
+    one = ALFCallback(policy="rotate", budget=1., kinds=KINDS, interval=10, measure_every=5, select_until=1.)
     train(tmp_path, one, model=Skips(), data=numbers(), steps=45)
     log = RunLog(tmp_path)
     policy, current, n = log.begin["config"]["policy"], None, 0
@@ -473,7 +474,7 @@ def test_the_log_tells_the_policy_with_what_is_left_out(tmp_path):
 
 
 def test_what_is_left_out_is_so_after_a_resume(tmp_path):
-    make = lambda: ALFCallback(policy="rotate", budget=.8, kinds=KINDS, interval=4, measure_every=3, lock=1.)
+    make = lambda: ALFCallback(policy="rotate", budget=.8, kinds=KINDS, interval=4, measure_every=3, select_until=1.)
     def go(folder, **kw):
         torch.manual_seed(0)
         t = small_trainer(folder, make(), model=Pooled(), max_steps=32, **kw)

@@ -212,10 +212,10 @@ def trained(folder, name, alf, *callbacks, resume=None, steps=12, **kw):
 
 
 def rotating(state, **kw):
-    return ALFCallback(policy="rotate", budget=.3, interval=2, lock=1., measure_every=2, state=state, **kw)
+    return ALFCallback(policy="rotate", budget=.3, interval=2, select_until=1., measure_every=2, offload=state, **kw)
 
 
-@pytest.mark.parametrize("state", ["v", "full", "drop"])
+@pytest.mark.parametrize("state", ["second_moment", "full", "none"])
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "galore", "apollo", "torchao"])
 def test_state_keeps_the_shape_and_class_it_had(tmp_path, name, state):
     """Units leave and return, and no entry of their state is ever of another class or shape; nothing is held for
@@ -230,7 +230,7 @@ def test_state_keeps_the_shape_and_class_it_had(tmp_path, name, state):
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "galore", "apollo", "torchao"])
-@pytest.mark.parametrize("state", ["v", "full", "drop"])
+@pytest.mark.parametrize("state", ["second_moment", "full", "none"])
 def test_a_resume_with_this_optimizer_is_exact(tmp_path, name, state):
     """Stopped in the middle of a window and taken up from its checkpoint: the same losses and weights as without the
     stop"""
@@ -245,7 +245,7 @@ def test_a_resume_with_this_optimizer_is_exact(tmp_path, name, state):
 
 @pytest.mark.parametrize("name", ["chain", "merged"])
 def test_a_chain_reports_the_bytes_it_holds(tmp_path, name):
-    trainer = trained(tmp_path, name, alf := rotating("drop"))
+    trainer = trained(tmp_path, name, alf := rotating("none"))
     opt = trainer.optimizer.optimizer
     held = sum(v.nbytes for o in opt.parts for s in o.state.values() for v in s.values())
     assert RunLog(tmp_path).events("memory")[-1]["optimizer_bytes"] == held == optimizer_bytes(opt) > 0
@@ -299,7 +299,7 @@ def test_bytes_inside_objects_and_classes_are_counted_as_they_are():
     parked = OffloadedStates("full")
     parked.park("p", opt.state[p], p)
     assert parked.nbytes == optimizer_bytes(opt) and type(parked.held["p"]["exp_avg"]) is Rounded
-    parked = OffloadedStates("v")
+    parked = OffloadedStates()
     parked.park("p", opt.state[p], p)
     assert parked.nbytes == 4 + 1 + 4 + 4*64*64, "zeros of a first moment are one number"
     back = parked.fetch("p", p)["exp_avg"]
@@ -346,7 +346,7 @@ def test_a_class_that_nobody_allowed_is_not_made_from_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("name", ["adagrad", "chain", "low_rank", "adafactor"])
 def test_quick_trains_with_any_optimizer_and_says_what_it_does_not_measure(tmp_path, name):
     with pytest.warns(UserWarning, match="rate, coherence and descent are not measured") as seen:
-        trained(tmp_path, name, ALFCallback(preset="quick", measure_every=3))
+        trained(tmp_path, name, ALFCallback(preset="short", measure_every=3))
     assert sum("are not measured" in str(w.message) for w in seen) == 1
     measured = RunLog(tmp_path).events("measure")
     assert len(measured) == 4

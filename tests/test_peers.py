@@ -208,7 +208,7 @@ def test_lisa_trains_embeddings_head_and_two_blocks(tmp_path, config):
 def test_lisa_has_the_paper_s_settings():
     "γ = 2 blocks, K = 20 steps, until the last step"
     c = ALFConfig.from_args(preset="lisa")
-    assert (c.policy.k, c.interval, c.lock, c.policy.pin) == (2, 20, 1., ("embeddings", "head"))
+    assert (c.policy.k, c.interval, c.select_until, c.policy.pin) == (2, 20, 1., ("embeddings", "head"))
 
 
 # GRASS, https://arxiv.org/abs/2604.07808: p = softmax(mean gradient norm / τ), drawn without replacement.

@@ -46,7 +46,7 @@ def qlora(tmp_path_factory):
 def run(folder, model, resume=None, steps=10, **alf):
     trainer = small_trainer(
         folder,
-        ALFCallback(**{**dict(budget=0.4, interval=3, measure_every=2, lock=1.0), **alf}),
+        ALFCallback(**{**dict(budget=0.4, interval=3, measure_every=2, select_until=1.0), **alf}),
         model=model,
         max_steps=steps,
         save_strategy="steps",
@@ -61,8 +61,8 @@ def trainable(trainer): return {k: p.detach().clone() for k, p in trainer.model.
 
 @pytest.mark.parametrize(
     "kw",
-    [{}, dict(unit="block", budget=0.5), dict(preset="quick"), dict(references="8bit")],
-    ids=["default", "blocks", "quick", "8bit"],
+    [{}, dict(unit="block", budget=0.5), dict(preset="short"), dict(references="8bit")],
+    ids=["default", "blocks", "short", "8bit"],
 )
 def test_lora_on_a_4_bit_base_trains_and_resumes_exactly(tmp_path, qlora, kw):
     whole = run(tmp_path, qlora(), **kw)

@@ -21,8 +21,8 @@ SETTINGS = {
     "coherence": dict(
         signal="coherence", start="rotate", warm_up=4, interval=4, measure_every=2, budget=0.3, explore=0.3
     ),
-    "parked": dict(budget=0.2, interval=2, state="full", signal="grad_norm"),
-    "dropped": dict(budget=0.2, interval=2, state="drop", hysteresis=0.2),
+    "parked": dict(budget=0.2, interval=2, offload="full", signal="grad_norm"),
+    "dropped": dict(budget=0.2, interval=2, offload="none", hysteresis=0.2),
     "topk": dict(policy=dict(policy="topk", k=5), interval=4),
     "rotate": dict(policy="rotate", interval=2),
     "inverted": dict(policy="inverted", interval=4),

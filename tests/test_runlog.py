@@ -324,15 +324,15 @@ def test_a_log_resumed_thousands_of_times_is_read_in_seconds():
     assert len(run) == 30_000 and all(e['step'] < 5 for e in run)
 
 def test_a_reader_of_one_moment_does_not_mix_moments(tmp_path):
-    from alf_nb.core.runlog import _read_once
+    from alf_nb.core.runlog import read_once
     log = RunLog(tmp_path)
     log.write('log', step=1)
-    once = _read_once(log)
+    once = read_once(log)
     assert len(once.events()) == 1
     log.write('log', step=2)
     assert len(once.events()) == 1 and once.damaged == 0 and len(log.events()) == 2
-    with pytest.raises(FileNotFoundError, match='no run here'): _read_once(tmp_path/'nowhere').events()
-    assert _read_once(tmp_path/'nowhere').damaged == 0
+    with pytest.raises(FileNotFoundError, match='no run here'): read_once(tmp_path/'nowhere').events()
+    assert read_once(tmp_path/'nowhere').damaged == 0
 
 def test_an_event_that_readers_would_pass_over_is_warned_about(tmp_path):
     with RunLog(tmp_path) as log, pytest.warns(UserWarning, match="'sample' takes 33 MiB"):

@@ -6,8 +6,8 @@ import pytest, torch, transformers as tf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from alf_nb.model.layers import partition_layers
-from alf_nb.model.stacks import _Places
-from alf_nb.model.running_order import _before, _uses
+from alf_nb.model.stacks import Places
+from alf_nb.model.running_order import _uses, runs_before
 
 D = 4
 
@@ -260,12 +260,12 @@ def test_the_order_read_is_the_order_run(style):
     assert set(ran) == set(m._modules) and ran != list(m._modules)
     read = sorted(m._modules, key=_uses(m).__getitem__)
     assert read == ran
-    assert all(_before(m, a, b) == (ran.index(a) < ran.index(b)) for a in ran for b in ran if a != b)
+    assert all(runs_before(m, a, b) == (ran.index(a) < ran.index(b)) for a in ran for b in ran if a != b)
 
 def test_what_is_never_called_stands_where_it_is_registered():
     class Odd(Two):
         def forward(self, x): return self.no_such_thing(x)
-    assert _before(Odd(), 'top', 'low') and not _before(Odd(), 'low', 'top')
+    assert runs_before(Odd(), 'top', 'low') and not runs_before(Odd(), 'low', 'top')
 
 def test_a_hostile_forward_is_read_in_bounded_time():
     text = (
@@ -330,7 +330,7 @@ def shrink(config):
 def test_towers_come_before_the_language_model(name):
     if (cls := getattr(tf, name, None)) is None: pytest.skip(f"transformers {tf.__version__} has no {name}")
     with torch.device('meta'): model = cls(shrink(cls.config_class()))
-    assert [l.removeprefix('prophetnet.') for l in _Places(model).labels] == [
+    assert [l.removeprefix('prophetnet.') for l in Places(model).labels] == [
         l.removeprefix('prophetnet.') for l in TOWERS[name]
     ]
 

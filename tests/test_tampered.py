@@ -15,10 +15,10 @@ from alf_nb.train.trainer import ALFCallback
 
 @pytest.mark.parametrize("name", T.SETTINGS)
 def test_a_tampered_checkpoint_is_refused_in_words(tmp_path, name, record_property):
-    about = ("state", "tensors", "optimizer", "files") if name == "v" else ("tensors",)
+    about = ("state", "tensors", "optimizer", "files") if name == "default" else ("tensors",)
     tried, refused, odd = T.try_checkpoint(T.made(tmp_path, **T.SETTINGS[name]), T.SETTINGS[name], about)
     assert not odd
-    assert tried == refused > (1000 if name == "v" else 76)
+    assert tried == refused > (1000 if name == "default" else 76)
     record_property("tried", tried)
 
 
@@ -46,13 +46,13 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("state", ["v", "full"])
+@pytest.mark.parametrize("offload", ["second_moment", "full"])
 @pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_what_an_optimizer_has_kept_is_taken_and_a_piece_of_it_is_not(tmp_path, optim, state):
+def test_what_an_optimizer_has_kept_is_taken_and_a_piece_of_it_is_not(tmp_path, optim, offload):
     if optim.endswith("_8bit"): pytest.importorskip("bitsandbytes")
     training = dict(optim=optim, optim_args=OPTIMIZERS[optim] or None)
-    folder = T.made(tmp_path, training, state=state)
-    resume = T.Resume(folder, dict(state=state), **training)
+    folder = T.made(tmp_path, training, offload=offload)
+    resume = T.Resume(folder, dict(offload=offload), **training)
     assert resume.whole() == "training began"
     file = folder/"alf"/"tensors.safetensors"
     whole = load_file(file)

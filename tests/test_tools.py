@@ -91,7 +91,7 @@ def test_a_compiled_model(tmp_path):
     def train(folder, **kw):
         torch._dynamo.reset()
         counters.clear()
-        alf, count = ALFCallback(policy="rotate", budget=.3, interval=every, lock=1.), Count()
+        alf, count = ALFCallback(policy="rotate", budget=.3, interval=every, select_until=1.), Count()
         t = small_trainer(folder, alf, count, model=demo_model(blocks=2), max_steps=20, **kw)
         t.train()
         return losses(t), [s.names for s in RunLog(folder).selections()], count.graphs
@@ -119,7 +119,7 @@ def test_more_selections_than_torch_compile_makes_graphs_are_pointed_out(tmp_pat
             warnings.simplefilter("always")
             small_trainer(
                 tmp_path / folder,
-                ALFCallback(policy="rotate", budget=0.3, interval=interval, lock=1.0),
+                ALFCallback(policy="rotate", budget=0.3, interval=interval, select_until=1.0),
                 Stop(),
                 model=model or demo_model(blocks=1),
                 max_steps=20,
@@ -143,7 +143,8 @@ def test_optimizers_of_bitsandbytes(tmp_path, optim):
     model = lambda: demo_model(hidden_size=64, intermediate_size=128)
 
     def train(folder, *callbacks, resume=None, **kw):
-        alf = ALFCallback(budget=.25, signal="rate", interval=4, measure_every=2, explore=.6, state="full", lock=1.)
+        alf = ALFCallback(budget=.25, signal="rate", interval=4, measure_every=2, explore=.6, offload="full",
+                          select_until=1.)
         t = small_trainer(
             folder, alf, *callbacks, model=model(), optim=optim, learning_rate=1e-3, weight_decay=0.1, **kw
         )

@@ -82,7 +82,7 @@ class Witness(TrainerCallback):
         self.max_state = max(self.max_state, optimizer_bytes(optimizer) - 8 * n)
 
 
-@pytest.mark.parametrize("mode", ["v", "full", "drop"])
+@pytest.mark.parametrize("mode", ["second_moment", "full", "none"])
 @pytest.mark.parametrize("signal", ["gain", "grad_norm", "rate", "coherence", "prior"])
 def test_every_signal_keeps_to_the_budget(tmp_path, signal, mode):
     alf = ALFCallback(
@@ -90,9 +90,9 @@ def test_every_signal_keeps_to_the_budget(tmp_path, signal, mode):
         signal=signal,
         interval=4,
         measure_every=2,
-        state=mode,
+        offload=mode,
         explore=0.5 if signal in ("rate", "coherence") else None,
-        lock=1.0,
+        select_until=1.0,
     )
     eye = Witness(alf)
     run(tmp_path, alf, eye, steps=16, weight_decay=.1)
@@ -100,7 +100,7 @@ def test_every_signal_keeps_to_the_budget(tmp_path, signal, mode):
     assert eye.peak_share <= .25 and alf.run.totals.share_peak <= .25
     assert eye.moved == {k for n in ever for k in alf.run.layers.named_params(n)}, "each selected unit moves"
     assert eye.max_state <= 4 * 200, "optimizer state of frozen units is gone"
-    assert (alf.run.offloaded.nbytes > 0) == (mode != "drop" and len(ever) > len(alf.selection))
+    assert (alf.run.offloaded.nbytes > 0) == (mode != "none" and len(ever) > len(alf.selection))
     full = 12 * sum(p.numel() for p in alf.run.layers.model.parameters())
     assert alf.run.totals.state_bytes_peak <= .35 * full
 
@@ -125,7 +125,7 @@ def test_presets_run_and_resume(tmp_path, preset):
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"])
 def test_any_optimizer_of_trainer(tmp_path, optim):
     make = lambda: ALFCallback(
-        budget=0.25, signal="rate", interval=4, measure_every=2, explore=0.6, state="full", lock=1.0
+        budget=0.25, signal="rate", interval=4, measure_every=2, explore=0.6, offload="full", select_until=1.0
     )
     kw = dict(optim=optim, steps=14, **(dict(optim_args="momentum=0.9") if optim == "sgd" else {}))
     alf = make()
@@ -139,7 +139,7 @@ def test_any_optimizer_of_trainer(tmp_path, optim):
 @pytest.mark.parametrize("references", ["device", "host", "8bit", "none"])
 def test_references_anywhere_resume_exactly(tmp_path, references):
     make = lambda: ALFCallback(
-        budget=0.25, signal="rate", interval=4, measure_every=2, explore=0.6, references=references, lock=1.0
+        budget=0.25, signal="rate", interval=4, measure_every=2, explore=0.6, references=references, select_until=1.0
     )
     alf = make()
     whole = run(tmp_path / "whole", alf, Witness(alf), steps=14, weight_decay=.1)
@@ -316,7 +316,7 @@ def test_a_start_of_some_steps_keeps_to_ban_pin_reach_and_budget(tmp_path, start
         kinds=("matrix", "embedding"),
         ban=("block.2", "*.v_proj"),
         pin="block.3.mlp.up_proj",
-        reach=0.75,
+        freeze_bottom=0.25,
     )
     run(tmp_path, alf, steps=9)
     begin = [s for s in RunLog(tmp_path).selections() if s.step < 8]
@@ -351,7 +351,7 @@ def test_a_policy_chosen_while_training_keeps_to_the_reach(tmp_path):
     class Wish(TrainerCallback):
         def on_step_end(self, args, state, control, **kw):
             if state.global_step == 2: alf.choose(policy=dict(policy="full"), now=True)
-    alf = ALFCallback(budget=.3, reach=.5, probe_batches=2)
+    alf = ALFCallback(budget=.3, freeze_bottom=.5, probe_batches=2)
     run(tmp_path, alf, Wish(), steps=4)
     last = RunLog(tmp_path).selections()[-1]
     assert set(last.names) == {u.name for u in alf.run.units if u.eligible and u.depth > 2} and last.policy == "full"

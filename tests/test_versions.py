@@ -102,18 +102,18 @@ def test_an_old_optional_backend_is_no_backend(tmp_path):
 def test_versions_compare_as_numbers(monkeypatch, version, enough):
     monkeypatch.setattr(importlib.metadata, 'requires', lambda name: ['torch>=2.6', 'peft>=99; extra == "dev"'])
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: version)
-    if enough: alf_nb._require('torch')
+    if enough: alf_nb.require_versions('torch')
     else:
-        with pytest.raises(ImportError, match='needs torch>=2.6, found'): alf_nb._require('torch')
+        with pytest.raises(ImportError, match='needs torch>=2.6, found'): alf_nb.require_versions('torch')
 
 
 def test_what_is_not_installed_is_left_to_the_import(monkeypatch):
     def missing(name): raise importlib.metadata.PackageNotFoundError(name)
     monkeypatch.setattr(importlib.metadata, 'requires', lambda name: ['torch>=2.6'])
     monkeypatch.setattr(importlib.metadata, 'version', missing)
-    alf_nb._require('torch')
+    alf_nb.require_versions('torch')
     monkeypatch.setattr(importlib.metadata, 'requires', missing)
-    alf_nb._require('torch')
+    alf_nb.require_versions('torch')
 
 
 def test_import_alf_nb_reads_no_metadata():

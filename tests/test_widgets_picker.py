@@ -520,7 +520,7 @@ def test_beside_a_real_run(picker, tmp_path):
             demo_model(),
             args,
             train_dataset=demo_dataset(),
-            callbacks=[ALFCallback(budget=0.3, interval=10, lock=1.0), Slow()],
+            callbacks=[ALFCallback(budget=0.3, interval=10, select_until=1.0), Slow()],
         )
     )
     wait_for(lambda: run.log.path.exists() and run.log.events('log'), 60)

@@ -8,14 +8,14 @@ Docs: https://example.github.io/alf_nb/10_app/disk.html.md"""
 __all__ = ['output_folder', 'check_room', 'bytes_of', 'check_plan', 'save_anywhere', 'full_error']
 
 # %% ../../nbs/10_app/04_disk.ipynb #d7deaf44
-from .. import _require
-_require('torch')
+from .. import require_versions
+require_versions('torch')
 
 # %% ../../nbs/10_app/04_disk.ipynb #54d8ea84
 import errno, os, shutil, tempfile, warnings
 from pathlib import Path
 from ..core.files import check_writable
-from ..model.delta import _compare, save_delta
+from ..model.delta import compare_base, save_delta
 from ..model.layers import Layers, partition_layers
 from ..core.format import human_bytes
 
@@ -80,7 +80,7 @@ def check_plan(
 # %% ../../nbs/10_app/04_disk.ipynb #3e3281c0
 def _changed_bytes(net, base):
     "Bytes of the tensors that a delta holds"
-    base, tensors, now = _compare(net, base)
+    base, tensors, now = compare_base(net, base)
     return sum(t.numel()*t.element_size() for k,t in tensors.items() if now[k] != base.tensors[k])
 
 def _save_elsewhere(net, base, metadata):

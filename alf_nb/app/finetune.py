@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/10_app/finetune.html.md"""
 __all__ = ['finetune']
 
 # %% ../../nbs/10_app/07_finetune.ipynb #03b8db2d
-from .. import _require
-_require('torch', 'transformers', 'accelerate')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate')
 
 # %% ../../nbs/10_app/07_finetune.ipynb #d72359fb
 import json, time
@@ -26,11 +26,11 @@ from .disk import bytes_of, check_plan, check_room, full_error, output_folder, s
 from .job import FinetuneSettings, Job, check_base, load_weights, measure_after, measure_before
 from .publish import write_card
 from .results import delta_metadata, has_event, keep_results, last_figures, read_json, resume_point
-from ..core.checkpoints import _newest_run, find_checkpoint
+from ..core.checkpoints import find_checkpoint, newest_run
 from ..core.files import write_whole
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
-from ..model.shards import _one_process
+from ..model.shards import check_alone
 from ..report.page import write_report
 from ..report.summary import summarize
 from ..sources.models import load_model
@@ -132,7 +132,7 @@ def _train(job, trainer, checkpoint, out, callback, metadata):
 # %% ../../nbs/10_app/07_finetune.ipynb #54e6f45f
 def _finish(job, trainer, done, out, callback):
     "All steps were made earlier: the weights, and the log lines that are missing. Returns the run's id"
-    run, steps, name = _newest_run(out), job.settings.steps, Path(done).name
+    run, steps, name = newest_run(out), job.settings.steps, Path(done).name
     load_weights(job, done, trainer)
     with RunLog(out) as log:
         if name != 'delta' and not has_event(log, steps, 'save', path=name): log.write('save', step=steps, path=name)
@@ -233,7 +233,7 @@ def finetune(
 )->dict:
     "Fine-tune with ALF; writes log, summary, report and delta to `out`, and returns the summary"
     t0 = time.perf_counter()
-    _one_process('finetune()')
+    check_alone('finetune()')
     s, kwargs = _settings(kwargs)
     out = output_folder(out)
     callback = ALFCallback(seed=s.seed, out=str(out), **kwargs)

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/10_app/job.html.md"""
 __all__ = ['FinetuneSettings', 'Job', 'measure_before', 'measure_after', 'check_base', 'load_weights']
 
 # %% ../../nbs/10_app/06_job.ipynb #f8062517
-from .. import _require
-_require('torch', 'transformers', 'accelerate')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate')
 
 # %% ../../nbs/10_app/06_job.ipynb #37074ad5
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ from ..core.files import write_whole
 from ..core.foreign import md_code, md_text, open_plain
 from ..core.format import num, percent
 from ..report.summary import summarize
-from ..core.runlog import _read_once
+from ..core.runlog import read_once
 
 # %% ../../nbs/10_app/02_publish.ipynb #108aa734
 def _code(x): return md_code(x, 120) or '?'
@@ -69,7 +69,7 @@ def _what_trained(log):
 
 def _about_run(run):
     "Sections of the card that the run log knows"
-    log = _read_once(run)
+    log = read_once(run)
     s = summarize(log)
     return [
         *_section("Training", "| | |", _training(s))[1:],

@@ -8,13 +8,13 @@ Docs: https://example.github.io/alf_nb/10_app/results.html.md"""
 __all__ = ['read_json', 'delta_metadata', 'has_event', 'keep_results', 'last_figures', 'resume_point']
 
 # %% ../../nbs/10_app/05_results.ipynb #1c75a8e4
-from .. import _require
-_require('torch')
+from .. import require_versions
+require_versions('torch')
 
 # %% ../../nbs/10_app/05_results.ipynb #df8e6375
 import json, warnings
 from pathlib import Path
-from ..core.checkpoints import _newest_run, _set_aside, _why_none, find_checkpoint
+from ..core.checkpoints import find_checkpoint, newest_run, set_aside, why_no_checkpoint
 from ..core.foreign import read_plain
 from ..core.runlog import RunLog
 from ..model.delta import read_delta
@@ -56,7 +56,7 @@ def keep_results(
     names = [n for n in ('delta', 'summary.json', 'report.html') if (out/n).exists()]
     if not names: return
     run = delta_metadata(out/'delta').get('run_id') or read_json(out/'summary.json').get('run_id')
-    where = _set_aside(out, names, run if isinstance(run, str) else 'unknown')
+    where = set_aside(out, names, run if isinstance(run, str) else 'unknown')
     warnings.warn(
         f"{out} was used before: {', '.join(names)} of that run {'are' if len(names) > 1 else 'is'} in {where} now"
     )
@@ -94,7 +94,7 @@ def resume_point(
     steps:int # that it is to make
 )->tuple: # (checkpoint, None), or (None, folder with the weights of the run whose steps are all made)
     "Where a run goes on"
-    run, of = _newest_run(out), delta_metadata(out/'delta')
+    run, of = newest_run(out), delta_metadata(out/'delta')
     if run is not None and (of.get('run_id'), of.get('steps')) == (run, steps):
         if not _is_written(out, run, steps): return None, str(out/'delta')
         raise ValueError(
@@ -103,8 +103,8 @@ def resume_point(
         )
     last = find_checkpoint(out, run)
     if last is None:
-        raise ValueError(f"nothing to resume: {_why_none(out, run)}; without save_steps= (--save-steps) there are none,"
-                         " and a run ends with its delta")
+        raise ValueError(f"nothing to resume: {why_no_checkpoint(out, run)}; without save_steps= (--save-steps) there"
+                         " are none, and a run ends with its delta")
     if _step_of(last) > steps:
         raise ValueError(f"nothing to resume: the run in {out} has made {_step_of(last)} steps, and steps={steps}; a"
                          " larger one goes on from there")

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/10_app/tuned.html.md"""
 __all__ = ['tuned_kind', 'load_tuned']
 
 # %% ../../nbs/10_app/03_tuned.ipynb #9298029b
-from .. import _require
-_require('torch', 'transformers')
+from .. import require_versions
+require_versions('torch', 'transformers')
 
 # %% ../../nbs/10_app/03_tuned.ipynb #15e6f7c4
 import warnings

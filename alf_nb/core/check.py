@@ -49,11 +49,13 @@ def number(
     low:float,       # smallest allowed
     high:float,      # largest allowed
     why:str,         # what it has to be
-    above:bool=False # has it to be above `low`?
+    above:bool=False,# has it to be above `low`?
+    below:bool=False # has it to be below `high`?
 )->float:
     "A number from `low` to `high`."
     # comparisons with a NaN are false
-    if is_number(value) and low <= value <= high and not (above and value == low): return float(value)
+    outside = above and value == low or below and value == high
+    if is_number(value) and low <= value <= high and not outside: return float(value)
     percent = is_number(value) and high == 1 and 1 < value <= 100
     refuse(name, value, f"{why}; did you mean {value/100:g}?" if percent else why)
 
@@ -62,10 +64,11 @@ def fraction(
     name:str,        # the setting
     value,           # what was given
     what:str='',     # of what, and its limits, such as 'of the run, 0–1'
-    above:bool=False # is 0 none?
+    above:bool=False,# is 0 none?
+    below:bool=False # is 1 none?
 )->float:
     "A fraction from 0 to 1."
-    return number(name, value, 0, 1, f"it is a fraction{what and ' ' + what}", above)
+    return number(name, value, 0, 1, f"it is a fraction{what and ' ' + what}", above, below)
 
 # %% ../../nbs/01_core/01_check.ipynb #176c9dec
 def one_of(

@@ -11,7 +11,7 @@ __all__ = ['RunLock']
 import errno, json, os, socket, stat, threading, time, weakref
 from pathlib import Path
 from fastcore.basics import patch
-from .files import _begun, process_ended
+from .files import process_ended, process_start
 try: import fcntl
 except ImportError: fcntl = None      # Windows
 
@@ -24,8 +24,9 @@ def _boot():
 def _me(what):
     "This process as the owner of a lock"
     now = time.strftime('%Y-%m-%d %H:%M:%S')
+    pid = os.getpid()
     return dict(
-        host=socket.gethostname(), boot=_boot(), pid=os.getpid(), started=_begun(os.getpid()), what=what, since=now
+        host=socket.gethostname(), boot=_boot(), pid=pid, started=process_start(pid), what=what, since=now
     )
 
 def _owner(fd):

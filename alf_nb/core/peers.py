@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 
 from .check import number, one_of, whole
-from .policy import Policy, _best_first, _budget, _known
+from .policy import Policy, best_first, check_budget, known_values
 
 # %% ../../nbs/01_core/07_peers.ipynb #3570df2f
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class BAdamPolicy(Policy):
 # %% ../../nbs/01_core/07_peers.ipynb #71e3b9e0
 def _drawn_by_importance(candidates, temperature, seed):
     "Candidates in the order of a draw without replacement, with probability softmax(importance / temperature)"
-    _known(candidates)
+    known_values(candidates)
     imp = candidates.importance
     mean = sum(imp.values())/len(imp)
     rng = random.Random(f'grass|{seed}|{candidates.step}')
     # sorting by logit + Gumbel noise is sampling without replacement from the softmax of the logits
     def key(u): return imp.get(u.name, mean)/temperature - math.log(-math.log(rng.random() or 1e-300))
-    return _best_first(candidates.units, {u.name: key(u) for u in candidates.units})
+    return best_first(candidates.units, {u.name: key(u) for u in candidates.units})
 
 # %% ../../nbs/01_core/07_peers.ipynb #82262e56
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class GRASSPolicy(Policy):
         super().__post_init__()
         if self.k is not None and self.budget is not None:
             raise ValueError(f"both budget={self.budget!r} and k={self.k!r}: give one")
-        if self.k is None: self._keep(budget=_budget(.25 if self.budget is None else self.budget))
+        if self.k is None: self._keep(budget=check_budget(.25 if self.budget is None else self.budget))
         else: self._keep(k=whole('k', self.k, 1, why="k is a whole number of units, at least 1"))
         why = "temperature is above 0, such as 0.25"
         self._keep(temperature=number('temperature', self.temperature, 0, 1e6, why, above=True))

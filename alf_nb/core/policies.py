@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .check import flag, known, number, one_of, whole
 from .peers import BAdamPolicy, GRASSPolicy, LISAPolicy
-from .policy import Policy, _best_first, _budget, _candidates, _known
+from .policy import Policy, best_first, check_budget, known_values, make_candidates
 from .records import Scores
 
 # %% ../../nbs/01_core/08_policies.ipynb #9aec4c91
@@ -47,7 +47,7 @@ class ThresholdPolicy(Policy):
         self._keep(threshold=number('threshold', self.threshold, 0, 1, "a threshold is an importance, from 0 to 1"))
 
     def choose(self, candidates):
-        _known(candidates)
+        known_values(candidates)
         imp = candidates.importance
         best = max(imp, key=imp.get)
         names = [n for n,v in imp.items() if v >= self.threshold]
@@ -73,7 +73,7 @@ def _standing(units, values, bands):
     low = min(u.depth for u in units)
     deep = max(u.depth for u in units) - low + 1
     strata, out = {}, {}
-    for u in _best_first(units, values): strata.setdefault((u.role, (u.depth - low)*bands//deep), []).append(u)
+    for u in best_first(units, values): strata.setdefault((u.role, (u.depth - low)*bands//deep), []).append(u)
     for us in strata.values():
         size = sum(u.n_params for u in us)
         above = 0
@@ -86,16 +86,16 @@ def _standing(units, values, bands):
 @dataclass(frozen=True)
 class BudgetPolicy(Policy):
     "Train the units with the highest score until the budget is full."
-    budget:float=.25        # fraction of all parameters, above 0 and at most 1
-    explore:float=0.        # part of the budget for the units not measured for longest, 0–1
-    hysteresis:float=.15    # a member's score counts `1 + hysteresis` times
-    cost_aware:bool=False   # weigh importance against the cost of the backward pass to it
-    strata:int=0            # bands of the depth, the same share of each role in each; 0: none
+    budget:float=.25      # fraction of all parameters, above 0 and at most 1
+    explore:float=0.      # part of the budget for the units not measured for longest, 0–1
+    hysteresis:float=.15  # a member's score counts `1 + hysteresis` times
+    cost_aware:bool=False # weigh importance against the cost of the backward pass to it
+    strata:int=0          # bands of the depth, the same share of each role in each; 0: none
     name = 'budget'
     def __post_init__(self):
         super().__post_init__()
         self._keep(
-            budget=_budget(self.budget),
+            budget=check_budget(self.budget),
             explore=number('explore', self.explore, 0, 1, "explore is a part of the budget, from 0 to 1"),
             hysteresis=_hysteresis(self.hysteresis),
             cost_aware=flag('cost_aware', self.cost_aware),
@@ -111,7 +111,7 @@ def _queues(policy, b, values, first):
     and the unknown ones; ties and unknown ones in random order"""
     age = {u.name: b.scores.ages.get(u.name, 0) if u.name in values else math.inf for u in b.units}
     old = sorted((u for u in policy._order(b.units, b.step) if age[u.name] > 0), key=lambda u: -age[u.name])
-    return _best_first(first, values), old, [u for u in old if u.name not in values]
+    return best_first(first, values), old, [u for u in old if u.name not in values]
 
 def _explore(policy, b, best, old, unknown):
     "Names within the budget, a part of it for the oldest, and how many of them were explored"
@@ -136,8 +136,8 @@ def _best_cut(policy, b, values, queues):
 # %% ../../nbs/01_core/08_policies.ipynb #c9c94a6f
 @patch
 def choose(self:BudgetPolicy, candidates):
-    values = _sticky(_known(candidates), candidates.current, self.hysteresis)
-    first = _best_first(candidates.units, values)
+    values = _sticky(known_values(candidates), candidates.current, self.hysteresis)
+    first = best_first(candidates.units, values)
     if self.strata: values = _standing(candidates.units, values, self.strata)
     queues = _queues(self, candidates, values, first)
     where = f'of every role in {self.strata} bands of the depth, ' if self.strata else ''
@@ -158,7 +158,7 @@ def budget_for_threshold(
 )->float:            # fraction of all parameters, 0–1, pinned units included
     "Share of the parameters that trains at this threshold."
     t = ThresholdPolicy(threshold, pin=pin, ban=ban)
-    b = _candidates(scores, units, t.pin, t.ban)
+    b = make_candidates(scores, units, t.pin, t.ban)
     return b.share([*(n for n,v in b.importance.items() if v >= t.threshold), *(u.name for u in b.pinned)])
 
 # %% ../../nbs/01_core/08_policies.ipynb #602bf270
@@ -170,7 +170,7 @@ def threshold_for_budget(
 )->float:            # lowest importance at which what trains stays within the budget; 1 if not even the first unit fits
     "The lowest threshold whose units fit the budget."
     p = BudgetPolicy(budget, pin=pin, ban=ban)
-    b = _candidates(scores, units, p.pin, p.ban)
+    b = make_candidates(scores, units, p.pin, p.ban)
     b.check(p.budget)
     imp, used, best = b.importance, sum(u.n_params for u in b.pinned), 1.
     size = {u.name: u.n_params for u in b.units}
@@ -209,9 +209,9 @@ class TopKPolicy(Policy):
         self._keep(k=whole('k', self.k, 1, why="k is a whole number of units, at least 1"))
 
     def choose(self, candidates):
-        if self.k > len(v := _known(candidates)):
+        if self.k > len(v := known_values(candidates)):
             raise ValueError(f"k={self.k}, but only {len(v)} candidates have a known {candidates.scores.signal}")
-        best = _best_first(candidates.units, v)[:self.k]
+        best = best_first(candidates.units, v)[:self.k]
         return [u.name for u in best], f"top {self.k} by {candidates.scores.signal}"
 
 # %% ../../nbs/01_core/08_policies.ipynb #5091ccac
@@ -236,7 +236,7 @@ class StaticPolicy(Policy):
         super().__post_init__()
         self._keep(
             where=one_of('where', self.where, ('first', 'last', 'spread', 'random')),
-            budget=_budget(self.budget),
+            budget=check_budget(self.budget),
             strata=_strata(self.strata),
         )
         if self.strata and self.where != 'random':
@@ -264,7 +264,7 @@ def choose(self:StaticPolicy, candidates):
     us, why = candidates.units, f"{self.where} units within {self.budget:g} of the parameters"
     if self.where in ('first', 'last'): return _from_an_end(candidates, self.budget, self.where == 'last'), why
     order = _spread(us) if self.where == 'spread' else self._order(us)
-    if self.strata: order = _best_first(us, _standing(us, {u.name: -i for i,u in enumerate(order)}, self.strata))
+    if self.strata: order = best_first(us, _standing(us, {u.name: -i for i,u in enumerate(order)}, self.strata))
     return candidates.fill(order, self.budget), why
 
 # %% ../../nbs/01_core/08_policies.ipynb #a8bb7426
@@ -276,7 +276,7 @@ class RotatePolicy(Policy):
     needs_scores = False
     def __post_init__(self):
         super().__post_init__()
-        self._keep(budget=_budget(self.budget))
+        self._keep(budget=check_budget(self.budget))
 
     def choose(self, candidates):
         return (
@@ -294,14 +294,14 @@ class InvertedPolicy(Policy):
     def __post_init__(self):
         super().__post_init__()
         self._keep(
-            budget=_budget(self.budget),
+            budget=check_budget(self.budget),
             hysteresis=_hysteresis(self.hysteresis),
         )
 
     def choose(self, candidates):
-        values = _sticky({n: -v for n,v in _known(candidates).items()}, candidates.current, self.hysteresis)
+        values = _sticky({n: -v for n,v in known_values(candidates).items()}, candidates.current, self.hysteresis)
         return (
-            candidates.fill(_best_first(candidates.units, values), self.budget),
+            candidates.fill(best_first(candidates.units, values), self.budget),
             f"lowest {candidates.scores.signal} within {self.budget:g} of the parameters",
         )
 

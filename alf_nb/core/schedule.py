@@ -11,7 +11,7 @@ __all__ = ['default_interval', 'rotation', 'turns', 'Schedule', 'schedule_of']
 import math
 from dataclasses import dataclass
 from fastcore.basics import patch
-from .policy import _candidates
+from .policy import make_candidates
 
 # %% ../../nbs/01_core/10_schedule.ipynb #fa1109c8
 def default_interval(
@@ -26,7 +26,7 @@ def rotation(
     units   # `UnitInfo` of every unit of the model
 )->tuple:   # groups of unit names
     "Groups of candidates that take turns, each within the budget, and the pinned units in all of them"
-    b,budget = _candidates(None, units, policy.pin, policy.ban),getattr(policy, 'budget', None)
+    b,budget = make_candidates(None, units, policy.pin, policy.ban),getattr(policy, 'budget', None)
     pinned,total = [u.name for u in b.pinned],sum(u.n_params for u in units)
     paid = sum(u.n_params for u in b.pinned)
     room = budget or paid/total + .25
@@ -45,7 +45,7 @@ def turns(start, policy, units):
     "Groups of unit names that train one after the other while a start lasts; none: the first selection is a real one"
     if start == 'rotate': return rotation(policy, units)
     if start != 'warm-up': return ()
-    b = _candidates(None, units, policy.pin, policy.ban)
+    b = make_candidates(None, units, policy.pin, policy.ban)
     return (tuple(u.name for u in (*b.pinned, *b.units)),)
 
 # %% ../../nbs/01_core/10_schedule.ipynb #06171e3f
@@ -94,4 +94,4 @@ def schedule_of(
     "The schedule that settings mean for a run of so many steps"
     every = default_interval(max_steps) if config.interval is None else config.interval
     groups = turns(config.start, policy or config.policy, units) if units else ()
-    return Schedule(max_steps, every, config.lock, config.warm_up if groups else 0, groups)
+    return Schedule(max_steps, every, config.select_until, config.warm_up if groups else 0, groups)

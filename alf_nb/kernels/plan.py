@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/04_kernels/plan.html.md"""
 __all__ = ['available_backends', 'DeltaPlan', 'delta_norms', 'quantize_reference', 'compile_kernels']
 
 # %% ../../nbs/04_kernels/06_plan.ipynb #db298164
-from .. import _require
-_require('numpy', 'torch')
+from .. import require_versions
+require_versions('numpy', 'torch')
 
 # %% ../../nbs/04_kernels/06_plan.ipynb #c59bc42d
 import time
@@ -17,17 +17,17 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..core.records import DeltaNorms
-from .numba_sweep import _NumbaSweep, _TAGS, _no_numba
+from .numba_sweep import NUMBA_TAGS, NumbaSweep, no_numba
 from .reference8 import Reference8, empty_reference
-from .torch_sweep import _TorchSweep, _TorchSweep8
-from .triton_sweep import _TRITON_TYPES, _TritonSweep, _interpreted, _no_triton
+from .torch_sweep import TorchSweep, TorchSweep8
+from .triton_sweep import TRITON_TYPES, TritonSweep, is_interpreted, no_triton
 
 # %% ../../nbs/04_kernels/06_plan.ipynb #7a9d689a
 def available_backends()->dict: # backend name → True, or the reason why not
     "Which backends work here"
-    gpu = _no_triton or (True if torch.cuda.is_available() else "no CUDA or ROCm device")
-    if gpu is not True and _interpreted: gpu = "in Triton's interpreter only (TRITON_INTERPRET=1): for tests"
-    return dict(torch=True, numba=_no_numba or True, triton=gpu)
+    gpu = no_triton or (True if torch.cuda.is_available() else "no CUDA or ROCm device")
+    if gpu is not True and is_interpreted: gpu = "in Triton's interpreter only (TRITON_INTERPRET=1): for tests"
+    return dict(torch=True, numba=no_numba or True, triton=gpu)
 
 # %% ../../nbs/04_kernels/06_plan.ipynb #43300aa3
 def _parts(r): return (r.q, r.scale) if isinstance(r, Reference8) else (r,)
@@ -106,13 +106,13 @@ def _check_backend(backend):
     known = available_backends()
     if backend == 'auto': return
     if backend not in known: raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(known)}")
-    if known[backend] is not True and not (backend == 'triton' and _interpreted):
+    if known[backend] is not True and not (backend == 'triton' and is_interpreted):
         raise ValueError(f"backend {backend!r} does not work here: {known[backend]}; backend='auto' takes what does")
 
 def _backend_of(device, backend):
     "The fast backend for a device"
     if backend == 'torch': return 'torch'
-    on_cpu = 'triton' if backend == 'triton' and _interpreted else 'numba'
+    on_cpu = 'triton' if backend == 'triton' and is_interpreted else 'numba'
     fits = dict(cpu=on_cpu, cuda='triton').get(device.type, 'torch')
     if backend not in ('auto', fits):
         raise ValueError(f"backend {backend!r} does not take tensors on {device}; there {fits!r} or 'auto' works")
@@ -122,15 +122,15 @@ def _backend_of(device, backend):
 def _group_of(fast, w, r, g, flat):
     "What one sweep takes together: backend, device, are references in 8 bits; for numba also the dtypes"
     eight = isinstance(r, Reference8)
-    types = dict(numba=_TAGS, triton=_TRITON_TYPES).get(fast, ())
+    types = dict(numba=NUMBA_TAGS, triton=TRITON_TYPES).get(fast, ())
     takes = flat and all(t is None or t.dtype in types for t in (w, None if eight else r, g))
     key = fast if takes else 'torch', w.device, eight
     if key[0] != 'numba': return key
     return *key, *(getattr(t, 'dtype', None) for t in (w, r, g)) # `Reference8` has none
 
 def _make_sweep(backend, eight, items):
-    if backend == 'torch': return (_TorchSweep8 if eight else _TorchSweep)(items)
-    return dict(numba=_NumbaSweep, triton=_TritonSweep)[backend](items)
+    if backend == 'torch': return (TorchSweep8 if eight else TorchSweep)(items)
+    return dict(numba=NumbaSweep, triton=TritonSweep)[backend](items)
 
 # %% ../../nbs/04_kernels/06_plan.ipynb #c36b54fd
 @torch.no_grad()

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/03_model/layers.html.md"""
 __all__ = ['Layers', 'partition_layers']
 
 # %% ../../nbs/03_model/04_layers.ipynb #8737e5c8
-from .. import _require
-_require('torch')
+from .. import require_versions
+require_versions('torch')
 
 # %% ../../nbs/03_model/04_layers.ipynb #d7021815
 import difflib, math
@@ -20,8 +20,8 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.foreign import md_text
 from ..core.records import KINDS, UnitInfo
-from .stacks import _Places
-from .tree import _clean, _composite, _join, _shape
+from .stacks import Places
+from .tree import clean_path, is_composite, join_path, shape_of
 
 # %% ../../nbs/03_model/04_layers.ipynb #7e7f7a8f
 def _unknown(what, name, names, hint=''):
@@ -43,7 +43,7 @@ class Layers:
         units:tuple,       # UnitInfo of each unit, in model order
         params:dict,       # unit name → {full parameter name: Parameter}
         aliases:dict,      # every full parameter name, tied ones too → unit name
-        unit:str,          # 'module' or 'block'
+        unit:str,          # 'matrix' or 'block'
         n_blocks:int       # blocks in all stacks together
     ):
         self.model,self.units,self.unit,self.n_blocks = model,tuple(units),unit,n_blocks
@@ -111,7 +111,7 @@ def share(self:Layers,
 
 # %% ../../nbs/03_model/04_layers.ipynb #b30da8db
 def _is_vector(p):
-    shape = _shape(p)
+    shape = shape_of(p)
     return len(shape) < 2 or (len(shape) > 2 and sum(s > 1 for s in shape) < 2) # (1,1,d): a class token
 def _is_bias(name): return 'bias' in name.split('_') # bias, in_proj_bias, gate_up_proj_bias
 
@@ -124,7 +124,7 @@ def _classify(m, pname, p, zone, head):
     "(kind, belongs to the unit of its module?) of a parameter that no adapter holds"
     own = {k:q for k,q in m._parameters.items() if q is not None}
     matrices = [k for k,q in own.items() if not _is_vector(q) and not _is_bias(k)]
-    if not _composite(m) and not matrices and not all(map(_is_bias, own)): return 'norm', True
+    if not is_composite(m) and not matrices and not all(map(_is_bias, own)): return 'norm', True
     if _is_bias(pname): return 'bias', False
     if isinstance(m, nn.Embedding): return 'embedding', pname == 'weight'
     if m is head: return 'head', pname == 'weight'
@@ -164,7 +164,7 @@ def _adapts(mods, at):
         getattr(mods.get(up), 'parameter_name', None), str
     ):
         at = up
-    return at if name == 'weight' else _join(at, name)
+    return at if name == 'weight' else join_path(at, name)
 
 # %% ../../nbs/03_model/04_layers.ipynb #4abb9313
 def _check_params(model):
@@ -185,9 +185,9 @@ def _check(model, unit, kinds):
         raise ValueError(
             f"partition_layers takes a torch module, such as a transformers model; got {type(model).__name__}"
         )
-    if unit not in ('module', 'block'):
+    if unit not in ('matrix', 'block'):
         raise ValueError(
-            f"unknown unit {unit!r}; 'module' (a weight matrix) and 'block' (a transformer block) are known"
+            f"unknown unit {unit!r}; 'matrix' (a weight matrix) and 'block' (a transformer block) are known"
         )
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for k in kinds:
@@ -207,7 +207,7 @@ def _spots(mods):
 class _Finder:
     "Says of every parameter where it stands and what unit it is part of"
     def __init__(self, model, unit):
-        self.unit,self.places,self.head = unit,_Places(model),_own_head(model)
+        self.unit,self.places,self.head = unit,Places(model),_own_head(model)
         self.mods = dict(model.named_modules(remove_duplicate=False))
         self.tuners = {k:m.adapter_layer_names for k,m in self.mods.items() if hasattr(type(m), 'adapter_layer_names')}
         self.found = _spots(self.mods)
@@ -221,20 +221,20 @@ def _part_of(finder, p, spot):
     "(kind, rest of the path, key in its layer) of the unit that holds a parameter"
     _,(_,layer,rest,zone,_),path,m,name = spot
     if finder.unit == 'block' and zone == 'block' and finder.places.stacks: return 'block','',layer
-    at = _tuner(finder.tuners, _join(path, name))
+    at = _tuner(finder.tuners, join_path(path, name))
     if at is not None: return 'adapter',finder.places(_adapts(finder.mods, at), name)[2],at
     kind,whole = _classify(m, name, p, zone, finder.head)
-    return (kind,rest,path) if whole else (kind,_join(rest, name),_join(path, name))
+    return (kind,rest,path) if whole else (kind,join_path(rest, name),join_path(path, name))
 
 # %% ../../nbs/03_model/04_layers.ipynb #d0070332
 def _name_groups(groups):
     "Give each group a name of its own, in place"
     def is_rest(layer, key, grad): return not grad and (layer, key, True) in groups     # the frozen part of a unit
-    count = Counter(_join(k[0], g['rest']) for k,g in groups.items() if not is_rest(*k))
+    count = Counter(join_path(k[0], g['rest']) for k,g in groups.items() if not is_rest(*k))
     for (layer,key,grad),g in groups.items():
-        name = _join(layer, g['rest'])
-        if count[name] > 1: name = _join(layer, _clean(key))
-        g['name'] = _join(name, 'frozen') if is_rest(layer, key, grad) else name
+        name = join_path(layer, g['rest'])
+        if count[name] > 1: name = join_path(layer, clean_path(key))
+        g['name'] = join_path(name, 'frozen') if is_rest(layer, key, grad) else name
 
 def _role_of(groups):
     "group → role of its unit, told from the paths inside the blocks of its stack, or inside its layer"
@@ -247,12 +247,12 @@ def _role_of(groups):
 # %% ../../nbs/03_model/04_layers.ipynb #301f51b7
 def partition_layers(
     model:nn.Module,   # any torch module; PEFT-wrapped, compiled or in DDP too
-    unit:str='module', # what trains as one: 'module', a weight matrix, or 'block'
+    unit:str='matrix', # what trains as one: 'matrix', a weight matrix, or 'block'
     kinds=('matrix', 'block', 'adapter') # kinds that a policy may choose; others stay frozen
 )->Layers:  # every parameter in exactly one unit
     "A model as named layers and units, found from its module tree"
     kinds,finder = _check(model, unit, kinds),_Finder(model, unit)
-    groups,where = {},{} # what each unit is made of; parameter name → its unit
+    groups,where = {},{} # what is in a unit; parameter name → its unit
     for full,p in model.named_parameters():
         spots = finder.spots(p)
         first = min(spots, key=lambda s: s[:1]+s[1][:1])
@@ -261,8 +261,8 @@ def partition_layers(
         new = dict(order=order, of=order[:2], layer=layer, rest=rest, kind=kind, depth=depth)
         g = groups.setdefault((layer, key, p.requires_grad), new | dict(params={}, shapes=[]))
         g['params'][full] = p
-        g['shapes'].append(_shape(p, m, name))
-        for _,_,path,_,name in spots: where[_join(path, name)] = g
+        g['shapes'].append(shape_of(p, m, name))
+        for _,_,path,_,name in spots: where[join_path(path, name)] = g
     return _finish(model, groups, where, unit, kinds, finder.places.n_blocks)
 
 # %% ../../nbs/03_model/04_layers.ipynb #d0eec41f

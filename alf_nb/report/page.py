@@ -13,7 +13,7 @@ from ..core.files import write_whole
 from ..core.foreign import escape
 from ..core.format import human_bytes, human_count, human_time, num, percent
 from ..core.shift import AttentionShift
-from ..core.runlog import _read_once
+from ..core.runlog import read_once
 from .attention import shift_section
 from .charts import MOST_SHOWN, drawn_layers, layer_map, loss_chart, memory_chart, role_maps
 from .html import data_table, note, section, settings_table, tag, tile, warning, whole_page
@@ -221,7 +221,7 @@ def report_html(
     run # folder of a run, or its `RunLog`
 )->str:
     "The report as one page of HTML"
-    log = _read_once(run)
+    log = read_once(run)
     s, state = summarize(log), state_of(log)
     train = [v for v in trend(state.series('log', 'loss')[1]) if v is not None]
     written = (f"Written by alf_nb {escape(str(s['versions'].get('alf_nb', '')))} from the run log of"
@@ -236,7 +236,7 @@ def write_report(
     out=None  # file to write; default `report.html` in the folder of the run
 )->Path:
     "Write the report of a run, whole or not at all"
-    log = _read_once(run)
+    log = read_once(run)
     out, html = Path(out or log.dir/'report.html'), report_html(log)
     try: write_whole(out, html)
     except OSError as e:

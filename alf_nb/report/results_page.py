@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core.files import write_whole
 from ..core.foreign import escape, visible
 from ..core.format import num, percent
-from .html import _NO_MATH, Html, data_table, note, section, settings_table, tag, theme_css, warning
+from .html import Html, NO_MATH, data_table, note, section, settings_table, tag, theme_css, warning
 from .html import whole_page
 from .lines import line_chart, short
 from .maps import band_map, cell_table, names_px, ramp_legend
@@ -182,7 +182,7 @@ def comparison_html(
 def _shown(c):
     said = ''.join(tag('p', escape(w), cls='alf-said') for w in c.verdict)
     inside = tag('h2', escape(c.title)) + said + comparison_html(c, 3)
-    return tag('style', theme_css()) + tag('div', inside, cls=f'alf {_NO_MATH}')
+    return tag('style', theme_css()) + tag('div', inside, cls=f'alf {NO_MATH}')
 
 PolicyComparison._repr_html_ = _shown
 

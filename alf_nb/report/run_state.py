@@ -15,7 +15,7 @@ from statistics import median
 from fastcore.basics import patch
 from ..core.policies import step_cost
 from ..core.records import Scores, Selection, UnitInfo, mean_over_parameters
-from ..core.runlog import _Reading, _read_once
+from ..core.runlog import RunReading, read_once
 
 # %% ../../nbs/07_report/01_run_state.ipynb #2ba1cb6a
 class _Measured:
@@ -262,7 +262,7 @@ def next_selection(self:RunState)->int|None:
     every = self.begin.get('interval') or self.config.get('interval')
     if not every: return None
     at = (self.step//every + 1)*every
-    return at if at < (self.max_steps or math.inf)*(self.config.get('lock') or 1) else None
+    return at if at < (self.max_steps or math.inf)*(self.config.get('select_until') or 1) else None
 
 # %% ../../nbs/07_report/01_run_state.ipynb #7f5665d8
 def axis_end(
@@ -325,7 +325,7 @@ def state_of(
     run # folder of a run, or its `RunLog`
 )->RunState:
     "What a log says; not to be changed"
-    log = _read_once(run)
-    if not isinstance(log, _Reading): return RunState(log.events())     # it goes on
+    log = read_once(run)
+    if not isinstance(log, RunReading): return RunState(log.events())     # it goes on
     if 'state' not in vars(log): log.state = RunState(log.events())
     return log.state

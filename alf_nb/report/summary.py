@@ -15,8 +15,8 @@ from ..core.foreign import visible
 from ..core.format import human_bytes, human_count, human_time, num, percent
 from ..core.policies import POLICIES
 from ..core.records import Scores
-from ..core.runlog import _read_once
-from ..core.events import _is_number
+from ..core.runlog import read_once
+from ..core.events import is_number
 from .run_state import RunState, bytes_of_trained, state_bytes, state_of
 
 # %% ../../nbs/07_report/08_summary.ipynb #e08b8c33
@@ -59,7 +59,7 @@ def _policy(state):
     if not isinstance(policy, dict):
         return dict(policy=policy or (sels[-1].policy if sels else None), budget=None, signal=signal)
     budget = policy.get('budget')
-    return dict(policy=policy.get('policy'), budget=budget if _is_number(budget) else None, signal=signal)
+    return dict(policy=policy.get('policy'), budget=budget if is_number(budget) else None, signal=signal)
 
 # %% ../../nbs/07_report/08_summary.ipynb #6fa9ac2c
 def _date(t): return None if t is None else datetime.fromtimestamp(t, timezone.utc).strftime('%Y-%m-%d %H:%M UTC')
@@ -126,7 +126,7 @@ def summarize(
     run # folder of a run, or its `RunLog`
 )->dict:
     "A run in numbers; None: not known"
-    log = _read_once(run)
+    log = read_once(run)
     events = log.events()
     state, nonfinite = state_of(log), sum(bool(e.get('nonfinite')) for e in events)
     end = _last(state, 'run_end') if log.status == 'complete' else {}
@@ -141,7 +141,7 @@ def latest_scores(
     signal=None  # default: the one the run chose by
 )->Scores:
     "Newest value of each unit; empty when nothing was measured"
-    log, found = _read_once(run), {}
+    log, found = read_once(run), {}
     for e in log.events(('probe', 'measure')):
         for name, values in (e.get('signals') or {}).items():
             found.setdefault(name, {}).update({k: v for k, v in values.items() if v is not None})

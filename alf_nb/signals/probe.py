@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from ..model.layers import Layers
 from ..core.records import Scores
-from ..model.shards import _in_group, is_sharded, local_tensor, reduce_shards
+from ..model.shards import in_group, is_sharded, local_tensor, reduce_shards
 from .untouched import _modules_in, _same_draws, _same_modules
 
 # %% ../../nbs/05_signals/05_probe.ipynb #04bb106a
@@ -114,7 +114,7 @@ def _described(out):
 def _finite_everywhere(loss):
     "Is the loss finite, on every process? What one leaves out all leave out, or their sums would not fit together"
     ok = loss.detach().isfinite().float()
-    if _in_group(): torch.distributed.all_reduce(ok, op=torch.distributed.ReduceOp.MIN)
+    if in_group(): torch.distributed.all_reduce(ok, op=torch.distributed.ReduceOp.MIN)
     return bool(ok)
 
 def _other_leaves(loss, params):
@@ -234,7 +234,7 @@ def _totals(layers, names, pairs, passes):
     if sharded := any(is_sharded(p) for n in names for p in layers.params(n)):
         table = torch.tensor(reduce_shards(layers, names, table.tolist())[0], dtype=torch.float64)
     table = torch.cat([table[:2], table[2:].sqrt().sum(0, keepdim=True)])
-    if not sharded and _in_group():
+    if not sharded and in_group():
         torch.distributed.all_reduce(table)
         table[1:] /= torch.distributed.get_world_size()
     return table.tolist()

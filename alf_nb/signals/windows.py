@@ -11,9 +11,9 @@ __all__ = ['SAMPLE', 'largest', 'LearningRates', 'Window', 'unmoved', 'Reference
 from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
-from ..model.updates import _is_readable, _learning_rates, _rate_sources, last_update
-from ..model.bits import _sample_bits
-from ..model.states import _groups
+from ..model.updates import is_readable, last_update, learning_rates, rate_sources
+from ..model.bits import sample_bits
+from ..model.states import deciding_groups
 from ..model.shards import local_tensor, reduce_shards
 from ..core.records import DeltaNorms
 from .snapshots import Snapshot
@@ -36,7 +36,7 @@ class LearningRates:
         optimizer,  # its optimizer
         names       # units that could train
     ):
-        self.sources,at = _rate_sources(optimizer),{}
+        self.sources,at = rate_sources(optimizer),{}
         for k,(m,i,p) in enumerate(self.sources):
             for q in [p] if p is not None else m.param_groups[i]['params']: at.setdefault(id(q), k)
         self.of = {n: [at[id(p)] for p in layers.params(n)] for n in names}
@@ -47,7 +47,7 @@ class LearningRates:
 @patch
 def count(self:LearningRates):
     "Add those of the step just made"
-    self.now = _learning_rates(self.sources)
+    self.now = learning_rates(self.sources)
     self.total = [c + (lr or 0.) for c,lr in zip(self.total, self.now)]
 
 @patch
@@ -64,7 +64,7 @@ def moving(self:LearningRates,
     names # units that train
 )->dict:  # unit → its learning rate: a number, or one for every parameter where they differ
     "Units whose learning rate is not 0, as far as it is known"
-    rates = [lr or 0. for lr in _learning_rates(self.sources)]
+    rates = [lr or 0. for lr in learning_rates(self.sources)]
     lr = {n: _one([rates[k] for k in self.of[n]]) for n in names}
     return {n: x for n,x in lr.items() if largest(x) > 0}
 
@@ -207,7 +207,7 @@ class UpdateWindows:
         optimizer  # whose last update is read
     ):
         self.layers,self.rates,self.optimizer,self.starts,self.before = layers,rates,optimizer,{},{}
-        odd = [m for m,_ in _groups(optimizer) if not _is_readable(m)]
+        odd = [m for m,_ in deciding_groups(optimizer) if not is_readable(m)]
         self.unread = {id(p) for m in odd for g in m.param_groups for p in g['params']}
         self.odd = list(dict.fromkeys(type(m).__name__ for m in odd))   # optimizers whose last update cannot be read
 
@@ -217,12 +217,12 @@ class UpdateWindows:
         "Remember a sample of the bits of what trains"
         known = lambda n: not self.unread.intersection(map(id, self.layers.params(n)))
         moving = filter(known, self.rates.moving(names))
-        self.before = {n: [_sample_bits(p, SAMPLE) for p in self.layers.params(n)] for n in moving}
+        self.before = {n: [sample_bits(p, SAMPLE) for p in self.layers.params(n)] for n in moving}
 
 # %% ../../nbs/05_signals/07_windows.ipynb #d0ae64d7
 def _update_of(p, bits, lr, optimizer):
     "Squares of update and weights, the product of update and gradient, the square of the move, the largest update"
-    moved = bool((_sample_bits(p, SAMPLE) != bits).any())
+    moved = bool((sample_bits(p, SAMPLE) != bits).any())
     w = local_tensor(p)
     u = last_update(optimizer, p) if moved else torch.zeros_like(w, dtype=torch.float32)
     u2 = u.square().sum()

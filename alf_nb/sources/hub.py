@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/02_sources/hub.html.md"""
 __all__ = ['hub_reachable', 'hub_client', 'first_line']
 
 # %% ../../nbs/02_sources/01_hub.ipynb #c9e672d2
-from .. import _require
-_require('transformers')
+from .. import require_versions
+require_versions('transformers')
 
 # %% ../../nbs/02_sources/01_hub.ipynb #40a22ed6
 import socket

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/02_sources/losses.html.md"""
 __all__ = ['supports_bf16', 'evaluate_loss', 'continuation']
 
 # %% ../../nbs/02_sources/06_losses.ipynb #e78d93e6
-from .. import _require
-_require('torch', 'transformers')
+from .. import require_versions
+require_versions('torch', 'transformers')
 
 # %% ../../nbs/02_sources/06_losses.ipynb #315b4123
 import warnings

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/02_sources/models.html.md"""
 __all__ = ['HUB_DEFAULT', 'check_causal', 'load_model', 'load_encoder', 'load_config']
 
 # %% ../../nbs/02_sources/03_models.ipynb #cd5718d4
-from .. import _require
-_require('torch', 'transformers', 'safetensors')
+from .. import require_versions
+require_versions('torch', 'transformers', 'safetensors')
 
 # %% ../../nbs/02_sources/03_models.ipynb #083f67d8
 import os

@@ -9,8 +9,8 @@ __all__ = ['SMOLLM2', 'MINILM', 'HOW_TO_INSTALL', 'cache_folder', 'package_folde
            'rename_model', 'packaged_model']
 
 # %% ../../nbs/02_sources/02_packaged.ipynb #4ef7d4a6
-from .. import _require
-_require('torch', 'transformers', 'safetensors')
+from .. import require_versions
+require_versions('torch', 'transformers', 'safetensors')
 
 # %% ../../nbs/02_sources/02_packaged.ipynb #471b5d8e
 import copy, hashlib, json, os, warnings

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/attention.html.md"""
 __all__ = ['AttentionSnapshot', 'attention_bar', 'compare_attention', 'attention_shift']
 
 # %% ../../nbs/09_study/03_attention.ipynb #415f424c
-from .. import _require
-_require('numpy', 'torch')
+from .. import require_versions
+require_versions('numpy', 'torch')
 
 # %% ../../nbs/09_study/03_attention.ipynb #201a165d
 import math

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/audit.html.md"""
 __all__ = ['AuditSettings', 'audit_signals']
 
 # %% ../../nbs/09_study/09_audit.ipynb #3bb66da0
-from .. import _require
-_require('numpy', 'torch', 'transformers')
+from .. import require_versions
+require_versions('numpy', 'torch', 'transformers')
 
 # %% ../../nbs/09_study/09_audit.ipynb #87488ec2
 import random, time
@@ -53,7 +53,7 @@ class AuditSettings:
     probe_steps:int=8 # steps that rate and coherence come from
     groups:int=1 # in which those steps train units, one after the other: more need less memory
     pin:tuple=() # units that train along with each, such as a new head; what they do alone is no gain
-    unit:str='module' # 'module': weight matrices; 'block': whole blocks
+    unit:str='matrix' # 'matrix': weight matrices; 'block': whole blocks
     kinds:tuple=('matrix', 'block', 'adapter') # kinds of units that are sampled
     bf16:bool=None # bf16 autocast; default where it is faster
     budget:float=.25 # fraction of the sample's parameters for `kept`
@@ -132,7 +132,7 @@ def _sampled(layers, names, pin, s):
     names = [n for n in names if n not in pin]
     if len(names) < 4:
         raise ValueError(
-            f"an audit compares at least 4 units, but {len(names)} can be sampled; try unit='module' or other kinds"
+            f"an audit compares at least 4 units, but {len(names)} can be sampled; try unit='matrix' or other kinds"
         )
     return names, pin
 

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/bench.html.md"""
 __all__ = ['sample_units', 'untouched', 'Bench', 'losses_after', 'change_rates']
 
 # %% ../../nbs/09_study/07_bench.ipynb #aca397b2
-from .. import _require
-_require('numpy', 'torch')
+from .. import require_versions
+require_versions('numpy', 'torch')
 
 # %% ../../nbs/09_study/07_bench.ipynb #79d7d0da
 import random

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/compare.html.md"""
 __all__ = ['compare_policies']
 
 # %% ../../nbs/09_study/13_compare.ipynb #03b8db2d
-from .. import _require
-_require('torch', 'transformers', 'accelerate')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate')
 
 # %% ../../nbs/09_study/13_compare.ipynb #6a3dcab4
 import copy, datetime, hashlib, json, math, os
@@ -20,7 +20,7 @@ from ..core.foreign import plain_fd
 from ..core.lock import RunLock
 from ..core.policy import match_units
 from ..model.layers import partition_layers
-from ..model.shards import _one_process
+from ..model.shards import check_alone
 from ..report.results_page import compare_results, write_comparison
 from ..report.results import PolicyComparison, read_results
 from .methods import Method, as_methods
@@ -286,7 +286,7 @@ def compare_policies(
     **kw # of `text_task`
 )->PolicyComparison:
     "Run methods under one rule; runs that the file already holds are not run again"
-    _one_process('compare_policies()')
+    check_alone('compare_policies()')
     plan, out = _plan(methods, rule, amount, seeds, lrs, extend, points), Path(out)
     with RunLock(out if out.suffix == '.jsonl' else out.parent, 'compare_policies()'):
         return _compare(_begin(_as_task(task, data, progress, kw), plan, out), progress)

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/maps.html.md"""
 __all__ = ['eager_attention', 'attend', 'attention_maps', 'normalised', 'attention_entropy', 'distances', 'attention_distance']
 
 # %% ../../nbs/09_study/01_maps.ipynb #db298164
-from .. import _require
-_require('numpy', 'torch')
+from .. import require_versions
+require_versions('numpy', 'torch')
 
 # %% ../../nbs/09_study/01_maps.ipynb #2fbba982
 from contextlib import contextmanager

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/methods.html.md"""
 __all__ = ['METHODS', 'Method', 'alf_method', 'as_methods']
 
 # %% ../../nbs/09_study/11_methods.ipynb #a92e5cee
-from .. import _require
-_require('torch', 'transformers', 'accelerate')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate')
 
 # %% ../../nbs/09_study/11_methods.ipynb #57dd895d
 import json
@@ -105,7 +105,7 @@ def _adapter(**kw):
 # %% ../../nbs/09_study/11_methods.ipynb #1e88e693
 _LOW, _MID, _HIGH = (5e-5, 1e-4, 2e-4), (1e-4, 2e-4, 4e-4), (2e-4, 4e-4, 8e-4)   # learning rates to try
 _anywhere = dict(strata=0)
-_once = dict(interval=0, probe_batches=2, references='none', reach=.8, **_anywhere)
+_once = dict(interval=0, probe_batches=2, references='none', freeze_bottom=.2, **_anywhere)
 
 _FULL = Method('full', 'every parameter trains', _LOW)
 _ALF = (
@@ -139,10 +139,10 @@ def _static(where, unit='block'):
 
 _RANDOM = (
     alf_method('random', 'random matrices within the same budget, kept to the end: the control', _HIGH, False,
-               **_static('random', 'module')),
-    alf_method('random-stratified', "ALF's preset for short runs, `quick`: random matrices, every role in every"
+               **_static('random', 'matrix')),
+    alf_method('random-stratified', "ALF's preset for short runs, `short`: random matrices, every role in every"
                " third of the depth with its share, the lowest fifth of the blocks left out; the control of"
-               " alf-once-stratified", _HIGH, False, preset='quick'),
+               " alf-once-stratified", _HIGH, False, preset='short'),
     alf_method('rotate', 'random matrices within the same budget, drawn anew when ALF selects anew', _HIGH, False,
                policy='rotate', **_unmeasured),
     alf_method('inverted', 'matrices with the lowest gain', policy='inverted'),
@@ -164,7 +164,7 @@ _ADAPTERS = (
     Method('lora', 'LoRA, rank 16 on all linear layers, PEFT', _RATES, prepare=_adapter()),
     Method('lora-top80', 'the same LoRA, but the lowest fifth of the blocks stays as it is and backward ends above: ALF'
            ' over PEFT, nothing chosen by a measurement', _RATES,
-           dict(policy='full', reach=.8, interval=0, references='none'), _adapter()),
+           dict(policy='full', freeze_bottom=.2, interval=0, references='none'), _adapter()),
     Method('alf-lora', 'the same, and of the adapters above the lowest fifth only the half with the highest gain',
            _RATES, dict(_once, budget=.4), _adapter(), True),
     Method('pissa', 'LoRA that starts from the largest singular values (PiSSA, https://arxiv.org/abs/2404.02948), rank'

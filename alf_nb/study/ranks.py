@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/ranks.html.md"""
 __all__ = ['ranks', 'rank_correlation', 'redrawn_correlations', 'random_correlations', 'holm']
 
 # %% ../../nbs/09_study/06_ranks.ipynb #dac72e42
-from .. import _require
-_require('numpy')
+from .. import require_versions
+require_versions('numpy')
 
 # %% ../../nbs/09_study/06_ranks.ipynb #2b61bf78
 import numpy as np

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/runs.html.md"""
 __all__ = ['device_name', 'train_method']
 
 # %% ../../nbs/09_study/12_runs.ipynb #ea6fb621
-from .. import _require
-_require('torch', 'transformers', 'accelerate')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate')
 
 # %% ../../nbs/09_study/12_runs.ipynb #0a02d40f
 import copy, hashlib, math, os, platform, statistics, tempfile, time

@@ -17,7 +17,7 @@ from ..core.check import whole
 from ..core.records import Record
 from ..core.schedule import default_interval
 from ..model.layers import partition_layers
-from ..model.tree import _size
+from ..model.tree import count_params
 from ..model.optim import apply_selection, check_state
 from ..model.bits import FrozenGuard
 from ..model.offload import OffloadedStates
@@ -75,18 +75,18 @@ class EnergyMeter:
 def count_selections(
     steps:int,          # optimizer steps of the run
     interval:int|None=None, # steps between selections; None: a third of the run, 32 to 256
-    lock:float=.85      # fraction of the run after which the selection stays
+    select_until:float=.85      # fraction of the run after which the selection stays
 )->int:                 # the first one included
     "Selections in a run, as `ALFCallback` makes them"
     if steps < 1: raise ValueError(f"steps={steps!r}, but a run has at least 1")
     every = default_interval(steps) if interval is None else interval
-    return 1 + sum(1 for s in range(every, steps, every) if s < lock*steps) if every else 1
+    return 1 + sum(1 for s in range(every, steps, every) if s < select_until*steps) if every else 1
 
 def probe_batches(
     steps:int,          # optimizer steps of the run
     first:int=8,        # batches of the first probe
     again:int=2,        # batches at each re-selection
-    **kw                # `interval` and `lock`, as in `count_selections`
+    **kw                # `interval` and `select_until`, as in `count_selections`
 )->int:
     "Batches that probes of a run take, each about as dear as a step that trains everything"
     return first + again*(count_selections(steps, **kw)-1)
@@ -144,7 +144,7 @@ def importance_s(self:StepCosts,
     **kw                  # as in `probe_batches`
 )->float:
     "Seconds that ALF adds to a step on average over a run"
-    selections = count_selections(steps, **{k: v for k,v in kw.items() if k in ('interval', 'lock')})
+    selections = count_selections(steps, **{k: v for k,v in kw.items() if k in ('interval', 'select_until')})
     return self.measure_s/measure_every + (self.probe_s*probe_batches(steps, **kw) + self.select_s*selections)/steps
 
 # %% ../../nbs/09_study/04_step_costs.ipynb #565fbd30
@@ -184,7 +184,7 @@ class _Selecting:
         self.layers, self.names, self.on_host = partition_layers(model), tuple(names), references == 'host'
         bits = 8 if references == '8bit' else 32
         self.snapshot = Snapshot(self.layers, device='cpu' if self.on_host else None, bits=bits)
-        self.guard, self.parked = FrozenGuard(self.layers), OffloadedStates('v')
+        self.guard, self.parked = FrozenGuard(self.layers), OffloadedStates()
 
     def select(self, optimizer):
         self.snapshot.drop(self.snapshot.names)
@@ -305,7 +305,7 @@ def costs(self:StepMeter)->StepCosts:
     peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == 'cuda' else peak_rss_bytes()
     medians = {k: statistics.median(v) if v else 0. for k,v in self.times.items() if k != 'energy_j'}
     return StepCosts(
-        n_params=_size(self.model),
+        n_params=count_params(self.model),
         n_trainable=sum(p.numel() for p in params if p.requires_grad),
         steps=len(self.times['forward_s']),
         tokens=next(iter(self.batch.values())).numel(),

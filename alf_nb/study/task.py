@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/task.html.md"""
 __all__ = ['Task', 'text_task']
 
 # %% ../../nbs/09_study/10_task.ipynb #3eb78c4a
-from .. import _require
-_require('torch', 'transformers')
+from .. import require_versions
+require_versions('torch', 'transformers')
 
 # %% ../../nbs/09_study/10_task.ipynb #0490a02b
 import hashlib, json, os

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/09_study/verdict.html.md"""
 __all__ = ['controls', 'agree', 'SignalAudit']
 
 # %% ../../nbs/09_study/08_verdict.ipynb #c46ebc62
-from .. import _require
-_require('numpy')
+from .. import require_versions
+require_versions('numpy')
 
 # %% ../../nbs/09_study/08_verdict.ipynb #7e66b0e3
 import math

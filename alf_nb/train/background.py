@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/06_train/background.html.md"""
 __all__ = ['BackgroundRun', 'train_in_background']
 
 # %% ../../nbs/06_train/19_background.ipynb #03b8db2d
-from .. import _require
-_require('torch', 'transformers', 'accelerate')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate')
 
 # %% ../../nbs/06_train/19_background.ipynb #e4773cb1
 import functools, os, sys, threading, time
@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from ..core.checkpoints import _newest_run, _why_none, find_checkpoint
+from ..core.checkpoints import find_checkpoint, newest_run, why_no_checkpoint
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
 from .beside import AT_WORK, refuse_beside
@@ -91,9 +91,9 @@ class BackgroundRun:
 # %% ../../nbs/06_train/19_background.ipynb #a387d0f3
 def _newest(trainer, callback):
     "The newest whole checkpoint of the newest run"
-    folder,run = trainer.args.output_dir,_newest_run(callback.out or trainer.args.output_dir)
+    folder,run = trainer.args.output_dir,newest_run(callback.out or trainer.args.output_dir)
     if found := find_checkpoint(folder, run): return found
-    raise ValueError(f"nothing to resume: {_why_none(folder, run)}")
+    raise ValueError(f"nothing to resume: {why_no_checkpoint(folder, run)}")
 
 @patch(as_prop=True)
 def alive(self:BackgroundRun)->bool:

@@ -9,9 +9,9 @@ __all__ = ['say_blind', 'note_reached', 'count_reached', 'take_request', 'freeze
 
 # %% ../../nbs/06_train/12_between.ipynb #61cb0abf
 import warnings
-from ..core.policy import _candidates
+from ..core.policy import make_candidates
 from ..core.records import Selection
-from ..model.shards import _any_process
+from ..model.shards import any_process
 from .choosing import tell, unreached, without
 from ..core.format import few
 from .selecting import select, share_of, switch, use_policy
@@ -41,10 +41,10 @@ def count_reached(run, step):
     if not (run.measuring or run.nothing_reached and run.engine.n_processes == 1): return
     reach,names = run.reach,run.selection.names
     if run.engine.n_processes > 1:
-        reach.got = set(_any_process(names, reach.got, next(run.layers.model.parameters()).device))
+        reach.got = set(any_process(names, reach.got, next(run.layers.model.parameters()).device))
     lost,new = reach.lost(names),reach.count(names, step)
     if not lost or step >= run.max_steps and not run.measuring: return
-    candidates = _candidates(None, run.units, run.policy.pin, run.policy.ban)
+    candidates = make_candidates(None, run.units, run.policy.pin, run.policy.ban)
     waiting = set(reach.waiting(reach.out, step))
     free = [u.name for u in candidates.units if u.name not in waiting]
     if free and new and step < run.max_steps: run.again = True

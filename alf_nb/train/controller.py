@@ -13,9 +13,9 @@ from fastcore.basics import patch
 from ..core.config import PROBED
 from ..core.system import peak_rss_bytes, versions
 from ..kernels.plan import compile_kernels
-from ..model.updates import _bare, check_last_update
+from ..model.updates import check_last_update, plain_optimizer
 from ..model.offload import OffloadedStates
-from ..model.states import _states, check_optimizer
+from ..model.states import check_optimizer, states_of
 from ..model.optim import rebuild_ddp_buckets
 from ..model.states import gradient_bytes, optimizer_bytes
 from ..model.shards import is_sharded
@@ -72,7 +72,7 @@ def _set_up_parts(run):
     run.windows = _windows(c, layers, run.rates, optimizer)
     run.guards = Guards(layers, run.names, optimizer, run.journal)
     run.guards.sharded = any(is_sharded(p) for n in layers for p in layers.params(n))
-    run.offloaded,run.reach = OffloadedStates(c.state),Reach()
+    run.offloaded,run.reach = OffloadedStates(c.offload),Reach()
     run.tracker = ImportanceTracker(run.names)
     run.tracker.update('prior', ours(run, prior_scores(layers)), 0)
     run.blind = BlindBatches(layers, lambda: run.selection.names, lambda: say_blind(run))
@@ -123,7 +123,7 @@ def begin(self:ALFController,
     _hook(self, model)
     if self.engine.compiled and not self.stale:
         every = self.schedule.every
-        warn_of_recompiling(1 + (math.ceil(self.config.lock*self.max_steps/every) - 1 if every else 0))
+        warn_of_recompiling(1 + (math.ceil(self.config.select_until*self.max_steps/every) - 1 if every else 0))
     if resume is None: warn_of_new_head(model, self.units, self.policy)
     self.seen = known_scores(self, 0)
     if self.config.signal in PROBED: self.source.lend()
@@ -144,7 +144,7 @@ def _hook(run, model):
         add_hooks(model, *run.nonfinite.gradients.watch(run.layers, run.names))
     guard_allocators(model, run.policy)
     if not run.engine.compiled: add_hooks(model, model.register_forward_hook(ForwardHook(run.blind)))
-    if (bare := _bare(run.optimizer)) is not None:
+    if (bare := plain_optimizer(run.optimizer)) is not None:
         # fp16's scaler and wrappers may skip a step
         add_hooks(model, bare.register_step_post_hook(lambda *a: setattr(run.guards, 'stepped', True)))
     run.stale = run.engine.compiled and not graphs_see_freezing()
@@ -157,7 +157,7 @@ def _compile(run):
 
 # %% ../../nbs/06_train/13_controller.ipynb #29d14746
 def settings(run)->dict:
-    "What decides how this run goes, as plain values; the policy knows what lies below its reach"
+    "What decides how this run goes, as plain values; the policy knows which units stay frozen"
     return run.config.to_dict() | dict(policy=run.asked.to_dict())
 
 def write_begin(run):
@@ -268,7 +268,7 @@ def end_step(self:ALFController,
     t.share_sum += self.selection.share
     t.share_peak = max(t.share_peak, self.selection.share)
     take_request(self, step)
-    self.stateless = self.guards.sharded and not any(any(s.values()) for s in _states(self.optimizer))
+    self.stateless = self.guards.sharded and not any(any(s.values()) for s in states_of(self.optimizer))
     t.wall_s += time.perf_counter() - self.t_begin
     self.forget_pause()
 

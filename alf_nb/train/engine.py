@@ -11,7 +11,7 @@ __all__ = ['Engine', 'check_model', 'check_engine', 'is_compiled', 'graphs_see_f
 import functools, os, warnings
 from dataclasses import dataclass
 import torch
-from ..model.shards import _n_started, is_sharded
+from ..model.shards import is_sharded, n_started
 from ..signals.untouched import _same_draws
 
 # %% ../../nbs/06_train/04_engine.ipynb #938665ed
@@ -33,7 +33,7 @@ class Engine:
 
 # %% ../../nbs/06_train/04_engine.ipynb #525f5bab
 def _check_started(args):
-    if args.world_size == 1 and (n := _n_started()) > 1:
+    if args.world_size == 1 and (n := n_started()) > 1:
         raise ValueError(
             f"{n} processes were started, and this Trainer trains alone: each of them would do the whole job and write"
             " the same files. On a machine without a GPU say TrainingArguments(use_cpu=True), and they train together;"

@@ -13,10 +13,10 @@ import torch
 from fastcore.basics import patch
 from ..core.format import few
 from ..model.optim import check_state
-from ..model.updates import _has_to_move
+from ..model.updates import has_to_move
 from ..model.bits import FrozenGuard
-from ..model.states import _groups
-from ..model.shards import _any_process, local_tensor
+from ..model.states import deciding_groups
+from ..model.shards import any_process, local_tensor
 
 # %% ../../nbs/06_train/06_guards.ipynb #5522aabc
 class Journal:
@@ -189,8 +189,8 @@ def check_moved(self:Guards,
     if not self.stepped or self.journal.check == 'off': return
     names = [n for n in names if n in still]
     params = lambda n: [p for p in self.layers.params(n) if local_tensor(p).numel()]
-    odd = [n for n in names if any(_has_to_move(self.optimizer, p, sample) for p in params(n))]
-    if self.sharded and names: odd = _any_process(names, set(odd), next(self.layers.model.parameters()).device)
+    odd = [n for n in names if any(has_to_move(self.optimizer, p, sample) for p in params(n))]
+    if self.sharded and names: odd = any_process(names, set(odd), next(self.layers.model.parameters()).device)
     if not odd: return
     more = f" and {len(odd)-1} more" if len(odd) > 1 else ''
     self.journal.found(
@@ -231,10 +231,10 @@ def explain_unmoved(layers, optimizer, name, lr, reached):
     params = [p for p in layers.params(name) if local_tensor(p).numel()]
     if name not in reached: return 'no gradient', _NO_GRADIENT
     if any(p.grad is not None for p in params) and not any(map(any_gradient, params)): return 'gradient 0', _ZERO
-    moves = [_has_to_move(optimizer, p) for p in params]
+    moves = [has_to_move(optimizer, p) for p in params]
     sure = None not in moves and not any(moves)
     if rounded := _rounded_away(params, lr, sure): return 'rounded away', rounded
-    kind = ' and '.join(dict.fromkeys(type(m).__name__ for m,_ in _groups(optimizer)))
+    kind = ' and '.join(dict.fromkeys(type(m).__name__ for m,_ in deciding_groups(optimizer)))
     return 'unknown', (
         f"the gradient is not 0; {kind} may wait for some steps, steps of lr {lr:.1g} may be rounded away, or something"
         " outside ALF puts the weights back"

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..core.config import config_of, with_settings
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
-from ..model.shards import _n_started
+from ..model.shards import n_started
 from ..signals.batches import _base, _lend
 from .beside import refuse_beside
 from .controller import ALFController
@@ -72,7 +72,7 @@ class ALFLoop:
 def _check_steps(max_steps):
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps={max_steps!r}, but it is the number of optimizer steps, at least 1")
-    if (n := _n_started()) > 1:
+    if (n := n_started()) > 1:
         raise ValueError(
             f"ALFLoop runs in one process, and here are several ({n}): use ALFCallback in a Trainer, whose"
             " processes agree on what trains"

@@ -11,9 +11,9 @@ __all__ = ['finite_sum', 'GradientSums', 'NonFinite']
 import functools
 import torch
 from fastcore.basics import patch
-from ..model.optim import _pop_state
-from ..model.states import _states
-from ..model.shards import _any_process
+from ..model.optim import pop_state
+from ..model.states import states_of
+from ..model.shards import any_process
 
 # %% ../../nbs/06_train/08_nan.ipynb #1da5d9f4
 def finite_sum(
@@ -51,7 +51,7 @@ class NonFinite:
     def look(self, names, step):
         "Before the step: it shall change nothing if a gradient is not finite, for clipping has spread it over all"
         device = next(self.layers.model.parameters()).device
-        self.units = _any_process(names, self.gradients.take(device), device)
+        self.units = any_process(names, self.gradients.take(device), device)
         if not self.units: return
         for n in names:
             for p in self.layers.params(n): p.grad = None
@@ -73,7 +73,7 @@ def in_weights(self:NonFinite,
     finite = torch.stack([finite_sum(p).to(device, torch.float32) for _,p in owner]).isfinite().tolist()
     odd = [pair for pair,ok in zip(owner, finite) if not ok]
     found = {n for n,p in odd if not bool(p.isfinite().all())}           # the sum of finite numbers may overflow
-    return _any_process(names, found, device)
+    return any_process(names, found, device)
 
 # %% ../../nbs/06_train/08_nan.ipynb #c7bc8455
 @patch
@@ -84,11 +84,11 @@ def put_back(self:NonFinite,
     step:int # optimizer steps made
 )->dict:     # unit → step whose weights it has again
     "Weights of where their windows began, without optimizer state"
-    states,since = _states(self.optimizer),{n: self.windows.starts[n][0] for n in bad}
+    states,since = states_of(self.optimizer),{n: self.windows.starts[n][0] for n in bad}
     for n in bad:
         for p,ref in self.windows.snapshot.params_and_refs(n):
             p.copy_(ref)
-            _pop_state(states, p)
+            pop_state(states, p)
             p.grad = None
     if len(bad) == len(names):
         self.journal.refuse(

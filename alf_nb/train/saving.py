@@ -13,16 +13,16 @@ import hashlib, json, os, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from safetensors.torch import load_file
-from ..core.checkpoints import _newest_run
+from ..core.checkpoints import newest_run
 from ..core.foreign import open_plain
 from ..core.policy import Policy
 from ..core.records import Scores
-from ..model.optim import _first_states, _pop_state, _set_first_states
-from ..model.bits import _sample_bits
-from ..model.packing import _pack_states, _safe_classes
-from ..model.optim import _state_of, apply_selection, rebuild_ddp_buckets
-from ..model.packing import _state_classes, _unpack_states
-from ..model.states import _states
+from ..model.optim import first_states, pop_state, set_first_states
+from ..model.bits import sample_bits
+from ..model.packing import pack_states, safe_classes
+from ..model.optim import apply_selection, param_state, rebuild_ddp_buckets
+from ..model.packing import state_classes, unpack_states
+from ..model.states import states_of
 from ..model.shards import full_tensor
 from ..signals.snapshots import restore_snapshot, snapshot_tensors
 from .choosing import without
@@ -38,7 +38,7 @@ def fingerprint(layers):
     for n in layers:
         for k,p in layers.named_params(n).items():
             h.update(k.encode())
-            h.update(_sample_bits(full_tensor(p), 64).cpu().numpy().tobytes())
+            h.update(sample_bits(full_tensor(p), 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
 def _units(run): return [(u.name, u.n_params) for u in run.units]
@@ -50,9 +50,9 @@ def all_params(run):
 def drop_made_up(run):
     """To save an optimizer without any state, FSDP2 gives it some by a step of lr 0, which a unit that has just come
     must not go on with. Returns the parameters that got it"""
-    states,run.stateless,stateless = _states(run.optimizer),False,run.stateless
-    made_up = [k for k,p in all_params(run).items() if _state_of(states, p)] if stateless else []
-    for k in made_up: _pop_state(states, run.guards.places[k][0])
+    states,run.stateless,stateless = states_of(run.optimizer),False,run.stateless
+    made_up = [k for k,p in all_params(run).items() if param_state(states, p)] if stateless else []
+    for k in made_up: pop_state(states, run.guards.places[k][0])
     return made_up
 
 # %% ../../nbs/06_train/15_saving.ipynb #f320843e
@@ -65,8 +65,8 @@ def _say_lost(run, lost):
             f"the optimizer's state of {len(lost)} parameters at rest holds what a checkpoint cannot, the first is"
             f" {first} ({why}): when they train again after a resume, their state begins anew",
         )
-    safe = _safe_classes()
-    if odd := [c for k,c in _state_classes(run.optimizer).items() if k not in safe]:
+    safe = safe_classes()
+    if odd := [c for k,c in state_classes(run.optimizer).items() if k not in safe]:
         run.journal.once(
             'classes',
             f"the optimizer's state holds {', '.join(c.__name__ for c in odd)}, which neither Trainer nor ALF loads"
@@ -77,10 +77,10 @@ def _say_lost(run, lost):
 # %% ../../nbs/06_train/15_saving.ipynb #53504fb6
 def _states_at_rest(run, params, tensors):
     "What is no tensor in the state of frozen parameters, and in that of before the first step; tensors are put aside"
-    parked,lost = _pack_states(run.offloaded.held, params, tensors, 'parked')
+    parked,lost = pack_states(run.offloaded.held, params, tensors, 'parked')
     names = {p: k for k,p in params.items()}
-    first = {names[p]: s for p,s in _first_states(run.optimizer).items() if p in names}
-    first,lost_first = _pack_states(first, params, tensors, 'first')
+    first = {names[p]: s for p,s in first_states(run.optimizer).items() if p in names}
+    first,lost_first = pack_states(first, params, tensors, 'first')
     _say_lost(run, lost | lost_first)
     return parked, first
 
@@ -92,14 +92,14 @@ def collect(
     "All that a resume needs beside model and optimizer; of weights in pieces every process has to ask"
     made_up,snapshot = drop_made_up(run),run.windows.snapshot
     tensors = {} if snapshot is None else {f'ref/{k}': t for k,t in snapshot_tensors(snapshot).items()}
-    params,states = all_params(run),_states(run.optimizer)
+    params,states = all_params(run),states_of(run.optimizer)
     parked,first = _states_at_rest(run, params, tensors)
     state = State(
         version=1, run_id=run.run_id, step=step, config=settings(run), weights=fingerprint(run.layers),
         units=_units(run), selection=run.selection,
         tracker=Tracked(**run.tracker.state_dict()), marks=run.windows.starts, cum_lr=run.rates.total,
         totals=run.totals, new_state=run.new_state, parked=parked, first=first, made_up=made_up,
-        optimizer=made_up or [k for k,p in params.items() if _state_of(states, p)], policy=run.policy.to_dict(),
+        optimizer=made_up or [k for k,p in params.items() if param_state(states, p)], policy=run.policy.to_dict(),
         reach=Reached(**run.reach.state_dict(run.names)), again=run.again,
         banned=[n for n in run.names if n in run.banned])
     return state, tensors
@@ -159,7 +159,7 @@ def newer_run(
     home    # folder of the run log, or None
 )->tuple:   # id of the newer run, and what there is to say; None, '': there is none
     "Was another run begun in the folder since?"
-    newest = _newest_run(home) if home else None
+    newest = newest_run(home) if home else None
     if newest in (None, run_id): return None, ''
     return newest, f"{name} belongs to run {run_id}, and a newer run, {newest}, was begun in {home} since"
 
@@ -186,7 +186,7 @@ def check_same(run, name, saved, step):
 def _check_choice(run, saved, step):
     "Could the policy in force choose, if it has to? Asked with every score known"
     policy = Policy.from_dict(saved.policy)
-    due = run.schedule.every and step < run.config.lock*run.max_steps or run.schedule.starting(step) is not None
+    due = run.schedule.every and step < run.config.select_until*run.max_steps or run.schedule.starting(step) is not None
     if not due and not saved.again: return
     every = Scores(saved.config['signal'], dict.fromkeys(run.names, 1.))
     policy.select(every if policy.needs_scores else None, run.units, step, saved.selection)
@@ -194,9 +194,9 @@ def _check_choice(run, saved, step):
 # %% ../../nbs/06_train/15_saving.ipynb #b51fb485
 def _kept_states(run, saved, tensors, params, trains):
     "State of parameters at rest, and that of before the first step: parameter → entry → value of this process"
-    known,found = _safe_classes() | _state_classes(run.optimizer),[]
+    known,found = safe_classes() | state_classes(run.optimizer),[]
     for word,plain,busy in (('parked', saved.parked, trains), ('first', saved.first, {})):
-        try: whole = _unpack_states(plain, {}, tensors, word, known)
+        try: whole = unpack_states(plain, {}, tensors, word, known)
         except Exception as e:      # classes of others check what they are given in their own way
             raise ValueError(f"{word} cannot be put together: {e if isinstance(e, ValueError) else repr(e)}") from None
         check_states(word, whole, params, busy, run.optimizer, saved.step)
@@ -247,9 +247,9 @@ def _changed(run, was):
 def _restore_optimizer(run, saved):
     "State of before the first step, and what trains; the optimizer came back with the state of these units only"
     params,state = all_params(run),saved.state
-    _set_first_states(run.optimizer, {params[k]: s for k,s in saved.first.items()})
+    set_first_states(run.optimizer, {params[k]: s for k,s in saved.first.items()})
     apply_selection(run.layers, state.selection.names, run.optimizer, None)
-    for k in state.made_up: _pop_state(_states(run.optimizer), params[k])
+    for k in state.made_up: pop_state(states_of(run.optimizer), params[k])
     run.offloaded.held = saved.held
 
 # %% ../../nbs/06_train/15_saving.ipynb #38ed4767

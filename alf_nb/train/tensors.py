@@ -14,9 +14,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from ..kernels.plan import empty_reference
-from ..model.packing import _is_repeated
-from ..model.offload import FIRST_MOMENTS, _entry
-from ..model.states import _members, _tensors
+from ..model.packing import is_repeated
+from ..model.offload import FIRST_MOMENTS, entry_name
+from ..model.states import entry_tensors, members_of
 from ..model.shards import shard_of
 from .state import MOST, shown
 
@@ -27,7 +27,8 @@ def _few(t):
 
 def _is_finite(x):
     "Is every number finite, in a tensor or in whatever holds tensors?"
-    return all(bool(_few(t).isfinite().all()) for t in _tensors(x) if t.is_floating_point() and t.element_size() > 1)
+    floats = (t for t in entry_tensors(x) if t.is_floating_point() and t.element_size() > 1)
+    return all(bool(_few(t).isfinite().all()) for t in floats)
 
 def _check_numbers(at, t, p):
     "A ValueError where `t` holds NaN or infinity beside a parameter that does not"
@@ -134,10 +135,10 @@ def _check_entry(at, entry, v, p, want, most):
     if want is not None and not isinstance(v, Tensor): raise ValueError(f"{at} is {shown(v)}, not a tensor")
     if want is not None: _check_form(at, v, *want)
     room = 4*max(p.numel(), max(p.shape, default=1)**2)
-    if any(t.numel() > room for t in _tensors(v) if _is_repeated(t)):
+    if any(t.numel() > room for t in entry_tensors(v) if is_repeated(t)):
         raise ValueError(f"{at} repeats a number too often")
     _check_numbers(at, v, p)
-    if entry in _SQUARES and any(bool((_few(x) < 0).any()) for x in _tensors(v) if x.is_floating_point()):
+    if entry in _SQUARES and any(bool((_few(x) < 0).any()) for x in entry_tensors(v) if x.is_floating_point()):
         raise ValueError(f"{at} is negative, and a mean of squares is not")
 
 # %% ../../nbs/06_train/02_tensors.ipynb #74c46eea
@@ -180,8 +181,8 @@ def _check_kept(at, entries, p, kept, most, parked=False):
 
 # %% ../../nbs/06_train/02_tensors.ipynb #d8872e3c
 def _all_kept(optimizer):
-    "A `_Kept` for every state of a chain, in the order of `_states`"
-    states = [(m, s) for m in _members(optimizer) if isinstance(s := getattr(m, 'state', None), Mapping)]
+    "A `_Kept` for every state of a chain, in the order of `states_of`"
+    states = [(m, s) for m in members_of(optimizer) if isinstance(s := getattr(m, 'state', None), Mapping)]
     found = {}
     for m,s in states: found.setdefault(id(s), _Kept(m, s))
     return list(found.values())
@@ -189,7 +190,7 @@ def _all_kept(optimizer):
 def check_loaded(optimizer, params):
     "A ValueError where the optimizer as it was loaded would not survive a step; `params` is name → parameter"
     names = {id(p): k for k,p in params.items()}
-    for m in _members(optimizer):
+    for m in members_of(optimizer):
         for i,g in enumerate(m.param_groups):
             lr = g.get('lr', 0.)
             if lr is None: continue
@@ -208,7 +209,7 @@ def _of_each(name, entries, n):
         at,_,_ = e.rpartition('|')
         if at and not (at.isdigit() and at.isascii() and int(at[:9]) < n):
             raise ValueError(f"{name}/{e[:200]} is the state of no optimizer")
-        of.setdefault(int(at or 0), {})[_entry(e)] = v
+        of.setdefault(int(at or 0), {})[entry_name(e)] = v
     return of
 
 # %% ../../nbs/06_train/02_tensors.ipynb #2658dfa9
@@ -243,5 +244,5 @@ def _named_parts(x):
 
 def piece_of(x, p):
     "What this process holds of one entry, in memory of its own"
-    if type(x) is not Tensor or not x.dim() or _is_repeated(x): return x
+    if type(x) is not Tensor or not x.dim() or is_repeated(x): return x
     return shard_of(x, p).clone()

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/06_train/trainer.html.md"""
 __all__ = ['ALFCallback', 'release', 'load_checkpoint']
 
 # %% ../../nbs/06_train/16_trainer.ipynb #7b901c77
-from .. import _require
-_require('torch', 'transformers', 'accelerate', 'safetensors')
+from .. import require_versions
+require_versions('torch', 'transformers', 'accelerate', 'safetensors')
 
 # %% ../../nbs/06_train/16_trainer.ipynb #ee094a8d
 import functools, json, os, threading, warnings
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from ..core.checkpoints import _newest_run, _set_aside, find_checkpoint, verify_checkpoint, write_manifest
+from ..core.checkpoints import find_checkpoint, newest_run, set_aside, verify_checkpoint, write_manifest
 from ..core.config import config_of, with_settings
 from ..core.files import replacing
 from ..core.lock import RunLock
@@ -219,7 +219,7 @@ def _keep_earlier(args, state):
     them aside"""
     deletes = args.save_total_limit and args.save_strategy != 'no' and state.is_world_process_zero
     if not deletes or getattr(state, 'is_hyper_param_search', False): return
-    if where := _set_aside(args.output_dir, [p.name for p in Path(args.output_dir).glob('checkpoint-*')]):
+    if where := set_aside(args.output_dir, [p.name for p in Path(args.output_dir).glob('checkpoint-*')]):
         warnings.warn(
             f"{args.output_dir} holds checkpoints of an earlier run, which save_total_limit={args.save_total_limit}"
             f" would have deleted: they are in {where} now"
@@ -332,7 +332,7 @@ def _folder(alf, args, state):
         )
     why = 'it was saved without ALFCallback or with save_only_model=True, or it lies elsewhere (resume_from=…)'
     if (folder/'alf').is_dir() and not (why := verify_checkpoint(folder)): return folder
-    other,hint = _newest(args, _newest_run(alf.out or args.output_dir)),"There is no whole checkpoint with ALF here"
+    other,hint = _newest(args, newest_run(alf.out or args.output_dir)),"There is no whole checkpoint with ALF here"
     if other: hint = f"The newest whole checkpoint here is {Path(other).name}: resume_from_checkpoint={other!r}"
     raise RuntimeError(f"cannot resume from {folder.name}: {why}. {hint}")
 
@@ -357,7 +357,7 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
 def _freeze_for_load(alf, args, model):
     "Only what the checkpoint holds optimizer state of requires grad when it is loaded"
     if not any(map(is_sharded, model.parameters())): return
-    folder = _given_folder(alf, args) or _newest(args, _newest_run(alf.out or args.output_dir))
+    folder = _given_folder(alf, args) or _newest(args, newest_run(alf.out or args.output_dir))
     folder = Path(folder or '')
     if not (folder/STATE).is_file(): return
     if not (held := set(typed_state(folder).optimizer)): return

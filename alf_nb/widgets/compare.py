@@ -31,7 +31,7 @@ class Followed(RunLog):
         self.follower = follower
     def _runs(self, kinds): return effective_events(list(self.follower.events))
     @property
-    def damaged(self): return self.follower.log._passed
+    def damaged(self): return self.follower.log.n_passed
 
 class _Several:
     "Followers as one"

@@ -8,8 +8,8 @@ Docs: https://example.github.io/alf_nb/08_widgets/parts.html.md"""
 __all__ = ['put', 'show', 'html', 'row', 'menu', 'all_widgets', 'layered']
 
 # %% ../../nbs/08_widgets/01_parts.ipynb #90e37ad8
-from .. import _require
-_require('ipywidgets')
+from .. import require_versions
+require_versions('ipywidgets')
 
 # %% ../../nbs/08_widgets/01_parts.ipynb #de93e5bb
 import ipywidgets as W

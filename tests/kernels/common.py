@@ -91,7 +91,7 @@ def liger_and_plain(folder, device, **sizes):
             args,
             train_dataset=demo_dataset(16, length=8),
             callbacks=[
-                ALFCallback(budget=0.15, hysteresis=0.0, interval=2, probe_batches=2, measure_every=1, lock=1.0)
+                ALFCallback(budget=0.15, hysteresis=0.0, interval=2, probe_batches=2, measure_every=1, select_until=1.0)
             ],
         )
         t.remove_callback(PrinterCallback)

@@ -47,7 +47,7 @@ def partials(target, d1=torch.bfloat16, d2=torch.bfloat16, d3=None, offset=0, **
     reference: in 8 bits"""
     w = tensor(64, d1, offset=offset)
     g = None if d3 is None else tensor(64, d3)
-    n, tables, consts, kernel = K._TritonSweep(
+    n, tables, consts, kernel = K.TritonSweep(
         [(0, w, empty_reference(w) if d2 == torch.int8 else tensor(64, d2), g)]
     ).launches[0]
     return build(

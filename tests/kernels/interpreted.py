@@ -10,8 +10,8 @@ warnings.filterwarnings('ignore')
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from alf_nb.kernels import plan as K
-from alf_nb.kernels.reference8 import _INV127
-from alf_nb.kernels.triton_sweep import _CHUNK, _TritonSweep
+from alf_nb.kernels.reference8 import ONE_127TH
+from alf_nb.kernels.triton_sweep import TritonSweep, CHUNK_SIZE
 from audit import audit
 from common import *
 
@@ -27,13 +27,13 @@ def partials(sweep, refresh=False):
     return kept[0]
 
 def full(items): return [(*i, *[None]*(4 - len(i))) for i in items]
-def sweep(items, refresh=False, chunk=_CHUNK, columns=3):
-    owners, out = _TritonSweep(full(items), chunk)(refresh)
+def sweep(items, refresh=False, chunk=CHUNK_SIZE, columns=3):
+    owners, out = TritonSweep(full(items), chunk)(refresh)
     return out.numpy()[:,:columns]
 
 def close(got, want, tol=4e-7): np.testing.assert_allclose(got, want, rtol=tol)
 
-def audited(items, refresh, chunk=_CHUNK, columns=3):
+def audited(items, refresh, chunk=CHUNK_SIZE, columns=3):
     "Run under the audit; every byte read once, references written once or never, nothing else touched"
     names = {
         f'{k}{i}': t
@@ -56,7 +56,7 @@ def test_each_byte_once_and_nothing_else(d1, d2, refresh):
 
 def test_a_misaligned_tensor_gets_no_promise():
     items = [(0, *pair(4096, torch.bfloat16, torch.bfloat16, o1=1)), (1, *pair(4096, torch.bfloat16, torch.bfloat16))]
-    s = _TritonSweep(full(items))
+    s = TritonSweep(full(items))
     assert [consts['W_ALIGN'] for *_,consts,_ in s.launches] == [2, 16]
     close(audited(items, False), judge(items))
     s.launches[0][2]['W_ALIGN'] = 16
@@ -65,10 +65,10 @@ def test_a_misaligned_tensor_gets_no_promise():
 def test_the_audit_can_fail():
     items = [(0, *pair(4096, torch.bfloat16, torch.bfloat16))]
     # claims one element more than there is
-    s = _TritonSweep(full(items))
+    s = TritonSweep(full(items))
     s.launches[0][1][3] += 1
     with audit(dict(w=items[0][1], r=items[0][2])), pytest.raises(Exception, match='outside every buffer'): s(False)
-    s = _TritonSweep(full(items*2))                                                    # the same tensor twice
+    s = TritonSweep(full(items*2))                                                    # the same tensor twice
     with audit(dict(w=items[0][1], r=items[0][2])) as a: s(False)
     assert (a.reads['w'] == 2).all()
 
@@ -78,7 +78,7 @@ def test_more_than_2_31_elements():
     hot = [0, 2**31 - 1, 2**31, n - 1]
     for k,i in enumerate(hot): w[i] = k + 1.
     # visit the chunks of interest only
-    s = _TritonSweep([(0, w[:1], r[:1], None)])
+    s = TritonSweep([(0, w[:1], r[:1], None)])
     chunks = sorted({i//s.chunk for i in hot})
     tables = s.launches[0][1]
     s.launches[0] = (
@@ -115,13 +115,13 @@ def test_dot_each_byte_once_and_right(d1, d2, d3):
 
 def test_dot_without_some_gradients():
     items = [(i, w, r, g if i%2 else None) for i,w,r,g in triples(*[torch.bfloat16]*3, (5, 5, 40_000, 40_000))]
-    s = _TritonSweep(items)
+    s = TritonSweep(items)
     assert len(s.launches) == 2
     near(s(False)[1].numpy()[:,3], items)
 
 def test_dot_of_a_misaligned_gradient_gets_no_promise():
     items = [(0, *pair(4096, torch.bfloat16, torch.float32), tensor(4096, torch.bfloat16, 9, offset=1))]
-    c = _TritonSweep(items).launches[0][2]
+    c = TritonSweep(items).launches[0][2]
     assert (c['W_ALIGN'], c['R_ALIGN'], c['G_ALIGN']) == (2, 4, 2)
     near(audited(items, False, columns=4)[:,3], items)
 
@@ -174,7 +174,7 @@ def test_ref8_more_than_2_31_elements():
     hot = [0, 2**31 - 1, 2**31, n - 1]
     q, scale = sparse((n + 1)//2).view(torch.int8), torch.zeros(-(-n//256))
     for k,i in enumerate(hot): w[i] = k + 1.
-    s = _TritonSweep([(0, w[:1], K.quantize_reference(w[:1]), None)])
+    s = TritonSweep([(0, w[:1], K.quantize_reference(w[:1]), None)])
     chunks = sorted({i//s.chunk for i in hot})
     t = s.launches[0][1]
     t[1], t[2] = torch.tensor([q.data_ptr()]), torch.tensor([scale.data_ptr()])
@@ -195,8 +195,8 @@ def test_ref8_more_than_2_31_elements():
         m.setattr(K.torch, 'empty', torch.zeros)
         with audit(dict(w=w, q=q, scale=scale), count=False): assert s(True)[1][0,[0,2]].tolist() == [30, 4]
     assert q[hot].tolist() == [127] * 4 and scale[[0, -1]].tolist() == [
-        np.float32(_INV127),
-        np.float32(4) * np.float32(_INV127),
+        np.float32(ONE_127TH),
+        np.float32(4) * np.float32(ONE_127TH),
     ]
 
 @pytest.mark.parametrize('d1,d2', PAIRS)
@@ -212,13 +212,13 @@ def test_values(d1, d2):
 
 def test_one_call_takes_all_dtypes_and_alignments():
     items = [(i, *pair(700 + i, a, b, i, o1=i//9, o2=i//9)) for i,(a,b) in enumerate(PAIRS*2)]
-    s = _TritonSweep(full(items))
+    s = TritonSweep(full(items))
     assert len(s.launches) == 18
     close(s(False)[1].numpy()[:,:3], judge(items))
 
 def test_units_of_several_tensors():
     items = [(u, *pair(n, torch.bfloat16, torch.bfloat16, n)) for u,n in ((0, 5), (0, 20_000), (3, 40_000), (3, 1))]
-    s = _TritonSweep(full(items))
+    s = TritonSweep(full(items))
     assert s.owners.tolist() == [0, 3]
     j = judge(items)
     close(s(False)[1].numpy()[:,:3], [[*(j[i]+j[i+1])[:2], max(j[i,2], j[i+1,2])] for i in (0, 2)])
@@ -258,9 +258,9 @@ def test_refresh_rounds_to_nearest_even(d1, d2):
 def test_partials_do_not_depend_on_company():
     items = [(i, *pair(n, torch.bfloat16, torch.bfloat16, i)) for i,n in enumerate((5, 40_000, 16384, 999))]
     for its in (full(items), [(i, w, K.quantize_reference(r), w) for i,w,r in items]):
-        together = partials(_TritonSweep(its))
-        alone = torch.cat([partials(_TritonSweep([(0, w, r, g)])) for _,w,r,g in its], 1)
-        assert torch.equal(together, alone) and torch.equal(together, partials(_TritonSweep(its)))
+        together = partials(TritonSweep(its))
+        alone = torch.cat([partials(TritonSweep([(0, w, r, g)])) for _,w,r,g in its], 1)
+        assert torch.equal(together, alone) and torch.equal(together, partials(TritonSweep(its)))
 
 def test_through_the_plan():
     now = {f'u{i}': [tensor(n, d, i) for d in (*DTYPES, torch.float64)] for i,n in enumerate(SIZES)}
@@ -334,8 +334,8 @@ def test_property_powers_of_two_scale_exactly(spec, k, seed, eight):
 def test_property_a_cut_at_a_chunk_boundary_changes_no_bit(c, extra, d, seed):
     w, r = pair(c*1024 + extra, d, d, seed)
     cut = c*1024
-    one = _TritonSweep([(0, w, r, w)], 1024)
-    two = _TritonSweep([(0, w[:cut], r[:cut], w[:cut]), (0, w[cut:], r[cut:], w[cut:])], 1024)
+    one = TritonSweep([(0, w, r, w)], 1024)
+    two = TritonSweep([(0, w[:cut], r[:cut], w[:cut]), (0, w[cut:], r[cut:], w[cut:])], 1024)
     assert torch.equal(partials(one), partials(two)) and torch.equal(one(False)[1], two(False)[1])
 
 @few

@@ -4,8 +4,8 @@ import os, subprocess, sys, textwrap, threading
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from alf_nb.kernels import plan as K
-from alf_nb.kernels.chunks import _CHUNK
-from alf_nb.kernels.reference8 import _quantize
+from alf_nb.kernels.chunks import CHUNK_SIZE
+from alf_nb.kernels.reference8 import quantize
 from common import *
 
 BACKENDS = [b for b in ('torch', 'numba') if K.available_backends()[b] is True]
@@ -109,7 +109,7 @@ def test_any_model_with_gradients_and_8_bits_is_measured_right(backend, spec, se
     if not eight: assert out.error == ()
     elif refresh:
         for k,w,r,_ in items(now, ref, grads):
-            q, scale = _quantize(w)
+            q, scale = quantize(w)
             assert torch.equal(r.q, q) and same(r.scale, scale)
             assert abs(r.error - ((f64(w) - f64(r))**2).sum()) <= 1e-5*r.error + 1e-12*w.numel()
 
@@ -117,7 +117,7 @@ def test_any_model_with_gradients_and_8_bits_is_measured_right(backend, spec, se
 @pytest.mark.parametrize('d', (*DTYPES, torch.float64))
 def test_codes_and_scales_are_the_specifications(backend, d):
     for w in (awkward(d), awkward(d)[1:], *(tensor(n, d, n) for n in (1, 255, 256, 257, 16385))):
-        a, (q, scale) = K.quantize_reference(w, backend), _quantize(w)
+        a, (q, scale) = K.quantize_reference(w, backend), quantize(w)
         assert torch.equal(a.q, q) and same(a.scale, scale) and np.isfinite(a.error) == bool(w.isfinite().all())
 
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -131,7 +131,7 @@ def test_nothing_beyond_the_ends_of_8_bit_references_is_touched(backend):
             {'a': [w[32:-32]]}, {'a': [K.Reference8(q[32:-32], scale[1:-1])]}, backend, True, {'a': [w[32:-32]]}
         )
         assert not d.bad and (q[:32] == 7).all() and (q[-32:] == 7).all() and scale[[0, -1]].tolist() == [7, 7]
-        assert torch.equal(q[32:-32], _quantize(w[32:-32])[0])
+        assert torch.equal(q[32:-32], quantize(w[32:-32])[0])
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_variants_take_any_strides(backend):
@@ -221,9 +221,9 @@ def test_more_than_2_31_elements():
     for k,i in enumerate((0, 2**31 - 1, 2**31, n - 1)): w[i] = k + 1.
     plan = K.DeltaPlan({'a': [w]}, {'a': [r]}, 'numba')
     s = plan._sweeps[0][1]
-    assert len(s.tensor) == -(-n//_CHUNK)
+    assert len(s.tensor) == -(-n//CHUNK_SIZE)
     # the other chunks are zeros, and take seconds to read
-    visit = np.unique(np.array([0, 2**31 - 1, 2**31, n - 1])//_CHUNK)
+    visit = np.unique(np.array([0, 2**31 - 1, 2**31, n - 1])//CHUNK_SIZE)
     s.tensor, s.index, s.owners = s.tensor[visit], s.index[visit], s.owners[visit]
     assert plan.run().delta == (30**.5,) and plan.run().max_abs == (4.,)
 
