@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/03_model/needs.html.md"""
 # %% auto #0
 __all__ = ['RESTS', 'packed_bytes', 'adamw_bytes', 'copy_bytes', 'Held', 'Fixed', 'fixed_bytes', 'draw', 'Needs', 'Sizer']
 
-# %% ../../nbs/03_model/15_needs.ipynb #ebaea72d
+# %% ../../nbs/03_model/15_needs.ipynb #bdf3984a
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
@@ -15,9 +15,9 @@ from torch import nn
 from ..core.check import one_of
 from ..core.policies import StaticPolicy
 from ..core.records import Record
-from .dry_run import DEEP, dry_step, hollow, shorten
+from .dry_run import DEEP, DryStep, checkpoint, dry_step, hollow, shorten
 from .layers import partition_layers
-from .stacks import _Places
+from .stacks import Places
 
 # %% ../../nbs/03_model/15_needs.ipynb #ff6f661a
 RESTS = ('fp32', 'bf16', 'nf4')     # what does not train is held in this
@@ -71,10 +71,10 @@ class Fixed(Record):
     state:int           # of the optimizer
     references:int
 
-# %% ../../nbs/03_model/15_needs.ipynb #753bc6a0
+# %% ../../nbs/03_model/15_needs.ipynb #78991670
 def _packable(model):
     "Weights that bitsandbytes would pack: linear layers in blocks"
-    blocks = (b for stack in _Places(model).stacks for _,b in stack)
+    blocks = (b for stack in Places(model).stacks for _,b in stack)
     return {m.weight for b in blocks for m in b.modules() if type(m) is nn.Linear}
 
 def _resting(p, held, packable):
@@ -82,6 +82,7 @@ def _resting(p, held, packable):
     if not p.is_floating_point(): return p.nbytes
     return packed_bytes(p.numel()) if held.rest == 'nf4' and p in packable else p.numel()*_WIDTH[held.rest]
 
+# %% ../../nbs/03_model/15_needs.ipynb #30d69b85
 def fixed_bytes(
     model:nn.Module, # on any device
     trains,          # the parameters of it that train
@@ -94,8 +95,17 @@ def fixed_bytes(
     apart = held.masters and held.rest != 'fp32'
     own = sum(sizes)*width
     resting = sum(_resting(p, held, packable) for p in every if p not in trains)
-    return Fixed(sum(p.numel() for p in every), sum(sizes), resting + (0 if apart else own), own if apart else 0, own,
-                 sum(adamw_bytes(n, held.bits) for n in sizes), sum(copy_bytes(n, width, held.references) for n in sizes))
+    state = sum(adamw_bytes(n, held.bits) for n in sizes)
+    copies = sum(copy_bytes(n, width, held.references) for n in sizes)
+    return Fixed(
+        n_params=sum(p.numel() for p in every),
+        n_trainable=sum(sizes),
+        weights=resting + own*(not apart),
+        masters=own*apart,
+        gradients=own,
+        state=state,
+        references=copies,
+    )
 
 # %% ../../nbs/03_model/15_needs.ipynb #28e653dd
 def draw(
@@ -112,7 +122,7 @@ def _part(layers):
     "Fraction of the parameters that a policy may choose"
     return sum(u.n_params for u in layers.units if u.eligible)/sum(u.n_params for u in layers.units)
 
-# %% ../../nbs/03_model/15_needs.ipynb #672adc81
+# %% ../../nbs/03_model/15_needs.ipynb #357c53c3
 @dataclass(frozen=True)
 class Needs(Fixed):
     "Bytes of a way of training, by category; each at its fullest."
@@ -126,12 +136,7 @@ class Needs(Fixed):
 
 _DTYPE = dict(fp32=torch.float32, bf16=torch.bfloat16, nf4=torch.bfloat16)
 
-def _checkpoint(model):
-    on = getattr(model, 'activation_checkpointing_enable', None) or getattr(model, 'gradient_checkpointing_enable', None)
-    if on is None: raise ValueError(f"{type(model).__name__} knows no gradient checkpointing")
-    on()
-
-# %% ../../nbs/03_model/15_needs.ipynb #c8f86b7c
+# %% ../../nbs/03_model/15_needs.ipynb #1277a175
 class Sizer:
     "Tells what ways of training a model need."
     def __init__(self,
@@ -147,20 +152,27 @@ class Sizer:
         for p in self.whole.parameters(): p.requires_grad_(p.is_floating_point())
         self.short = hollow(self.whole)
         self.each = shorten(self.short, deep)
-        if checkpointing: _checkpoint(self.short)
+        if checkpointing: checkpoint(self.short)
         self.layers,self.short_layers = partition_layers(self.whole),partition_layers(self.short)
         self._steps = {}
 
-    def step(self, trains, rest, learns, keep=True):
-        "`dry_step` in which the parameters `trains` of the short model train; asked again, what was found"
-        trains = frozenset(trains)
-        key = trains,rest,learns,keep
-        if key not in self._steps:
-            m = hollow(self.short, trains, rest, learns)
-            self._steps[key] = dry_step(m, self.batch, self.length, self.bf16, self.each, keep)
-        return self._steps[key]
+# %% ../../nbs/03_model/15_needs.ipynb #f8111ce5
+@patch
+def step(self:Sizer,
+    trains,         # parameters of `short` that train
+    rest,           # dtype of the others
+    learns,         # dtype of those that train
+    keep:bool=True  # do gradients stay?
+)->DryStep:
+    "`dry_step` of a way; asked again, what was found"
+    trains = frozenset(trains)
+    key = trains,rest,learns,keep
+    if key not in self._steps:
+        m = hollow(self.short, trains, rest, learns)
+        self._steps[key] = dry_step(m, self.batch, self.length, self.bf16, self.each, keep)
+    return self._steps[key]
 
-# %% ../../nbs/03_model/15_needs.ipynb #853f1674
+# %% ../../nbs/03_model/15_needs.ipynb #0d209107
 def _eligible(layers): return [p for u in layers.units if u.eligible for p in layers.params(u.name)]
 
 @patch
@@ -170,6 +182,7 @@ def probe_bytes(self:Sizer, held):
     signs = sum(-(-p.numel()//8) for p in _eligible(self.layers))
     return self.step(asked, dtype, dtype, keep=False).both + signs
 
+# %% ../../nbs/03_model/15_needs.ipynb #416a936c
 @patch
 def needs(self:Sizer,
     trains,          # parameters of `whole` that train

@@ -143,7 +143,8 @@ def load_encoder(
 def _config_at(name, local):
     "Where the configuration of a model is: arguments of `AutoConfig`"
     if name == MINILM: return [_minilm_folder()], {}
-    file = gguf_file(SMOLLM2) if name == SMOLLM2 else Path(name) if local and name.endswith('.gguf') else None
+    file = Path(name) if local and name.endswith('.gguf') else None
+    if name == SMOLLM2: file = gguf_file(SMOLLM2)
     return ([file.parent], dict(gguf_file=file.name)) if file else ([name], {})
 
 def load_config(

@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/09_study/plan.html.md"""
 # %% auto #0
 __all__ = ['MARGIN', 'ASSUMPTIONS', 'Way', 'Plan', 'plan']
 
-# %% ../../nbs/09_study/14_plan.ipynb #77da632b
+# %% ../../nbs/09_study/14_plan.ipynb #82af9a4f
 from dataclasses import dataclass, replace
 import torch
 import transformers
@@ -19,12 +19,12 @@ from ..core.format import human_bytes, human_count, percent
 from ..core.records import Record
 from ..model.dry_run import FAKE, hollow
 from ..model.needs import Held, Needs, Sizer
-from ..model.stacks import _Places
+from ..model.stacks import Places
 from ..sources.hub import first_line
 from ..sources.models import load_config
 from .estimate import SHAPES
 
-# %% ../../nbs/09_study/14_plan.ipynb #6aca97f8
+# %% ../../nbs/09_study/14_plan.ipynb #453761e2
 def _llama(shape):
     "The configuration of a shape"
     return transformers.LlamaConfig(
@@ -41,6 +41,7 @@ def _built(config):
     if not named and not auto: raise ValueError(f"transformers has no model for a {type(config).__name__}")
     with torch.device('meta'): return named(config) if named else auto.from_config(config)
 
+# %% ../../nbs/09_study/14_plan.ipynb #19735787
 def _empty_model(what):
     "(name, model) of what a plan is made for"
     if isinstance(what, nn.Module): return getattr(what, 'name_or_path', '') or type(what).__name__, what
@@ -49,7 +50,7 @@ def _empty_model(what):
     config = load_config(what)
     return str(what or config.name_or_path), _built(config)
 
-# %% ../../nbs/09_study/14_plan.ipynb #00feaf17
+# %% ../../nbs/09_study/14_plan.ipynb #e7c59461
 class _Adapter(nn.Module):
     "A linear layer with a LoRA beside it"
     def __init__(self, base, rank):
@@ -62,11 +63,17 @@ class _Adapter(nn.Module):
         y = self.base_layer(x)
         return y + self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))*2.
 
+    # some models read what a layer of theirs holds
+    @property
+    def weight(self): return self.base_layer.weight
+    @property
+    def bias(self): return self.base_layer.bias
+
 def _adapted(model, rank):
     "A hollow copy with adapters on the linear layers of its blocks"
     m = hollow(model)
     with FAKE:
-        for _,block in [b for stack in _Places(m).stacks for b in stack]:
+        for _,block in [b for stack in Places(m).stacks for b in stack]:
             for parent in list(block.modules()):
                 for k,c in list(parent._modules.items()):
                     if type(c) is nn.Linear: parent._modules[k] = _Adapter(c, rank)
@@ -74,7 +81,7 @@ def _adapted(model, rank):
 
 def _adapters(model): return [p for k,p in model.named_parameters() if '.lora_' in k]
 
-# %% ../../nbs/09_study/14_plan.ipynb #5ea189f9
+# %% ../../nbs/09_study/14_plan.ipynb #c6fcd024
 _REST = dict(fp32='fp32', bf16='16-bit', nf4='4-bit')
 
 @dataclass(frozen=True)
@@ -91,15 +98,16 @@ class Way(Needs):
         state = ', 8-bit state' if h.bits == 8 else ''
         if self.method == 'full': return f"full, {'fp32' if h.masters else '16-bit, no masters'}{state}"
         rest = '' if h.rest == 'fp32' else f', {_REST[h.rest]} rest'
-        return f'alf {self.budget:.0%}{rest}{state}'
+        return f'alf {percent(self.budget, 0)}{rest}{state}'
 
-# %% ../../nbs/09_study/14_plan.ipynb #2f446fc6
+# %% ../../nbs/09_study/14_plan.ipynb #780e9396
 def _helds(references, bf16):
     "How ALF may hold what it has"
     fp32 = [Held(references=references)]
     if not bf16: return fp32
     return fp32 + [Held('bf16', 32, references), Held('nf4', 32, references), Held('nf4', 8, references)]
 
+# %% ../../nbs/09_study/14_plan.ipynb #98e0a4d1
 def _ways(model, budgets, references, probe, rank, **step):
     "Every `Way`, the dearest first in each kind"
     sizer,bf16 = Sizer(model, **step),step['bf16']
@@ -109,7 +117,8 @@ def _ways(model, budgets, references, probe, rank, **step):
     for h in _helds(references, bf16):
         # packed weights have no gradient to probe
         found += [made(sizer.alf(b, h, probe and h.rest != 'nf4'), 'alf', h, b) for b in budgets]
-    sizer = Sizer(_adapted(model, rank), **step)
+    if not _adapters(with_lora := _adapted(model, rank)): return tuple(found)
+    sizer = Sizer(with_lora, **step)
     trains,asked = _adapters(sizer.whole),_adapters(sizer.short)
     for h in ([Held('bf16'), Held('nf4')] if bf16 else [Held()]):
         found.append(made(sizer.needs(trains, asked, h), 'lora', h))
@@ -163,7 +172,7 @@ def _repr_markdown_(self:Plan):
         f" {', '.join(how)}", '',
         head, '|---|' + '--:|'*(len(_COLUMNS)+1) + ('---|' if more else ''), *(_row(self, w) for w in self.ways)])
 
-# %% ../../nbs/09_study/14_plan.ipynb #40dd20cc
+# %% ../../nbs/09_study/14_plan.ipynb #6645dcaf
 ASSUMPTIONS = dict(
     step=(
         "The model's own code runs forward and backward without data, with SDPA attention, no padding mask, the"
@@ -182,10 +191,12 @@ ASSUMPTIONS = dict(
         "ALF's gradient probe keeps the activations of all units, one gradient and a sign for each parameter; it is"
         " part of what is there at once. With a 4-bit rest none is made."
     ),
-    device=f"One device. Driver, libraries and gaps are not counted; a way fits if {MARGIN:.0%} of the memory stay free.",
+    device=(
+        f"One device. Driver, libraries and gaps are not counted; a way fits if {MARGIN:.0%} of the memory stay free."
+    ),
 )
 
-# %% ../../nbs/09_study/14_plan.ipynb #f1c8ef9b
+# %% ../../nbs/09_study/14_plan.ipynb #0c76b7d3
 def _positions(model):
     "Tokens that a table of positions has room for; None: there is none"
     tables = [m.num_embeddings for k,m in model.named_modules() if isinstance(m, nn.Embedding) and 'position' in k]
@@ -198,13 +209,26 @@ def _length(model, name, length):
         raise ValueError(f"length={length}, but {name} knows {most} positions")
     return whole('length', length, 1, 'tokens of a sequence')
 
+# %% ../../nbs/09_study/14_plan.ipynb #71b0035a
+def _tried(name, *args, **step):
+    "`_ways`, or an error where a model's code asks tensors for what they hold"
+    try: return _ways(*args, **step)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as e:
+        raise ValueError(f"{name} cannot be run without data: {first_line(e)}") from e
+
+def _check(batch, rank, budgets):
+    whole('batch', batch, 1, 'sequences of a step')
+    whole('rank', rank, 1)
+    for b in budgets: fraction('budgets', b, 'of the parameters, above 0 and at most 1', above=True)
+
+# %% ../../nbs/09_study/14_plan.ipynb #3b9477f5
 def plan(
     model=None,        # hub id, folder, name in `SHAPES`, configuration or model; None: SmolLM2-135M-Instruct
     memory=None,       # of the device, such as `'16GB'`, or bytes
     batch:int=1,       # sequences of a step
     length:int=None,   # tokens of each; None: 1,024, or what the model's positions allow
-    checkpointing:bool=False, # are blocks run again in backward, instead of being kept?
-    bf16:bool=True,    # bf16 autocast? Without it all weights are fp32
+    checkpointing:bool=False, # are blocks run again in backward?
+    bf16:bool=True,    # autocast? Without it all weights are fp32
     budgets=(.25, .1), # fractions of the parameters that ALF trains
     references:str='device', # where ALF's references live: `device`, `8bit`, `host` or `none`
     probe:bool=True,   # does ALF probe gradients, as its default signal does?
@@ -212,12 +236,8 @@ def plan(
 )->Plan:
     "Which ways of training fit, from the configuration alone"
     memory = None if memory is None else memory_bytes('memory', memory)
-    whole('batch', batch, 1, 'sequences of a step')
-    whole('rank', rank, 1)
-    for b in budgets: fraction('budgets', b, 'of the parameters, above 0 and at most 1', above=True)
+    _check(batch, rank, budgets)
     name,m = _empty_model(model)
     step = dict(batch=batch, length=_length(m, name, length), checkpointing=checkpointing, bf16=bf16)
-    try: ways = _ways(m, budgets, references, probe, rank, **step)
-    except (RuntimeError, NotImplementedError, TypeError) as e:
-        raise ValueError(f"{name} cannot be run without data: {first_line(e)}") from e
+    ways = _tried(name, m, budgets, references, probe, rank, **step)
     return Plan(name, ways[0].n_params, memory=memory, ways=ways, **step)
