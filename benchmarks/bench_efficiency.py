@@ -33,7 +33,7 @@ from alf_nb.study.step_costs import StepMeter
 from alf_nb.study.estimate import ModelShape, extrapolate
 from alf_nb.model.layers import partition_layers
 from alf_nb.core.policies import BudgetPolicy
-from alf_nb.signals.probe import _model_loss, probe_gradients
+from alf_nb.signals.probe import model_loss, probe_gradients
 from alf_nb.sources.losses import supports_bf16
 from alf_nb.core.system import peak_rss_bytes, versions
 
@@ -86,7 +86,7 @@ def meter(model, method, budget, length, bf16):
     if method == 'alf':
         layers = partition_layers(model)
         def loss(m, b):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16): return _model_loss(m, b)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16): return model_loss(m, b)
         names = BudgetPolicy(budget).select(probe_gradients(layers, data, loss=loss).gain, layers.units).names
         picked = [i for i, n in enumerate(layers) if n in set(names)]
     m = StepMeter(model, data[0], names, bf16=bf16)

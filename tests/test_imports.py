@@ -91,6 +91,60 @@ def test_arrows_inside_a_folder_point_to_what_is_read_before():
     assert not upward, f"arrows that point up: {'; '.join(upward)}"
 
 
+def is_private(name):
+    "`_name`; `__name__` and `_repr_html_` are words of Python and Jupyter"
+    return name.startswith('_') and not name.endswith('_')
+
+
+TREES = {m: ast.parse(p.read_text(encoding='utf-8')) for m, p in MODULES.items() if m not in NO_NOTEBOOK - {'alf_nb'}}
+
+
+def test_no_module_imports_a_private_name_of_another():
+    taken = [f'{m} imports {a.name}' for m, tree in TREES.items() for n in ast.walk(tree)
+             if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('alf_nb'))
+             for a in n.names if is_private(a.name)]
+    assert not taken, f"what another module uses has no underscore: {'; '.join(taken)}"
+
+
+def named_in(node):
+    "What a statement of a class defines"
+    if isinstance(node, ast.FunctionDef): return {node.name}
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)): return set()
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def is_patch(node):
+    return isinstance(node, ast.FunctionDef) and any('patch' in ast.unparse(d) for d in node.decorator_list)
+
+
+def given(tree):
+    "Private names that a module gives to objects: set on one, or written in a class or with `@patch`"
+    nodes = list(ast.walk(tree))
+    names = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    names |= {n.name for n in nodes if is_patch(n)}
+    for c in nodes:
+        if isinstance(c, ast.ClassDef): names |= set().union(*map(named_in, c.body))
+    return set(filter(is_private, names))
+
+
+GIVEN = {m: given(tree) for m, tree in TREES.items()}
+
+
+def reached(tree):
+    "Private names that are asked of an object other than the one whose method asks"
+    for n in ast.walk(tree):
+        if not isinstance(n, ast.Attribute) or not is_private(n.attr): continue
+        own = isinstance(n.value, ast.Name) and n.value.id in ('self', 'cls') or ast.unparse(n.value) == 'super()'
+        if not own: yield n.attr
+
+
+def test_no_module_reaches_for_a_private_name_of_an_object_of_another():
+    "A subclass may ask itself for what its base keeps; torch's own are torch's"
+    ours = set().union(*GIVEN.values())
+    taken = [f'{m} asks for {a}' for m, tree in TREES.items() for a in reached(tree) if a in ours - GIVEN[m]]
+    assert not taken, f"what another module uses has no underscore: {'; '.join(taken)}"
+
+
 def test_demo_is_for_examples_only():
     assert not [m for m in ROOMS if 'alf_nb.demo' in ARROWS[m]], "exported code imports alf_nb.demo"
 

@@ -22,7 +22,7 @@ from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.model.layers import partition_layers
 from alf_nb.train.loop import ALFLoop
 from alf_nb.signals.probe import probe_gradients
-from alf_nb.signals.untouched import _same_draws, _same_modules
+from alf_nb.signals.untouched import same_draws, same_modules
 from alf_nb.train.trainer import ALFCallback
 
 
@@ -46,8 +46,8 @@ def test_modules_and_generators_are_put_back_after_an_error_too():
     net = nn.Sequential(nn.BatchNorm1d(6), Growing()).eval()
     net[1].train()
     table, was = net[1].table, weights(net)
-    with _same_draws(): first = draws()
-    with pytest.raises(RuntimeError, match="in the middle"), _same_draws(), _same_modules(net):
+    with same_draws(): first = draws()
+    with pytest.raises(RuntimeError, match="in the middle"), same_draws(), same_modules(net):
         net.train()
         net(torch.randn(3, 6))
         draws()
@@ -571,7 +571,7 @@ def test_a_resume_draws_the_same_where_the_sampler_draws_from_the_global_generat
 def test_the_check_of_the_compiler_draws_nothing():
     from alf_nb.train.engine import graphs_see_freezing
     graphs_see_freezing.cache_clear()
-    with _same_draws(): first = draws()
+    with same_draws(): first = draws()
     graphs_see_freezing()
     assert draws() == first
 

@@ -22,7 +22,7 @@ from alf_nb.core.checkpoints import find_checkpoint
 from alf_nb.model.fingerprint import fingerprint
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.app.finetune import finetune
-from alf_nb.signals.probe import _model_loss
+from alf_nb.signals.probe import model_loss
 from alf_nb.model.shards import local_tensor, full_tensor
 from alf_nb.train import probing
 from alf_nb.train.trainer import ALFCallback
@@ -67,7 +67,7 @@ class Spoil(TrainerCallback):
         if probe is not None and rank: probing.trainer_loss = lambda trainer: self.loss
     def loss(self, model, batch):
         self.n += 1
-        return _model_loss(model, batch)*(NAN if self.n in self.probe else 1)
+        return model_loss(model, batch)*(NAN if self.n in self.probe else 1)
     def first(self, step):
         unit = self.units.setdefault(step, self.alf.selection.names[0])
         return self.alf.run.layers.params(unit)[0] if rank else None

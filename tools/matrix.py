@@ -5,6 +5,10 @@ Each combination gets a virtual environment of its own, which is deleted afterwa
 its lower bound, `lock` the versions of requirements.lock,
 `newest` what pip finds today. Needs the Pythons that `matrix` names on the path, and some gigabytes of disk for the
 time of a run. What was found is appended to RESULTS.
+
+Not `nox`: it would take over `combine`, which makes an environment and fills it, and leave what is most of this file,
+the bounds of settings.ini, the versions found and the counts of the tests as a row; and it would keep gigabytes of
+environments and have to be installed first, where this needs nothing beside Python.
 """
 import configparser, json, os, platform, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path

@@ -106,11 +106,11 @@ class BudgetPolicy(Policy):
             raise ValueError(f"strata={self.strata} {why}")
 
 # %% ../../nbs/01_core/08_policies.ipynb #5efccc5b
-def _queues(policy, b, values, first):
+def _queues(b, values, first, drawn):
     """Candidates by value (equal ones as in `first`), by age (unknown first, those just measured not at all),
-    and the unknown ones; ties and unknown ones in random order"""
+    and the unknown ones; ties and unknown ones as in `drawn`"""
     age = {u.name: b.scores.ages.get(u.name, 0) if u.name in values else math.inf for u in b.units}
-    old = sorted((u for u in policy._order(b.units, b.step) if age[u.name] > 0), key=lambda u: -age[u.name])
+    old = sorted((u for u in drawn if age[u.name] > 0), key=lambda u: -age[u.name])
     return best_first(first, values), old, [u for u in old if u.name not in values]
 
 def _explore(policy, b, best, old, unknown):
@@ -139,7 +139,7 @@ def choose(self:BudgetPolicy, candidates):
     values = _sticky(known_values(candidates), candidates.current, self.hysteresis)
     first = best_first(candidates.units, values)
     if self.strata: values = _standing(candidates.units, values, self.strata)
-    queues = _queues(self, candidates, values, first)
+    queues = _queues(candidates, values, first, self._order(candidates.units, candidates.step))
     where = f'of every role in {self.strata} bands of the depth, ' if self.strata else ''
     why = f"highest {candidates.scores.signal} {where}within {self.budget:g} of the parameters"
     if self.cost_aware:

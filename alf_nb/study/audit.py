@@ -20,7 +20,7 @@ from transformers import default_data_collator
 from ..core.check import whole
 from ..model.layers import Layers, partition_layers
 from ..core.format import human_time
-from ..signals.probe import _model_loss, probe_gradients
+from ..signals.probe import model_loss, probe_gradients
 from ..signals.tracker import prior_scores
 from ..sources.blocks import holdout_split, token_blocks
 from ..sources.losses import supports_bf16
@@ -258,7 +258,7 @@ def audit_signals(
     column:str=None,     # column of texts in a table
     length:int=128,      # tokens of a row made from texts
     collate=default_data_collator, # rows → batch
-    loss=_model_loss,    # loss(model, batch) → scalar tensor
+    loss=model_loss,    # loss(model, batch) → scalar tensor
     progress:bool=True,  # show a bar, and first how long it will take?
     **kwargs             # fields of `AuditSettings`
 )->SignalAudit:

@@ -18,7 +18,7 @@ import numpy as np, torch
 from ..core.check import whole
 from ..kernels.plan import delta_norms
 from ..model.layers import Layers
-from ..signals.untouched import _same_draws, _same_modules
+from ..signals.untouched import same_draws, same_modules
 from ..signals.tracker import ImportanceTracker
 
 # %% ../../nbs/09_study/07_bench.ipynb #83974afa
@@ -44,7 +44,7 @@ def untouched(
     "Whatever happens in this context to all but the weights, it is undone"
     params = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
-        with _same_draws(), _same_modules(model):
+        with same_draws(), same_modules(model):
             for p,_,_ in params: p.grad = None
             yield
     finally:

@@ -22,7 +22,7 @@ from ..model.optim import apply_selection, check_state
 from ..model.bits import FrozenGuard
 from ..model.offload import OffloadedStates
 from ..model.states import gradient_bytes, optimizer_bytes
-from ..signals.probe import _model_loss, probe_gradients
+from ..signals.probe import model_loss, probe_gradients
 from ..signals.snapshots import Snapshot
 from ..core.system import peak_rss_bytes
 
@@ -238,7 +238,7 @@ def _now(device):
     return time.perf_counter()
 
 def _loss_of(meter, model, batch):
-    with torch.autocast(meter.device.type, torch.bfloat16, enabled=meter.bf16): return _model_loss(model, batch)
+    with torch.autocast(meter.device.type, torch.bfloat16, enabled=meter.bf16): return model_loss(model, batch)
 
 def _timed(meter, name, work, share=1):
     "What `work` gives; the seconds that it took, of which one `share` counts, are noted under `name`"

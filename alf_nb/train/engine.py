@@ -12,7 +12,7 @@ import functools, os, warnings
 from dataclasses import dataclass
 import torch
 from ..model.shards import is_sharded, n_started
-from ..signals.untouched import _same_draws
+from ..signals.untouched import same_draws
 
 # %% ../../nbs/06_train/04_engine.ipynb #938665ed
 @dataclass
@@ -112,7 +112,7 @@ def is_compiled(args, model):
 @functools.cache
 def graphs_see_freezing():
     "Does `torch.compile` make another graph when a parameter is frozen? That of torch 2.6 does not"
-    with _same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # drawn once per process only
+    with same_draws(): made,one,x = [],torch.nn.Linear(1, 1),torch.ones(1, 1)      # drawn once per process only
     f = torch.compile(one, backend=lambda graph, _: made.append(graph) or graph.forward)
     f(x)
     one.requires_grad_(False)

@@ -16,7 +16,7 @@ from ..core.config import config_of, with_settings
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
 from ..model.shards import n_started
-from ..signals.batches import _base, _lend
+from ..signals.batches import base_loader, lend_loader
 from .beside import refuse_beside
 from .controller import ALFController
 from .engine import Engine, check_model, is_compiled
@@ -35,11 +35,11 @@ def _only(rows): return rows[0]
 def _loader(batches):
     "What the probe draws from, as a DataLoader"
     loader,given = batches,batches
-    if isinstance(batches, DataLoader): given = _base(batches).dataset
+    if isinstance(batches, DataLoader): given = base_loader(batches).dataset
     elif hasattr(batches, '__len__') and hasattr(batches, '__getitem__'):
         return DataLoader(batches, batch_size=1, collate_fn=_only)
     else: loader = DataLoader(_Stream(batches), batch_size=1, collate_fn=_only)
-    lent,sure = (True, True) if hasattr(batches, '__next__') else _lend(loader) or (False, False)
+    lent,sure = (True, True) if hasattr(batches, '__next__') else lend_loader(loader) or (False, False)
     words = (f"{type(given).__name__} can be read only once, and the probe would take batches from training: "
              "give a DataLoader, a list of batches, or anything that can be iterated again")
     if sure: raise ValueError(words)

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
-from ..signals.batches import _lend, _lent, _parts, _plain_size, _probe_batches, _takes_by_index
-from ..signals.lending import _Lent
-from ..signals.probe import _model_loss, probe_gradients
-from ..signals.untouched import _modules_in, _same_draws, _same_modules, _same_objects
+from ..signals.batches import draw_batches, lend_loader, lent_streams, loader_parts, plain_batch_size, takes_by_index
+from ..signals.lending import LentStream
+from ..signals.probe import model_loss, probe_gradients
+from ..signals.untouched import modules_in, same_draws, same_modules, same_objects
 
 # %% ../../nbs/06_train/09_probing.ipynb #f8f8cac8
 def to_device(
@@ -40,7 +40,7 @@ class ProbeSource:
         loader,     # what training reads
         loss=None   # loss(model, batch) → scalar tensor; None: `model(**batch).loss`
     ):
-        self.layers,self.loader,self.loss = layers,loader,loss or _model_loss
+        self.layers,self.loader,self.loss = layers,loader,loss or model_loss
 
     def lend(self): "A stream that can be read only once was lent when the loader was made"
     def own_size(self): "Rows of a batch on this process; None: the loader has a size of its own"
@@ -52,9 +52,9 @@ class ProbeSource:
 @contextmanager
 def untouched(self:ProbeSource):
     "Whatever is computed in this context: training sees, draws and counts what it would without"
-    skip = _Lent,TrainerCallback,CallbackHandler
-    modules,things = [self.layers.model, *_modules_in(self.loss)],[*_parts(self.loader), *self.of_trainer]
-    with _same_draws(), _same_modules(*modules), _same_objects(*things, skip=skip, but=_lent(self.loader)): yield
+    skip = LentStream,TrainerCallback,CallbackHandler
+    modules,things = [self.layers.model, *modules_in(self.loss)],[*loader_parts(self.loader), *self.of_trainer]
+    with same_draws(), same_modules(*modules), same_objects(*things, skip=skip, but=lent_streams(self.loader)): yield
 
 @patch
 def probe(self:ProbeSource,
@@ -65,7 +65,7 @@ def probe(self:ProbeSource,
 ):                  # `Probe`
     "Gradient signals, from batches of training"
     self.begin()
-    batches = _probe_batches(self.loader, n_batches, seed, self.own_size(), self.rank, self.n_ranks)
+    batches = draw_batches(self.loader, n_batches, seed, self.own_size(), self.rank, self.n_ranks)
     model = self.layers.model
     if not model.training: model.train()      # parts that are kept in eval mode stay in it
     return probe_gradients(self.layers, map(self.prepared, batches), eligible, loss=self.loss, progress=progress)
@@ -79,7 +79,7 @@ def trainer_loss(
     "The loss as `trainer` computes it"
     plain = trainer is None or _is_own(trainer, 'compute_loss')
     if plain and (trainer is None or trainer.compute_loss_func is None and trainer.label_smoother is None):
-        return _model_loss
+        return model_loss
     count = getattr(trainer, '_get_num_items_in_batch', lambda *a: None)
     def loss(model, batch):
         with trainer.compute_loss_context_manager():
@@ -107,7 +107,7 @@ class TrainerSource(ProbeSource):
 
     def own_size(self):
         "Rows of a batch on this process, where the loader has the Trainer's batch size; None: it has one of its own"
-        size = _plain_size(self.loader) if _takes_by_index(self.loader) else None
+        size = plain_batch_size(self.loader) if takes_by_index(self.loader) else None
         given = ((self.args, 'train_batch_size'), (self.trainer, '_train_batch_size'))
         return self.rows if size in [self.rows, *(getattr(thing, k, None) for thing,k in given)] else None
 
@@ -127,7 +127,7 @@ def prepared(self:TrainerSource, batch):
 def lend(self:TrainerSource):
     "A stream that can be read only once gives training what a probe has read"
     if self.trainer is None: return
-    lent,sure = _lend(self.loader, self.rows) or (True, True)
+    lent,sure = lend_loader(self.loader, self.rows) or (True, True)
     if lent: return
     words = (
         f"{type(self.loader).__name__}, the training loader, can be read only once, and the probe would take batches"

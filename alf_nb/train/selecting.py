@@ -16,7 +16,7 @@ from ..core.schedule import schedule_of
 from ..model.optim import apply_selection, rebuild_ddp_buckets
 from ..model.states import optimizer_bytes
 from ..model.shards import reshard
-from ..signals.probe import _NothingToCompare
+from ..signals.probe import NothingToCompare
 from .choosing import choose_reached
 
 # %% ../../nbs/06_train/11_selecting.ipynb #25e19d53
@@ -49,7 +49,7 @@ def probe_now(run, step, n_batches):
     seed = (run.config.seed*1_000_003 + step)*1009
     try:
         with run.source.untouched(): found = run.source.probe(eligible, n_batches, seed, progress)
-    except _NothingToCompare as e:
+    except NothingToCompare as e:
         if step == 0 and run.config.check in ('raise', 'freeze'): raise
         words = f"the probe at step {step} is skipped, and what trains is chosen by what is known: {e}"
         return run.journal.aloud('skip', step, words)
