@@ -115,14 +115,23 @@ def row(shape, way, device, bf16):
                 n_params=found.n_params, by_category={k: getattr(found, k) for k in categories})
 
 
+def write_large(out):
+    "Plans of shapes that do not fit here"
+    names = 'Llama-2-7B', 'Llama-2-13B', 'Llama-2-70B'
+    plans = [plan(n, '24GB', checkpointing=True, budgets=(.1,)).to_json() for n in names]
+    Path(out).write_text('\n'.join(plans)+'\n', encoding='utf-8')
+
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument('--one', nargs=2)
+    p.add_argument('--large', action='store_true', help='write plans of 7 B, 13 B and 70 B to results/plans.jsonl')
     p.add_argument('--shapes', nargs='*', choices=tuple(SHAPES))
     p.add_argument('--device', default='cpu')
     p.add_argument('--bf16', action='store_true')
     p.add_argument('--out', default=str(HERE/'results/plan.jsonl'))
     a = p.parse_args()
+    if a.large: return write_large(HERE/'results/plans.jsonl')
     if a.one: return print(run(*a.one, a.device, a.bf16))
     name = torch.cuda.get_device_name() if a.device == 'cuda' else platform.processor() or platform.machine()
     made = dict(date=str(date.today()), device=name, kind=a.device, torch=torch.__version__,
