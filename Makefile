@@ -32,7 +32,7 @@ test: $(READY) ## everything CI checks: generated files in step, notebooks, pyte
 	@$(BIN)/python tools/check.py
 	@$(BIN)/python tools/readme.py --check
 	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev-test
-	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 browser: $(READY) ## the widgets in a real JupyterLab, driven by key and mouse; needs Chromium or Chrome; pictures in build/screenshots
 	@$(OFFLINE) $(BIN)/python -m pytest -o addopts= -q -rs tests/browser tests/test_ipywidgets7.py

@@ -56,6 +56,7 @@ _NAMES |= {
     'study.ranks': 'rank_correlation',
     'study.audit': 'audit_signals',
     'study.compare': 'compare_policies',
+    'study.plan': 'plan',
 }
 
 # %% ../nbs/10_app/10_all.ipynb #d9531312

@@ -4,8 +4,8 @@
 
 SmolLM2-135M learns GSM8K under bf16 autocast, a random quarter of its matrices (in strata) trains. Three ways to hold
 weights: all in fp32; in bf16 with fp32 for what trains (`masters=True`); all in bf16 (`masters=False`). They take
-turns. A row: the loss on held-out text as it was trained, and as it is kept in the model's own dtype; the largest number
-of bytes that weights took.
+turns. A row: the loss on held-out text as it was trained, and as it is kept in the model's own dtype; the largest
+number of bytes that weights took.
 
 A CPU that multiplies bf16 in software takes 99 s instead of 5 s for a step. There products are emulated: bf16 factors,
 multiplied and added in fp32, the result rounded to bf16, which is what hardware does.

@@ -1,4 +1,4 @@
-"""`alf finetune`, `alf audit`, `alf attention`, `alf compare`, `alf report`: the same jobs from a terminal.
+"""`alf finetune`, `alf audit`, `alf attention`, `alf compare`, `alf plan`, `alf report`: the same jobs from a terminal.
 
 Docs: https://example.github.io/alf_nb/10_app/cli.html.md"""
 
@@ -32,6 +32,7 @@ _HOW = dict(                                               # beyond what a signa
     attention=dict(metavar='N'),
     methods=dict(metavar='METHOD'),
     lrs=dict(type=float, nargs='+'),
+    budgets=dict(metavar='BUDGET'),
     n_units=dict(flag='units', metavar='UNITS'),
 )
 
@@ -232,6 +233,24 @@ def _report(a):
     from alf_nb.report.page import write_report
     print(write_report(a['run']))
 
+# %% ../../nbs/10_app/09_cli.ipynb #970f31ca
+def _plan_options(p):
+    call = 'study.plan', 'plan'
+    p.add_argument('model', nargs='?', default=argparse.SUPPRESS, metavar='MODEL',
+                   help=options_of(*call)['model'].help)
+    _add(p, call, 'memory batch length checkpointing budgets references rank')
+    p.add_argument('--fp32', action='store_true', help='no bf16 autocast: all weights are fp32')
+    p.add_argument('--json', action='store_true', help='print JSON, in bytes, instead of the table')
+
+def _plan(a):
+    _quiet_transformers()
+    from alf_nb.study.plan import ASSUMPTIONS, plan
+    as_json = a.pop('json')
+    found = plan(bf16=not a.pop('fp32'), **a)
+    if as_json: return print(found.to_json())
+    print(found._repr_markdown_())
+    print('\n'+'\n'.join(f'{k}: {v}' for k,v in ASSUMPTIONS.items()))
+
 # %% ../../nbs/10_app/09_cli.ipynb #37133cd9
 _COMMANDS = dict(      # command → what adds its options, what runs it, one line, more
     finetune=(_finetune_options, _finetune, 'fine-tune a model on a text and write a report', 'Fine-tune a model with'
@@ -250,6 +269,8 @@ _COMMANDS |= dict(
              ' seeds and controls', 'Every method tries its learning rates with the first seed and repeats the best'
              ' with the others. Each run is appended to policies.jsonl; called again, the comparison goes on where it'
              ' was.'),
+    plan=(_plan_options, _plan, 'which ways of training a model fit into a memory', 'Bytes by category of full'
+          ' fine-tuning, ALF, LoRA and QLoRA, from the configuration alone: no weight is read.'),
     report=(_report_options, _report, 'write report.html of a run folder anew', 'Write report.html of a recorded run;'
             ' needs no torch.'),
 )

@@ -73,6 +73,7 @@ def units(self:ModelShape)->tuple:
 SHAPES = {s.name: s for s in (
     ModelShape('SmolLM2-135M', 576, 30, 9, 3, 1536, 49152, tied=True),
     ModelShape('Llama-2-7B', 4096, 32, 32, 32, 11008, 32000),
+    ModelShape('Llama-2-13B', 5120, 40, 40, 40, 13824, 32000),
     ModelShape('Llama-3-8B', 4096, 32, 32, 8, 14336, 128256),
     ModelShape('Llama-2-70B', 8192, 80, 64, 8, 28672, 32000),
     ModelShape('Llama-3-70B', 8192, 80, 64, 8, 28672, 128256))}
