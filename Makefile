@@ -31,7 +31,7 @@ demo: $(READY) ## fine-tune a real model, write a report; MODEL= DATA= BUDGET= S
 test: $(READY) ## everything CI checks: generated files in step, notebooks, pytest
 	@$(BIN)/python tools/check.py
 	@$(BIN)/python tools/readme.py --check
-	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev-test
+	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tools/notebooks.py
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 browser: $(READY) ## the widgets in a real JupyterLab, driven by key and mouse; needs Chromium or Chrome; pictures in build/screenshots

@@ -1,0 +1,64 @@
+"""Run the notebooks as `nbdev-test` does, each in a process of its own, as many at a time as there are cores.
+
+A notebook runs the code that it exports, so it changes classes of modules that others use too (`@patch`): in the
+processes of nbdev-test, which run one notebook after another, the next one sees that. Here none does. torch is imported
+once, before the processes part. Those that take longest come first, or one of them would run alone at the end.
+"""
+import argparse, multiprocessing, os, sys, time
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.test import test_nb
+
+root = Path(__file__).resolve().parents[1]
+LONGEST = ()
+
+
+def run(path, config):
+    "Ends this process with status 1 if a cell fails, and says which"
+    os.chdir(path.parent)
+    passed, _ = test_nb(
+        path, skip_flags=config.tst_flags, basepath=config.config_path, cell_timeout=config.cell_timeout
+    )
+    sys.exit(not passed)
+
+
+def run_all(paths, workers, config):
+    "Seconds of each notebook, and those that failed"
+    parts = multiprocessing.get_context('spawn' if sys.platform == 'darwin' else 'fork')
+    todo, running, took, failed = list(paths), {}, {}, []
+    while todo or running:
+        while todo and len(running) < workers:
+            path = todo.pop(0)
+            process = parts.Process(target=run, args=(path, config))
+            process.start()
+            running[process.sentinel] = path, process, time.monotonic()
+        for sentinel in wait(list(running)):
+            path, process, begun = running.pop(sentinel)
+            process.join()
+            took[path] = time.monotonic() - begun
+            if process.exitcode: failed.append(path)
+    return took, failed
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    ap.add_argument('paths', nargs='*', type=Path, help="all notebooks if none is named")
+    ap.add_argument('--workers', type=int, default=os.cpu_count())
+    ap.add_argument('--timing', action='store_true', help="how long each took")
+    a = ap.parse_args()
+    import torch, transformers  # noqa: F401
+    from transformers import Trainer  # noqa: F401
+    config = get_config(root)
+    paths = sorted(p.absolute() for p in a.paths or nbglob(config.nbs_path, as_path=True))
+    paths.sort(key=lambda p: LONGEST.index(p.stem) if p.stem in LONGEST else len(LONGEST))
+    took, failed = run_all(paths, a.workers, config)
+    if a.timing:
+        for p in sorted(took, key=took.get, reverse=True): print(f"{took[p]:6.1f} s {p.name}")
+    if failed: sys.exit("failed: " + ', '.join(p.name for p in failed))
+    print(f"{len(took)} notebooks ran")
+
+
+if __name__ == '__main__': main()
