@@ -140,6 +140,11 @@ def _train_with_alf(train):
 if not hasattr(Trainer.train, 'of_alf'): Trainer.train = _train_with_alf(Trainer.train)
 
 # %% ../../nbs/06_train/16_trainer.ipynb #7d3c665f
+def _watch_loading(alf, args, model):
+    if model is None: return
+    hook = lambda model, _: _ready_for_state(alf, args, model)
+    alf._loaded_for,alf._on_load = None,model.register_load_state_dict_post_hook(hook)
+
 @patch
 def meet_trainer(self:ALFCallback, trainer, resume_from_checkpoint=None):
     "From now on it knows its Trainer, and stands before the trackers, too"
@@ -364,11 +369,6 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
     # else what is frozen is meant to be
     if not any(is_busy(model, run) for run in others()): thaw(model)
     _watch_loading(self, args, model)
-
-def _watch_loading(alf, args, model):
-    if model is None: return
-    hook = lambda model, _: _ready_for_state(alf, args, model)
-    alf._loaded_for,alf._on_load = None,model.register_load_state_dict_post_hook(hook)
 
 # %% ../../nbs/06_train/16_trainer.ipynb #dafa278d
 def _ready_for_state(alf, args, model):
