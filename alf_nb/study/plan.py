@@ -185,8 +185,8 @@ ASSUMPTIONS = dict(
     state="AdamW, fused: two moments. 8-bit ones as in bitsandbytes, with an fp32 scale for every 256.",
     rest=(
         "4-bit is nf4 with an fp32 scale for every 64, of linear layers in blocks; embeddings, norms and head stay"
-        " 16-bit. What trains is fp32, except without masters, where updates are rounded to 16 bits. ALF does not pack"
-        " weights itself yet: its ways with a 4-bit rest say what that would take."
+        " 16-bit. What trains is fp32, except without masters, where updates are rounded to 16 bits. ALF itself does"
+        " not pack weights yet."
     ),
     probe=(
         "ALF's gradient probe keeps the activations of all units, one gradient and a sign for each parameter; it is"
