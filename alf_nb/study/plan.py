@@ -176,7 +176,7 @@ def _repr_markdown_(self:Plan):
 ASSUMPTIONS = dict(
     step=(
         "The model's own code runs forward and backward without data, with SDPA attention, no padding mask, the"
-        " dropout of its configuration, and one micro-batch per update. Of a stack of more than 8 equal blocks, 8 run."
+        " configuration's dropout, one micro-batch per update. Of a stack of more than 8 equal blocks, 8 run."
     ),
     gradients=(
         "Gradients grow while activations go: at most at once is less than the sum of the columns. With gradient"
