@@ -1,5 +1,6 @@
 """Payloads in every text of everything that shows itself in a notebook: for tests/test_markdown.py and, in a real
 JupyterLab, tests/browser/test_hostile_text.py."""
+import dataclasses
 import importlib
 import json
 import pkgutil
@@ -9,9 +10,11 @@ import numpy as np
 import torch
 
 import alf_nb
+from alf_nb.study.plan import Plan, Way
 from alf_nb.study.verdict import SignalAudit
 from alf_nb.model.delta import Delta
 from alf_nb.model.layers import Layers
+from alf_nb.model.needs import Held, Needs
 from alf_nb.report.maps import cell_table
 from alf_nb.report.html import Html
 from alf_nb.core.records import Scores, Selection, UnitInfo
@@ -279,6 +282,7 @@ def a_failed_view(folder, evil):
 
 # class → (folder, evil) → an object of it with `evil` in every text; a class that shows itself and is not here fails
 # the test
+WAY = Way(**dict.fromkeys((f.name for f in dataclasses.fields(Needs)), 1), method="full", budget=None, held=Held())
 MAKERS = dict(
     RunLog=lambda folder, evil: RunLog(a_run(folder, evil)),
     Selection=lambda folder, evil: Selection.from_dict(
@@ -298,6 +302,7 @@ MAKERS = dict(
     SignalAudit=lambda folder, evil: an_audit(evil),
     Layers=lambda folder, evil: a_model(evil),
     Delta=lambda folder, evil: Delta("p", "base" + evil("base"), ("a" + evil("a"),), "9" + evil("9"), 10, 100),
+    Plan=lambda folder, evil: Plan("m" + evil("m"), 100, 1, 16, True, False, None, (WAY,)),
     Comparison=lambda folder, evil: compare_runs([a_run(folder, evil)] * 2),
     PolicyComparison=lambda folder, evil: PolicyComparison(results(evil)),
     Followed=a_followed_log,

@@ -68,12 +68,11 @@ def _are_rows(data):
     if data is None or isinstance(data, str) or not hasattr(data, '__len__') or not len(data): return False
     return not isinstance(data[0], str)
 
-def _prepare(model, data, tokenizer, column, length, s):
+def _prepare(model, data, tokenizer, column, length, seed, n_held, bf16=None):
     "Model, rows to train on, rows held out"
-    seed, n_held = s.seed, s.eval_batches*s.batch_size
     if isinstance(model, tuple): model, tokenizer = model
     elif not isinstance(model, torch.nn.Module):
-        model, tokenizer = load_model(model, loaded_dtype(s.bf16), progress=False)
+        model, tokenizer = load_model(model, loaded_dtype(bf16), progress=False)
     if _are_rows(data):
         order = list(range(len(data)))
         random.Random(f'{seed}/split').shuffle(order)
@@ -267,6 +266,6 @@ def audit_signals(
     "Measure how useful units are, and which signal knows it; the model is left as it was"
     s = AuditSettings(**kwargs)
     whole('length', length, 2)
-    model, train, held = _prepare(model, data, tokenizer, column, length, s)
+    model, train, held = _prepare(model, data, tokenizer, column, length, s.seed, s.eval_batches*s.batch_size, s.bf16)
     plan = _plan(model, train, held, names, collate, loss, s)
     return _audit(plan, _measure(plan, progress))
