@@ -245,3 +245,12 @@ def test_a_model_of_two_dtypes_trains_under_autocast(family):
 
 def test_masters_is_a_truth_value():
     with pytest.raises(ValueError, match="masters='yes', but it is True or False"): ALFConfig(masters="yes")
+
+
+def test_weights_loaded_before_training_ask_no_checkpoint(tmp_path):
+    "A damaged state in the folder is the business of a resume"
+    (tmp_path/"checkpoint-6"/"alf").mkdir(parents=True)
+    (tmp_path/"checkpoint-6"/"alf"/"state.json").write_text("{")
+    t = small_trainer(tmp_path, ALFCallback(**MOVES, resume_from=str(tmp_path/"checkpoint-6")), model=half(), **HALF)
+    t.model.load_state_dict(half().state_dict())
+    assert {p.dtype for p in t.model.parameters()} == {torch.bfloat16}

@@ -23,7 +23,7 @@ from ..core.config import config_of, with_settings
 from ..core.files import replacing
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
-from ..model.masters import Widened
+from ..model.masters import Widened, is_half
 from ..model.optim import find_ddp
 from ..model.shards import is_sharded, set_up_shards
 
@@ -373,13 +373,15 @@ def on_init_end(self:ALFCallback, args, state, control, model=None, **kw):
 # %% ../../nbs/06_train/16_trainer.ipynb #dafa278d
 def _ready_for_state(alf, args, model):
     "The weights of a checkpoint are loaded, its optimizer state comes next: make the parameters ready for it"
+    sharded,half = any(map(is_sharded, model.parameters())),any(map(is_half, model.parameters()))
+    if not sharded and not (alf._resume and alf.config.masters and half): return
     folder = alf._resume if isinstance(alf._resume, (str, os.PathLike)) else _given_folder(alf, args)
     folder = Path(folder or _newest(args, newest_run(alf.out or args.output_dir)) or '')
     if not (folder/STATE).is_file(): return
     saved = typed_state(folder)
     if not (held := set(saved.optimizer)): return
-    if any(map(is_sharded, model.parameters())): _freeze_for_load(alf, folder, model, held)
-    elif alf._resume and alf.config.masters and saved.config['masters']:
+    if sharded: _freeze_for_load(alf, folder, model, held)
+    elif saved.config['masters']:
         add_hooks(model, Widened(p for k,p in model.named_parameters() if k in held))
 
 # %% ../../nbs/06_train/16_trainer.ipynb #9bcbfb68
