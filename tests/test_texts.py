@@ -65,7 +65,7 @@ def test_a_file_that_is_no_text_is_refused_before_a_model_is_loaded(tmp_path, mo
     (tmp_path/name).write_bytes(content)
     with pytest.raises(ValueError, match=said) as e: load_texts(tmp_path/name)
     str(e.value).encode()       # the error itself can be printed
-    monkeypatch.setattr('alf_nb.app.finetune.load_model', no_model)
+    monkeypatch.setattr('alf_nb.app.finetune.given_model', no_model)
     with pytest.raises(ValueError, match=said): finetune(data=str(tmp_path/name), out=tmp_path/'run', progress=False)
 
 def test_a_folder_names_the_file(tmp_path):

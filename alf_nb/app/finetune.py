@@ -33,7 +33,7 @@ from ..core.runlog import RunLog
 from ..model.shards import check_alone
 from ..report.page import write_report
 from ..report.summary import summarize
-from ..sources.models import load_model, loaded_dtype
+from ..sources.models import given_model
 from ..sources.texts import check_text, load_texts, unrelated_texts
 from ..train.trainer import ALFCallback
 from ..core.system import peak_rss_bytes
@@ -187,8 +187,7 @@ def _load(model, data, other, column, settings, progress):
     if settings.prompt is not None: check_text(settings.prompt, 'the prompt')
     texts = load_texts(data, column)
     others = load_texts(other, column) if other is not None else unrelated_texts()
-    given = isinstance(model, tuple)
-    net, tokenizer = model if given else load_model(model, loaded_dtype(settings.bf16), progress=progress)
+    net, tokenizer = given_model(model, settings.bf16, progress)
     # where Trainer will put it: before and after are measured on one device
     if torch.cuda.is_available(): net.to('cuda')
     return net, tokenizer, texts, others

@@ -85,6 +85,10 @@ def loaded(self:Masters,
     return self.base.get(self._of.get(id(p)), p.dtype)
 
 # %% ../../nbs/03_model/14_masters.ipynb #58d5c1e7
+def _hold(p, dtype):
+    "The same parameter in another dtype; a gradient would have the one before"
+    p.grad,p.data = None,p.data.to(dtype)
+
 def _widen_state(states, p, base):
     "What an optimizer keeps of `p` in its 16 bits goes on in fp32"
     for s in states:
@@ -105,7 +109,7 @@ def switch(self:Masters,
     for k,p in self.params.items():
         want = torch.float32 if k in wide else self.base[k]
         if p.dtype == want: continue
-        p.grad,p.data = None,p.data.to(want)
+        _hold(p, want)
         if k in trains: _widen_state(states, p, self.base[k])
 
 # %% ../../nbs/03_model/14_masters.ipynb #b956a74e
@@ -116,12 +120,12 @@ class Widened:
         params # parameters; those of 16 bits are meant
     ):
         self.was = [(p, p.dtype) for p in params if is_half(p)]
-        for p,_ in self.was: p.data = p.data.float()
+        for p,_ in self.was: _hold(p, torch.float32)
 
     @torch.no_grad()
     def remove(self)->None:
         "In their own dtype again"
-        for p,dtype in self.was: p.grad,p.data = None,p.data.to(dtype)
+        for p,dtype in self.was: _hold(p, dtype)
         self.was = []
 
 # %% ../../nbs/03_model/14_masters.ipynb #c47a8a29

@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.foreign import md_text, open_plain
 from ..core.format import human_bytes, human_count, human_time, num, percent
-from ..core.events import is_number, is_text
+from ..core.events import number_or_none, text_or_none
 from ..core.stats import t_interval
 
 # %% ../../nbs/07_report/13_results.ipynb #8f619224
@@ -31,7 +31,7 @@ _RULES = dict(      # rule of a comparison → its amount in words
 
 # %% ../../nbs/07_report/13_results.ipynb #d236d83b
 def _is_curve(v): return isinstance(v, list) and all(
-    isinstance(p, list) and len(p) == 4 and all(map(is_number, p)) for p in v)
+    isinstance(p, list) and len(p) == 4 and all(map(number_or_none, p)) for p in v)
 
 def _is_map(v): return isinstance(v, dict) and all(
     isinstance(s, str) and s and s.isascii() and s.isdigit() for s in v.values())
@@ -40,7 +40,7 @@ def _is_row(r):
     "Can it be read as a row of results?"
     if not isinstance(r, dict): return False
     named = all(isinstance(r.get(k), str) for k in ('key', 'task', 'method')) and type(r.get('seed')) is int
-    typed = all(is_number(r.get(k)) for k in _NUMBERS) and all(is_text(r.get(k)) for k in _TEXTS)
+    typed = all(number_or_none(r.get(k)) for k in _NUMBERS) and all(text_or_none(r.get(k)) for k in _TEXTS)
     if not named or not typed or r.get('lr') is None or not isinstance(r.get('versions') or {}, dict): return False
     if r.get('rule') in _RULES and r.get('amount') is None: return False
     return _is_curve(r.get('curve') or []) and _is_map(r.get('map') or {})

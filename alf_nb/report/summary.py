@@ -16,7 +16,7 @@ from ..core.format import human_bytes, human_count, human_time, num, percent
 from ..core.policies import POLICIES
 from ..core.records import Scores
 from ..core.runlog import read_once
-from ..core.events import is_number
+from ..core.events import number_or_none
 from .run_state import RunState, bytes_of_trained, state_bytes, state_of
 
 # %% ../../nbs/07_report/08_summary.ipynb #e08b8c33
@@ -59,7 +59,7 @@ def _policy(state):
     if not isinstance(policy, dict):
         return dict(policy=policy or (sels[-1].policy if sels else None), budget=None, signal=signal)
     budget = policy.get('budget')
-    return dict(policy=policy.get('policy'), budget=budget if is_number(budget) else None, signal=signal)
+    return dict(policy=policy.get('policy'), budget=budget if number_or_none(budget) else None, signal=signal)
 
 # %% ../../nbs/07_report/08_summary.ipynb #6fa9ac2c
 def _date(t): return None if t is None else datetime.fromtimestamp(t, timezone.utc).strftime('%Y-%m-%d %H:%M UTC')

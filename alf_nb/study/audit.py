@@ -24,7 +24,7 @@ from ..signals.probe import model_loss, probe_gradients
 from ..signals.tracker import prior_scores
 from ..sources.blocks import holdout_split, token_blocks
 from ..sources.losses import wants_autocast
-from ..sources.models import load_model, loaded_dtype
+from ..sources.models import given_model
 from ..sources.texts import load_texts
 from .bench import Bench, change_rates, losses_after, sample_units, untouched
 from .verdict import SignalAudit, agree
@@ -70,9 +70,7 @@ def _are_rows(data):
 
 def _prepare(model, data, tokenizer, column, length, seed, n_held, bf16=None):
     "Model, rows to train on, rows held out"
-    if isinstance(model, tuple): model, tokenizer = model
-    elif not isinstance(model, torch.nn.Module):
-        model, tokenizer = load_model(model, loaded_dtype(bf16), progress=False)
+    if not isinstance(model, torch.nn.Module): model, tokenizer = given_model(model, bf16, False)
     if _are_rows(data):
         order = list(range(len(data)))
         random.Random(f'{seed}/split').shuffle(order)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 from ..sources.blocks import holdout_split, token_blocks
 from ..sources.losses import wants_autocast
-from ..sources.models import load_model, loaded_dtype
+from ..sources.models import given_model
 from ..sources.texts import load_texts, unrelated_texts
 
 # %% ../../nbs/09_study/10_task.ipynb #7ad91874
@@ -139,7 +139,7 @@ def text_task(
     "A causal language model and a text; the split is the same for every seed"
     texts = load_texts(data, column)
     others = load_texts(other, column) if other is not None else unrelated_texts()
-    net, tokenizer = model if isinstance(model, tuple) else load_model(model, loaded_dtype(bf16), progress=progress)
+    net, tokenizer = given_model(model, bf16, progress)
     rows = _text_rows(texts, others, tokenizer, length, eval_blocks)
     name = name or Path(getattr(net.config, '_name_or_path', '') or type(net).__name__).name
     return Task(net, *rows, name, data_name or _data_name(data), batch_size=batch_size, bf16=bf16)

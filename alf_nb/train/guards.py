@@ -15,6 +15,7 @@ from ..core.format import few
 from ..model.optim import check_state
 from ..model.updates import has_to_move
 from ..model.bits import FrozenGuard
+from ..model.masters import HALF
 from ..model.states import deciding_groups
 from ..model.shards import any_process, local_tensor
 
@@ -223,7 +224,7 @@ _ZERO = "the gradient is exactly 0: no reward or error to learn from, or a detac
 
 def _rounded_away(params, lr, sure):
     "Are steps of this size smaller than the weights show, in words? None: they are not"
-    small = next((p.dtype for p in params if p.dtype in (torch.bfloat16, torch.float16)), None)
+    small = next((p.dtype for p in params if p.dtype in HALF), None)
     if small is not None:
         return (
             f"weights are {small}, and steps of lr {lr:.1g} {'are' if sure else 'may be'} rounded away, so that nothing"

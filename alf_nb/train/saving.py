@@ -19,7 +19,7 @@ from ..core.foreign import open_plain
 from ..core.policy import Policy
 from ..core.records import Scores
 from ..model.optim import first_states, pop_state, put_state, set_first_states
-from ..model.bits import sample_bits
+from ..model.bits import sample_bits, spread_sample
 from ..model.offload import on_device_of
 from ..model.packing import pack_states, safe_classes
 from ..model.optim import param_state, apply_selection, rebuild_ddp_buckets
@@ -42,7 +42,8 @@ def fingerprint(layers, masters):
     for n in layers:
         for k,p in layers.named_params(n).items():
             h.update(k.encode())
-            w = masters.rounded(k) if k in masters.base else full_tensor(p)
+            w = full_tensor(p)
+            if k in masters.base: w = spread_sample(w.detach().reshape(-1), 64).to(masters.base[k])
             h.update(sample_bits(w, 64).cpu().numpy().tobytes())
     return h.hexdigest()
 
