@@ -1,19 +1,23 @@
 "Of a 16-bit model, what trains is held in fp32: it learns as an fp32 model does, and nothing else of it changes."
 import copy
 import json
+import sys
 import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from alf_nb.core.config import ALFConfig
 from alf_nb.core.runlog import RunLog
-from alf_nb.demo import demo_dataset, demo_model
+from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
 from alf_nb.model.delta import apply_delta, save_delta
 from alf_nb.model.fingerprint import fingerprint
 from alf_nb.model.layers import partition_layers
 from alf_nb.model.masters import Masters
+from alf_nb.train.lightning import lightning_callback
 from alf_nb.train.loop import ALFLoop
 from alf_nb.train.trainer import ALFCallback
 from small_run import losses, same, small_trainer, weights
@@ -254,3 +258,47 @@ def test_weights_loaded_before_training_ask_no_checkpoint(tmp_path):
     t = small_trainer(tmp_path, ALFCallback(**MOVES, resume_from=str(tmp_path/"checkpoint-6")), model=half(), **HALF)
     t.model.load_state_dict(half().state_dict())
     assert {p.dtype for p in t.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
+def test_sft_of_16_bits_resumes_to_the_last_bit(tmp_path):
+    trl = pytest.importorskip("trl")
+    texts = Dataset.from_list([dict(text=f"number {i} is a number, and so is {i+1}.") for i in range(60)])
+    how = dict(data=texts, kind=trl.SFTTrainer, config=trl.SFTConfig, max_length=64, save_strategy="steps",
+               save_steps=8, more=dict(processing_class=demo_tokenizer()))
+    whole = trained(tmp_path, ALFCallback(**MOVES), **how)
+    again = trained(tmp_path, ALFCallback(**MOVES), resume=str(tmp_path/"checkpoint-8"), **how)
+    assert losses(again)[8:] == losses(whole)[8:] and same(weights(again), weights(whole))
+
+
+def test_lightning_of_16_bits_resumes_to_the_last_bit(tmp_path):
+    L = pytest.importorskip("lightning")
+    rows = [{k: torch.as_tensor(v) for k, v in r.items()} for r in demo_dataset()[:4]]*8   # its loader begins anew
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.losses, self.dtypes = half(), [], set()
+
+        def training_step(self, batch, i):
+            loss = self.model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+            self.losses.append(loss.item())
+            self.dtypes |= {p.dtype for p in self.parameters()}
+            return loss
+
+        def configure_optimizers(self): return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def fit(folder, resume=None):
+        module = Module()
+        save = L.pytorch.callbacks.ModelCheckpoint(dirpath=folder, filename="at4", every_n_train_steps=4, save_top_k=-1)
+        L.Trainer(max_steps=7, accelerator="cpu", devices=1, precision="bf16-mixed", logger=False,
+                  callbacks=[lightning_callback(out=folder, **MOVES), save], enable_progress_bar=False,
+                  enable_model_summary=False).fit(module, DataLoader(rows, batch_size=4), ckpt_path=resume,
+                                                  weights_only=False)
+        return module
+
+    whole = fit(tmp_path/"whole")
+    again = fit(tmp_path/"again", str(tmp_path/"whole"/"at4.ckpt"))
+    assert whole.dtypes == {torch.float32, torch.bfloat16}
+    assert {p.dtype for p in whole.parameters()} == {torch.bfloat16}
+    assert again.losses == whole.losses[4:] and same(weights(again), weights(whole))
