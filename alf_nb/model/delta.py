@@ -23,7 +23,7 @@ from ..core.format import few
 from ..core.foreign import md_code, md_text, open_plain
 from ..core.records import Record
 from .fingerprint import BaseFingerprint, DTYPE_NAMES, TORCH_DTYPES, fingerprint
-from .fingerprint import canonical_json, describe_tensors, raw_bytes, state_tensors
+from .fingerprint import canonical_json, describe_tensors, packed_since, raw_bytes, state_tensors
 
 # %% ../../nbs/03_model/13_delta.ipynb #d3d8b107
 _FORMAT,_MAX_HEADER = 1,64 << 20
@@ -172,6 +172,8 @@ def compare_base(model, base):
             f" {type(base).__name__}"
         )
     if not isinstance(base, BaseFingerprint): base = fingerprint(base)
+    packed,apart = packed_since(model, base)
+    tensors = {k: t for k,t in tensors.items() if k not in apart}
     _refuse_other_names(tensors, aliases, base)
     now = describe_tensors(tensors)
     for k,(dtype,shape,_) in now.items():
@@ -180,6 +182,7 @@ def compare_base(model, base):
                 f"{k!r} is {dtype} {shape} now, {' '.join(map(str, base.tensors[k][:2]))} in the base: a delta keeps"
                 " dtype and shape"
             )
+    now |= {k: base.tensors[k] for k in packed}
     return BaseFingerprint(base.name, {k:base.tensors[k] for k in now}, base.config_hash), tensors, now
 
 # %% ../../nbs/03_model/13_delta.ipynb #3d5be913
@@ -245,7 +248,7 @@ def save_delta(
     try: metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))
     except (TypeError, ValueError) as e: raise ValueError(f"metadata must be plain JSON values: {e}") from None
     base,tensors,now = compare_base(model, base)
-    keep = _matching(also, now)
+    keep = _matching(also, tensors)
     changed = {k:now[k][2] for k in now if now[k] != base.tensors[k] or k in keep}
     info = dict(
         format=_FORMAT, alf_nb=__version__, base_name=base.name, config_hash=base.config_hash, base=base.tensors,

@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/03_model/fingerprint.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPE_NAMES', 'TORCH_DTYPES', 'state_tensors', 'raw_bytes', 'describe_tensors', 'BaseFingerprint', 'canonical_json',
-           'fingerprint']
+           'fingerprint', 'packed_since']
 
 # %% ../../nbs/03_model/12_fingerprint.ipynb #70d74884
 import hashlib, json, os
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..core.records import Record
-from .tree import clean_path
+from .tree import clean_path, is_packed, shape_of
 
 # %% ../../nbs/03_model/12_fingerprint.ipynb #1bfc4ccd
 # safetensors' names
@@ -124,3 +124,19 @@ def fingerprint(
     if not tensors: raise ValueError(f"no tensors in this {type(model).__name__}: nothing to remember")
     name = name or str(getattr(model, 'name_or_path', '') or type(model).__name__)
     return BaseFingerprint(name, describe_tensors(tensors), _config_hash(model))
+
+# %% ../../nbs/03_model/12_fingerprint.ipynb #aa4553c1
+def packed_since(
+    model,                 # a torch module
+    base:BaseFingerprint   # what it was
+)->tuple:                  # names of packed weights, and of all tensors that belong to them
+    "Weights that are packed now and were not in the base"
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+    whole = lambda p: (DTYPE_NAMES[p.packed_from], shape_of(p))
+    every = {clean_path(k): p for k,p in model.named_parameters() if is_packed(p)}
+    packed = [k for k,p in every.items() if k in base.tensors and tuple(base.tensors[k][:2]) == whole(p)]
+    parts = ('.weight.', '.SCB', '.weight_format')
+    homes = tuple(k.removesuffix('.weight') + part for k in packed for part in parts)
+    names = state_tensors(model)[0]
+    return packed, {*packed, *(k for k in names if k.startswith(homes))}
+

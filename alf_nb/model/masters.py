@@ -71,6 +71,15 @@ def nbytes(self:Masters)->int:
     return sum(2*p.numel() for p in self.params.values() if p.dtype == torch.float32)
 
 @patch
+def forget(self:Masters,
+    names # full parameter names
+)->None:
+    "They hold no 16-bit numbers any more"
+    for k in names:
+        self.base.pop(k, None)
+        if (p := self.params.pop(k, None)) is not None: self._of.pop(id(p), None)
+
+@patch
 def dtype(self:Masters,
     p:Tensor # a parameter
 )->torch.dtype:
@@ -152,7 +161,7 @@ _WITHOUT = (
 def _round_in(masters, attr, name):
     "A hook: what a state dict says of one parameter"
     def hook(module, state, prefix, metadata):
-        if prefix + attr in state: state[prefix + attr] = masters.rounded(name)
+        if prefix + attr in state and name in masters.params: state[prefix + attr] = masters.rounded(name)
     return hook
 
 def _look_for_autocast(p):

@@ -6,7 +6,8 @@ Docs: https://example.github.io/alf_nb/06_train/saving.html.md"""
 
 # %% auto #0
 __all__ = ['STATE', 'TENSORS', 'fingerprint', 'all_params', 'drop_made_up', 'collect', 'copies', 'naming', 'read_state',
-           'typed_state', 'read_tensors', 'Saved', 'newer_run', 'check_same', 'load', 'restore']
+           'typed_state', 'read_tensors', 'Saved', 'newer_run', 'check_bits', 'pack_again', 'check_same', 'load',
+           'restore']
 
 # %% ../../nbs/06_train/15_saving.ipynb #f014dd2c
 import hashlib, json, os, warnings
@@ -20,12 +21,15 @@ from ..core.policy import Policy
 from ..core.records import Scores
 from ..model.optim import first_states, pop_state, put_state, set_first_states
 from ..model.bits import sample_bits, spread_sample
+from ..model.layers import partition_layers
 from ..model.offload import on_device_of
 from ..model.packing import pack_states, safe_classes
 from ..model.optim import param_state, apply_selection, rebuild_ddp_buckets
 from ..model.packing import state_classes, unpack_states
 from ..model.states import states_of
+from ..model.quantize import pack
 from ..model.shards import full_tensor
+from ..model.tree import is_packed
 from ..signals.snapshots import restore_snapshot, snapshot_tensors
 
 # %% ../../nbs/06_train/15_saving.ipynb #59eead86
@@ -190,6 +194,39 @@ def newer_run(
     return newest, f"{name} belongs to run {run_id}, and a newer run, {newest}, was begun in {home} since"
 
 # %% ../../nbs/06_train/15_saving.ipynb #9acefe70
+def check_bits(name, saved, config):
+    "A ValueError where what is frozen would be held in other bits than in a checkpoint"
+    was,now = saved.config.get('quantize_frozen'),config.quantize_frozen
+    if was == now: return
+    raise ValueError(
+        f"{name} was saved with quantize_frozen={was}, and this run has quantize_frozen={now}: frozen weights stay as"
+        " they were saved"
+    )
+
+def _check_packed(run, name, saved):
+    "Is the same part of the model packed, in as many bits?"
+    check_bits(name, saved, run.config)
+    if not run.config.quantize_frozen: return
+    if any(map(is_packed, (p for n in saved.selection.names if n in run.layers for p in run.layers.params(n)))):
+        raise ValueError(f"some of what trains in {name} is packed in this model: load the model anew")
+    if not any(map(is_packed, all_params(run).values())):
+        raise ValueError(f"{name} holds packed weights: call pack_again(model, saved) before they are loaded")
+    if settings(run)['policy'] != saved.config['policy']:
+        raise ValueError(
+            f"the policy is not that of {name}, and what is packed cannot train: begin a new run for another choice"
+        )
+
+def pack_again(
+    model,  # as it was loaded for the run that was saved
+    saved   # `State` of a checkpoint, or what `ALFLoop.state_dict` gave
+)->None:
+    "Pack what was packed when it was saved; before the weights of the checkpoint are loaded"
+    if not isinstance(saved, State): saved = State.from_dict(json.loads(saved['state']))
+    config = saved.config
+    if not config.get('quantize_frozen'): return
+    layers = partition_layers(model, config['unit'], config['kinds'])
+    pack(model, [p for n in saved.selection.names for p in layers.params(n)], config['quantize_frozen'])
+
 def check_same(run, name, saved, step):
     "Is it the state of this step, of this model?"
     if saved.step != step:
@@ -207,6 +244,7 @@ def check_same(run, name, saved, step):
             f"{name} was saved with masters={saved.config['masters']}, and this run has masters={run.config.masters}:"
             " what trains goes on in the dtype that it has"
         )
+    _check_packed(run, name, saved)
     if saved.weights != fingerprint(run.layers, run.masters):
         raise ValueError(
             f"the weights of this model are not those of {name}: resume with"

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
 from ..core.checkpoints import find_checkpoint, newest_run, set_aside, verify_checkpoint, write_manifest
 from ..core.config import config_of, with_settings
 from ..core.files import replacing
@@ -37,7 +38,7 @@ from .marks import TRAINS, add_hooks, check_alone, note_frozen, thaw
 from .tracking import log_numbers, metrics_of
 from .probing import TrainerSource
 from .saving import STATE, TENSORS, collect, copies, drop_made_up, load, read_state, read_tensors, restore
-from .saving import newer_run, typed_state
+from .saving import check_bits, naming, newer_run, pack_again, typed_state
 
 # %% ../../nbs/06_train/16_trainer.ipynb #dba59f01
 def _check_path(name, path):
@@ -140,6 +141,16 @@ def _train_with_alf(train):
 if not hasattr(Trainer.train, 'of_alf'): Trainer.train = _train_with_alf(Trainer.train)
 
 # %% ../../nbs/06_train/16_trainer.ipynb #7d3c665f
+def _pack_again(alf, trainer):
+    "Before Trainer loads the weights of a checkpoint, what it holds packed is packed here"
+    folder = alf._resume if isinstance(alf._resume, (str, os.PathLike)) else _given_folder(alf, trainer.args)
+    folder = Path(folder or get_last_checkpoint(trainer.args.output_dir) or '')
+    if not (folder/STATE).is_file(): return
+    try: saved = typed_state(folder)
+    except RuntimeError: return      # said when it is read to go on from it
+    check_bits(folder.name, saved, alf.config)
+    with naming(folder.name, STATE): pack_again(trainer.model, saved)
+
 def _watch_loading(alf, args, model):
     if model is None: return
     hook = lambda model, _: _ready_for_state(alf, args, model)
@@ -149,6 +160,7 @@ def _watch_loading(alf, args, model):
 def meet_trainer(self:ALFCallback, trainer, resume_from_checkpoint=None):
     "From now on it knows its Trainer, and stands before the trackers, too"
     self._trainer,self._resume = trainer,resume_from_checkpoint
+    if resume_from_checkpoint: _pack_again(self, trainer)
     if self._on_load is None: _watch_loading(self, trainer.args, trainer.model)
     callbacks = trainer.callback_handler.callbacks
     first = next((c for c in callbacks if isinstance(c, _Metrics)), None)
