@@ -18,7 +18,7 @@ from alf_nb.model.layers import partition_layers
 from alf_nb.model.quantize import pack, packable, unpack, weight_bytes
 from alf_nb.model.tree import is_packed
 from alf_nb.train.loop import ALFLoop
-from alf_nb.train.saving import pack_again
+from alf_nb.train.repacking import pack_again
 from alf_nb.train.trainer import ALFCallback
 
 pytest.importorskip("bitsandbytes")
@@ -121,9 +121,13 @@ def test_a_delta_is_that_of_the_base(trained, folder, tmp_path):
     bits, _, trainer, base = trained
     delta = save_delta(trainer.model, base, tmp_path)
     assert delta.dtype == "bfloat16" and not set(delta.changed) & packed_names(trainer.model)
+    assert delta.packed == dict.fromkeys(packed_names(trainer.model), bits)
     other = load(folder)
     apply_delta(other, tmp_path)
-    pack(other, [p for k, p in other.named_parameters() if k in delta.changed], bits)
+    assert not packed_names(other)
+    other = load(folder)
+    apply_delta(other, tmp_path, packed=True)
+    assert same(weights(other), weights(trainer.model))
     assert torch.equal(logits(other), logits(trainer.model))
 
 
@@ -136,8 +140,8 @@ def test_a_copy_knows_what_is_packed(trained):
 
 def test_biases_and_hooks_stay():
     torch.manual_seed(0)
-    config = GPTNeoXConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
-    model = GPTNeoXForCausalLM(config).bfloat16()
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).bfloat16()
     name, layer = next(iter(packable(model).items()))
     seen = []
     layer.register_forward_hook(lambda *a: seen.append(1))

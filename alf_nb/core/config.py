@@ -159,6 +159,7 @@ def _check_together(c):
             " 'device' or 'host'"
         )
 
+# %% ../../nbs/01_core/09_config.ipynb #5150f884
 def _check_chosen_once(c):
     "A ValueError where settings ask for another choice after the rest was packed"
     if c.quantize_frozen is None: return

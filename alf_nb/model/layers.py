@@ -48,8 +48,7 @@ class Layers:
     ):
         self.model,self.units,self.unit,self.n_blocks = model,tuple(units),unit,n_blocks
         self._params,self._aliases,self._by_name = params,aliases,{u.name:u for u in units}
-        every = (p for ps in params.values() for p in ps.values())
-        self.total = sum(math.prod(shape_of(p)) for p in every if could_train(p))
+        self.total = sum(math.prod(shape_of(p)) for ps in params.values() for p in ps.values() if could_train(p))
 
     def __len__(self): return len(self.units)
     def __iter__(self): return iter(self._by_name)

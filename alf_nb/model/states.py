@@ -188,6 +188,7 @@ def drop_params(
     for state in states_of(optimizer):
         for p in params: state.pop(p, None)
 
+# %% ../../nbs/03_model/06_states.ipynb #ae93ce76
 def check_optimizer(
     layers:Layers,  # a model as units
     optimizer,      # the optimizer that trains it

@@ -51,6 +51,7 @@ def partition(
     pin = tuple(p for p in config.policy.pin if p not in config.presumed or find_units(p, units))
     return layers, units, without_bottom(replace(config.policy, pin=pin), config.freeze_bottom, layers.n_blocks, units)
 
+# %% ../../nbs/06_train/10_choosing.ipynb #0375ede7
 def preview(
     model,  # any model, before training
     config  # `ALFConfig`

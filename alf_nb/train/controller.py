@@ -306,11 +306,12 @@ def forget_time(self:ALFController):
     self.t_step = time.perf_counter()
 
 # %% ../../nbs/06_train/13_controller.ipynb #0670bb16
-_PACKED = (
+_CHOSEN_ONCE = (
     "what stays frozen is held in {} bits and cannot train again: quantize_frozen chooses once, before the first step."
     " Give another threshold, budget or policy to a new run"
 )
 
+# %% ../../nbs/06_train/13_controller.ipynb #ce251f45
 @patch
 def choose(self:ALFController,
     threshold:float|None=None, # least importance that trains, 0–1
@@ -320,7 +321,7 @@ def choose(self:ALFController,
 ):                             # the `Policy` that will be in force
     "Ask for another choice of layers while training; taken between two steps"
     given = one_target(threshold=threshold, budget=budget, policy=policy)
-    if self.config.quantize_frozen: raise RuntimeError(_PACKED.format(self.config.quantize_frozen))
+    if self.config.quantize_frozen: raise RuntimeError(_CHOSEN_ONCE.format(self.config.quantize_frozen))
     if self.engine.n_processes > 1:
         raise RuntimeError(
             "a choice made in one process would not reach the others: under several processes give it to ALFCallback"

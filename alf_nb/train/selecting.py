@@ -109,7 +109,8 @@ def check_can_pack(run):
     words = f"quantize_frozen={run.config.quantize_frozen}"
     if run.guards.sharded:
         raise ValueError(f"{words} packs whole weights, and FSDP2 holds them in pieces: use DDP, or leave it out")
-    if run.engine.compiled: raise ValueError(f"{words} changes modules after torch.compile has seen them: leave one out")
+    if run.engine.compiled:
+        raise ValueError(f"{words} changes modules after torch.compile has seen them: leave one out")
 
 def _pack_rest(run, names, step):
     "What stays frozen is held in 4 or 8 bits from now on"
