@@ -238,7 +238,7 @@ def _plan_options(p):
     call = 'study.plan', 'plan'
     p.add_argument('model', nargs='?', default=argparse.SUPPRESS, metavar='MODEL',
                    help=options_of(*call)['model'].help)
-    _add(p, call, 'memory batch length checkpointing budgets references rank')
+    _add(p, call, 'memory batch length checkpointing device budgets references rank')
     p.add_argument('--fp32', action='store_true', help='no bf16 autocast: all weights are fp32')
     p.add_argument('--json', action='store_true', help='print JSON, in bytes, instead of the table')
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from fastcore.basics import patch
 from torch import nn
-from ..core.check import fraction, memory_bytes, whole
+from ..core.check import fraction, memory_bytes, one_of, whole
 from ..core.foreign import md_text
 from ..core.format import human_bytes, human_count, percent
 from ..core.records import Record
@@ -136,6 +136,7 @@ class Plan(Record):
     length:int             # tokens of each
     bf16:bool              # under autocast?
     checkpointing:bool     # are blocks run again in backward?
+    device:str             # its type
     memory:int|None        # bytes of the device; None: nobody said
     ways:tuple
     def __post_init__(self): object.__setattr__(self, 'ways', tuple(map(_way, self.ways)))
@@ -166,7 +167,7 @@ def _row(plan, way):
 def _repr_markdown_(self:Plan):
     more = f'fits {human_bytes(self.memory)} |' if self.memory is not None else ''
     head = f"| way | trains | {' | '.join(_COLUMNS[:-1])} | at most at once |" + (more and f' {more}')
-    how = ['bf16 autocast' if self.bf16 else 'fp32'] + ['checkpoints']*self.checkpointing
+    how = ['bf16 autocast' if self.bf16 else 'fp32'] + ['checkpoints']*self.checkpointing + [self.device]
     return '\n'.join([
         f"**{md_text(self.model)}**, {human_count(self.n_params)} parameters, {self.batch} × {self.length} tokens,"
         f" {', '.join(how)}", '',
@@ -192,8 +193,13 @@ ASSUMPTIONS = dict(
         "ALF's gradient probe keeps the activations of all units, one gradient and a sign for each parameter; it is"
         " part of what is there at once. With a 4-bit rest none is made."
     ),
+    cuda=(
+        "On `cuda`, attention and dropout keep what their CUDA kernels keep, and cuBLAS holds 32 MiB for the thread of"
+        " the forward and for that of the backward pass, as on Hopper; on other GPUs 8 MiB each."
+    ),
     device=(
-        f"One device. Driver, libraries and gaps are not counted; a way fits if {MARGIN:.0%} of the memory stay free."
+        f"One device. Driver, libraries and gaps are not counted: torch's CUDA allocator leaves up to 1 MiB unused"
+        f" behind a tensor of more than 1 MiB. A way fits if {MARGIN:.0%} of the memory stay free."
     ),
 )
 
@@ -217,9 +223,10 @@ def _tried(name, *args, **step):
     except (RuntimeError, NotImplementedError, TypeError, AttributeError) as e:
         raise ValueError(f"{name} cannot be run without data: {first_line(e)}") from e
 
-def _check(batch, rank, budgets):
+def _check(batch, rank, budgets, device):
     whole('batch', batch, 1, 'sequences of a step')
     whole('rank', rank, 1)
+    one_of('device', device, ('cuda', 'cpu'))
     for b in budgets: fraction('budgets', b, 'of the parameters, above 0 and at most 1', above=True)
 
 # %% ../../nbs/09_study/14_plan.ipynb #3b9477f5
@@ -230,6 +237,7 @@ def plan(
     length:int=None,   # tokens of each; None: 1,024, or what the model's positions allow
     checkpointing:bool=False, # are blocks run again in backward?
     bf16:bool=True,    # autocast? Without it all weights are fp32
+    device:str='cuda', # where it trains: `cuda` or `cpu`
     budgets=(.25, .1), # fractions of the parameters that ALF trains
     references:str='device', # where ALF's references live: `device`, `8bit`, `host` or `none`
     probe:bool=True,   # does ALF probe gradients, as its default signal does?
@@ -237,8 +245,9 @@ def plan(
 )->Plan:
     "Which ways of training fit, from the configuration alone"
     memory = None if memory is None else memory_bytes('memory', memory)
-    _check(batch, rank, budgets)
+    _check(batch, rank, budgets, device)
     name,m = _empty_model(model)
-    step = dict(batch=batch, length=_length(m, name, length), checkpointing=checkpointing, bf16=bf16)
+    length = _length(m, name, length)
+    step = dict(batch=batch, length=length, checkpointing=checkpointing, bf16=bf16, device=device)
     ways = _tried(name, m, budgets, references, probe, rank, **step)
     return Plan(name, ways[0].n_params, memory=memory, ways=ways, **step)
