@@ -1,6 +1,7 @@
 """What 16-bit weights cost, and what fp32 for what trains gives back.
 
-    python benchmarks/bench_masters.py [--seeds 0 1 2] [--steps 40] [--lr 5e-5 2e-4] [--ways fp32 masters bf16] [--append]
+    python benchmarks/bench_masters.py [--seeds 0 1 2] [--steps 40] [--lr 5e-5 2e-4]
+        [--ways fp32 masters bf16] [--append]
 
 SmolLM2-135M learns GSM8K under bf16 autocast, a random quarter of its matrices (in strata) trains. Three ways to hold
 weights: all in fp32; in bf16 with fp32 for what trains (`masters=True`); all in bf16 (`masters=False`). They take

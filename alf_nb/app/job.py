@@ -23,6 +23,8 @@ from ..sources.blocks import holdout_split, token_blocks
 from ..sources.losses import continuation, evaluate_loss, wants_autocast
 from ..study.attention import AttentionSnapshot
 from ..study.words import passages
+from ..train.repacking import pack_again
+from ..train.saving import typed_state
 
 # %% ../../nbs/10_app/06_job.ipynb #4db780d6
 def _check_settings(s):
@@ -130,5 +132,6 @@ def load_weights(
     trainer # of the job
 ):
     "The weights of the finished training"
-    if Path(folder).name == 'delta': apply_delta(job.net, folder)
-    else: trainer._load_from_checkpoint(folder)
+    if Path(folder).name == 'delta': return apply_delta(job.net, folder, packed=True)
+    pack_again(job.net, typed_state(Path(folder)))
+    trainer._load_from_checkpoint(folder)

@@ -80,6 +80,10 @@ def _about_run(run):
 # %% ../../nbs/10_app/02_publish.ipynb #59bf8ea9
 def _quoted(s): return json.dumps(str(s).replace('`', "'"))
 
+def _packed(delta):
+    if not delta.packed: return ')'
+    return f', packed=True)      # the rest in {next(iter(delta.packed.values()))} bits, as it was trained'
+
 def _use(delta, base, repo_id):
     "Lines that load the delta"
     dtype = delta.dtype if 'float' in delta.dtype else 'float32'
@@ -92,7 +96,7 @@ def _use(delta, base, repo_id):
         "",
         f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)},"
         f" dtype={_quoted(dtype)})      # the class that it was trained as",
-        f"apply_delta(model, {where})",
+        f"apply_delta(model, {where}{_packed(delta)}",
         "```", "",
         "`apply_delta` checks every tensor of the base and refuses another one; SHA-256 of the right one:"
         f" `{delta.base_digest}`.",

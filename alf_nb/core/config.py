@@ -92,6 +92,9 @@ class _How(Record):
     # what trains of a 16-bit model is held in fp32; False: it stays in 16 bits, and most of what small steps teach is
     # rounded away
     masters:bool=True
+    # bits in which bitsandbytes holds linear layers that stay frozen, 4 or 8: units are chosen once, before the first
+    # step; None: they stay as they are
+    quantize_frozen:int|None=None
     # self-check: 'raise', 'warn' or 'off'; 'freeze': raises, but a unit that gets NaN or infinity is put back, and
     # frozen
     check:str='raise'
@@ -102,6 +105,7 @@ VALUES = dict(
     unit=('matrix', 'block'),
     references=('device', 'host', '8bit', 'none'),
     check=('raise', 'warn', 'off', 'freeze'),
+    quantize_frozen=(None, 4, 8),
     offload=OFFLOAD_MODES,
 )
 
@@ -155,6 +159,17 @@ def _check_together(c):
             " 'device' or 'host'"
         )
 
+# %% ../../nbs/01_core/09_config.ipynb #5150f884
+def _check_chosen_once(c):
+    "A ValueError where settings ask for another choice after the rest was packed"
+    if c.quantize_frozen is None: return
+    why = f"quantize_frozen={c.quantize_frozen} packs what stays frozen, which cannot train again"
+    if c.interval: raise ValueError(f"{why}: interval={c.interval} would choose again, give interval=0")
+    if c.start in ('rotate', 'warm-up'):
+        raise ValueError(f"{why}: start={c.start!r} would choose again, give start='probe' or 'prior'")
+    if c.check == 'freeze':
+        raise ValueError(f"{why}: check='freeze' chooses again where a unit gets NaN, give check='raise'")
+
 def _first_start(start, policy, signal):
     "What `start` means for this policy and signal"
     if not policy.needs_scores: return 'none'
@@ -171,6 +186,8 @@ class ALFConfig(_How, _When, _What):
         for k,v in _checked(self).items(): object.__setattr__(self, k, v)
         _check_together(self)
         object.__setattr__(self, 'start', _first_start(self.start, self.policy, self.signal))
+        _check_chosen_once(self)
+        if self.quantize_frozen: object.__setattr__(self, 'interval', 0)
 
     def to_dict(self)->dict:
         "Plain values, ready for JSON"

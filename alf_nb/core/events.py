@@ -175,6 +175,7 @@ _FIELDS |= dict(
     memory=dict(number='grad_bytes optimizer_bytes reference_bytes master_bytes parked_bytes rss_bytes'),
     eval=dict(name='name when', number='loss tokens', numbers='metrics'),
     sample=dict(text='when prompt text'),
+    pack=dict(count='bits modules', number='bytes_before bytes_after'),
     save=dict(text='path'),
     resume=dict(text='path run_id'),
     error=dict(text='type message traceback'),

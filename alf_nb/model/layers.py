@@ -21,7 +21,7 @@ from torch import nn
 from ..core.foreign import md_text
 from ..core.records import KINDS, UnitInfo
 from .stacks import Places
-from .tree import clean_path, is_composite, join_path, shape_of
+from .tree import clean_path, could_train, is_composite, join_path, shape_of
 
 # %% ../../nbs/03_model/04_layers.ipynb #7e7f7a8f
 def _unknown(what, name, names, hint=''):
@@ -48,7 +48,7 @@ class Layers:
     ):
         self.model,self.units,self.unit,self.n_blocks = model,tuple(units),unit,n_blocks
         self._params,self._aliases,self._by_name = params,aliases,{u.name:u for u in units}
-        self.total = sum(p.numel() for ps in params.values() for p in ps.values() if p.requires_grad)
+        self.total = sum(math.prod(shape_of(p)) for ps in params.values() for p in ps.values() if could_train(p))
 
     def __len__(self): return len(self.units)
     def __iter__(self): return iter(self._by_name)
@@ -259,7 +259,7 @@ def partition_layers(
         _,(order,layer,_,_,depth),_,m,name = first
         kind,rest,key = _part_of(finder, p, first)
         new = dict(order=order, of=order[:2], layer=layer, rest=rest, kind=kind, depth=depth)
-        g = groups.setdefault((layer, key, p.requires_grad), new | dict(params={}, shapes=[]))
+        g = groups.setdefault((layer, key, could_train(p)), new | dict(params={}, shapes=[]))
         g['params'][full] = p
         g['shapes'].append(shape_of(p, m, name))
         for _,_,path,_,name in spots: where[join_path(path, name)] = g

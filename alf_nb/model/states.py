@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/03_model/states.html.md"""
 
 # %% auto #0
 __all__ = ['OPAQUE', 'unwrap_optimizer', 'members_of', 'states_of', 'deciding_groups', 'holder_of', 'is_object', 'is_wrapper',
-           'entry_tensors', 'entry_bytes', 'optimizer_bytes', 'gradient_bytes', 'check_optimizer']
+           'entry_tensors', 'entry_bytes', 'optimizer_bytes', 'gradient_bytes', 'drop_params', 'check_optimizer']
 
 # %% ../../nbs/03_model/06_states.ipynb #885316e5
 from .. import require_versions
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .layers import Layers
 from .shards import is_sharded, local_tensor
+from .tree import is_packed
 
 # %% ../../nbs/03_model/06_states.ipynb #02bbb4f9
 def unwrap_optimizer(
@@ -176,6 +177,18 @@ def _check_chain(optimizer, layers, params):
     _check_owners(optimizer, layers, params)
 
 # %% ../../nbs/03_model/06_states.ipynb #8498efb3
+def drop_params(
+    optimizer, # a torch optimizer, a wrapper of one, or a chain of several
+    params     # parameters that never train again
+)->None:
+    "An optimizer without them, and without their state"
+    gone = {id(p) for p in params}
+    for m in members_of(optimizer):
+        for g in getattr(m, 'param_groups', ()): g['params'] = [p for p in g['params'] if id(p) not in gone]
+    for state in states_of(optimizer):
+        for p in params: state.pop(p, None)
+
+# %% ../../nbs/03_model/06_states.ipynb #ae93ce76
 def check_optimizer(
     layers:Layers,  # a model as units
     optimizer,      # the optimizer that trains it
@@ -186,7 +199,7 @@ def check_optimizer(
     held = {id(p) for m,i in groups for p in m.param_groups[i]['params']}
     _check_chain(optimizer, layers, params)
     names = [u.name for u in layers.units if u.eligible] if names is None else names
-    if missing := [n for n in names if any(id(p) not in held for p in layers.params(n))]:
+    if missing := [n for n in names if any(id(p) not in held and not is_packed(p) for p in layers.params(n))]:
         raise RuntimeError(
             f"{len(missing)} units are not in the optimizer and could never move, the first is {missing[0]!r}: "
             "build the optimizer while all parameters require grad, then let ALF freeze them"

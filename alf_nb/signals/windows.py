@@ -15,6 +15,7 @@ from ..model.updates import is_readable, last_update, learning_rates, rate_sourc
 from ..model.bits import sample_bits
 from ..model.states import deciding_groups
 from ..model.shards import local_tensor, reduce_shards
+from ..model.tree import is_packed
 from ..core.records import DeltaNorms
 from .snapshots import Snapshot
 
@@ -39,7 +40,8 @@ class LearningRates:
         self.sources,at = rate_sources(optimizer),{}
         for k,(m,i,p) in enumerate(self.sources):
             for q in [p] if p is not None else m.param_groups[i]['params']: at.setdefault(id(q), k)
-        self.of = {n: [at[id(p)] for p in layers.params(n)] for n in names}
+        # a packed weight never moves
+        self.of = {n: [0 if is_packed(p) else at[id(p)] for p in layers.params(n)] for n in names}
         self.split = any(len(set(ks)) > 1 for ks in self.of.values())
         self.total,self.now = [0.]*len(self.sources),[]
 

@@ -16,6 +16,7 @@ from ..core.policies import with_target
 from ..core.policy import find_units, make_candidates, match_units
 from ..core.records import Scores, Selection
 from ..model.layers import partition_layers
+from ..model.tree import could_train, is_packed
 from ..signals.tracker import prior_scores
 from ..core.format import few
 
@@ -35,17 +36,22 @@ def without_bottom(
     return replace(policy, ban=tuple(dict.fromkeys((*policy.ban, *below)))) if below else policy
 
 # %% ../../nbs/06_train/10_choosing.ipynb #9d8c4a30
+def _unless_packed(u, layers):
+    "A unit with packed weights cannot be chosen"
+    return replace(u, eligible=False) if any(map(is_packed, layers.params(u.name))) else u
+
 def partition(
     model,  # any model
     config  # `ALFConfig`
 )->tuple:   # `Layers`, `UnitInfo` of those that could train, and the `Policy` asked for
     "What settings mean for a model"
     layers = partition_layers(model, unit=config.unit, kinds=config.kinds)
-    units = tuple(u for u in layers.units if any(p.requires_grad for p in layers.params(u.name)))
+    units = tuple(_unless_packed(u, layers) for u in layers.units if any(map(could_train, layers.params(u.name))))
     # a preset pins what there is
     pin = tuple(p for p in config.policy.pin if p not in config.presumed or find_units(p, units))
     return layers, units, without_bottom(replace(config.policy, pin=pin), config.freeze_bottom, layers.n_blocks, units)
 
+# %% ../../nbs/06_train/10_choosing.ipynb #0375ede7
 def preview(
     model,  # any model, before training
     config  # `ALFConfig`

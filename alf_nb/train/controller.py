@@ -31,7 +31,7 @@ from .guards import Guards, Journal
 from .marks import add_hooks, guard_allocators, note_frozen, thaw, warn_of_new_head
 from .nan import NonFinite
 from .reach import BlindBatches, ForwardHook, Reach
-from .selecting import known_scores, note_peak, ours, select, use_policy
+from .selecting import check_can_pack, known_scores, note_peak, ours, select, use_policy
 
 # %% ../../nbs/06_train/13_controller.ipynb #5827f6b4
 from .state import RunTotals
@@ -86,6 +86,7 @@ def _set_up_parts(run):
         )
     use_policy(run, run.asked)
     _check_readable(run)
+    if c.quantize_frozen: check_can_pack(run)
 
 # %% ../../nbs/06_train/13_controller.ipynb #fc8c9eb6
 def _set_up_step(run):
@@ -171,7 +172,7 @@ def _warn_of_rounding(run):
 def _compile(run):
     "Here, not in the first window; what is frozen for good may be packed, which no kernel reads"
     trains = [p for n in run.names for p in run.layers.params(n)]
-    dtypes = sorted({p.dtype for p in trains}, key=str)
+    dtypes = sorted({p.dtype for p in trains if p.is_floating_point()}, key=str)
     compile_kernels(dtypes, trains[0].device, dot=True, bits=8 if run.config.references == '8bit' else 32)
 
 # %% ../../nbs/06_train/13_controller.ipynb #29d14746
@@ -305,6 +306,12 @@ def forget_time(self:ALFController):
     self.t_step = time.perf_counter()
 
 # %% ../../nbs/06_train/13_controller.ipynb #0670bb16
+_CHOSEN_ONCE = (
+    "what stays frozen is held in {} bits and cannot train again: quantize_frozen chooses once, before the first step."
+    " Give another threshold, budget or policy to a new run"
+)
+
+# %% ../../nbs/06_train/13_controller.ipynb #ce251f45
 @patch
 def choose(self:ALFController,
     threshold:float|None=None, # least importance that trains, 0–1
@@ -314,6 +321,7 @@ def choose(self:ALFController,
 ):                             # the `Policy` that will be in force
     "Ask for another choice of layers while training; taken between two steps"
     given = one_target(threshold=threshold, budget=budget, policy=policy)
+    if self.config.quantize_frozen: raise RuntimeError(_CHOSEN_ONCE.format(self.config.quantize_frozen))
     if self.engine.n_processes > 1:
         raise RuntimeError(
             "a choice made in one process would not reach the others: under several processes give it to ALFCallback"

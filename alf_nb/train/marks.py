@@ -11,6 +11,7 @@ __all__ = ['FROZEN', 'TRAINS', 'add_hooks', 'thaw', 'note_frozen', 'check_alone'
 import warnings, weakref
 from ..core.policy import match_units
 from ..model.shards import reshard
+from ..model.tree import is_packed
 
 # %% ../../nbs/06_train/03_marks.ipynb #dab6061e
 FROZEN = '_alf_frozen'      # on the model: parameters that ALF froze
@@ -32,7 +33,7 @@ def thaw(
     for h in _HOOKS.pop(model, ()): h.remove()
     frozen = set(getattr(model, FROZEN, ()))
     for n,p in model.named_parameters():
-        if n in frozen: p.requires_grad_(True)
+        if n in frozen and not is_packed(p): p.requires_grad_(True)
     if frozen: setattr(model, FROZEN, ())
 
 def note_frozen(model, names):
