@@ -5,7 +5,7 @@ Every way runs in a process of its own. On a GPU the peak is torch's `max_memory
 row has more, to tell causes apart: `requested` is the peak without what the allocator rounds up, `workspaces` what goes
 when cuBLAS gives back what it holds, `marks` what is allocated and the most so far after each part of the work.
 
-    python benchmarks/bench_plan.py [--device cuda] [--shapes minilm] [--ways lora] [--out benchmarks/results/plan.jsonl]
+    python benchmarks/bench_plan.py [--device cuda] [--shapes minilm] [--ways lora] [--out FILE]
 """
 import argparse, json, os, platform, subprocess, sys, tempfile
 from datetime import date

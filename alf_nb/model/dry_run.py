@@ -171,6 +171,7 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, sc
     bias = None if attn_mask is None else attn_mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
     return kernels._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, is_causal, scale=scale)[0]
 
+# %% ../../nbs/03_model/16_dry_run.ipynb #6e413a3a
 def _drop(input, p=.5, training=True, inplace=False):
     return torch.native_dropout(input, p, True)[0] if training and 0 < p < 1 and not inplace else None
 

@@ -191,6 +191,13 @@ def probe_bytes(self:Sizer, held):
     return self.step(asked, dtype, dtype, keep=False).both + signs
 
 # %% ../../nbs/03_model/17_needs.ipynb #416a936c
+def _not_yet(model, fixed, held):
+    "Bytes that are not there while a probe is made, because nothing trains; below 0 where nothing is packed yet"
+    if held.rest != 'nf4': return 0
+    later = fixed.weights + fixed.masters + fixed.state + fixed.references
+    return later - sum(p.nbytes if not p.is_floating_point() else 2*p.numel() for p in model.parameters())
+
+# %% ../../nbs/03_model/17_needs.ipynb #bbaa3a6c
 @patch
 def needs(self:Sizer,
     trains,          # parameters of `whole` that train
@@ -204,9 +211,9 @@ def needs(self:Sizer,
     # a packed weight is unpacked for as long as it multiplies
     packed = _packable(self.whole) if held.rest == 'nf4' else ()
     more = max((2*p.numel() for p in packed), default=0)
-    probed = self.probe_bytes(held) if probe else 0
+    probed = self.probe_bytes(held) - _not_yet(self.whole, fixed, held) if probe else 0
     now = dict(activations=step.activations+more, both=step.both+more, workspace=WORKSPACE*self.cuda)
-    return Needs(**fixed.to_dict(), **now, probe=probed)
+    return Needs(**fixed.to_dict(), **now, probe=max(probed, 0))
 
 # %% ../../nbs/03_model/17_needs.ipynb #d87e1b67
 @patch
