@@ -231,7 +231,7 @@ def plan(
     checkpointing:bool=False, # are blocks run again in backward?
     bf16:bool=True,    # autocast? Without it all weights are fp32
     budgets=(.25, .1), # fractions of the parameters that ALF trains
-    references:str='device', # where ALF's references live: `device`, `8bit`, `host` or `none`
+    references:str='none', # where ALF's references live: `device`, `8bit`, `host` or `none`
     probe:bool=True,   # does ALF probe gradients, as its default signal does?
     rank:int=16        # of LoRA
 )->Plan:
