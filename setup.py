@@ -56,7 +56,7 @@ setup(
     packages=find_packages(include=[settings["lib_path"], settings["lib_path"] + ".*"]),
     package_data={settings["lib_path"]: ["static/*", "data/*"]},
     install_requires=words("requirements"),
-    extras_require={k: words(f"{k}_requirements") for k in ("dev", "offline", "colab")},
+    extras_require={k: words(f"{k}_requirements") for k in ("dev", "offline", "colab", "quantize")},
     entry_points={
         "console_scripts": words("console_scripts"),
         "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],

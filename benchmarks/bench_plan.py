@@ -1,9 +1,11 @@
 """Is the plan right? Peak memory of real training steps beside what `plan` says before, in `results/plan.jsonl`.
 
 Every way runs in a process of its own. On a GPU the peak is torch's `max_memory_allocated`, on a CPU the largest
-"Total Allocated" of torch.profiler, which sees every allocation of the allocator, those inside kernels too.
+"Total Allocated" of torch.profiler, which sees every allocation of the allocator, those inside kernels too. On a GPU a
+row has more, to tell causes apart: `requested` is the peak without what the allocator rounds up, `workspaces` what goes
+when cuBLAS gives back what it holds, `marks` what is allocated and the most so far after each part of the work.
 
-    python benchmarks/bench_plan.py [--device cuda] [--shapes minilm] [--out benchmarks/results/plan.jsonl]
+    python benchmarks/bench_plan.py [--device cuda] [--shapes minilm] [--ways lora] [--out FILE]
 """
 import argparse, json, os, platform, subprocess, sys, tempfile
 from datetime import date
@@ -35,22 +37,23 @@ SHAPES = dict(      # name → (configuration, batch, length)
 WAYS = ('full, fp32', 'alf 25 %', 'alf 10 %', 'alf 10 %, 16-bit rest', 'lora')
 
 
-def lora(model):
+def lora(model, bf16):
     from peft import LoraConfig, get_peft_model
+    if bf16: model.to(torch.bfloat16)       # PEFT's own weights are fp32
     blocks = [k for k,m in model.named_modules() if type(m) is torch.nn.Linear and '.layer' in k]
     return get_peft_model(model, LoraConfig(r=16, target_modules=blocks, lora_dropout=0.)).base_model.model
 
 
-def prepared(model, way):
+def prepared(model, way, bf16):
     "(model, names of the units that ALF trains, or None)"
-    if way == 'lora': return lora(model), None
+    if way == 'lora': return lora(model, bf16), None
     if way.startswith('full'): return model, None
     layers = partition_layers(model)
     wanted = {id(p) for p in draw(layers, .25 if '25' in way else .1)}
     return model, [n for n in layers if any(id(p) in wanted for p in layers.params(n))]
 
 
-def two_steps(model, names, way, inputs, device, bf16):
+def two_steps(model, names, way, inputs, device, bf16, mark):
     "A probe if ALF makes one, then two steps: the second has all state there is"
     opt_for = lambda ps: torch.optim.AdamW(ps, lr=1e-5, fused=True)
     optimizer, snapshot, mixed = None, None, '16-bit' in way
@@ -62,42 +65,59 @@ def two_steps(model, names, way, inputs, device, bf16):
         probe = lambda: probe_gradients(layers, [inputs, inputs], loss=loss_of)
         if mixed: probe = lambda: None      # needs the masters that are made below
         probe()
+        mark('probe')
         optimizer = opt_for(list(model.parameters()))
         apply_selection(layers, names, optimizer)
         for p in (p for n in names for p in layers.params(n) if mixed): p.data = p.data.float()
         snapshot = Snapshot(layers)
         snapshot.take(names)
+        mark('references')
     else: optimizer = opt_for([p for p in model.parameters() if p.requires_grad])
     for step in range(2):
-        loss_of(model, inputs).backward()
+        loss = loss_of(model, inputs)
+        mark(f'forward {step}')
+        loss.backward()
+        del loss
+        mark(f'backward {step}')
         optimizer.step()
         optimizer.zero_grad()
+        mark(f'step {step}')
     if names is not None: probe()
+    mark('end')
+
+
+def on_cuda(work):
+    "What a CUDA device says of `work`"
+    marks = {}
+    now = lambda: (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
+    work(lambda name: marks.update({name: now()}))
+    stats,before = torch.cuda.memory_stats(),torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    return dict(measured=stats['allocated_bytes.all.peak'], requested=stats['requested_bytes.all.peak'],
+                reserved=stats['reserved_bytes.all.peak'], workspaces=before-torch.cuda.memory_allocated(), marks=marks)
 
 
 def measured(work, device):
-    "Most bytes allocated during `work`"
-    if device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return torch.cuda.max_memory_allocated()
+    "Most bytes allocated during `work`, and what else is known"
+    if device == 'cuda': return on_cuda(work)
     from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: work()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: work(lambda name: None)
     with tempfile.TemporaryDirectory() as d:
         prof.export_chrome_trace(f'{d}/trace.json')
         events = json.loads(Path(d, 'trace.json').read_text())['traceEvents']
-    return max(e['args']['Total Allocated'] for e in events if e.get('name') == '[memory]')
+    return dict(measured=max(e['args']['Total Allocated'] for e in events if e.get('name') == '[memory]'))
 
 
 def run(shape, way, device, bf16):
     config, batch, length = SHAPES[shape]
     torch.manual_seed(0)
-    def work():
+    def work(mark):
         with torch.device(device): model = getattr(transformers, config.architectures[0])(config)
         model.config.use_cache = False
-        model, names = prepared(model.float().train(), way)
+        mark('built')
+        model, names = prepared(model.float().train(), way, bf16)
         inputs = {k: v.to(device) for k,v in example_inputs(model, batch, length).items()}
-        two_steps(model, names, way, inputs, device, bf16)
+        two_steps(model, names, way, inputs, device, bf16, mark)
     return measured(work, device)
 
 
@@ -106,12 +126,12 @@ def row(shape, way, device, bf16):
     argv = [sys.executable, __file__, '--one', shape, way, '--device', device, *(['--bf16'] if bf16 else [])]
     done = subprocess.run(argv, capture_output=True, text=True, env=os.environ)
     if done.returncode: raise RuntimeError(done.stderr[-2000:])
-    peak = int(done.stdout.split()[-1])
+    seen = json.loads(done.stdout.splitlines()[-1])
     probe = '16-bit' not in way
-    ways = plan(config, batch=batch, length=length, bf16=bf16, probe=probe).ways
+    ways = plan(config, batch=batch, length=length, bf16=bf16, probe=probe, device=device).ways
     found = next(w for w in ways if w.name == way or way == 'lora' == w.method)
-    categories = 'weights masters gradients state references activations probe both'.split()
-    return dict(shape=shape, way=way, batch=batch, length=length, bf16=bf16, predicted=found.total, measured=peak,
+    categories = 'weights masters gradients state references activations probe both workspace'.split()
+    return dict(shape=shape, way=way, batch=batch, length=length, bf16=bf16, predicted=found.total, **seen,
                 n_params=found.n_params, by_category={k: getattr(found, k) for k in categories})
 
 
@@ -127,19 +147,19 @@ def main():
     p.add_argument('--one', nargs=2)
     p.add_argument('--large', action='store_true', help='write plans of 7 B, 13 B and 70 B to results/plans.jsonl')
     p.add_argument('--shapes', nargs='*', choices=tuple(SHAPES))
+    p.add_argument('--ways', nargs='*', choices=WAYS)
     p.add_argument('--device', default='cpu')
     p.add_argument('--bf16', action='store_true')
     p.add_argument('--out', default=str(HERE/'results/plan.jsonl'))
     a = p.parse_args()
     if a.large: return write_large(HERE/'results/plans.jsonl')
-    if a.one: return print(run(*a.one, a.device, a.bf16))
+    if a.one: return print(json.dumps(run(*a.one, a.device, a.bf16)))
     name = torch.cuda.get_device_name() if a.device == 'cuda' else platform.processor() or platform.machine()
     made = dict(date=str(date.today()), device=name, kind=a.device, torch=torch.__version__,
                 transformers=transformers.__version__)
     for shape in a.shapes or SHAPES:
-        for way in WAYS:
-            bf16 = a.device == 'cuda' or '16-bit' in way
-            if way == 'lora' and bf16: continue     # its weights are fp32 here
+        for way in a.ways or WAYS:
+            bf16 = a.device == 'cuda' or '16-bit' in way or a.bf16
             found = made | row(shape, way, a.device, bf16)
             error = found['predicted']/found['measured']-1
             print(f"{shape:8} {way:24} {found['measured']/2**20:8.0f} MB, {error:+.1%}", flush=True)

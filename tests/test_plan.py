@@ -56,7 +56,7 @@ def draw_names(model, budget):
 @pytest.mark.parametrize('make', [demo_model, bert])
 @pytest.mark.parametrize('budget', [None, .25])
 def test_a_step_without_data_is_counted_as_one_with_data(make, budget, bf16):
-    sizer, real = Sizer(make(), 2, 32, bf16), make()
+    sizer, real = Sizer(make(), 2, 32, bf16, device='cpu'), make()
     if budget is not None:
         names = draw_names(real, budget)
         for k,p in real.named_parameters(): p.requires_grad_(sizer.layers.unit_of(k) in names)
@@ -102,7 +102,7 @@ def test_adapters_are_those_of_peft():
     ours = _adapted(demo_model(), 4)
     count = lambda m: sum(p.numel() for k,p in m.named_parameters() if 'lora_' in k)
     assert count(real) == count(ours)
-    way = plan(demo_model(), batch=2, length=32, bf16=False, rank=4).ways[-1]
+    way = plan(demo_model(), batch=2, length=32, bf16=False, rank=4, device='cpu').ways[-1]
     for p in real.parameters(): p.data = p.data.float()
     inner = real.base_model.model
     assert way.n_trainable == count(real) and peak(inner) == pytest.approx(way.both, rel=.02)
@@ -121,7 +121,7 @@ def test_a_plan_survives_json_and_says_what_fits():
 @pytest.mark.parametrize('given,said', [
     (dict(memory='much'), "'16GB'"), (dict(memory=0), 'memory=0'), (dict(batch=0), 'batch=0'),
     (dict(length=0), 'length=0'), (dict(budgets=(25,)), 'did you mean 0.25'), (dict(references='far'), "'device'"),
-    (dict(rank=0), 'rank=0'),
+    (dict(rank=0), 'rank=0'), (dict(device='gpu'), "'cuda'"),
 ])
 def test_what_makes_no_sense_is_refused(given, said):
     with pytest.raises(ValueError, match=said.replace('(', r'\(')): plan(demo_model(), **given)
@@ -150,3 +150,12 @@ def test_from_the_command_line(tmp_path, capsys):
     assert 'batch=0' in capsys.readouterr().err
     assert main(['plan', str(tmp_path/'none')]) == 2
     assert 'no model folder' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_attention_of_a_cuda_device_keeps_no_matrix(checkpointing):
+    "Attention with dropout on a CPU does, and checkpoints run the same kernels again"
+    made = lambda device, length: Sizer(bert(), 4, length, checkpointing=checkpointing, device=device).full()
+    growth = lambda device: made(device, 64).activations / made(device, 32).activations
+    assert growth('cpu') > 1.1*growth('cuda')
+    assert made('cuda', 64).total - made('cuda', 64).both > made('cpu', 64).total - made('cpu', 64).both + 2**25

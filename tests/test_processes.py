@@ -113,7 +113,7 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, half=Fal
         weights=hashlib.sha256(b''.join(p.float().numpy().tobytes() for p in weights.values())).hexdigest(),
         names=list(alf.selection.names),
         share=alf.summary()['trainable_share_peak'],
-        norm=[float(p.norm()) for p in weights.values()],
+        norm=[float(p.float().norm()) for p in weights.values()],
         held=watch.rows,
         n_total=alf.run.n_total,
         engine=type(trainer.model_wrapped).__name__,
@@ -126,6 +126,7 @@ for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)
 '''
 SAVE = dict(save_strategy='steps', save_steps=3)
 HALF = dict(half=True, bf16=True)
+PACKED = dict(budget=.25, quantize_frozen=4)
 PRIOR = dict(signal='prior', budget=.3, interval=4)
 GAIN = dict(budget=.25, interval=4, measure_every=3)
 BADAM = dict(preset='badam', interval=3)
@@ -203,6 +204,7 @@ def runs(tmp_path_factory):
         dict(out='badam2', settings=BADAM),
         dict(out='gain2', settings=GAIN, ddp_find_unused_parameters=False),
         dict(out='half2', settings=BADAM, **HALF, **SAVE),
+        dict(out='packed2', settings=PACKED, **HALF, **SAVE),
         dict(out='nan2', settings=GAIN, spoil=dict(probe=[3])),
         dict(out='freeze2', settings=dict(check='freeze', **PRIOR), spoil=dict(before=3, after=6)),
         dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE),
@@ -250,6 +252,7 @@ def runs(tmp_path_factory):
         2,
         dict(out='prior2to2', settings=dict(resume_from=str(d / 'prior2' / 'checkpoint-6'), **PRIOR)),
         dict(out='half2to2', settings=dict(resume_from=str(d / 'half2' / 'checkpoint-6'), **BADAM), **HALF),
+        dict(out='packed2to2', settings=dict(resume_from=str(d / 'packed2' / 'checkpoint-6'), **PACKED), **HALF),
         dict(out='prior1to2', settings=dict(resume_from=str(d / 'prior1' / 'checkpoint-6'), **PRIOR)),
         config='accelerate_ddp.yaml',
     )
@@ -274,6 +277,14 @@ def test_a_choice_by_gradient_is_the_same_on_every_rank(runs):
         and a['signals'] == b['signals']
         and 0 < a['share'] <= 0.25
     )
+
+
+def test_what_is_packed_is_the_same_on_every_rank_and_after_a_resume(runs):
+    whole, again = ranks(runs/'packed2'), ranks(runs/'packed2to2')
+    assert whole[0]['weights'] == whole[1]['weights'] == again[0]['weights'] == again[1]['weights']
+    assert whole[0]['losses'] == again[0]['losses'] and 0 < whole[0]['share'] <= .25
+    pack, = [e for e in events(runs/'packed2') if e['event'] == 'pack']
+    assert pack['bytes_after'] < .8*pack['bytes_before']
 
 
 def test_fp32_masters_are_the_same_on_every_rank_and_after_a_resume(runs):

@@ -7,12 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_run import losses, same, small_trainer, weights
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTNeoXConfig, GPTNeoXForCausalLM, Trainer
 
+from alf_nb.app import finetune as finetuning
+from alf_nb.app.finetune import finetune
 from alf_nb.core.config import ALFConfig
 from alf_nb.core.runlog import RunLog
-from alf_nb.demo import demo_model
-from alf_nb.model.delta import apply_delta, save_delta
+from alf_nb.demo import demo_model, demo_tokenizer
+from alf_nb.model.delta import apply_delta, read_delta, save_delta
 from alf_nb.model.fingerprint import fingerprint
 from alf_nb.model.layers import partition_layers
 from alf_nb.model.quantize import pack, packable, unpack, weight_bytes
@@ -151,9 +153,11 @@ def test_biases_and_hooks_stay():
         m = copy.deepcopy(model)
         pack(m, [], bits)
         with torch.autocast("cpu", torch.bfloat16): m(IDS, labels=IDS).loss.backward()
-        b = dict(m.named_parameters())[f"{name}.bias"]
+        packed = m.get_submodule(name)
+        assert packed(torch.randn(2, 64)).dtype == torch.float32
+        b = packed.bias
         assert torch.equal(b, bias) and b.dtype == torch.bfloat16
-    assert len(seen) == 2
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize(
@@ -297,3 +301,41 @@ def test_what_cannot_come_back_is_said(folder, tmp_path):
 def test_weights_and_scales_are_counted_once(folder):
     model = load(folder)
     assert weight_bytes(model) == sum(p.nbytes for p in model.parameters())
+
+
+class Stop(Exception): pass
+
+
+@pytest.mark.parametrize("place", ["training", "before the delta", "behind the delta"])
+def test_finetune_goes_on_with_a_packed_rest(tmp_path, monkeypatch, place):
+    notes = tmp_path/"notes.txt"
+    notes.write_text("\n\n".join(f"note {i}: the quick brown fox jumps over the lazy dog. "*6 for i in range(20)))
+    how = dict(steps=6, batch_size=2, length=32, eval_blocks=2, save_steps=3, quantize_frozen=4, lr=1e-3, budget=.4)
+
+    def tuned(out, **kw):
+        net = demo_model(blocks=2, hidden_size=64, intermediate_size=128).bfloat16()
+        return finetune((net, demo_tokenizer()), str(notes), out, other=str(notes), progress=False, **how, **kw)
+
+    whole = tuned(tmp_path/"whole")
+    assert "packed=True)      # the rest in 4 bits" in (tmp_path/"whole/delta/README.md").read_text()
+    with monkeypatch.context() as m:
+        stop, calls = Trainer.training_step, []
+
+        def at_the_fifth(*args, **kw):
+            calls.append(1)
+            if len(calls) == 5: raise Stop
+            return stop(*args, **kw)
+
+        def at_once(*args): raise Stop
+
+        if place == "training": m.setattr(Trainer, "training_step", at_the_fifth)
+        else: m.setattr(finetuning, "_save" if place == "before the delta" else "_write", at_once)
+        with pytest.raises(Stop): tuned(tmp_path/"run")
+    again = tuned(tmp_path/"run", resume=True)
+    one, two = (safetensors_of(tmp_path/n/"delta") for n in ("whole", "run"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert again["domain_loss_after"] == whole["domain_loss_after"] < whole["domain_loss_before"]
+    assert read_delta(tmp_path/"run/delta").packed == read_delta(tmp_path/"whole/delta").packed != {}
+
+
+def safetensors_of(folder): return load_file(folder/"delta.safetensors")

@@ -60,7 +60,7 @@ def _flags(parser, fp32=False):
 def _settings(parser, names):
     "Settings of a run; what is not given is decided by the preset"
     found = {'preset': options_of('core.config', 'from_args')['preset']}
-    for part in ('_Choice', '_What', '_When', '_How'): found |= options_of('core.config', part)
+    for part in ('_Choice', '_Room', '_What', '_When', '_How'): found |= options_of('core.config', part)
     for n in names.split():
         unset = {} if n == 'preset' else dict(default=argparse.SUPPRESS)
         add_option(parser, found[n], **_HOW.get(n, {}) | unset)
@@ -72,7 +72,7 @@ def _finetune_options(p):
     _add(what, job, 'prompt')
     _add(what, call, 'out')
     layers = p.add_argument_group('which layers learn')
-    _settings(layers, 'budget threshold preset policy signal unit interval pin ban references')
+    _settings(layers, 'budget threshold memory preset policy signal unit interval pin ban references')
     how = p.add_argument_group('how')
     _add(how, job, 'steps lr batch_size length eval_blocks attention seed save_steps')
     _add(how, call, 'resume')
@@ -238,7 +238,7 @@ def _plan_options(p):
     call = 'study.plan', 'plan'
     p.add_argument('model', nargs='?', default=argparse.SUPPRESS, metavar='MODEL',
                    help=options_of(*call)['model'].help)
-    _add(p, call, 'memory batch length checkpointing budgets references rank')
+    _add(p, call, 'memory batch length checkpointing device budgets references rank')
     p.add_argument('--fp32', action='store_true', help='no bf16 autocast: all weights are fp32')
     p.add_argument('--json', action='store_true', help='print JSON, in bytes, instead of the table')
 

@@ -102,6 +102,6 @@ def load_tuned(
     if kind == 'model': return _load_whole(where, progress)
     model, tokenizer = load_model(base, progress=progress)
     if kind == 'adapter': return _with_adapter(model, where), tokenizer
-    try: apply_delta(model, where)
+    try: apply_delta(model, where, packed=True)
     except ValueError as e: raise ValueError(f"the delta in '{where}' cannot be put on this base: {e}") from e
     return model, tokenizer

@@ -13,7 +13,7 @@ import difflib, inspect, warnings
 from dataclasses import dataclass, field, fields
 from fastcore.basics import patch
 from fastcore.docments import docments
-from .check import flag, fraction, known, one_of, whole
+from .check import flag, fraction, known, memory_bytes, one_of, whole
 from .policies import POLICIES, BudgetPolicy
 from .policy import Policy
 from .records import KINDS, Record
@@ -81,6 +81,14 @@ class _When(Record):
 
 # %% ../../nbs/01_core/09_config.ipynb #f10cf6f1
 @dataclass(frozen=True)
+class _Room(Record):
+    "What it has to fit into."
+    # of the device, in bytes or such as '12GB': the largest budget with which a run fits is taken; found before the
+    # first step, from the model's own code and the longest of some batches
+    memory:str|int|None=None
+
+# %% ../../nbs/01_core/09_config.ipynb #e56bf595
+@dataclass(frozen=True)
 class _How(Record):
     "How it is kept and watched."
     # what host memory keeps of the optimizer state of units that leave: 'second_moment', 'full' (all of it) or 'none'
@@ -122,6 +130,7 @@ def _checked(c):
         kinds=tuple(known('kind', k, KINDS) for k in kinds),
         presumed=tuple(c.presumed),
         masters=flag('masters', c.masters),
+        memory=None if c.memory is None else memory_bytes('memory', c.memory),
         policy=_ready(c.policy, c.seed),
     ) | {k: one_of(k, getattr(c, k), allowed) for k,allowed in VALUES.items()}
 
@@ -146,6 +155,8 @@ def _check_together(c):
     "A ValueError where settings contradict one another"
     if c.reprobe_batches == 1:
         raise ValueError("reprobe_batches=1, but a probe compares batches: 0 for none, or at least 2")
+    if c.memory is not None and not hasattr(c.policy, 'budget'):
+        raise ValueError(f"memory= looks for the largest budget that fits, and policy {c.policy.name!r} has none")
     if c.policy.signal not in (None, c.signal):
         raise ValueError(
             f"signal={c.signal!r} given, but policy {c.policy.name!r} chooses by {c.policy.signal!r}: leave it out, or"
@@ -182,7 +193,7 @@ def _kept(references, signal, check):
 
 # %% ../../nbs/01_core/09_config.ipynb #d963b86f
 @dataclass(frozen=True)
-class ALFConfig(_How, _When, _What):
+class ALFConfig(_Room, _How, _When, _What):
     "How a run chooses what trains; checked when it is made, and never changed."
     presumed:tuple=()           # pins of a preset: those that mean nothing in a model are left out
 
@@ -243,10 +254,31 @@ def _without_overruled(preset, given):
     "A preset without what the given arguments speak against"
     gone = set()
     if 'policy' in given: gone |= {'budget', 'strata'}
+    if 'memory' in given: gone |= {'budget'}
     if 'threshold' in given: gone |= {'budget', 'explore', 'strata'}
     if given.get('cost_aware') or given.get('unit') == 'block': gone |= {'strata'}
     return {k: v for k,v in preset.items() if k not in gone}
 
+# %% ../../nbs/01_core/09_config.ipynb #1b3a3565
+def _fields_of(policy):
+    "What a policy can be told"
+    name = policy.get('policy') if isinstance(policy, dict) else policy
+    return {f.name for f in fields(POLICIES[name])} if name in POLICIES else set()
+
+def _upper(given, policy):
+    "The largest budget that is looked for"
+    return dict(budget=1.) if 'memory' in given and 'budget' in _fields_of(policy) else {}
+
+def _check_memory(given):
+    "An error where a memory and a budget are given"
+    policy = given.get('policy')
+    own = {'budget', 'threshold'} & {*given, *(policy if isinstance(policy, dict) else ())}
+    if 'memory' not in given or not (own or isinstance(policy, Policy)): return
+    what = ' and '.join(sorted(own)) or 'a ready policy'
+    memory = given['memory']
+    raise ValueError(f"memory={memory!r} looks for the largest budget that fits, and {what} is given: give one")
+
+# %% ../../nbs/01_core/09_config.ipynb #9159a4f7
 def _check_given(given, settings):
     "An error where arguments are unknown or contradict one another"
     if odd := [k for k in given if k not in settings]:
@@ -257,6 +289,7 @@ def _check_given(given, settings):
         raise ValueError(
             f"budget={given['budget']} and threshold={given['threshold']} given: each determines the other, give one"
         )
+    _check_memory(given)
     if 'freeze_bottom' in given and isinstance(given.get('policy'), Policy):
         raise ValueError("freeze_bottom given beside a ready policy: ban what stays frozen in the policy")
 
@@ -288,7 +321,7 @@ def from_args(cls:ALFConfig,
     _check_given(given, SETTINGS)
     args = _without_overruled(PRESETS[preset], given) | given
     policy = args.get('policy', 'threshold' if 'threshold' in args else 'budget')
-    options = {k: args[k] for k in CHOICE if k in args}
+    options = {k: args[k] for k in CHOICE if k in args} | _upper(given, policy)
     policy = make_policy(policy, options, args.get('seed', 0), args.get('interval'))
     own = {k: args[k] for k in OWN if k in args} | dict(policy=policy)
     own |= {} if 'pin' in given else dict(presumed=PRESETS[preset].get('pin', ()))
@@ -314,7 +347,7 @@ def config_of(
 def _all_settings():
     "name → (default, what it is) of every setting of the short form"
     found = {'preset': ('default', 'a key of `PRESETS`; settings given beside it win')}
-    for cls in (_Choice, _What, _When, _How):
+    for cls in (_Choice, _Room, _What, _When, _How):
         told = docments(cls, full=True)
         found |= {f.name: (None if f.name == 'policy' else f.default, told[f.name].docment) for f in fields(cls)}
     return found

@@ -165,6 +165,7 @@ _FIELDS = dict(
 
 # %% ../../nbs/01_core/11_events.ipynb #f4436111
 _FIELDS |= dict(
+    fit=dict(share='budget', number='memory total batch length'),
     choose=dict(table='policy', flag='now'),
     jump=dict(text='unit'),
     freeze=dict(texts='units'),
@@ -184,6 +185,7 @@ _FIELDS |= dict(
                                         ' rss_bytes_peak'),
 )
 
+# %% ../../nbs/01_core/11_events.ipynb #8d8a3dd8
 def _checks_of(kinds): return {f: _CHECKS[c] for c,names in kinds.items() for f in names.split()}
 
 _KNOWN = {event: _checks_of(kinds) for event,kinds in _FIELDS.items()}

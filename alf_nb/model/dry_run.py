@@ -16,8 +16,9 @@ import copy, sys, weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ..core.records import Record
@@ -134,9 +135,11 @@ class _Step(LiveBytes):
         else: self._reduce(p)
 
     def _reduce(self, p):
-        "As a probe does: signs, and their product with the gradient"
+        "As a probe does: signs, their product with the gradient, and its sum in fp64"
         signs = torch.empty(p.numel(), dtype=torch.int8)
         product = p.grad.reshape(-1).float()*signs
+        del signs
+        double = product.double()   # torch makes it for `sum(dtype=torch.float64)`
         p.grad = None
 
 # %% ../../nbs/03_model/16_dry_run.ipynb #668c96dd
@@ -156,6 +159,38 @@ class _Kept:
 
     def remove(self):
         for h in self.hooks: h.remove()
+
+# %% ../../nbs/03_model/16_dry_run.ipynb #30fb2266
+def _attend(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+    "The output of the kernel that a CUDA device would take; None: that of a CPU is as good a guess"
+    kernels,dtype = torch.ops.aten,torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else query.dtype
+    q,k,v = (x.to(dtype) for x in (query, key, value))
+    if attn_mask is None and q.element_size() == 2 and q.shape[-1] == v.shape[-1] <= 256:
+        return kernels._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+    if q.shape[:2] != k.shape[:2]: return None
+    bias = None if attn_mask is None else attn_mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
+    return kernels._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, is_causal, scale=scale)[0]
+
+# %% ../../nbs/03_model/16_dry_run.ipynb #6e413a3a
+def _drop(input, p=.5, training=True, inplace=False):
+    return torch.native_dropout(input, p, True)[0] if training and 0 < p < 1 and not inplace else None
+
+def _either(ours, theirs):
+    "`theirs` where `ours` has no answer; also for tensors that hold something, of whoever trains meanwhile"
+    def call(*args, **kwargs):
+        hollow = any(isinstance(x, FakeTensor) for x in (*args, *kwargs.values()))
+        out = ours(*args, **kwargs) if hollow else None
+        return theirs(*args, **kwargs) if out is None else out
+    return call
+
+@contextmanager
+def _cuda_kernels(on):
+    "Attention and dropout keep what those of a CUDA device keep; a mode of torch would not be asked in backward"
+    if not on: return (yield)
+    theirs = F.scaled_dot_product_attention,F.dropout
+    F.scaled_dot_product_attention,F.dropout = map(_either, (_attend, _drop), theirs)
+    try: yield
+    finally: F.scaled_dot_product_attention,F.dropout = theirs
 
 # %% ../../nbs/03_model/16_dry_run.ipynb #39d45b21
 def _labels(model, ids):
@@ -210,26 +245,27 @@ def _nothing_packed():
         if found: module.find_packed_sequence_indices = found
 
 # %% ../../nbs/03_model/16_dry_run.ipynb #b8637919
-def _run(model, inputs, bf16, live):
+def _run(model, inputs, bf16, cuda, live):
     "Forward and backward; what the blocks keep between them"
     kept = _Kept(model, live)
     try:
-        with torch.autocast('cpu', torch.bfloat16, enabled=bf16), _nothing_packed():
-            out = model(**inputs)
-            loss = _loss(out)
-        del out
-        loss.backward()
+        with _cuda_kernels(cuda):
+            with torch.autocast('cpu', torch.bfloat16, enabled=bf16), _nothing_packed():
+                out = model(**inputs)
+                loss = _loss(out)
+            del out
+            loss.backward()
         return kept.bytes
     finally: kept.remove()
 
 # %% ../../nbs/03_model/16_dry_run.ipynb #484665ea
-def _count(model, params, batch, length, bf16, keep):
+def _count(model, params, batch, length, bf16, keep, cuda):
     "(`_Step`, bytes that the blocks keep) of one step"
     with FAKE, _Step(params, keep) as live:
         live.skip([*model.parameters(), *model.buffers()])
         inputs = example_inputs(model, batch, length)
         hooks = [p.register_post_accumulate_grad_hook(live.take) for p in params]
-        try: return live, _run(model, inputs, bf16, live)
+        try: return live, _run(model, inputs, bf16, cuda, live)
         finally:
             for h in hooks: h.remove()
             for p in params: p.grad = None
@@ -241,7 +277,8 @@ def dry_step(
     length:int=1024, # tokens of each
     bf16:bool=True,  # under autocast?
     each:float=1.,   # blocks that one stands for, see `shorten`
-    keep:bool=True   # do gradients stay, as in training, or go as soon as they are complete, as in a probe?
+    keep:bool=True,  # do gradients stay, as in training, or go as soon as they are complete, as in a probe?
+    cuda:bool=False  # are attention and dropout those of a CUDA device?
 )->DryStep:
     "Run a step over tensors that hold nothing, and count"
     model.train()
@@ -249,7 +286,7 @@ def dry_step(
     params = [p for p in model.parameters() if p.requires_grad]
     n_blocks = max(Places(model).n_blocks, 1)
     inside = {p for stack in Places(model).stacks for _,b in stack for p in b.parameters()}
-    live,kept = _count(model, params, batch, length, bf16, keep)
+    live,kept = _count(model, params, batch, length, bf16, keep, cuda)
     more = (each-1)*kept
     grads = (each-1)*sum(p.nbytes for p in params if p in inside) if keep else 0
     both = max(live.first+more, live.last+grads)

@@ -74,7 +74,7 @@ def _pack(m, bits):
     vars(p).update(vars(made))
     _note_packed(p, type(made), was)
     vars(m).update({k: v for k,v in vars(like).items() if k not in vars(m)})
-    m.__class__ = _steady(type(like)) if bits == 8 else type(like)
+    m.__class__ = _steady(type(like))
     if bits == 4: m.quant_state = p.quant_state
     m.register_load_state_dict_pre_hook(_load_scales)
 
@@ -94,7 +94,7 @@ def _knowing(kind):
 
 @functools.cache
 def _steady(kind):
-    "8 bits compute in fp16 and would put a bias into the dtype of each input: inputs come in that of the bias"
+    "bitsandbytes puts a bias into the dtype of each input, for good: inputs come in that of the weights"
     def forward(self, x): return kind.forward(self, x.to(self.weight.packed_from)).to(x.dtype)
     return type(kind.__name__, (kind,), dict(forward=forward, __module__=kind.__module__))
 

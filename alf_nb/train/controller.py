@@ -86,7 +86,7 @@ def _set_up_parts(run):
 def _set_up_step(run):
     "What one step tells the next"
     run.run_id,run.totals,run.requests = uuid.uuid4().hex[:12],RunTotals(),PolicyRequests()
-    run.selection,run.seen,run.banned,run.training = None,None,set(),False
+    run.selection,run.seen,run.banned,run.training,run.fit = None,None,set(),False,None
     run.measuring,run.new_state,run.again,run.selected_at = False,True,False,0
     run.nothing_reached,run.stateless,run.stale = False,False,False
     run.window,run.measured,run.grad_bytes,run.measure_s = {},{},0,0.
@@ -114,7 +114,7 @@ def _note_unread(run):
         ),
     )
 
-# %% ../../nbs/06_train/13_controller.ipynb #3c29299a
+# %% ../../nbs/06_train/13_controller.ipynb #738efdcd
 @patch
 def begin(self:ALFController,
     log=None,   # `RunLog` of the run; None: none is written
@@ -199,6 +199,7 @@ def write_begin(run):
         device=str(run.engine.device),
         seed=run.engine.seed,
     )
+    if run.fit is not None: run.journal.event('fit', 0, **run.fit.to_dict())
 
 # %% ../../nbs/06_train/13_controller.ipynb #980e9a6c
 @patch

@@ -25,6 +25,8 @@ class Engine:
     ddp:object=None         # torch's `DistributedDataParallel` around the model, or None
     compiled:bool=False     # is the model compiled?
     seed:int=0              # of the run, for its log
+    autocast:bool=False     # does it compute in 16 bits?
+    accumulates:bool=False  # has an update several micro-batches?
 
     @property
     def alone(self)->bool:

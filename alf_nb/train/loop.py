@@ -22,6 +22,7 @@ from .controller import ALFController
 from .engine import Engine, check_model, is_compiled
 from .marks import thaw
 from .probing import ProbeSource
+from .selecting import find_budget
 from .tracking import log_numbers, metrics_of
 from .saving import collect, copies, load, naming, newer_run, restore
 
@@ -101,6 +102,7 @@ def _begin_locked(loop, config, source, out, saved):
     engine = Engine(device, compiled=is_compiled(None, model), seed=config.seed)
     run = ALFController(model, loop.optimizer, config, loop.max_steps, source, engine, lambda: _release(loop))
     found = saved and _load(run, saved, out)
+    find_budget(run, found and found.state.config)
     run.begin(out and RunLog(out), found and (lambda run: restore(run, found, loop.steps)))
     return run
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import warnings
 from contextlib import contextmanager
 from fastcore.basics import patch
+import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from ..signals.batches import draw_batches, lend_loader, lent_streams, loader_parts, plain_batch_size, takes_by_index
@@ -69,6 +70,30 @@ def probe(self:ProbeSource,
     model = self.layers.model
     if not model.training: model.train()      # parts that are kept in eval mode stay in it
     return probe_gradients(self.layers, map(self.prepared, batches), eligible, loss=self.loss, progress=progress)
+
+# %% ../../nbs/06_train/09_probing.ipynb #ccfe72f3
+def _shape(batch, main):
+    "(sequences, tokens) of a batch"
+    x = batch.get(main) if isinstance(batch, Mapping) else None
+    if isinstance(x, torch.Tensor) and x.dim() > 1: return tuple(x.shape[:2])
+    raise ValueError(f"memory= reads the size of a step from {main!r} of a batch, and this one is {_kind(batch)}")
+
+def _kind(batch):
+    return f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+
+@patch
+def longest(self:ProbeSource,
+    main:str,       # what the model is fed, as a batch names it
+    n_batches:int,  # batches to read
+    seed:int        # of the draw of batches
+)->tuple:           # sequences, tokens
+    "The largest size of a step, from some batches of training"
+    self.lend()
+    with self.untouched():
+        self.begin()
+        batches = draw_batches(self.loader, n_batches, seed, self.own_size(), self.rank, self.n_ranks)
+        shapes = [_shape(b, main) for b in batches]
+    return tuple(map(max, zip(*shapes)))
 
 # %% ../../nbs/06_train/09_probing.ipynb #d91edb6e
 def _is_own(trainer, name): return getattr(getattr(trainer, name), '__func__', None) is getattr(Trainer, name)

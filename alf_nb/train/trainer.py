@@ -34,6 +34,7 @@ from .choosing import preview as preview_of
 from .controller import ALFController
 from .engine import Engine, check_engine, is_compiled
 from .marks import TRAINS, add_hooks, check_alone, note_frozen, thaw
+from .selecting import find_budget
 from .tracking import log_numbers, metrics_of
 from .probing import TrainerSource
 from .saving import STATE, TENSORS, collect, copies, drop_made_up, load, read_state, read_tensors, restore
@@ -195,6 +196,7 @@ def _begin(alf, args, state, model, optimizer, loader):
     source = lambda layers: TrainerSource(layers, loader, args, state, alf._trainer)
     alf.run = run = _controller(alf, args, state, model, optimizer, source, ddp)
     saved = load_checkpoint(alf, args, state) if state.global_step else None
+    find_budget(run, saved and saved.state.config)
     _warn_of_trainer(args)
     log = RunLog(alf.out or args.output_dir) if state.is_world_process_zero else None
     if alf._trainer is not None: add_hooks(model, _BeforeBackward(alf._trainer.accelerator, run.blind.loss))
@@ -205,11 +207,13 @@ def _begin(alf, args, state, model, optimizer, loader):
 def _controller(alf, args, state, model, optimizer, source, ddp):
     "An `ALFController` of a Trainer"
     main,fp16 = state.is_world_process_zero,bool(getattr(args, 'fp16', False))
-    engine = Engine(str(args.device), args.world_size, main, fp16, ddp, is_compiled(args, model), args.seed)
+    more = dict(autocast=fp16 or bool(getattr(args, 'bf16', False)), accumulates=args.gradient_accumulation_steps > 1)
+    engine = Engine(str(args.device), args.world_size, main, fp16, ddp, is_compiled(args, model), args.seed, **more)
     run = ALFController(model, optimizer, alf.config, state.max_steps, source, engine, lambda: release(alf))
     run.on_probe,run.tokens_seen = alf.on_probe,getattr(state, 'num_input_tokens_seen', 0)
     return run
 
+# %% ../../nbs/06_train/18_trainer.ipynb #2c1333ca
 def _lock_folders(alf, args):
     "Where this process writes, no other one does until the run ends"
     for folder in dict.fromkeys(Path(p).absolute() for p in (alf.out or args.output_dir, args.output_dir) if p):
