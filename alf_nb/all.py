@@ -44,6 +44,7 @@ _NAMES |= {
     'widgets.dashboard': 'TrainingDashboard',
     'widgets.attention': 'AttentionViewer',
     'widgets.compare': 'CompareView',
+    'widgets.plan': 'PlanView',
     'core.format': 'percent human_bytes',
     'report.lines': 'line_chart',
     'report.maps': 'cell_table',

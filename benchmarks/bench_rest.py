@@ -87,7 +87,8 @@ def run(base, rows, dev, test, way, lr, seed, steps):
         way=way, lr=lr, seed=seed, steps=steps, batch_size=2, length=192, share=share,
         dev_loss=evaluate_loss(model, dev, autocast=True)[0], test_loss=evaluate_loss(model, test, autocast=True)[0],
         weight_bytes=counted.weights, gradient_bytes=counted.gradients, state_bytes=counted.state, peak_bytes=peak,
-        wall_s=wall_s, model='SmolLM2-135M-Instruct', data='180 problems of GSM8K', device=device_name(),
+        wall_s=wall_s, emulated=not supports_bf16(), model='SmolLM2-135M-Instruct', data='180 problems of GSM8K',
+        device=device_name(),
         versions=versions(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
     )
 

@@ -159,3 +159,16 @@ def test_attention_of_a_cuda_device_keeps_no_matrix(checkpointing):
     growth = lambda device: made(device, 64).activations / made(device, 32).activations
     assert growth('cpu') > 1.1*growth('cuda')
     assert made('cuda', 64).total - made('cuda', 64).both > made('cpu', 64).total - made('cpu', 64).both + 2**25
+
+
+@pytest.mark.parametrize('experts,each', [(4, 2), (8, 1)])
+def test_tokens_of_experts_are_counted_though_nobody_knows_whose_they_are(experts, each):
+    transformers = pytest.importorskip('transformers', '5.5')
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, num_local_experts=experts, num_experts_per_tok=each, architectures=['MixtralForCausalLM'])
+    torch.manual_seed(0)
+    real = transformers.MixtralForCausalLM(config)
+    needs = Sizer(real, 2, 64, bf16=False, device='cpu').full()
+    assert peak(real, 2, 64) == pytest.approx(needs.both, rel=.03)
+    assert {w.method for w in plan(config, batch=2, length=64).ways} == {'full', 'alf', 'lora'}

@@ -175,11 +175,12 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, sc
 def _drop(input, p=.5, training=True, inplace=False):
     return torch.native_dropout(input, p, True)[0] if training and 0 < p < 1 and not inplace else None
 
+def _is_hollow(args, kwargs): return any(isinstance(x, FakeTensor) for x in (*args, *kwargs.values()))
+
 def _either(ours, theirs):
     "`theirs` where `ours` has no answer; also for tensors that hold something, of whoever trains meanwhile"
     def call(*args, **kwargs):
-        hollow = any(isinstance(x, FakeTensor) for x in (*args, *kwargs.values()))
-        out = ours(*args, **kwargs) if hollow else None
+        out = ours(*args, **kwargs) if _is_hollow(args, kwargs) else None
         return theirs(*args, **kwargs) if out is None else out
     return call
 
@@ -234,15 +235,24 @@ def _loss(out):
     if getattr(out, 'loss', None) is not None: return out.loss
     return sum(x.float().sum() for x in tree_leaves(tuple(out.values())) if x.is_floating_point())
 
+# %% ../../nbs/03_model/16_dry_run.ipynb #53aa4576
+# what transformers asks of tensors, and the answer for those that hold nothing: sequences are not packed into one, and
+# experts are multiplied by an operation that knows its shapes
+_ASKED = (('masking_utils', 'find_packed_sequence_indices', None), ('integrations.moe', '_can_use_grouped_mm', False))
+
+def _instead(answer, theirs):
+    def call(*args, **kwargs): return answer if _is_hollow(args, kwargs) else theirs(*args, **kwargs)
+    return call
+
 @contextmanager
-def _nothing_packed():
-    "transformers asks tensors whether sequences are packed into one; these here cannot answer, and are not"
-    module = sys.modules.get('transformers.masking_utils')
-    found = getattr(module, 'find_packed_sequence_indices', None)
-    if found: module.find_packed_sequence_indices = lambda *a, **kw: None
+def _answers():
+    "Questions about what tensors hold are answered for those that hold nothing"
+    found = [(sys.modules.get(f'transformers.{m}'), k, a) for m,k,a in _ASKED]
+    found = [(m, k, a, getattr(m, k)) for m,k,a in found if hasattr(m, k)]
+    for m,k,a,theirs in found: setattr(m, k, _instead(a, theirs))
     try: yield
     finally:
-        if found: module.find_packed_sequence_indices = found
+        for m,k,_,theirs in found: setattr(m, k, theirs)
 
 # %% ../../nbs/03_model/16_dry_run.ipynb #b8637919
 def _run(model, inputs, bf16, cuda, live):
@@ -250,7 +260,7 @@ def _run(model, inputs, bf16, cuda, live):
     kept = _Kept(model, live)
     try:
         with _cuda_kernels(cuda):
-            with torch.autocast('cpu', torch.bfloat16, enabled=bf16), _nothing_packed():
+            with torch.autocast('cpu', torch.bfloat16, enabled=bf16), _answers():
                 out = model(**inputs)
                 loss = _loss(out)
             del out

@@ -139,6 +139,11 @@ class Plan(Record):
     ways:tuple
     def __post_init__(self): object.__setattr__(self, 'ways', tuple(map(_way, self.ways)))
 
+    @property
+    def margin(self)->float:
+        "Fraction of the memory that is left free"
+        return MARGIN
+
     def fits(self,
         way:Way
     )->bool|None:          # None: nobody said how large the memory is
@@ -151,6 +156,7 @@ class Plan(Record):
         "The same for another memory"
         return replace(self, memory=memory_bytes('memory', memory))
 
+# %% ../../nbs/09_study/14_plan.ipynb #e48ac58f
 def _way(w): return w if isinstance(w, Way) else Way.from_dict(w | dict(held=Held.from_dict(w['held'])))
 
 # %% ../../nbs/09_study/14_plan.ipynb #0abb4bef
