@@ -50,7 +50,7 @@ def test_the_largest_budget_that_fits_is_taken(tmp_path):
     fit = fit_of(tmp_path)
     assert (fit['memory'], fit['batch'], fit['length']) == (MEMORY, 4, 32) and 0 < fit['budget'] < 1
     sizer = Sizer(demo_model(), 4, 32, bf16=False, device='cpu')
-    needed = lambda b: sizer.alf(b, Held(references='device')).total
+    needed = lambda b: sizer.alf(b, Held()).total
     assert needed(fit['budget']) == fit['total'] <= (1-MARGIN)*MEMORY < needed(fit['budget'] + .01)
     assert alf.selection.share <= fit['budget'] == alf.run.policy.budget
     assert RunLog(tmp_path).begin['config']['policy']['budget'] == fit['budget']
@@ -69,9 +69,9 @@ def test_looking_for_it_changes_nothing_else(tmp_path, make):
 @pytest.mark.parametrize('memory,common,more,smaller', [
     (1_950_000, dict(signal='rate'), dict(how=dict(gradient_accumulation_steps=2)), True),
     (2_300_000, {}, dict(how=dict(per_device_train_batch_size=5)), True),
-    (1_900_000, {}, dict(references='none'), False),
+    (1_900_000, dict(references='device'), dict(references='none'), False),
     (1_900_000, {}, dict(how=dict(gradient_checkpointing=True)), False),
-    (1_900_000, {}, dict(signal='rate'), False),
+    (1_900_000, dict(references='device'), dict(signal='rate'), False),
 ], ids=['micro-batches', 'batch', 'references', 'checkpoints', 'rate'])
 def test_what_a_step_is_decides(tmp_path, memory, common, more, smaller):
     trained(tmp_path/'plain', memory, **common)
