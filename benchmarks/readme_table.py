@@ -60,7 +60,8 @@ def points():
         f"- **Watch and change what learns, while it trains.** A move of the threshold is answered in "
         f"{live['p50_ms']:.0f} ms.",
         f"- **A third of the training state.** {budget} of the parameters train, {state:.2f} of the bytes that "
-        f"gradients and AdamW take for all; the budget holds at every step.",
+        f"gradients and AdamW take for all, measured with reference weights; the default no longer keeps them. The"
+        f" budget holds at every step.",
         f"- **A small exact result.** A delta of {delta} instead of a model of {model}; killed and resumed equals "
         f"uninterrupted, bit for bit.",
         f"- **Honest answers.** `alf compare` asks *your* data whether choosing helps. Here it does not yet beat as "

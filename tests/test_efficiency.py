@@ -56,7 +56,7 @@ def test_bytes_agree_when_everything_trains(config, weights):
 
 
 @pytest.mark.parametrize('config', [{}, ODD, dict(tie_word_embeddings=True)], ids=['plain', 'odd', 'tied'])
-@pytest.mark.parametrize('references', ['device', '8bit', 'host'])
+@pytest.mark.parametrize('references', ['device', '8bit', 'host', 'none'])
 @pytest.mark.parametrize('budget', [.1, .25, .6])
 def test_bytes_agree_for_a_selection(config, references, budget):
     model = demo_model(blocks=4, **config)
@@ -295,6 +295,7 @@ def test_committed_rows_can_be_read():
             length=r['length'],
             batch_size=r['batch_size'],
             weights=r['weights'],
+            references='device' if c.reference_bytes else 'none',
         )
         assert {k: getattr(e, k) for k in BYTES} == {
             k: getattr(c, k) for k in BYTES

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from small_run import losses, same, small_trainer, weights
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from alf_nb.app.cli import main
 from alf_nb.core.config import ALFConfig
@@ -15,6 +15,7 @@ from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.model.fit import MARGIN
 from alf_nb.model.needs import Held, Sizer
 from alf_nb.train import selecting
+from alf_nb.train.lightning import lightning_callback
 from alf_nb.train.loop import ALFLoop
 from alf_nb.train.trainer import ALFCallback
 
@@ -23,6 +24,13 @@ MEMORY = 2_000_000      # of a demo model, about half of what may train fits
 
 class Stream(IterableDataset):
     def __iter__(self): return iter(demo_dataset())
+
+
+class Drawn(Dataset):
+    "Rows that take a number from torch's generator"
+    def __init__(self): self.rows = demo_dataset()
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return self.rows[(i + int(torch.randint(8, ()))) % len(self)]
 
 
 def trained(folder, memory=MEMORY, resume=None, model=None, data=None, how={}, **settings):
@@ -42,13 +50,13 @@ def test_the_largest_budget_that_fits_is_taken(tmp_path):
     fit = fit_of(tmp_path)
     assert (fit['memory'], fit['batch'], fit['length']) == (MEMORY, 4, 32) and 0 < fit['budget'] < 1
     sizer = Sizer(demo_model(), 4, 32, bf16=False, device='cpu')
-    needed = lambda b: sizer.alf(b, Held(references='device')).total
+    needed = lambda b: sizer.alf(b, Held()).total
     assert needed(fit['budget']) == fit['total'] <= (1-MARGIN)*MEMORY < needed(fit['budget'] + .01)
     assert alf.selection.share <= fit['budget'] == alf.run.policy.budget
     assert RunLog(tmp_path).begin['config']['policy']['budget'] == fit['budget']
 
 
-@pytest.mark.parametrize('make', [demo_dataset, Stream], ids=['rows', 'stream'])
+@pytest.mark.parametrize('make', [Drawn, Stream], ids=['drawn', 'stream'])
 def test_looking_for_it_changes_nothing_else(tmp_path, make):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -61,9 +69,9 @@ def test_looking_for_it_changes_nothing_else(tmp_path, make):
 @pytest.mark.parametrize('memory,common,more,smaller', [
     (1_950_000, dict(signal='rate'), dict(how=dict(gradient_accumulation_steps=2)), True),
     (2_300_000, {}, dict(how=dict(per_device_train_batch_size=5)), True),
-    (1_900_000, {}, dict(references='none'), False),
+    (1_900_000, dict(references='device'), dict(references='none'), False),
     (1_900_000, {}, dict(how=dict(gradient_checkpointing=True)), False),
-    (1_900_000, {}, dict(signal='rate'), False),
+    (1_900_000, dict(references='device'), dict(signal='rate'), False),
 ], ids=['micro-batches', 'batch', 'references', 'checkpoints', 'rate'])
 def test_what_a_step_is_decides(tmp_path, memory, common, more, smaller):
     trained(tmp_path/'plain', memory, **common)
@@ -147,3 +155,24 @@ def test_the_command_line_has_it(capsys):
     assert '--memory' in capsys.readouterr().out
     assert main(['finetune', '--memory', '1GB', '--budget', '0.1', '--steps', '1']) == 2
     assert 'budget is given' in capsys.readouterr().err
+
+
+def test_under_lightning(tmp_path):
+    L = pytest.importorskip('lightning')
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = demo_model()
+        def training_step(self, batch, i): return self.net(**batch).loss
+        def configure_optimizers(self): return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    rows = [{k: torch.as_tensor(v) for k,v in r.items()} for r in demo_dataset()]
+    alf = lightning_callback(out=tmp_path, memory=MEMORY)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        L.Trainer(max_steps=2, accelerator='cpu', devices=1, callbacks=[alf], logger=False, enable_checkpointing=False,
+                  enable_progress_bar=False, default_root_dir=tmp_path).fit(
+            Module(), torch.utils.data.DataLoader(rows, batch_size=4))
+    trained(tmp_path/'trainer')
+    assert alf.loop.run.policy.budget == fit_of(tmp_path)['budget'] == fit_of(tmp_path/'trainer')['budget']

@@ -230,7 +230,7 @@ def full(self:Sizer,
 @patch
 def alf(self:Sizer,
     budget:float,    # fraction of all parameters, above 0 and at most 1
-    held:Held=Held(references='device'),
+    held:Held=Held(),
     probe:bool=True, # does the signal ask for a probe?
     pin=(),          # units that always train
     ban=()           # units that never do

@@ -189,6 +189,10 @@ def _never(state):
     if not names: return ''
     return f" Never trained: {escape(', '.join(names[:4]))}{' …' if len(names) > 4 else ''}."
 
+def _unread(state):
+    "That it was not measured how far units moved, and why"
+    return f" {escape(state.unread[:1].upper() + state.unread[1:])}." if state.unread else ''
+
 # %% ../../nbs/07_report/12_page.ipynb #f07d8cad
 def _figures(log, state, s):
     "Loss, layers, kinds of matrix and memory"
@@ -197,7 +201,7 @@ def _figures(log, state, s):
     yield 'Where the model learnt', layer_map(log), (
         'Rows are layers, the one nearest to the input on top; the colour says how much of the layer trained at each'
         ' step. Bars: how important the layer is by the newest measurement, grey where nothing of it trains now.'
-        + _never(state))
+        + _never(state) + _unread(state))
     yield 'Which matrices learnt', role_maps(log), (
         'One band for each kind of matrix; within a band each line is a layer, the one nearest to the input on top.')
     yield 'Memory', memory_chart(log), (

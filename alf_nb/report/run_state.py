@@ -113,6 +113,14 @@ def signals(self:RunState)->list:
     return list(self.measured.newest)
 
 @patch(as_prop=True)
+def unread(self:RunState)->str:
+    "Why it is not measured how far units move; empty: it is, or may still be"
+    told = (e.get('message') for e in self.events('not_measured') if e.get('why') == 'not kept')
+    if why := next(told, None): return why
+    blank = self.events('measure') and not self.measured.newest.get('rate')
+    return 'rate, coherence and descent were not measured so far' if blank else ''
+
+@patch(as_prop=True)
 def signal(self:RunState)->str:
     "The signal that the run chooses by"
     chosen = (e['signal'] for e in reversed(self.events('select')) if e.get('signal'))

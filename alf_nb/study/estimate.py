@@ -113,8 +113,8 @@ ASSUMPTIONS = dict(
         " the bottom. A policy that stays near the top is cheaper; one that trains the lowest block is not dearer."
     ),
     references=(
-        "ALF keeps a copy of the weights that train: in their dtype, or in 8 bits with an fp32 scale for every 256."
-        " With references on the host or none, these bytes are 0 here."
+        "By default none. A signal that asks for them, `rate` or `coherence`, keeps a copy of the weights that train:"
+        " in their dtype, or in 8 bits with an fp32 scale for every 256. On the host they are 0 bytes here."
     ),
 )
 
@@ -148,8 +148,8 @@ ASSUMPTIONS |= dict(
     ),
     optimizer_traffic=(
         "Clipping reads gradients twice and writes them once, AdamW reads four tensors and writes three: ten passes"
-        " over what trains. A window reads weights and references and writes them anew, and its descent reads three"
-        " more: six passes."
+        " over what trains. A window with references reads weights and references and writes them anew, and its descent"
+        " reads three more: six passes; without, it reads weights, gradients and moments: four."
     ),
     importance=(
         "Defaults of ALFCallback: a window every 10 steps, a probe of 8 batches at the start and of 2 at each"
@@ -275,7 +275,7 @@ def _added(shape, units, width, references):
     "What ALF adds: references, a probe, and a window every 10 steps"
     eligible = [u for u in shape.units if u.eligible]
     return dict(reference_bytes=_reference_bytes(units, width, references), probe_bytes=_probe_bytes(eligible, width),
-                importance_traffic=6*_sizes(units)*width/10)
+                importance_traffic=(4 if references == 'none' else 6)*_sizes(units)*width/10)
 
 # %% ../../nbs/09_study/05_estimate.ipynb #70ad36a7
 def _state(shape, method, trained, weights, references):
@@ -319,7 +319,7 @@ def extrapolate(
     length:int=1024, # tokens of a sequence
     batch_size:int=1, # sequences of a step
     weights:str='mixed', # `mixed`, `bf16` or `fp32`
-    references:str='device', # where ALF's references live: `device`, `8bit`, `host` or `none`
+    references:str='none', # where ALF's references live: `device`, `8bit`, `host` or `none`
     steps:int=1000          # of the run; decides how much probes weigh
 )->Estimate:
     "Bytes and FLOPs of a training step by arithmetic; what is assumed stands in `ASSUMPTIONS`"

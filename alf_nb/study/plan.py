@@ -252,8 +252,8 @@ def plan(
     bf16:bool=True,    # autocast? else all weights are fp32
     device:str='cuda', # where it trains: `cuda` or `cpu`
     budgets=(.25, .1), # fractions of the parameters that ALF trains
-    references:str='device', # where ALF keeps them: `device`, `8bit`, `host` or `none`
-    probe:bool=True,   # does ALF probe gradients?
+    references:str='none', # where ALF's references live: `device`, `8bit`, `host` or `none`
+    probe:bool=True,   # does ALF probe gradients, as its default signal does?
     rank:int=16        # of LoRA
 )->Plan:
     "Which ways of training fit"

@@ -23,7 +23,7 @@ from ..model.bits import FrozenGuard
 from ..model.offload import OffloadedStates
 from ..model.states import gradient_bytes, optimizer_bytes
 from ..signals.probe import model_loss, probe_gradients
-from ..signals.snapshots import Snapshot
+from ..signals.windows import LearningRates, make_windows
 from ..core.system import peak_rss_bytes
 
 # %% ../../nbs/09_study/04_step_costs.ipynb #ad5b25bb
@@ -177,35 +177,33 @@ def _saved_bytes(model, forward):
     del loss
     return sums
 
-# %% ../../nbs/09_study/04_step_costs.ipynb #4dd4f1eb
+# %% ../../nbs/09_study/04_step_costs.ipynb #e8805311
 class _Selecting:
-    "What ALF adds to a step: references, states that wait, and a guard of what is frozen"
-    def __init__(self, model, names, references):
-        self.layers, self.names, self.on_host = partition_layers(model), tuple(names), references == 'host'
-        bits = 8 if references == '8bit' else 32
-        self.snapshot = Snapshot(self.layers, device='cpu' if self.on_host else None, bits=bits)
+    "What ALF adds to a step: windows, states that wait, and a guard of what is frozen"
+    def __init__(self, model, names, references, optimizer):
+        self.layers, self.names, self.optimizer, self.ready = partition_layers(model), tuple(names), optimizer, False
+        rates = LearningRates(self.layers, optimizer, self.names)
+        self.windows = make_windows(references, self.layers, rates, optimizer)
         self.guard, self.parked = FrozenGuard(self.layers), OffloadedStates()
 
-    def select(self, optimizer):
-        self.snapshot.drop(self.snapshot.names)
-        apply_selection(self.layers, self.names, optimizer, self.parked)
-        self.snapshot.take(self.names)
+    def select(self):
+        self.windows.switch((), self.names, 0)
+        apply_selection(self.layers, self.names, self.optimizer, self.parked)
+        self.windows.switch(self.names, (), 0)
         self.guard.watch()
+        self.ready = True
 
-    def end_window(self): self.snapshot.measure(refresh=True)
+    def end_window(self): self.windows.before_step(self.names, 0, self.names)
 
-    def measure_descent(self, optimizer):
+    def close_window(self):
         "Behind the update, with the gradients still there; and the checks of every window"
-        self.snapshot.measure(dot={n: [p.grad for p in self.layers.params(n)] for n in self.names})
+        self.windows.after_step(self.names)
         self.guard.check()
-        check_state(self.layers, optimizer)
-
-    @property
-    def reference_bytes(self): return 0 if self.on_host else self.snapshot.nbytes
+        check_state(self.layers, self.optimizer)
 
 # %% ../../nbs/09_study/04_step_costs.ipynb #1ef5173b
 _TIMED = ('forward_s', 'backward_s', 'optimizer_s', 'measure_s', 'probe_s', 'select_s', 'energy_j')
-_REFERENCES = ('device', 'host', '8bit')
+_REFERENCES = ('device', 'host', '8bit', 'none')
 
 def _adamw(params, lr):
     if not params: raise ValueError("nothing to train: no parameter requires grad")
@@ -220,7 +218,7 @@ class StepMeter:
         names=None,    # units that ALF trains; None: all that requires grad, without ALF
         bf16:bool=False, # bf16 autocast
         lr:float=1e-5, # learning rate of AdamW
-        references:str='device' # where ALF's reference weights live: 'device', 'host' or '8bit'
+        references:str='none' # where ALF's references live: 'device', 'host', '8bit' or 'none'
     ):
         if references not in _REFERENCES:
             raise ValueError(f"references={references!r}; give one of {', '.join(map(repr, _REFERENCES))}")
@@ -228,7 +226,7 @@ class StepMeter:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _adamw(self.params, lr)
         self.device = self.params[0].device
-        self.alf = None if names is None else _Selecting(model, names, references)
+        self.alf = None if names is None else _Selecting(model, names, references, self.optimizer)
         self.energy, self.times = EnergyMeter(), {k: [] for k in _TIMED}
         self.bytes = dict(gradient_bytes=0, optimizer_bytes=0, reference_bytes=0, probe_bytes=0)
 
@@ -262,8 +260,8 @@ def probe(self:StepMeter,
 @patch
 def select(self:StepMeter):
     "Switch to the units that train, all of them with new references"
-    _timed(self, 'select_s', lambda: self.alf.select(self.optimizer))
-    self.bytes['reference_bytes'] = self.alf.reference_bytes
+    _timed(self, 'select_s', self.alf.select)
+    self.bytes['reference_bytes'] = self.alf.windows.nbytes
 
 @patch
 def forget(self:StepMeter):
@@ -280,7 +278,7 @@ def step(self:StepMeter,
     measure:bool=False # end a window of the change rate?
 ):
     "One training step"
-    if self.alf and not self.alf.snapshot.names: self.select()
+    if self.alf and not self.alf.ready: self.select()
     energy = self.energy.read()
     loss = _timed(self, 'forward_s', lambda: _loss_of(self, self.model, self.batch))
     _timed(self, 'backward_s', loss.backward)
@@ -290,7 +288,7 @@ def step(self:StepMeter,
     _most_bytes(self, 'optimizer_bytes', optimizer_bytes(self.optimizer))
     if measure:
         first = self.times['measure_s'].pop()              # a window has two parts, around the update
-        _timed(self, 'measure_s', lambda: self.alf.measure_descent(self.optimizer))
+        _timed(self, 'measure_s', self.alf.close_window)
         self.times['measure_s'][-1] += first
     for p in self.params: p.grad = None
     if energy is not None: self.times['energy_j'].append(self.energy.read()-energy)

@@ -10,7 +10,7 @@ __all__ = ['ALFController', 'settings', 'write_begin', 'figures']
 # %% ../../nbs/06_train/13_controller.ipynb #19b389fb
 import math, time, uuid
 from fastcore.basics import patch
-from ..core.config import PROBED
+from ..core.config import MOVED, PROBED
 from ..core.system import peak_rss_bytes, versions
 from ..kernels.plan import compile_kernels
 from ..model.masters import Masters, lost_to_rounding
@@ -21,7 +21,7 @@ from ..model.optim import rebuild_ddp_buckets
 from ..model.states import gradient_bytes, optimizer_bytes
 from ..model.shards import is_sharded
 from ..signals.tracker import ImportanceTracker, prior_scores
-from ..signals.windows import LearningRates, ReferenceWindows, UpdateWindows
+from ..signals.windows import LearningRates, make_windows
 
 # %% ../../nbs/06_train/13_controller.ipynb #bada55e5
 from .between import freeze_nonfinite, note_reached, say_blind, take_request
@@ -59,19 +59,13 @@ class ALFController:
         _set_up_parts(self)
         _set_up_step(self)
 
-# %% ../../nbs/06_train/13_controller.ipynb #01c49a4b
-def _windows(config, layers, rates, optimizer):
-    "Windows as the settings want them"
-    if config.references == 'none': return UpdateWindows(layers, rates, optimizer)
-    return ReferenceWindows(layers, rates, config.references)
-
 # %% ../../nbs/06_train/13_controller.ipynb #361e5075
 def _set_up_parts(run):
     "What measures, keeps and watches"
     c,layers,optimizer = run.config,run.layers,run.optimizer
     run.rates = LearningRates(layers, optimizer, run.names)
     run.masters = Masters(layers, run.names, c.masters)
-    run.windows = _windows(c, layers, run.rates, optimizer)
+    run.windows = make_windows(c.references, layers, run.rates, optimizer)
     run.guards = Guards(layers, run.names, optimizer, run.journal)
     run.guards.sharded = any(is_sharded(p) for n in layers for p in layers.params(n))
     run.offloaded,run.reach = OffloadedStates(c.offload),Reach()
@@ -101,16 +95,23 @@ def _set_up_step(run):
 
 # %% ../../nbs/06_train/13_controller.ipynb #52f90680
 def _check_readable(run):
-    "Without references the last update is read from the optimizer's state: say where it cannot be"
+    "Without references the last update is read from the optimizer's state: refuse to choose by it where it cannot be"
     c = run.config
-    if c.references != 'none' or not run.windows.odd: return
-    measured = c.signal in ('rate', 'coherence') and c.start in ('rotate', 'warm-up')
-    if run.policy.needs_scores and (run.schedule.every or measured): check_last_update(run.optimizer)
-    run.journal.once(
-        'unread',
-        f"rate, coherence and descent are not measured: the last update of {', '.join(run.windows.odd)} cannot be read"
-        " from its state, and references='none' keeps nothing to compare with. Nothing is chosen by them here;"
-        " references='device' or 'host' measures them",
+    if c.references != 'none' or c.signal not in MOVED or not run.policy.needs_scores: return
+    if run.schedule.every or c.start in ('rotate', 'warm-up'): check_last_update(run.optimizer)
+
+def _note_unread(run):
+    "Nothing is chosen by how far units move, and it cannot be read: views say so"
+    if run.config.references != 'none' or not run.windows.odd: return
+    run.journal.event(
+        'not_measured',
+        0,
+        units=[],
+        why='not kept',
+        message=(
+            f"rate, coherence and descent are not measured: the last update of {', '.join(run.windows.odd)} cannot be"
+            " read from its state, and no references are kept; references='device' or 'host' measures them"
+        ),
     )
 
 # %% ../../nbs/06_train/13_controller.ipynb #738efdcd
@@ -135,6 +136,7 @@ def begin(self:ALFController,
     if resume is not None: resume(self)
     else:
         write_begin(self)
+        _note_unread(self)
         select(self, 0)
     _compile(self)
     self.blind.on = self.journal.news = True
@@ -242,15 +244,15 @@ def after_optimizer_step(self:ALFController,
     "Count learning rates; on a measuring step also the descent, the bytes and the frozen"
     if not (skipped or self.nonfinite.units): self.rates.count()
     if self.new_state or self.measuring: _count_bytes(self, step)
-    if self.measuring: _close_window(self, step)
+    if self.measuring: _close_window(self, step, skipped)
     if self.config.check == 'freeze': freeze_nonfinite(self, step)
 
 # %% ../../nbs/06_train/13_controller.ipynb #1270bc75
-def _close_window(run, step):
+def _close_window(run, step, skipped):
     "What the step just made tells, and the self-check"
     t0 = time.perf_counter()
     names = run.selection.names
-    window,descent,still = run.windows.after_step(names)
+    window,descent,still = (None, {}, set()) if skipped else run.windows.after_step(names)
     if window is not None: run.guards.check_finite(window.norms, step)
     run.guards.check_moved(names, still, run.windows.sample)
     if window is not None: _take(run, window, step)

@@ -108,7 +108,7 @@ def linked(
     return {by: own, _FOLLOWS[by]: _other(c, p, by, value)}
 
 # %% ../../nbs/08_widgets/03_choice.ipynb #02baede1
-ADAMW_BYTES = 16    # gradient 4, two moments 8, reference 4: fp32
+ADAMW_BYTES = 12    # gradient 4, two moments 8: fp32
 
 def _would_train(c, selection):
     names = set(selection.names)
@@ -116,8 +116,10 @@ def _would_train(c, selection):
 
 def _memory_tile(state, c, selection):
     n, per = sum(u.n_params for u in _would_train(c, selection)), state.bytes_per_param
-    why = f'{per:.3g} B per weight, measured' if per else 'AdamW fp32: 4 B gradient, 8 optimizer, 4 reference each'
-    return tile('predicted memory', human_bytes(n*(per or ADAMW_BYTES)), why)
+    if per: return tile('predicted memory', human_bytes(n*per), f'{per:.3g} B per weight, measured')
+    kept = 4 if state.config.get('references') == 'device' else 0
+    why = 'AdamW fp32: 4 B gradient, 8 optimizer' + f', {kept} reference'*bool(kept) + ' each'
+    return tile('predicted memory', human_bytes(n*(ADAMW_BYTES+kept)), why)
 
 def _time_tile(state, c, selection):
     try: cost = step_cost(c.units, selection.names)

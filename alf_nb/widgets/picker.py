@@ -258,6 +258,7 @@ def _about(p, name):
     if u is None: return ''
     here = 'would train' if p.selection and name in p.selection else 'stays frozen'
     rows = dict(parameters=human_count(u.n_params), **_facts(p, u), here=here)
+    if p.state.unread: rows |= {k: 'not measured' for k in ('rate', 'coherence', 'descent') if k not in rows}
     if p._context.actual is not None: rows[_strip_name(p)] = 'yes' if name in p._context.actual else 'no'
     facts = (tag('div', tag('dt', escape(k)), tag('dd', escape(str(v)))) for k, v in rows.items())
     return tag('dl', *facts, cls='alf-unit', aria_label=name)
