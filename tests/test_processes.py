@@ -211,6 +211,7 @@ def runs(tmp_path_factory):
         dict(out='fsdp-noref2', settings=NOREF, **FSDP),
         dict(out='fsdp-nan2', settings=GAIN, spoil=dict(probe=[3]), **FSDP),
         dict(out='fsdp-drop2', settings=BADAM, **SAVE, **FSDP),
+        dict(out='fsdp-half2', settings=BADAM, **HALF, **SAVE, **FSDP),
         dict(out='fsdp-sharded2', settings=BADAM, **SAVE, **SHARDED),
         dict(
             out='fsdp-sharded2to2',
@@ -242,6 +243,7 @@ def runs(tmp_path_factory):
         d,
         2,
         dict(out='fsdp-gain-cut', settings=GAIN, resume=True, **SAVE),
+        dict(out='fsdp-half2to2', settings=dict(resume_from=str(d / 'fsdp-half2' / 'checkpoint-6'), **BADAM), **HALF),
         dict(out='fsdp-gain1to2', settings=dict(resume_from=str(d / 'fsdp-gain1' / 'checkpoint-6'), **GAIN)),
         dict(out='fsdp-drop2to2', settings=dict(resume_from=str(d / 'fsdp-drop2' / 'checkpoint-3'), **BADAM)),
         config='accelerate_fsdp2.yaml',
@@ -277,6 +279,15 @@ def test_a_choice_by_gradient_is_the_same_on_every_rank(runs):
         and a['signals'] == b['signals']
         and 0 < a['share'] <= 0.25
     )
+
+
+def test_pieces_of_a_16_bit_model_are_in_fp32_and_learn_what_masters_do(runs):
+    "accelerate shards a 16-bit model in fp32, and torch computes in bf16"
+    whole, pieces, again = (ranks(runs/n) for n in ('half2', 'fsdp-half2', 'fsdp-half2to2'))
+    assert pieces[0]['engine'].startswith('FSDP') and close(whole[0]['losses'], pieces[0]['losses'], 1e-3)
+    memory = [e for e in events(runs/'fsdp-half2') if e['event'] == 'memory'][-1]
+    assert memory['grad_bytes'] == 4*pieces[0]['held'][-1]['grad']
+    assert again[0]['losses'] == pieces[0]['losses'] and again[0]['weights'] == pieces[0]['weights']
 
 
 def test_what_is_packed_is_the_same_on_every_rank_and_after_a_resume(runs):
