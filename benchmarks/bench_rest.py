@@ -51,6 +51,12 @@ def qlora(base, rank=16):
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2*rank, target_modules='all-linear', lora_dropout=0.))
 
 
+def emulated_matmul(real):
+    "That of bitsandbytes' backward pass; fp32 stays as it is"
+    half = emulated(real)
+    return lambda a, b, **kw: half(a, b, **kw) if a.dtype == torch.bfloat16 else real(a, b, **kw)
+
+
 class Bytes(TrainerCallback):
     "What is there at the last step"
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
@@ -105,6 +111,7 @@ def main():
     base.to(DEVICE)
     if not supports_bf16():
         F.linear, F.scaled_dot_product_attention = map(emulated, (F.linear, F.scaled_dot_product_attention))
+        torch.matmul = emulated_matmul(torch.matmul)
     learnt, held = (token_blocks(t, tok, 192) for t in holdout_split(unrelated_texts()))
     dev, test = (held.select(range(k, len(held), 2)) for k in (0, 1))
     print('before:', *(evaluate_loss(base, part, autocast=True)[0] for part in (dev, test)), len(dev), flush=True)

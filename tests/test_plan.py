@@ -87,10 +87,16 @@ def test_packed_weights_are_those_of_bitsandbytes():
     assert packed_bytes(96*64) == q.weight.nbytes + q.weight.quant_state.absmax.nbytes
 
 
+def test_a_model_loaded_in_4_bits_needs_no_16_bit_weights_first():
+    ways = {w.name: w for w in plan(demo_model(blocks=4), batch=2, length=32, budgets=(.1,)).ways}
+    first, loaded = ways['alf 10 %, 4-bit rest'], ways['alf 10 %, loaded in 4 bits']
+    assert loaded.probe == 0 < first.probe and loaded.total < first.total and loaded.weights == first.weights
+
+
 def test_a_larger_budget_needs_more():
     ways = [w for w in plan(demo_model(), batch=2, length=32, budgets=(.1, .2, .4, .6)).ways if w.method == 'alf']
-    for rest in ('fp32', 'bf16', 'nf4'):
-        some = [w for w in ways if w.held.rest == rest and w.held.bits == 32]
+    for rest, loaded in (('fp32', False), ('bf16', False), ('nf4', False), ('nf4', True)):
+        some = [w for w in ways if (w.held.rest, w.held.loaded, w.held.bits) == (rest, loaded, 32)]
         assert len(some) == 4
         for a,b in zip(some, some[1:]): assert a.n_trainable < b.n_trainable and a.total <= b.total
 

@@ -18,7 +18,7 @@ from ..core.policies import StaticPolicy
 from ..core.records import Record
 from .dry_run import DEEP, DryStep, checkpoint, dry_step, hollow, shorten
 from .layers import partition_layers
-from .stacks import Places
+from .quantize import packable
 
 # %% ../../nbs/03_model/17_needs.ipynb #ff6f661a
 RESTS = ('fp32', 'bf16', 'nf4')     # what does not train is held in this
@@ -58,6 +58,7 @@ class Held(Record):
     bits:int=32              # of AdamW's moments: 32, 16, 8 or 4
     references:str='none'    # where ALF's references live: 'device', '8bit', 'host' or 'none'
     masters:bool=True        # is what trains fp32, whatever the rest is?
+    loaded:bool=False        # was the model loaded so, and nothing is measured in 16 bits before it is packed?
     def __post_init__(self):
         one_of('rest', self.rest, RESTS)
         one_of('bits', self.bits, (32, 16, 8, 4))
@@ -76,9 +77,8 @@ class Fixed(Record):
 
 # %% ../../nbs/03_model/17_needs.ipynb #78991670
 def _packable(model):
-    "Weights that bitsandbytes would pack: linear layers in blocks"
-    blocks = (b for stack in Places(model).stacks for _,b in stack)
-    return {m.weight for b in blocks for m in b.modules() if type(m) is nn.Linear}
+    "Weights that bitsandbytes would pack"
+    return {m.weight for m in packable(model).values()}
 
 def _resting(p, held, packable):
     "Bytes of a weight that does not train"
@@ -120,6 +120,10 @@ def draw(
     "Units that a policy with this budget might choose, and their parameters"
     picked = StaticPolicy('random', budget, 3, pin=pin, ban=ban).select(None, layers.units)
     return [p for n in picked.names for p in layers.params(n)]
+
+def _smallest(layers):
+    "Fraction of the parameters in the smallest unit that a policy may choose"
+    return min(u.n_params for u in layers.units if u.eligible)/sum(u.n_params for u in layers.units)
 
 def _part(layers):
     "Fraction of the parameters that a policy may choose"
@@ -213,7 +217,7 @@ def needs(self:Sizer,
     # a packed weight is unpacked for as long as it multiplies
     packed = _packable(self.whole) if held.rest == 'nf4' else ()
     more = max((2*p.numel() for p in packed), default=0)
-    probed = self.probe_bytes(held) - _not_yet(self.whole, fixed, held) if probe else 0
+    probed = self.probe_bytes(held) - _not_yet(self.whole, fixed, held) if probe and not held.loaded else 0
     now = dict(activations=step.activations+more, both=step.both+more, workspace=WORKSPACE*self.cuda)
     return Needs(**fixed.to_dict(), **now, probe=max(probed, 0))
 
@@ -235,4 +239,6 @@ def alf(self:Sizer,
 )->Needs:
     "When ALF trains within a budget"
     short = min(1., budget*_part(self.short_layers)/_part(self.layers))
+    # a unit is a larger part of a shorter model
+    short = max(short, _smallest(self.short_layers))
     return self.needs(draw(self.layers, budget, pin, ban), draw(self.short_layers, short, pin, ban), held, probe)

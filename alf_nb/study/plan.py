@@ -85,6 +85,10 @@ def _adapters(model): return [p for k,p in model.named_parameters() if '.lora_' 
 # %% ../../nbs/09_study/14_plan.ipynb #c6fcd024
 _REST = dict(fp32='fp32', bf16='16-bit', nf4='4-bit')
 
+def _rest(held):
+    if held.loaded: return ', loaded in 4 bits'
+    return '' if held.rest == 'fp32' else f', {_REST[held.rest]} rest'
+
 @dataclass(frozen=True)
 class Way(Needs):
     "A way of training, and its bytes by category."
@@ -98,15 +102,16 @@ class Way(Needs):
         if self.method == 'lora': return 'QLoRA' if h.rest == 'nf4' else f'LoRA on {_REST[h.rest]} weights'
         state = ', 8-bit state' if h.bits == 8 else ''
         if self.method == 'full': return f"full, {'fp32' if h.masters else '16-bit, no masters'}{state}"
-        rest = '' if h.rest == 'fp32' else f', {_REST[h.rest]} rest'
-        return f'alf {percent(self.budget, 0)}{rest}{state}'
+        return f'alf {percent(self.budget, 0)}{_rest(h)}{state}'
 
 # %% ../../nbs/09_study/14_plan.ipynb #780e9396
 def _helds(references, bf16):
     "How ALF may hold what it has"
     fp32 = [Held(references=references)]
     if not bf16: return fp32
-    return fp32 + [Held('bf16', 32, references), Held('nf4', 32, references), Held('nf4', 8, references)]
+    four = dict(rest='nf4', references=references)
+    loaded = [Held(bits=bits, loaded=True, **four) for bits in (32, 8)]
+    return [*fp32, Held('bf16', references=references), Held(**four), *loaded]
 
 # %% ../../nbs/09_study/14_plan.ipynb #98e0a4d1
 def _ways(model, budgets, references, probe, rank, **step):
@@ -190,8 +195,8 @@ ASSUMPTIONS = dict(
     state="AdamW, fused: two moments. 8-bit ones as in bitsandbytes, with an fp32 scale for every 256.",
     rest=(
         "4-bit is nf4 with an fp32 scale for every 64, of linear layers in blocks; embeddings, norms and head stay"
-        " 16-bit. What trains is fp32, except without masters, where updates are rounded to 16 bits. ALF packs so"
-        " with `quantize_frozen=4`."
+        " 16-bit. What trains is fp32; without masters updates are rounded to 16 bits. `quantize_frozen=4` packs so"
+        " after the choice; of a model loaded in 4 bits `unpack` gives back what is to train, and nothing is measured."
     ),
     probe=(
         "ALF's gradient probe keeps the activations of all units, one gradient and a sign for each parameter; it is"
