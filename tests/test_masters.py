@@ -1,5 +1,6 @@
 "Of a 16-bit model, what trains is held in fp32: it learns as an fp32 model does, and nothing else of it changes."
 import copy
+import io
 import json
 import sys
 import warnings
@@ -186,6 +187,13 @@ def test_a_delta_of_16_bits_is_exact(tmp_path):
     assert same(weights(again), weights(t)) and not same(weights(half()), weights(t))
 
 
+def on_disk(x):
+    "As it comes back from a file"
+    torch.save(x, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 def loop(model, folder=None, resume=None, steps=12, stop=None, optimizer=None, **settings):
     rows = [dict(input_ids=b, labels=b) for b in torch.arange(6*2*24).reshape(6, 2, 24) % model.config.vocab_size]
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -201,8 +209,8 @@ def loop(model, folder=None, resume=None, steps=12, stop=None, optimizer=None, *
             alf.step()
             found.append(value.item())
             if alf.steps == stop:
-                return found, copy.deepcopy(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                                 alf=alf.state_dict()))
+                return found, on_disk(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                           alf=alf.state_dict()))
     return found, weights(model)
 
 

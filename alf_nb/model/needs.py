@@ -32,11 +32,13 @@ def packed_bytes(
 
 def adamw_bytes(
     n:int,      # parameters of a tensor
-    bits:int=32,# of its two moments: 32, 16 or 8
+    bits:int=32,# of its two moments: 32, 16, 8 or 4
 )->int:
     "Bytes of AdamW's state of a tensor"
     # bitsandbytes: blocks of 256 with an fp32 scale each; tensors below 4,096 elements stay in fp32
     if bits == 8 and n >= 4096: return 2*(n + 4*-(-n//256))
+    # torchao: blocks of 128
+    if bits == 4 and n >= 4096: return 2*(-(-n//2) + 4*-(-n//128))
     return 2*n*(2 if bits == 16 else 4) + 4
 
 def copy_bytes(
@@ -53,13 +55,13 @@ def copy_bytes(
 class Held(Record):
     "How weights, optimizer and references are held."
     rest:str='fp32'          # what does not train: one of `RESTS`
-    bits:int=32              # of AdamW's moments: 32, 16 or 8
+    bits:int=32              # of AdamW's moments: 32, 16, 8 or 4
     references:str='none'    # where ALF's references live: 'device', '8bit', 'host' or 'none'
     masters:bool=True        # is what trains fp32, whatever the rest is?
     loaded:bool=False        # was the model loaded so, and nothing is measured in 16 bits before it is packed?
     def __post_init__(self):
         one_of('rest', self.rest, RESTS)
-        one_of('bits', self.bits, (32, 16, 8))
+        one_of('bits', self.bits, (32, 16, 8, 4))
         one_of('references', self.references, ('device', '8bit', 'host', 'none'))
 
 @dataclass(frozen=True)

@@ -132,17 +132,21 @@ def entry_tensors(x, seen=None):
         if not isinstance(v, OPAQUE): yield from entry_tensors(v, seen)
 
 # %% ../../nbs/03_model/06_states.ipynb #57c5c316
+def _bytes_of(t):
+    "A number repeated by its strides is held once"
+    return t.element_size()*(1 if t.numel() and not any(t.stride()) else t.numel())
+
 def entry_bytes(x):
     "Bytes of the tensors in one entry of a state; of weights in pieces, what this process holds"
-    # a number repeated by its strides is held once
-    return sum(t.element_size()*(1 if t.numel() and not any(t.stride()) else t.numel()) for t in entry_tensors(x))
+    return sum(map(_bytes_of, entry_tensors(x)))
 
 def optimizer_bytes(
     optimizer # any torch optimizer
 )->int:
-    "Bytes of all tensors in the optimizer's state; of a chain, in those of its members"
-    held = {id(s): s for state in states_of(optimizer) for s in state.values() if isinstance(s, Mapping)}
-    return sum(entry_bytes(v) for s in held.values() for v in s.values())
+    "Bytes of all tensors in the optimizer's state; of a chain, in those of its members; what is shared counts once"
+    every = (s for state in states_of(optimizer) for s in state.values() if isinstance(s, Mapping))
+    tensors = (t for s in every for v in s.values() for t in entry_tensors(v))
+    return sum({(t.device, t.data_ptr() or id(t)): _bytes_of(t) for t in tensors}.values())
 
 def gradient_bytes(
     model:torch.nn.Module # any model

@@ -22,7 +22,7 @@ from ..model.optim import first_states, pop_state, put_state, set_first_states
 from ..model.bits import sample_bits, spread_sample
 from ..model.offload import on_device_of
 from ..model.packing import pack_states, safe_classes
-from ..model.optim import param_state, apply_selection, rebuild_ddp_buckets
+from ..model.optim import param_state, apply_selection, rebuild_ddp_buckets, to_pages
 from ..model.packing import state_classes, unpack_states
 from ..model.states import states_of
 from ..model.shards import full_tensor
@@ -303,6 +303,7 @@ def _restore_masters(run, saved, params):
     for k,s in saved.trained.items():
         pop_state(states, params[k])
         put_state(states, params[k], {e: on_device_of(v, params[k]) for e,v in s.items()})
+    to_pages(run.optimizer, [params[k] for k in params if params[k].requires_grad])
     run.guards.note_dtypes()
 
 # %% ../../nbs/06_train/16_saving.ipynb #d8e50caf

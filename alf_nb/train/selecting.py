@@ -19,10 +19,9 @@ from ..model.fit import Search, largest_budget
 from ..model.needs import Held, Sizer
 from ..model.optim import apply_selection, first_states, rebuild_ddp_buckets
 from ..model.quantize import pack, weight_bytes
-from ..model.states import drop_params, optimizer_bytes
+from ..model.states import drop_params, optimizer_bytes, unwrap_optimizer
 from ..model.shards import reshard
 from ..model.tree import is_packed
-from ..model.updates import plain_optimizer
 from ..signals.probe import NothingToCompare
 from .choosing import choose_reached
 
@@ -56,21 +55,22 @@ def _inner(model):
         " transformers; give a budget"
     )
 
+# %% ../../nbs/06_train/11_selecting.ipynb #0eba7c55
 def _held(run):
     "How weights, optimizer and references are held"
     c,half = run.config,bool(run.masters.base)
     masters = run.masters.on or not half
-    bits = 32 if masters else 16
-    if _is_8bit(plain_optimizer(run.optimizer)): bits = 8
+    bits = _bits_of(unwrap_optimizer(run.optimizer)) or (32 if masters else 16)
     rest = 'bf16' if half else 'fp32'
     if c.quantize_frozen: rest = 'nf4'
     references = 'none' if run.windows.snapshot is None else c.references
     return Held(rest, bits, references, masters)
 
-def _is_8bit(optimizer):
-    "Does it hold its moments in 8 bits? As torchao and bitsandbytes say it"
-    args = getattr(optimizer, 'args', None)
-    return '8bit' in type(optimizer).__name__ or getattr(args, 'optim_bits', 32) == 8
+def _bits_of(optimizer):
+    "Bits of a moment, as classes of torchao and bitsandbytes say it; None: those of the weights"
+    name,args = type(optimizer).__name__,getattr(optimizer, 'args', None)
+    if type(optimizer).__module__.startswith('bitsandbytes'): return getattr(args, 'optim_bits', 32)
+    return next((bits for word,bits in (('8bit', 8), ('4bit', 4), ('Fp8', 8)) if word in name), None)
 
 # %% ../../nbs/06_train/11_selecting.ipynb #8fc8944b
 def _check_alone(run):

@@ -138,7 +138,8 @@ def by_class(self:_Kept, p):
 def by_example(self:_Kept, p):
     "As it is kept now for another parameter; None: there is none"
     s = self.seen.get(self.kind(p))
-    return s and {e: (v.shape, (v.dtype,)) if isinstance(v, Tensor) else None for e,v in s.items()}
+    # what was loaded before there were masters has the dtype of the weights
+    return s and {e: (v.shape, (v.dtype, self.dtype(p))) if isinstance(v, Tensor) else None for e,v in s.items()}
 
 def _check_step(at, v, most):
     one = v.item() if isinstance(v, Tensor) and v.numel() == 1 else v
@@ -156,7 +157,7 @@ def _check_entry(at, entry, v, p, want, most):
     if any(t.numel() > room for t in entry_tensors(v) if is_repeated(t)):
         raise ValueError(f"{at} repeats a number too often")
     _check_numbers(at, v, p)
-    if entry in _SQUARES and any(bool((_few(x) < 0).any()) for x in entry_tensors(v) if x.is_floating_point()):
+    if entry in _SQUARES and any(bool((_few(x).float() < 0).any()) for x in entry_tensors(v) if x.is_floating_point()):
         raise ValueError(f"{at} is negative, and a mean of squares is not")
 
 # %% ../../nbs/06_train/02_tensors.ipynb #74c46eea

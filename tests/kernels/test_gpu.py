@@ -95,3 +95,31 @@ def test_from_another_stream_and_thread(items):
 def test_training_with_the_kernels_of_liger(tmp_path):
     pytest.importorskip('liger_kernel')
     check_liger(*liger_and_plain(tmp_path, 'cuda'))
+
+@pytest.mark.parametrize('offload', ['second_moment', 'none'])
+@pytest.mark.parametrize('optim', ['paged_adamw_8bit', 'paged_adamw_32bit'])
+def test_paged_moments_stay_in_pages(tmp_path, optim, offload):
+    "Where units come and go, and after a resume; a 16-bit model with fp32 for what trains"
+    pytest.importorskip('bitsandbytes')
+    from small_run import losses, small_trainer
+    from alf_nb.demo import demo_model
+    from alf_nb.model.optim import _PAGES
+    from alf_nb.model.states import unwrap_optimizer
+    from alf_nb.train.trainer import ALFCallback
+    large = lambda ps: [p for p in ps if p.numel() >= 1e5]      # smaller ones are in no pages
+    def run(resume=None):
+        torch.manual_seed(0)
+        model = demo_model(blocks=2, hidden_size=512, intermediate_size=1024).bfloat16()
+        one = ALFCallback(policy='rotate', budget=.3, interval=2, measure_every=2, select_until=1., offload=offload,
+                          resume_from=resume)
+        t = small_trainer(tmp_path, one, model=model, optim=optim, bf16=True, use_cpu=False, max_steps=22,
+                          save_strategy='steps', save_steps=5)
+        t.train(resume_from_checkpoint=resume)
+        opt = unwrap_optimizer(t.optimizer)
+        here = large(opt.state)
+        assert here and all(opt.state[p][k].is_paged for p in here for k in ('state1', 'state2'))
+        every = large(p for n in one.run.names for p in one.run.layers.params(n))
+        assert 0 < sum(b.numel() for b in _PAGES[opt]) <= 2*sum(p.numel() for p in every)
+        return losses(t)
+    whole = run()
+    assert run(str(tmp_path/'checkpoint-5'))[5:] == pytest.approx(whole[5:], rel=.02)
