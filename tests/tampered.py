@@ -31,7 +31,12 @@ FREE = {"selection.reason"}  # any text will do
 SIGNED = {"config.seed", "config.policy.seed", "policy.seed"}  # whole numbers of any size and sign
 MAYBE = {"config.interval"}  # None is a value of it
 RUN = dict(budget=0.2, interval=2, measure_every=1, select_until=1.0, hysteresis=0.0)
-SETTINGS = {"default": {}, "full": dict(offload="full"), "8bit": dict(references="8bit")}
+SETTINGS = {
+    "default": {},
+    "device": dict(references="device"),
+    "full": dict(offload="full", references="device"),
+    "8bit": dict(references="8bit"),
+}
 
 
 class Reached(Exception):
@@ -195,8 +200,9 @@ def bad_tensors(tensors):
     ):
         yield f"{k!r}: unknown", {**tensors, k: one.clone()}
     parked = next(k for k in tensors if k.endswith("/exp_avg_sq"))
-    trains = next(k[4:].removesuffix("/q") for k in tensors if k.startswith("ref/"))
-    yield "parked beside what trains", {**tensors, f"parked/{trains}/exp_avg_sq": tensors[parked].clone()}
+    trains = [k[4:].removesuffix("/q") for k in tensors if k.startswith("ref/")]
+    for k in trains[:1]:
+        yield "parked beside what trains", {**tensors, f"parked/{k}/exp_avg_sq": tensors[parked].clone()}
 
 
 def bad_optimizers(saved):
