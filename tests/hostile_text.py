@@ -283,6 +283,15 @@ def a_failed_view(folder, evil):
 # class → (folder, evil) → an object of it with `evil` in every text; a class that shows itself and is not here fails
 # the test
 WAY = Way(**dict.fromkeys((f.name for f in dataclasses.fields(Needs)), 1), method="full", budget=None, held=Held())
+
+
+def a_plan(evil, memory=None): return Plan("m" + evil("m"), 100, 1, 16, True, False, "cpu", memory, (WAY,))
+
+
+def a_plan_view(folder, evil):
+    from alf_nb.widgets.plan import PlanView
+    return PlanView(a_plan(evil, 1 << 30))
+
 MAKERS = dict(
     RunLog=lambda folder, evil: RunLog(a_run(folder, evil)),
     Selection=lambda folder, evil: Selection.from_dict(
@@ -302,13 +311,14 @@ MAKERS = dict(
     SignalAudit=lambda folder, evil: an_audit(evil),
     Layers=lambda folder, evil: a_model(evil),
     Delta=lambda folder, evil: Delta("p", "base" + evil("base"), ("a" + evil("a"),), "9" + evil("9"), 10, 100),
-    Plan=lambda folder, evil: Plan("m" + evil("m"), 100, 1, 16, True, False, None, (WAY,)),
+    Plan=lambda folder, evil: a_plan(evil),
     Comparison=lambda folder, evil: compare_runs([a_run(folder, evil)] * 2),
     PolicyComparison=lambda folder, evil: PolicyComparison(results(evil)),
     Followed=a_followed_log,
     RunReading=lambda folder, evil: read_once(a_run(folder, evil)),
     Html=pictures,
     View=a_failed_view,
+    PlanView=a_plan_view,
     ThresholdPicker=a_picker,
     SelectionMap=a_map,
     TrainingDashboard=a_dashboard,

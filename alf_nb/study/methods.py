@@ -105,7 +105,7 @@ def _adapter(**kw):
 # %% ../../nbs/09_study/11_methods.ipynb #1e88e693
 _LOW, _MID, _HIGH = (5e-5, 1e-4, 2e-4), (1e-4, 2e-4, 4e-4), (2e-4, 4e-4, 8e-4)   # learning rates to try
 _anywhere = dict(strata=0)
-_once = dict(interval=0, probe_batches=2, freeze_bottom=.2, **_anywhere)
+_once = dict(interval=0, probe_batches=2, references='none', freeze_bottom=.2, **_anywhere)
 
 _FULL = Method('full', 'every parameter trains', _LOW)
 _ALF = (
@@ -132,7 +132,7 @@ _SIGNALS = (
 )
 
 # %% ../../nbs/09_study/11_methods.ipynb #50cc6e1d
-_unmeasured = dict(measure_every=10**6)
+_unmeasured = dict(references='none', measure_every=10**6)
 
 def _static(where, unit='block'):
     return dict(policy=dict(policy='static', where=where, budget=.25), unit=unit, interval=0, **_unmeasured)
@@ -164,7 +164,7 @@ _ADAPTERS = (
     Method('lora', 'LoRA, rank 16 on all linear layers, PEFT', _RATES, prepare=_adapter()),
     Method('lora-top80', 'the same LoRA, but the lowest fifth of the blocks stays as it is and backward ends above: ALF'
            ' over PEFT, nothing chosen by a measurement', _RATES,
-           dict(policy='full', freeze_bottom=.2, interval=0), _adapter()),
+           dict(policy='full', freeze_bottom=.2, interval=0, references='none'), _adapter()),
     Method('alf-lora', 'the same, and of the adapters above the lowest fifth only the half with the highest gain',
            _RATES, dict(_once, budget=.4), _adapter(), True),
     Method('pissa', 'LoRA that starts from the largest singular values (PiSSA, https://arxiv.org/abs/2404.02948), rank'
