@@ -10,7 +10,7 @@ __all__ = ['memory_sizes', 'plan_table', 'what_fits', 'PlanView']
 # %% ../../nbs/08_widgets/10_plan.ipynb #d4e3ed52
 import ipywidgets as W
 from fastcore.basics import patch
-from ..core.foreign import escape
+from ..core.foreign import escape, visible
 from ..core.format import human_bytes, human_count, percent
 from ..report.html import data_table, status_line, tag
 from .base import View
@@ -103,4 +103,4 @@ def static_html(self:PlanView)->str:
     return tag('p', escape(what_fits(plan))) + plan_table(plan)
 
 @patch
-def one_line(self:PlanView)->str: return f"PlanView of {self.plan.model}: {what_fits(self.now)}"
+def one_line(self:PlanView)->str: return f"PlanView of {visible(self.plan.model)}: {what_fits(self.now)}"

@@ -19,7 +19,8 @@ def show(name, *evils):
         display(obj)
 """
 # one object for each payload; of views and pictures, in which every text gets one of them, one with each order of them
-RICH = ("Html", "View", "ThresholdPicker", "SelectionMap", "TrainingDashboard", "AttentionViewer", "CompareView")
+RICH = ("Html", "View", "PlanView", "ThresholdPicker", "SelectionMap", "TrainingDashboard", "AttentionViewer",
+        "CompareView")
 CELL = {
     n: f"show({n!r}, *({'map(each_its_own, (PAYLOADS, PAYLOADS[::-1]))' if n in RICH else 'map(the_same, PAYLOADS)'}))"
     for n in MAKERS
