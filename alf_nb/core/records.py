@@ -136,7 +136,7 @@ def _clean(v): return None if v is None or not math.isfinite(v) else float(v)
 @dataclass(frozen=True)
 class Scores(Record):
     "One signal's number for each unit, and how long ago it was measured."
-    signal:str          # `rate`, `coherence`, `gain`, `grad_norm` or `prior`
+    signal:str          # `rate`, `coherence`, `agreement`, `gain`, `grad_norm` or `prior`
     values:dict         # unit name → value; None: unknown
     ages:dict=field(default_factory=dict) # unit name → steps since measured; absent: 0
     def __post_init__(self): object.__setattr__(self, 'values', {k: _clean(v) for k,v in self.values.items()})

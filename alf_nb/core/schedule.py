@@ -11,6 +11,7 @@ __all__ = ['default_interval', 'rotation', 'turns', 'Schedule', 'schedule_of']
 import math
 from dataclasses import dataclass
 from fastcore.basics import patch
+from .policies import StaticPolicy
 from .policy import make_candidates
 
 # %% ../../nbs/01_core/10_schedule.ipynb #fa1109c8
@@ -41,9 +42,19 @@ def rotation(
     return tuple(map(tuple, groups or [pinned]))
 
 # %% ../../nbs/01_core/10_schedule.ipynb #e52e6dac
+def _by_lot(policy, units):
+    "Units drawn in strata, while nothing is known: as good as any others"
+    budget = getattr(policy, 'budget', None)
+    if budget is None:
+        b = make_candidates(None, units, policy.pin, policy.ban)
+        budget = min(1., b.share([u.name for u in b.pinned]) + .25)
+    lot = StaticPolicy(where='random', budget=budget, strata=3, pin=policy.pin, ban=policy.ban, seed=policy.seed)
+    return lot.select(None, units).names
+
 def turns(start, policy, units):
     "Groups of unit names that train one after the other while a start lasts; none: the first selection is a real one"
     if start == 'rotate': return rotation(policy, units)
+    if start == 'meter': return (_by_lot(policy, units),)
     if start != 'warm-up': return ()
     b = make_candidates(None, units, policy.pin, policy.ban)
     return (tuple(u.name for u in (*b.pinned, *b.units)),)
@@ -78,6 +89,18 @@ def due(self:Schedule,
 
 # %% ../../nbs/01_core/10_schedule.ipynb #141e36a9
 @patch
+def metered(self:Schedule,
+    step:int,  # that is about to be made, counted from 1
+    n:int      # steps to look at before each re-selection
+)->bool:
+    "Does a meter look at this step? All of the start, and `n` before each re-selection, evenly spread"
+    if step <= self.warm_up: return True
+    if not (self.every and n): return False
+    due,stride = -(-step//self.every)*self.every,max(1, self.every//n)
+    if due <= self.warm_up or not self.due(due): return False
+    return (due - step) % stride == 0 and (due - step)//stride < n
+
+@patch
 def next_after(self:Schedule,
     step:int # optimizer step
 )->int|None:
@@ -85,6 +108,11 @@ def next_after(self:Schedule,
     return next((s for s in range(step+1, self.max_steps) if self.due(s)), None)
 
 # %% ../../nbs/01_core/10_schedule.ipynb #bdfbf642
+def _warm_up(config, max_steps):
+    "Steps of a start"
+    if config.warm_up is not None: return config.warm_up
+    return min(max(max_steps//8, 2), 16) if config.start == 'meter' else 16
+
 def schedule_of(
     config,         # `ALFConfig` of the run
     max_steps:int,  # its optimizer steps
@@ -94,4 +122,4 @@ def schedule_of(
     "The schedule that settings mean for a run of so many steps"
     every = default_interval(max_steps) if config.interval is None else config.interval
     groups = turns(config.start, policy or config.policy, units) if units else ()
-    return Schedule(max_steps, every, config.select_until, config.warm_up if groups else 0, groups)
+    return Schedule(max_steps, every, config.select_until, _warm_up(config, max_steps) if groups else 0, groups)

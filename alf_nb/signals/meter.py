@@ -8,7 +8,7 @@ Docs: https://example.github.io/alf_nb/05_signals/meter.html.md"""
 __all__ = ['metered_modules', 'Metered', 'Meter']
 
 # %% ../../nbs/05_signals/08_meter.ipynb #7f68e49e
-import math, torch, weakref
+import math, time, torch, weakref
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -48,14 +48,23 @@ def _wanting(output):
     "`output`, which asks for a gradient; a copy, as what asks first may not be written to"
     return output.requires_grad_().clone()
 
+class _Hook:
+    "A forward hook of `_Hooks`. A copy of the model, or a pickle, has one that does nothing"
+    def __init__(self, hooks=None): self.hooks = None if hooks is None else weakref.ref(hooks)
+    def __call__(self, module, args, output):
+        hooks = self.hooks and self.hooks()
+        return hooks and hooks.forward(module, args, output)
+    def __reduce__(self): return _Hook, ()
+
 class _Hooks:
     "Adds up δᵀ(xS) of the modules that it watches."
     def __init__(self, model):
         self.model,self.sums,self.signs = model,{},{}
         self.seed,self.handles,self.last = 0,[],(None, 0, None)
+        self.seconds = 0.       # spent in hooks
 
     def watch(self, modules):
-        if not self.handles: self.handles = [m.register_forward_hook(self.forward) for m in modules]
+        if not self.handles: self.handles = [m.register_forward_hook(_Hook(self)) for m in modules]
 
     def remove(self):
         while self.handles: self.handles.pop().remove()
@@ -79,20 +88,24 @@ def _sums_of(self:_Hooks, x):
 def forward(self:_Hooks, module, args, output):
     "A linear layer is passed"
     if not (args and self.model.training and torch.is_grad_enabled() and torch.is_floating_point(output)): return
+    t0 = time.perf_counter()
     with torch.no_grad(), torch.autocast(output.device.type, enabled=False): sums = self._sums_of(args[0])
     wanted = output if output.requires_grad else _wanting(output)
     wanted.register_hook(lambda g: self.backward(module, g, sums))
+    self.seconds += time.perf_counter() - t0
     return wanted
 
 @patch
 @torch.no_grad()
 def backward(self:_Hooks, module, g, sums):
     "The gradient of its output has come"
+    t0 = time.perf_counter()
     g = g.float() if g.dtype is torch.float16 else g     # scaled by a gradient scaler, sums would overflow
     with torch.autocast(g.device.type, enabled=False):
         v = g.reshape(-1, g.shape[-1]).T @ sums.to(g.dtype)
     old = self.sums.get(module)
     self.sums[module] = v.float() if old is None else old.add_(v)
+    self.seconds += time.perf_counter() - t0
 
 # %% ../../nbs/05_signals/08_meter.ipynb #502f0b3b
 @dataclass
@@ -120,7 +133,7 @@ class Meter:
 
     def arm(self): self.hooks.watch({m: None for ms in self.modules.values() for m in ms})
 
-    def disarm(self):
+    def remove(self):
         self.hooks.remove()
         self.hooks.sums = {}
 
@@ -176,6 +189,7 @@ def end_step(self:Meter,
 )->bool:           # False: gradients were not finite, and nothing is added
     "Add the sketches of this step; under a group of processes all of them have to call this"
     if not self.modules: return True
+    t0 = time.perf_counter()
     parts,reached = self._of_step(scale)
     self.hooks.sums = {}
     squares = torch.stack([p.square().sum() for p in parts]).tolist()
@@ -187,6 +201,7 @@ def end_step(self:Meter,
         f.squares[n] = f.squares.get(n, 0.) + square
         if n in f.sums: f.sums[n] += part
         else: f.sums[n] = part.clone()
+    self.hooks.seconds += time.perf_counter() - t0
     return True
 
 # %% ../../nbs/05_signals/08_meter.ipynb #e605b690

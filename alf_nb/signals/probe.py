@@ -15,6 +15,7 @@ from torch import Tensor
 from ..model.layers import Layers
 from ..core.records import Scores
 from ..model.shards import in_group, is_sharded, local_tensor, reduce_shards
+from ..kernels.sketch import random_signs, squared_mean
 from .untouched import modules_in, same_draws, same_modules
 
 # %% ../../nbs/05_signals/05_probe.ipynb #04bb106a
@@ -39,6 +40,7 @@ class Probe:
     "What a probe found, and what it cost."
     gain:Scores          # agreement of gradients between batches, loss per parameter and learning rate
     grad_norm:Scores     # mean gradient norm per √parameter
+    agreement:Scores     # what gradients have in common, per √parameter; negative: less than by chance
     loss:float           # mean loss of the batches
     batches:int          # batches used
     peak_bytes:int       # most bytes of gradients and sign bits at any moment
@@ -48,7 +50,21 @@ class _Reducer:
     "Reduces each gradient of some parameters the moment it is complete, and frees it."
     def __init__(self):
         self.signs,self.pairs,self.sq = {},{},{}
+        self.sketches = {}      # parameter → Σ over batches of its sketch, and of the square of that
+        self.columns = {}       # width → random signs
         self.held = self.peak = 0
+
+    def sketch(self, p, g):
+        "Add G times random signs"
+        rows = g.float().reshape(g.shape[0] if g.dim() > 1 else g.numel(), -1)
+        key = rows.shape[1],g.device
+        if key not in self.columns: self.columns[key] = random_signs(key[0], 0).to(g.device)
+        v = rows @ self.columns[key]
+        square = v.square().sum(dtype=torch.float64)
+        if p not in self.sketches: self.held += v.numel()*v.element_size()
+        old,squares = self.sketches.get(p, (0., 0.))
+        self.sketches[p] = old + v,squares + square
+
     def __call__(self, p):
         # of a weight in pieces, the mean over the processes is in already
         g,p.grad = local_tensor(p.grad).detach(),None
@@ -59,6 +75,7 @@ class _Reducer:
             )
         else: self.held += (g.numel()+7)//8
         self.signs[p] = _pack_signs(g)
+        self.sketch(p, g)
         self.sq[p] = g.float().square().sum(dtype=torch.float64)
 
 # %% ../../nbs/05_signals/05_probe.ipynb #ef79e98d
@@ -192,6 +209,12 @@ def _unit_squares(layers, names, squares):
     found = {n: [squares[p] for p in layers.params(n) if p in squares] for n in names}
     return {n: torch.stack(sq).sum() for n,sq in found.items() if sq}
 
+def _unit_sketches(layers, names, sketches):
+    "‖Σ V‖² over batches and Σ ‖V‖² of the units that got gradients, from the sketches of parameters"
+    found = {n: [sketches[p] for p in layers.params(n) if p in sketches] for n in names}
+    of_sum = {n: sum(v.square().sum(dtype=torch.float64) for v,_ in both) for n,both in found.items() if both}
+    return of_sum,{n: sum(square for _,square in both) for n,both in found.items() if both}
+
 def _unit_pairs(layers, names, pairs):
     "Σ g·sign g' of the units that got gradients, from those of parameters"
     found = {n: [pairs[p] for p in layers.params(n) if p in pairs] for n in names}
@@ -224,16 +247,18 @@ def _check_passes(layers, passes):
     if said: warnings.warn(said)
 
 # %% ../../nbs/05_signals/05_probe.ipynb #6ec44e84
-def _totals(layers, names, pairs, passes):
-    "Over all processes, for each of the units: was it reached at all?, Σ g·sign g', and Σ of the norms of the batches"
-    pair,squares = _unit_pairs(layers, names, pairs),passes.squares
+def _totals(layers, names, reducer, passes):
+    """Over all processes, for each of the units: was it reached at all?, Σ g·sign g', ‖Σ V‖² and Σ ‖V‖² of sketches, and
+    Σ of the norms of the batches"""
+    pair,squares = _unit_pairs(layers, names, reducer.pairs),passes.squares
+    sketched = _unit_sketches(layers, names, reducer.sketches)
     device,zero = passes.losses[0].device,torch.zeros((), dtype=torch.float64)
     row = lambda found: torch.stack([found.get(n, zero).to(device) for n in names])
-    # was it reached at all?, Σ g·sign g', and Σ g² of each batch
-    table = torch.stack([row({n: zero+1 for q in squares for n in q}), row(pair), *map(row, squares)])
+    # the last rows: Σ g² of each batch
+    table = torch.stack([row({n: zero+1 for q in squares for n in q}), row(pair), *map(row, sketched), *map(row, squares)])
     if sharded := any(is_sharded(p) for n in names for p in layers.params(n)):
         table = torch.tensor(reduce_shards(layers, names, table.tolist())[0], dtype=torch.float64)
-    table = torch.cat([table[:2], table[2:].sqrt().sum(0, keepdim=True)])
+    table = torch.cat([table[:4], table[4:].sqrt().sum(0, keepdim=True)])
     if not sharded and in_group():
         torch.distributed.all_reduce(table)
         table[1:] /= torch.distributed.get_world_size()
@@ -241,12 +266,14 @@ def _totals(layers, names, pairs, passes):
 
 # %% ../../nbs/05_signals/05_probe.ipynb #db4c6ee2
 def _signals(layers, names, totals, n_batches):
-    "`gain` and `grad_norm`; a unit that got no gradient (an unused module) stays unknown"
+    "`gain`, `grad_norm` and `agreement`; a unit that got no gradient (an unused module) stays unknown"
     size,blank = {n: layers[n].n_params for n in names},dict.fromkeys(layers)
-    reached,pair,norm = totals
+    reached,pair,of_sum,square,norm = totals
     gain = {n: v/(n_batches-1)/size[n] for n,v,r in zip(names, pair, reached) if r}
     grad_norm = {n: v/n_batches/math.sqrt(size[n]) for n,v,r in zip(names, norm, reached) if r}
-    return Scores('gain', blank | gain), Scores('grad_norm', blank | grad_norm)
+    mean = {n: squared_mean(a, b, n_batches)/size[n] for n,a,b,r in zip(names, of_sum, square, reached) if r}
+    agreement = {n: math.copysign(math.sqrt(abs(v)), v) for n,v in mean.items()}
+    return Scores('gain', blank | gain), Scores('grad_norm', blank | grad_norm), Scores('agreement', blank | agreement)
 
 # %% ../../nbs/05_signals/05_probe.ipynb #db76cbc5
 def probe_gradients(
@@ -264,5 +291,5 @@ def probe_gradients(
         passes = _run_batches(layers, names, batches, loss, reducer, progress)
     _check_passes(layers, passes)
     n_batches = len(passes.losses)
-    gain,grad_norm = _signals(layers, names, _totals(layers, names, reducer.pairs, passes), n_batches)
-    return Probe(gain, grad_norm, float(torch.stack(passes.losses).float().mean()), n_batches, reducer.peak)
+    signals = _signals(layers, names, _totals(layers, names, reducer, passes), n_batches)
+    return Probe(*signals, float(torch.stack(passes.losses).float().mean()), n_batches, reducer.peak)

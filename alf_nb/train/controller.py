@@ -8,9 +8,10 @@ Docs: https://example.github.io/alf_nb/06_train/controller.html.md"""
 __all__ = ['ALFController', 'settings', 'write_begin', 'figures']
 
 # %% ../../nbs/06_train/13_controller.ipynb #19b389fb
-import math, time, uuid
+import math, time, uuid, warnings
+from dataclasses import replace
 from fastcore.basics import patch
-from ..core.config import MOVED, PROBED
+from ..core.config import MOVED
 from ..core.system import peak_rss_bytes, versions
 from ..kernels.plan import compile_kernels
 from ..model.masters import Masters, lost_to_rounding
@@ -31,7 +32,8 @@ from .guards import Guards, Journal
 from .marks import add_hooks, guard_allocators, note_frozen, thaw, warn_of_new_head
 from .nan import NonFinite
 from .reach import BlindBatches, ForwardHook, Reach
-from .selecting import check_can_pack, known_scores, note_peak, ours, select, use_policy
+from .selecting import check_can_pack, end_metered, known_scores, note_peak, ours, select, set_up_meter
+from .selecting import unmetered, use_policy, watch
 
 # %% ../../nbs/06_train/13_controller.ipynb #5827f6b4
 from .state import RunTotals
@@ -50,7 +52,8 @@ class ALFController:
         engine=None,    # `Engine`; None: this process alone
         release=None    # called before an error ends the run
     ):
-        self.config,self.optimizer,self.max_steps,self.engine = config,optimizer,max_steps,engine or Engine()
+        self.optimizer,self.max_steps,self.engine = optimizer,max_steps,engine or Engine()
+        self.config = config = _possible(config, self.engine)
         self.layers,self.units,self.asked = partition(model, config)
         self.names,self.policy = tuple(u.name for u in self.units),self.asked
         self.n_total = sum(u.n_params for u in self.units)
@@ -60,6 +63,12 @@ class ALFController:
         _set_up_step(self)
 
 # %% ../../nbs/06_train/13_controller.ipynb #361e5075
+def _possible(config, engine):
+    "Settings as far as they can be had: a compiled graph has no place for a meter"
+    if config.start != 'meter' or not engine.compiled: return config
+    warnings.warn("torch.compile leaves a meter no place in its graphs: gradients are probed instead (start='probe')")
+    return replace(config, start='probe')
+
 def _set_up_parts(run):
     "What measures, keeps and watches"
     c,layers,optimizer = run.config,run.layers,run.optimizer
@@ -69,7 +78,7 @@ def _set_up_parts(run):
     run.guards = Guards(layers, run.names, optimizer, run.journal)
     run.guards.sharded = any(is_sharded(p) for n in layers for p in layers.params(n))
     run.offloaded,run.reach = OffloadedStates(c.offload),Reach()
-    run.tracker = ImportanceTracker(run.names)
+    run.tracker,run.meter = ImportanceTracker(run.names),set_up_meter(run)
     run.tracker.update('prior', ours(run, prior_scores(layers)), 0)
     run.blind = BlindBatches(layers, lambda: run.selection.names, lambda: say_blind(run))
     run.nonfinite = NonFinite(layers, optimizer, run.windows, run.journal)
@@ -131,7 +140,7 @@ def begin(self:ALFController,
         warn_of_recompiling(1 + (math.ceil(self.config.select_until*self.max_steps/every) - 1 if every else 0))
     if resume is None: warn_of_new_head(model, self.units, self.policy)
     self.seen = known_scores(self, 0)
-    if self.config.signal in PROBED: self.source.lend()
+    if self.config.start == 'probe' or self.meter is not None and unmetered(self): self.source.lend()
     self.training = True        # a request may come as soon as somebody sees the first selection
     if resume is not None: resume(self)
     else:
@@ -140,13 +149,14 @@ def begin(self:ALFController,
         select(self, 0)
     _compile(self)
     self.blind.on = self.journal.news = True
+    watch(self, self.totals.steps)
     self.t_step = time.perf_counter()
 
 # %% ../../nbs/06_train/13_controller.ipynb #95810db8
 def _hook(run, model):
     "Hooks that are gone when the run ends"
     run.masters.watch()
-    add_hooks(model, run.masters)
+    add_hooks(model, run.masters, *([] if run.meter is None else [run.meter]))
     # fp16's scaler overflows on purpose, and leaves such steps out itself
     if run.config.check == 'freeze' and not run.engine.fp16:
         add_hooks(model, *run.nonfinite.gradients.watch(run.layers, run.names))
@@ -208,6 +218,7 @@ def before_optimizer_step(self:ALFController,
 ):
     "Gradients are there: at the end of a window, how far did the units move?"
     c = self.config
+    end_metered(self)
     self.measuring = step % c.measure_every == 0 or step == self.max_steps or self.schedule.due(step)
     self.guards.check_place(replaced=self.measuring)                # before the optimizer mixes dtypes
     if self.new_state or self.measuring: self.grad_bytes = gradient_bytes(self.layers.model)
@@ -293,6 +304,7 @@ def end_step(self:ALFController,
     t.share_sum += self.selection.share
     t.share_peak = max(t.share_peak, self.selection.share)
     take_request(self, step)
+    watch(self, step)
     self.stateless = self.guards.sharded and not any(any(s.values()) for s in states_of(self.optimizer))
     t.wall_s += time.perf_counter() - self.t_begin
     self.forget_pause()
@@ -363,8 +375,9 @@ def figures(
     n = max(t.steps, 1)
     return dict(
         wall_s=t.wall_s,
-        importance_s=t.measure_s + t.probe_s + t.select_s,
+        importance_s=t.measure_s + t.meter_s + t.probe_s + t.select_s,
         measure_s=t.measure_s,
+        meter_s=t.meter_s,
         probe_s=t.probe_s,
         select_s=t.select_s,
         trainable_share_mean=t.share_sum/n,

@@ -59,6 +59,12 @@ def count(self:Reach, names, step):
     return [n for n in names if n in self.out and n not in before]
 
 @patch
+def metered(self:Reach, name):
+    "A meter saw a gradient pass it"
+    self.dry[name] = 0
+    self.out.pop(name, None)
+
+@patch
 def probed(self:Reach, reached, batches, step):
     "Take over what a probe saw; a unit that was reached before may be missed by its few batches"
     for n,yes in reached.items():

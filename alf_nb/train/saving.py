@@ -27,14 +27,16 @@ from ..model.packing import state_classes, unpack_states
 from ..model.states import states_of
 from ..model.shards import full_tensor
 from ..signals.snapshots import restore_snapshot, snapshot_tensors
+from ..signals.meter import Metered
 
 # %% ../../nbs/06_train/16_saving.ipynb #59eead86
 from .choosing import without
 from .controller import settings, write_begin
 from .repacking import check_packed
 from .selecting import known_scores, select, use_policy
-from .state import Reached, State, Tracked, misfits
-from .tensors import check_loaded, check_masters, check_references, check_states, check_tensor_names, piece_of
+from .state import MeterState, Reached, State, Tracked, misfits
+from .tensors import check_loaded, check_masters, check_metered, check_references, check_states
+from .tensors import check_tensor_names, piece_of
 
 # %% ../../nbs/06_train/16_saving.ipynb #6a976f0f
 def fingerprint(layers, masters):
@@ -104,13 +106,20 @@ def _put_masters_aside(run, params, tensors, with_state):
     _say_lost(run, lost)
     return trained
 
+def _metered(run):
+    "What a meter has added up, as numbers; None: there is none"
+    if run.meter is None: return None
+    found = run.meter.found
+    return MeterState(found.seed, found.steps, dict(found.squares))
+
 def _what_is_known(run):
     "What a run has measured and chosen so far"
     return dict(
         units=_units(run), weights=fingerprint(run.layers, run.masters), policy=run.policy.to_dict(),
         banned=[n for n in run.names if n in run.banned], selection=run.selection,
         tracker=Tracked(**run.tracker.state_dict()), marks=run.windows.starts, cum_lr=run.rates.total,
-        totals=run.totals, reach=Reached(**run.reach.state_dict(run.names)), new_state=run.new_state, again=run.again)
+        totals=run.totals, reach=Reached(**run.reach.state_dict(run.names)), meter=_metered(run),
+        new_state=run.new_state, again=run.again)
 
 # %% ../../nbs/06_train/16_saving.ipynb #2ff26333
 def collect(
@@ -121,6 +130,7 @@ def collect(
     "All that a resume needs beside model and optimizer; of weights in pieces every process has to ask"
     made_up,snapshot = drop_made_up(run),run.windows.snapshot
     tensors = {} if snapshot is None else {f'ref/{k}': t for k,t in snapshot_tensors(snapshot).items()}
+    if run.meter is not None: tensors |= {f'meter/{n}': v for n,v in run.meter.found.sums.items()}
     params,states = all_params(run),states_of(run.optimizer)
     parked,first = _states_at_rest(run, params, tensors)
     trained = _put_masters_aside(run, params, tensors, with_state)
@@ -261,6 +271,7 @@ def _checked(run, name, saved, tensors):
     with naming(name, TENSORS):
         check_masters(tensors, run.masters, trains)
         check_references(tensors, saved.config['references'], trains)
+        check_metered(tensors, saved.meter, run.meter)
         check_tensor_names(tensors, saved, params)
         return Saved(name, saved, tensors, *_kept_states(run, saved, tensors, params, trains))
 
@@ -335,6 +346,14 @@ def _restore_choice(run, state, changed):
     use_policy(run, without(policy, run.banned, run.units))
     run.reach.load_state_dict(state.reach, run.names)
 
+def _restore_meter(run, saved):
+    "Sketches of the steps since the last selection; a meter of other units begins anew"
+    was,meter = saved.state.meter,run.meter
+    if was is None or meter is None or not set(was.squares) <= set(meter.modules): return
+    device = next(run.layers.model.parameters()).device
+    sums = {n: saved.tensors[f'meter/{n}'].to(device) for n in was.squares}
+    meter.load(Metered(was.seed, was.steps, dict(was.squares), sums))
+
 def restore(
     run,        # `ALFController` that begins
     saved,      # `Saved`, from `load`
@@ -349,6 +368,7 @@ def restore(
     run.tracker.load_state_dict(asdict(state.tracker))
     _restore_windows(run, saved, step)
     _restore_choice(run, state, changed)
+    _restore_meter(run, saved)
     run.seen = known_scores(run, step)
     rebuild_ddp_buckets(run.engine.ddp)
     run.guards.frozen.watch()
