@@ -1,0 +1,90 @@
+"""Equal time, in turns: what should the default be?
+
+    python benchmarks/bench_turns.py [--data gsm8k python] [--seeds 0 1 2 3] [--wall 150] [--planned 180] [--out FILE]
+
+SmolLM2-135M learns GSM8K or the Python reference, 2 × 192 tokens a step, for so many seconds, choosing included. For a
+data set and a seed all methods run one after the other in one process on one thread, each pair in another order, so
+that what is compared ran on the same core within minutes. Rows go to results/turns.jsonl.
+"""
+import argparse, json, time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as hf_logging
+
+from alf_nb.core.stats import t_interval
+from alf_nb.core.system import versions
+from alf_nb.study.methods import METHODS, alf_method
+from alf_nb.study.runs import device_name, train_method
+from bench_policies import make
+
+RESULTS = Path(__file__).parent/'results'/'turns.jsonl'
+SIZE = 2, 192
+
+_meter = dict(signal='agreement', strata=3)
+WAYS = {
+    m.name: (m, lr)
+    for m, lr in (
+        (alf_method('meter-top80', 'agreement by a meter, strata, above the lowest fifth', freeze_bottom=.2, **_meter),
+         4e-4),
+        (alf_method('meter-top80-once', 'the same, chosen once', freeze_bottom=.2, interval=0, **_meter), 4e-4),
+        (alf_method('lot-top80', 'drawn by lot in the same strata: the control', selects=False, preset='short'), 4e-4),
+        (METHODS['lora'], 2e-3),
+        (alf_method('meter', 'agreement by a meter, strata, every depth', **_meter), 4e-4),
+    )
+}
+
+
+def row_of(task, way, lr, seed, wall, planned, turn):
+    "One run, as a row"
+    r = train_method(task, way, lr, seed, planned, (), wall)
+    kept = ('steps', 'steps_planned', 'wall_s', 'step_s_median', 'task_loss', 'other_loss', 'importance_s',
+            'trainable_share_mean', 'state_bytes_peak', 'data_order', 'diverged')
+    return dict(
+        data=task.data, method=way.name, about=way.about, settings=way.alf if isinstance(way.alf, dict) else None,
+        lr=lr, seed=seed, wall=wall, turn=turn, batch=SIZE[0], length=SIZE[1], bf16=task.bf16,
+        device=device_name(model=True), threads=torch.get_num_threads(), versions=versions(),
+        **{k: r[k] for k in kept}, date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+    )
+
+
+def differences(rows, a, b):
+    "Loss of `a` less that of `b`, for every data set and seed that has both"
+    loss = {(r['data'], r['seed'], r['method']): r['task_loss'] for r in rows}
+    pairs = sorted({k[:2] for k in loss})
+    return [loss[*k, a] - loss[*k, b] for k in pairs if (*k, a) in loss and (*k, b) in loss]
+
+
+def report(rows):
+    "Every way less the control and less LoRA"
+    for a in WAYS:
+        for b in ('lot-top80', 'lora'):
+            if a != b and len(d := differences(rows, a, b)) > 1:
+                mean, low, high = t_interval(d)
+                print(f'{a:18} less {b:10} {mean:+.4f} ({low:+.4f} to {high:+.4f}), {len(d)} pairs')
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    ap.add_argument('--data', nargs='+', choices=('gsm8k', 'python'), default=['gsm8k', 'python'])
+    ap.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2, 3])
+    ap.add_argument('--wall', type=float, default=150, help='seconds of a run')
+    ap.add_argument('--planned', type=int, default=180, help='steps that a run may make: more than it will')
+    ap.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS))
+    ap.add_argument('--out', type=Path, default=RESULTS)
+    a = ap.parse_args()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    for i, name in enumerate(a.data):
+        task = make(name, SIZE)
+        for seed in a.seeds:
+            k = (seed + i) % len(a.ways)
+            for turn, way in enumerate(a.ways[k:] + a.ways[:k]):
+                row = row_of(task, *WAYS[way], seed, a.wall, a.planned, turn)
+                with a.out.open('a') as f: f.write(json.dumps(row) + '\n')
+                print(name, seed, way, row['steps'], f"{row['task_loss']:.4f}", flush=True)
+    report([json.loads(l) for l in a.out.open()])
+
+
+if __name__ == '__main__': main()
