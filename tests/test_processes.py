@@ -120,7 +120,7 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, half=Fal
         spoilt=list(bad.units.values()) if spoil else [],
         finetune=said,
         tuned=(out/'finetune').exists(),
-        signals={s: alf.run.tracker.scores(s, 10).values for s in ('prior', 'rate', 'gain', 'grad_norm', 'descent')})))
+        signals={s: alf.run.tracker.scores(s, 10).values for s in ('prior', 'rate', 'agreement', 'gain', 'grad_norm', 'descent')})))
 
 for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)
 '''
@@ -129,6 +129,7 @@ HALF = dict(half=True, bf16=True)
 PACKED = dict(budget=.25, quantize_frozen=4)
 PRIOR = dict(signal='prior', budget=.3, interval=4)
 GAIN = dict(budget=.25, interval=4, measure_every=3)
+METER = dict(signal='agreement', budget=.25, interval=4, warm_up=3)
 BADAM = dict(preset='badam', interval=3)
 NOREF = dict(budget=.25, interval=4, references='none', measure_every=3)
 FSDP = dict(fsdp=True, fsdp_config=dict(version=2))
@@ -203,12 +204,14 @@ def runs(tmp_path_factory):
         dict(out='prior2', settings=PRIOR, **SAVE),
         dict(out='badam2', settings=BADAM),
         dict(out='gain2', settings=GAIN, ddp_find_unused_parameters=False),
+        dict(out='meter2', settings=METER),
         dict(out='half2', settings=BADAM, **HALF, **SAVE),
         dict(out='packed2', settings=PACKED, **HALF, **SAVE),
         dict(out='nan2', settings=GAIN, spoil=dict(probe=[3])),
         dict(out='freeze2', settings=dict(check='freeze', **PRIOR), spoil=dict(before=3, after=6)),
         dict(out='fsdp-gain2', settings=GAIN, **FSDP, **SAVE),
         dict(out='fsdp-noref2', settings=NOREF, **FSDP),
+        dict(out='fsdp-meter2', settings=METER, **FSDP, **SAVE),
         dict(out='fsdp-nan2', settings=GAIN, spoil=dict(probe=[3]), **FSDP),
         dict(out='fsdp-drop2', settings=BADAM, **SAVE, **FSDP),
         dict(out='fsdp-half2', settings=BADAM, **HALF, **SAVE, **FSDP),
@@ -229,6 +232,7 @@ def runs(tmp_path_factory):
         dict(out='badam1', settings=BADAM),
         dict(out='gain1', settings=GAIN),
         dict(out='noref1', settings=NOREF),
+        dict(out='meter1', settings=METER),
         dict(out='prior2to1', settings=dict(resume_from=str(d / 'prior2' / 'checkpoint-6'), **PRIOR)),
         dict(
             out='fsdp-gain2to1',
@@ -244,6 +248,7 @@ def runs(tmp_path_factory):
         2,
         dict(out='fsdp-gain-cut', settings=GAIN, resume=True, **SAVE),
         dict(out='fsdp-half2to2', settings=dict(resume_from=str(d / 'fsdp-half2' / 'checkpoint-6'), **BADAM), **HALF),
+        dict(out='fsdp-meter2to2', settings=dict(resume_from=str(d / 'fsdp-meter2' / 'checkpoint-6'), **METER)),
         dict(out='fsdp-gain1to2', settings=dict(resume_from=str(d / 'fsdp-gain1' / 'checkpoint-6'), **GAIN)),
         dict(out='fsdp-drop2to2', settings=dict(resume_from=str(d / 'fsdp-drop2' / 'checkpoint-3'), **BADAM)),
         config='accelerate_fsdp2.yaml',
@@ -279,6 +284,22 @@ def test_a_choice_by_gradient_is_the_same_on_every_rank(runs):
         and a['signals'] == b['signals']
         and 0 < a['share'] <= 0.25
     )
+
+
+@pytest.mark.parametrize('name', ['meter2', 'fsdp-meter2'])
+def test_what_two_processes_meter_is_what_one_does(runs, name):
+    "The same random signs everywhere, and the gradient of all batches"
+    (one,), (a, b) = ranks(runs/'meter1', 1), ranks(runs/name)
+    assert a['signals'] == b['signals'] and a['names'] == b['names'] == one['names'] and a['weights'] == b['weights']
+    assert sum(v is not None for v in a['signals']['agreement'].values()) > 20
+    same_signals(one, a, 1e-3)
+    assert not [e for e in events(runs/name) if e['event'] == 'probe']
+
+
+def test_a_meter_goes_on_after_a_resume_of_pieces(runs):
+    "Between two selections, with sketches of steps before and after the checkpoint"
+    whole, again = ranks(runs/'fsdp-meter2'), ranks(runs/'fsdp-meter2to2')
+    assert again[0]['weights'] == whole[0]['weights'] and again[0]['signals'] == whole[0]['signals']
 
 
 def test_pieces_of_a_16_bit_model_are_in_fp32_and_learn_what_masters_do(runs):

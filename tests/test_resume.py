@@ -17,6 +17,8 @@ STEPS, EVERY = 12, 3
 SETTINGS = {
     "default": dict(budget=0.3, interval=4),
     "threshold": dict(threshold=0.6, interval=4),
+    "agreement": dict(signal="agreement", budget=0.3, interval=4, warm_up=2),
+    "metered norm": dict(signal="grad_norm", start="meter", budget=0.3, interval=6, meter_steps=3),
     "rate": dict(signal="rate", start="rotate", warm_up=4, interval=4, measure_every=2, budget=0.3),
     "coherence": dict(
         signal="coherence", start="rotate", warm_up=4, interval=4, measure_every=2, budget=0.3, explore=0.3
