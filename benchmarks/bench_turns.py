@@ -1,12 +1,12 @@
 """Equal time, in turns: what should the default be?
 
-    python benchmarks/bench_turns.py [--data gsm8k python] [--seeds 0 1 2 3] [--wall 150] [--planned 180] [--out FILE]
+    python benchmarks/bench_turns.py [--data gsm8k python] [--seeds 0 1 2 3] [--wall 150 | --steps 80] [--out FILE]
 
-SmolLM2-135M learns GSM8K or the Python reference, 2 × 192 tokens a step, for so many seconds, choosing included. For a
-data set and a seed all methods run one after the other in one process on one thread, each pair in another order, so
+SmolLM2-135M learns GSM8K or the Python reference, 2 × 192 tokens a step, for so many seconds, choosing included, or for
+so many steps. For a data set and a seed all methods run one after the other in one process on one thread, each pair in another order, so
 that what is compared ran on the same core within minutes. Rows go to results/turns.jsonl.
 """
-import argparse, json, time
+import argparse, copy, json, time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -49,6 +49,16 @@ def row_of(task, way, lr, seed, wall, planned, turn):
     )
 
 
+def most_steps(task, wall):
+    "More steps than a run can make: those of steps that train a third of the time that all of it would take"
+    model = copy.deepcopy(task.model).to(task.device)
+    batch = task.collate([task.train[i] for i in range(SIZE[0])])
+    for i in range(4):
+        if i == 1: t0 = time.perf_counter()
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16): model(**batch).loss.backward()
+    return int(1.8*wall*3/(time.perf_counter()-t0))
+
+
 def differences(rows, a, b):
     "Loss of `a` less that of `b`, for every data set and seed that has both"
     loss = {(r['data'], r['seed'], r['method']): r['task_loss'] for r in rows}
@@ -70,7 +80,7 @@ def main():
     ap.add_argument('--data', nargs='+', choices=('gsm8k', 'python'), default=['gsm8k', 'python'])
     ap.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2, 3])
     ap.add_argument('--wall', type=float, default=150, help='seconds of a run')
-    ap.add_argument('--planned', type=int, default=180, help='steps that a run may make: more than it will')
+    ap.add_argument('--steps', type=int, help='steps of a run, instead of seconds')
     ap.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS))
     ap.add_argument('--out', type=Path, default=RESULTS)
     a = ap.parse_args()
@@ -78,10 +88,11 @@ def main():
     hf_logging.disable_progress_bar()
     for i, name in enumerate(a.data):
         task = make(name, SIZE)
+        wall, planned = (None, a.steps) if a.steps else (a.wall, most_steps(task, a.wall))
         for seed in a.seeds:
             k = (seed + i) % len(a.ways)
             for turn, way in enumerate(a.ways[k:] + a.ways[:k]):
-                row = row_of(task, *WAYS[way], seed, a.wall, a.planned, turn)
+                row = row_of(task, *WAYS[way], seed, wall, planned, turn)
                 with a.out.open('a') as f: f.write(json.dumps(row) + '\n')
                 print(name, seed, way, row['steps'], f"{row['task_loss']:.4f}", flush=True)
     report([json.loads(l) for l in a.out.open()])
