@@ -155,15 +155,21 @@ def _numbers(c):
         found['interval'] = whole('interval', c.interval, 0, 'steps between selections (0: never again)')
     return found
 
-# %% ../../nbs/01_core/09_config.ipynb #7745ecea
-def _check_together(c):
-    "A ValueError where settings contradict one another"
+# %% ../../nbs/01_core/09_config.ipynb #fa70ce34
+def _check_metered(c):
+    "A ValueError where a meter cannot measure what is asked for"
     if c.start == 'meter' and c.policy.needs_scores and c.signal not in METERED:
         raise ValueError(
-            f"start='meter' measures {' and '.join(METERED)}, not {c.signal!r}: choose by one of them, or take start='probe'"
+            f"start='meter' measures {' and '.join(METERED)}, not {c.signal!r}: choose by one of them, or take"
+            " start='probe'"
         )
     if c.meter_steps == 1:
         raise ValueError("meter_steps=1, but agreement compares steps: 0 for none, or at least 2")
+
+# %% ../../nbs/01_core/09_config.ipynb #7745ecea
+def _check_together(c):
+    "A ValueError where settings contradict one another"
+    _check_metered(c)
     if c.reprobe_batches == 1:
         raise ValueError("reprobe_batches=1, but a probe compares batches: 0 for none, or at least 2")
     if c.memory is not None and not hasattr(c.policy, 'budget'):

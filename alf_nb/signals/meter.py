@@ -73,15 +73,14 @@ class _Hooks:
     def begin(self, seed): self.seed,self.signs = seed,{}
 
 # %% ../../nbs/05_signals/08_meter.ipynb #513ad1c9
-@patch
-def _sums_of(self:_Hooks, x):
+def _sums_of(hooks, x):
     "xS, tokens × k; several layers may read the same input"
-    last,version,sums = self.last
+    last,version,sums = hooks.last
     if last is not None and last() is x and version == x._version: return sums
     width,form = x.shape[-1],(x.shape[-1], x.dtype, x.device)
-    if form not in self.signs: self.signs[form] = random_signs(width, self.seed).to(x.device, x.dtype)
-    sums = x.detach().reshape(-1, width) @ self.signs[form]
-    self.last = weakref.ref(x),x._version,sums
+    if form not in hooks.signs: hooks.signs[form] = random_signs(width, hooks.seed).to(x.device, x.dtype)
+    sums = x.detach().reshape(-1, width) @ hooks.signs[form]
+    hooks.last = weakref.ref(x),x._version,sums
     return sums
 
 @patch
@@ -89,12 +88,13 @@ def forward(self:_Hooks, module, args, output):
     "A linear layer is passed"
     if not (args and self.model.training and torch.is_grad_enabled() and torch.is_floating_point(output)): return
     t0 = time.perf_counter()
-    with torch.no_grad(), torch.autocast(output.device.type, enabled=False): sums = self._sums_of(args[0])
+    with torch.no_grad(), torch.autocast(output.device.type, enabled=False): sums = _sums_of(self, args[0])
     wanted = output if output.requires_grad else _wanting(output)
     wanted.register_hook(lambda g: self.backward(module, g, sums))
     self.seconds += time.perf_counter() - t0
     return wanted
 
+# %% ../../nbs/05_signals/08_meter.ipynb #9a888a7e
 @patch
 @torch.no_grad()
 def backward(self:_Hooks, module, g, sums):
@@ -168,16 +168,15 @@ def _averaged(sketches, reached):
     torch.distributed.all_reduce(reached, op=torch.distributed.ReduceOp.MAX)
     return sketches/torch.distributed.get_world_size(),reached
 
-@patch
-def _of_step(self:Meter, scale):
+def _of_step(meter, scale):
     "The sketches of a step, one unit after the other, and which units were reached (1) or not (0)"
-    device = next(self.layers.model.parameters()).device
+    device = next(meter.layers.model.parameters()).device
     def sketch(m):
         rows = m.nf if hasattr(m, 'nf') else m.out_features
-        v = self.hooks.sums.get(m)
+        v = meter.hooks.sums.get(m)
         return torch.zeros(rows*N_COLUMNS, device=device) if v is None else v.reshape(-1).to(device)
-    parts = [torch.cat([sketch(m) for m in ms]) for ms in self.modules.values()]
-    reached = [any(m in self.hooks.sums for m in ms) for ms in self.modules.values()]
+    parts = [torch.cat([sketch(m) for m in ms]) for ms in meter.modules.values()]
+    reached = [any(m in meter.hooks.sums for m in ms) for ms in meter.modules.values()]
     flat,reached = _averaged(torch.cat(parts)/scale, torch.tensor(reached, dtype=torch.int32, device=device))
     return flat.split([len(p) for p in parts]),reached.tolist()
 
@@ -190,7 +189,7 @@ def end_step(self:Meter,
     "Add the sketches of this step; under a group of processes all of them have to call this"
     if not self.modules: return True
     t0 = time.perf_counter()
-    parts,reached = self._of_step(scale)
+    parts,reached = _of_step(self, scale)
     self.hooks.sums = {}
     squares = torch.stack([p.square().sum() for p in parts]).tolist()
     if not all(map(math.isfinite, squares)): return False

@@ -45,6 +45,18 @@ class Probe:
     batches:int          # batches used
     peak_bytes:int       # most bytes of gradients and sign bits at any moment
 
+# %% ../../nbs/05_signals/05_probe.ipynb #6d684303
+def _sketch(reducer, p, g):
+    "Add G times random signs"
+    rows = g.float().reshape(g.shape[0] if g.dim() > 1 else g.numel(), -1)
+    key = rows.shape[1],g.device
+    if key not in reducer.columns: reducer.columns[key] = random_signs(key[0], 0).to(g.device)
+    v = rows @ reducer.columns[key]
+    square = v.square().sum(dtype=torch.float64)
+    if p not in reducer.sketches: reducer.held += v.numel()*v.element_size()
+    old,squares = reducer.sketches.get(p, (0., 0.))
+    reducer.sketches[p] = old + v,squares + square
+
 # %% ../../nbs/05_signals/05_probe.ipynb #9c2285b4
 class _Reducer:
     "Reduces each gradient of some parameters the moment it is complete, and frees it."
@@ -53,17 +65,6 @@ class _Reducer:
         self.sketches = {}      # parameter → Σ over batches of its sketch, and of the square of that
         self.columns = {}       # width → random signs
         self.held = self.peak = 0
-
-    def sketch(self, p, g):
-        "Add G times random signs"
-        rows = g.float().reshape(g.shape[0] if g.dim() > 1 else g.numel(), -1)
-        key = rows.shape[1],g.device
-        if key not in self.columns: self.columns[key] = random_signs(key[0], 0).to(g.device)
-        v = rows @ self.columns[key]
-        square = v.square().sum(dtype=torch.float64)
-        if p not in self.sketches: self.held += v.numel()*v.element_size()
-        old,squares = self.sketches.get(p, (0., 0.))
-        self.sketches[p] = old + v,squares + square
 
     def __call__(self, p):
         # of a weight in pieces, the mean over the processes is in already
@@ -75,7 +76,7 @@ class _Reducer:
             )
         else: self.held += (g.numel()+7)//8
         self.signs[p] = _pack_signs(g)
-        self.sketch(p, g)
+        _sketch(self, p, g)
         self.sq[p] = g.float().square().sum(dtype=torch.float64)
 
 # %% ../../nbs/05_signals/05_probe.ipynb #ef79e98d
@@ -209,6 +210,7 @@ def _unit_squares(layers, names, squares):
     found = {n: [squares[p] for p in layers.params(n) if p in squares] for n in names}
     return {n: torch.stack(sq).sum() for n,sq in found.items() if sq}
 
+# %% ../../nbs/05_signals/05_probe.ipynb #7bcae61d
 def _unit_sketches(layers, names, sketches):
     "‖Σ V‖² over batches and Σ ‖V‖² of the units that got gradients, from the sketches of parameters"
     found = {n: [sketches[p] for p in layers.params(n) if p in sketches] for n in names}
@@ -248,8 +250,8 @@ def _check_passes(layers, passes):
 
 # %% ../../nbs/05_signals/05_probe.ipynb #6ec44e84
 def _totals(layers, names, reducer, passes):
-    """Over all processes, for each of the units: was it reached at all?, Σ g·sign g', ‖Σ V‖² and Σ ‖V‖² of sketches, and
-    Σ of the norms of the batches"""
+    """Over all processes, for each of the units: was it reached at all?, Σ g·sign g', ‖Σ V‖² and Σ ‖V‖² of sketches,
+    and Σ of the norms of the batches"""
     pair,squares = _unit_pairs(layers, names, reducer.pairs),passes.squares
     sketched = _unit_sketches(layers, names, reducer.sketches)
     device,zero = passes.losses[0].device,torch.zeros((), dtype=torch.float64)
@@ -273,7 +275,8 @@ def _signals(layers, names, totals, n_batches):
     grad_norm = {n: v/n_batches/math.sqrt(size[n]) for n,v,r in zip(names, norm, reached) if r}
     mean = {n: squared_mean(a, b, n_batches)/size[n] for n,a,b,r in zip(names, of_sum, square, reached) if r}
     agreement = {n: math.copysign(math.sqrt(abs(v)), v) for n,v in mean.items()}
-    return Scores('gain', blank | gain), Scores('grad_norm', blank | grad_norm), Scores('agreement', blank | agreement)
+    found = dict(gain=gain, grad_norm=grad_norm, agreement=agreement)
+    return [Scores(k, blank | v) for k,v in found.items()]
 
 # %% ../../nbs/05_signals/05_probe.ipynb #db76cbc5
 def probe_gradients(

@@ -1,4 +1,4 @@
-"""Five signals of what a unit matters, side by side, each number with its age.
+"""Six signals of what a unit matters, side by side, each number with its age.
 
 Docs: https://example.github.io/alf_nb/05_signals/tracker.html.md"""
 

@@ -33,7 +33,7 @@ from .marks import add_hooks, guard_allocators, note_frozen, thaw, warn_of_new_h
 from .nan import NonFinite
 from .reach import BlindBatches, ForwardHook, Reach
 from .selecting import check_can_pack, end_metered, known_scores, note_peak, ours, select, set_up_meter
-from .selecting import unmetered, use_policy, watch
+from .selecting import may_probe, use_policy, watch
 
 # %% ../../nbs/06_train/13_controller.ipynb #5827f6b4
 from .state import RunTotals
@@ -56,7 +56,6 @@ class ALFController:
         self.config = config = _possible(config, self.engine)
         self.layers,self.units,self.asked = partition(model, config)
         self.names,self.policy = tuple(u.name for u in self.units),self.asked
-        self.n_total = sum(u.n_params for u in self.units)
         check_optimizer(self.layers, optimizer, self.names)
         self.journal,self.source = Journal(check=config.check, release=release),source(self.layers)
         _set_up_parts(self)
@@ -69,9 +68,11 @@ def _possible(config, engine):
     warnings.warn("torch.compile leaves a meter no place in its graphs: gradients are probed instead (start='probe')")
     return replace(config, start='probe')
 
+# %% ../../nbs/06_train/13_controller.ipynb #8022dc98
 def _set_up_parts(run):
     "What measures, keeps and watches"
     c,layers,optimizer = run.config,run.layers,run.optimizer
+    run.n_total = sum(u.n_params for u in run.units)
     run.rates = LearningRates(layers, optimizer, run.names)
     run.masters = Masters(layers, run.names, c.masters)
     run.windows = make_windows(c.references, layers, run.rates, optimizer)
@@ -140,7 +141,7 @@ def begin(self:ALFController,
         warn_of_recompiling(1 + (math.ceil(self.config.select_until*self.max_steps/every) - 1 if every else 0))
     if resume is None: warn_of_new_head(model, self.units, self.policy)
     self.seen = known_scores(self, 0)
-    if self.config.start == 'probe' or self.meter is not None and unmetered(self): self.source.lend()
+    if may_probe(self): self.source.lend()
     self.training = True        # a request may come as soon as somebody sees the first selection
     if resume is not None: resume(self)
     else:

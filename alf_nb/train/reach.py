@@ -58,6 +58,7 @@ def count(self:Reach, names, step):
     self.got,self.noted = set(),0
     return [n for n in names if n in self.out and n not in before]
 
+# %% ../../nbs/06_train/07_reach.ipynb #a1068403
 @patch
 def metered(self:Reach, name):
     "A meter saw a gradient pass it"

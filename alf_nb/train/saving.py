@@ -112,6 +112,7 @@ def _metered(run):
     found = run.meter.found
     return MeterState(found.seed, found.steps, dict(found.squares))
 
+# %% ../../nbs/06_train/16_saving.ipynb #d48f8e2d
 def _what_is_known(run):
     "What a run has measured and chosen so far"
     return dict(
@@ -354,6 +355,7 @@ def _restore_meter(run, saved):
     sums = {n: saved.tensors[f'meter/{n}'].to(device) for n in was.squares}
     meter.load(Metered(was.seed, was.steps, dict(was.squares), sums))
 
+# %% ../../nbs/06_train/16_saving.ipynb #2e62db35
 def restore(
     run,        # `ALFController` that begins
     saved,      # `Saved`, from `load`

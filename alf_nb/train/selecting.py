@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/06_train/selecting.html.md"""
 
 # %% auto #0
 __all__ = ['use_policy', 'ours', 'share_of', 'note_peak', 'known_scores', 'find_budget', 'probe_now', 'set_up_meter', 'unmetered',
-           'watch', 'end_metered', 'select', 'check_can_pack', 'switch']
+           'may_probe', 'watch', 'end_metered', 'select', 'check_can_pack', 'switch']
 
 # %% ../../nbs/06_train/11_selecting.ipynb #15ea908f
 import time
@@ -90,7 +90,7 @@ def _search(run):
     deep = {'deep': 1 << 30} if pin or ban else {}      # names of a short stack are others
     device = torch.device(run.engine.device).type
     sizer = Sizer(model, batch, length, bf16, device=device, **deep)
-    probed = c.start == 'probe' or run.meter is not None and bool(unmetered(run))
+    probed = may_probe(run)
     return Search(sizer, _held(run), probed, pin, ban, run.engine.accumulates)
 
 # %% ../../nbs/06_train/11_selecting.ipynb #a2457584
@@ -153,6 +153,10 @@ def unmetered(run):
     "Units that may train and that the meter cannot look at"
     return [u.name for u in run.units if u.eligible and u.name not in run.meter.modules]
 
+def may_probe(run):
+    "May this run probe?"
+    return run.config.start == 'probe' or run.meter is not None and bool(unmetered(run))
+
 def watch(run, step):
     "Before the first forward pass of the step after `step`: is it metered?"
     if run.meter is None: return
@@ -165,6 +169,7 @@ def end_metered(run):
     scaler = getattr(run.optimizer, 'scaler', None)     # of accelerate, in fp16
     run.meter.end_step(scaler.get_scale() if scaler is not None else 1.)
 
+# %% ../../nbs/06_train/11_selecting.ipynb #50ebf701
 _NOT_PASSED = (
     "no gradient has passed {units} in the steps that were metered: not chosen until one does. start='probe' asks every"
     " unit by its weight"
@@ -186,6 +191,7 @@ def _learn_metered(run, step):
     meter.hooks.seconds = 0.
     meter.begin(step)
 
+# %% ../../nbs/06_train/11_selecting.ipynb #35abefa9
 def _look_first(run, step, due):
     "What a meter saw; units that it cannot look at are probed"
     first = not run.tracker.values.get(run.config.signal)
@@ -196,6 +202,7 @@ def _look_first(run, step, due):
     if first and known and (odd := [n for n in run.meter.modules if n not in known]):
         run.journal.of_units('not passed', step, odd, _NOT_PASSED)
 
+# %% ../../nbs/06_train/11_selecting.ipynb #0369be6a
 def _measure_first(run, step, due):
     "What the signal needs before a selection"
     c = run.config
@@ -216,6 +223,7 @@ def _turn(run, names, step):
     if start == 'meter': why = f"by lot in strata: nothing is known before {run.schedule.warm_up} steps are metered"
     return Selection(names, reason=why, policy=start, step=step, share=share_of(run, names))
 
+# %% ../../nbs/06_train/11_selecting.ipynb #639bdc0b
 def select(run, step, probe=True):
     "Ask the policy, switch, and write it down"
     reshard(run.layers.model)

@@ -188,6 +188,7 @@ class MeterState:
     steps:_Step                     # metered steps
     squares:dict[_Unit, _Amount]    # Σ over them of ‖V‖²
 
+# %% ../../nbs/06_train/01_state.ipynb #55cb6b1b
 @dataclass(frozen=True)
 class _Head:
     "Which run it is, and what decides how it goes."

@@ -87,6 +87,7 @@ def check_metered(tensors, state, meter):
         _check_form(f'meter/{n}', t, (sizes[n],), (torch.float32,))
         if not _is_finite(t): raise ValueError(f"meter/{n} holds NaN or infinity")
 
+# %% ../../nbs/06_train/02_tensors.ipynb #e66613e8
 _SIDES = 2,3,5,7,11,13      # of the tiny parameter, all different: so a shape that depends on them can be carried over
 _TRIED = 'torch.optim','transformers.optimization'
 _SQUARES = ('exp_avg_sq', 'max_exp_avg_sq', 'exp_avg_sq_row', 'exp_avg_sq_col', 'square_avg', 'acc_delta', 'sum',
