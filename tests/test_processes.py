@@ -58,6 +58,7 @@ class Watch(TrainerCallback):
         if self.die == [rank, state.global_step]: os._exit(9)
 
 NAN, PLAIN = float('nan'), probing.trainer_loss
+SIGNALS = 'prior', 'rate', 'agreement', 'gain', 'grad_norm', 'descent'
 
 class Spoil(TrainerCallback):
     """NaN on the second process only: in the loss of a batch of the probe; in the gradient of one unit before the
@@ -120,7 +121,7 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, half=Fal
         spoilt=list(bad.units.values()) if spoil else [],
         finetune=said,
         tuned=(out/'finetune').exists(),
-        signals={s: alf.run.tracker.scores(s, 10).values for s in ('prior', 'rate', 'agreement', 'gain', 'grad_norm', 'descent')})))
+        signals={s: alf.run.tracker.scores(s, 10).values for s in SIGNALS})))
 
 for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)
 '''
@@ -289,6 +290,7 @@ def test_a_choice_by_gradient_is_the_same_on_every_rank(runs):
 @pytest.mark.parametrize('name', ['meter2', 'fsdp-meter2'])
 def test_what_two_processes_meter_is_what_one_does(runs, name):
     "The same random signs everywhere, and the gradient of all batches"
+    (one,), (a, b) = ranks(runs/'meter1', 1), ranks(runs/name)
     (one,), (a, b) = ranks(runs/'meter1', 1), ranks(runs/name)
     assert a['signals'] == b['signals'] and a['names'] == b['names'] == one['names'] and a['weights'] == b['weights']
     assert sum(v is not None for v in a['signals']['agreement'].values()) > 20

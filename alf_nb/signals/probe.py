@@ -250,14 +250,14 @@ def _check_passes(layers, passes):
 
 # %% ../../nbs/05_signals/05_probe.ipynb #6ec44e84
 def _totals(layers, names, reducer, passes):
-    """Over all processes, for each of the units: was it reached at all?, Σ g·sign g', ‖Σ V‖² and Σ ‖V‖² of sketches,
-    and Σ of the norms of the batches"""
+    "Of units, over all processes: reached at all?, Σ g·sign g', ‖Σ V‖² and Σ ‖V‖² of sketches, Σ of norms of the batches"
     pair,squares = _unit_pairs(layers, names, reducer.pairs),passes.squares
     sketched = _unit_sketches(layers, names, reducer.sketches)
     device,zero = passes.losses[0].device,torch.zeros((), dtype=torch.float64)
     row = lambda found: torch.stack([found.get(n, zero).to(device) for n in names])
     # the last rows: Σ g² of each batch
-    table = torch.stack([row({n: zero+1 for q in squares for n in q}), row(pair), *map(row, sketched), *map(row, squares)])
+    reached = {n: zero+1 for q in squares for n in q}
+    table = torch.stack([row(reached), row(pair), *map(row, sketched), *map(row, squares)])
     if sharded := any(is_sharded(p) for n in names for p in layers.params(n)):
         table = torch.tensor(reduce_shards(layers, names, table.tolist())[0], dtype=torch.float64)
     table = torch.cat([table[:4], table[4:].sqrt().sum(0, keepdim=True)])

@@ -68,11 +68,19 @@ def _possible(config, engine):
     warnings.warn("torch.compile leaves a meter no place in its graphs: gradients are probed instead (start='probe')")
     return replace(config, start='probe')
 
-# %% ../../nbs/06_train/13_controller.ipynb #8022dc98
+# %% ../../nbs/06_train/13_controller.ipynb #b10f528e
+def _check_whole(run):
+    "A ValueError where whole weights are asked for, and they are in pieces"
+    if run.config.check == 'freeze' and run.guards.sharded:
+        raise ValueError(
+            "check='freeze' puts whole weights back, and FSDP2 holds them in pieces: use check='raise', and go on from"
+            " a checkpoint"
+        )
+
+# %% ../../nbs/06_train/13_controller.ipynb #59a04bb0
 def _set_up_parts(run):
     "What measures, keeps and watches"
     c,layers,optimizer = run.config,run.layers,run.optimizer
-    run.n_total = sum(u.n_params for u in run.units)
     run.rates = LearningRates(layers, optimizer, run.names)
     run.masters = Masters(layers, run.names, c.masters)
     run.windows = make_windows(c.references, layers, run.rates, optimizer)
@@ -83,11 +91,8 @@ def _set_up_parts(run):
     run.tracker.update('prior', ours(run, prior_scores(layers)), 0)
     run.blind = BlindBatches(layers, lambda: run.selection.names, lambda: say_blind(run))
     run.nonfinite = NonFinite(layers, optimizer, run.windows, run.journal)
-    if c.check == 'freeze' and run.guards.sharded:
-        raise ValueError(
-            "check='freeze' puts whole weights back, and FSDP2 holds them in pieces: use check='raise', and go on from"
-            " a checkpoint"
-        )
+    run.n_total = sum(u.n_params for u in run.units)
+    _check_whole(run)
     use_policy(run, run.asked)
     _check_readable(run)
     if c.quantize_frozen: check_can_pack(run)
@@ -131,8 +136,7 @@ def begin(self:ALFController,
     resume=None # from a checkpoint: called with the run, instead of the first selection
 ):
     "Choose the first selection, or go on with that of a checkpoint"
-    model = self.layers.model
-    self.journal.log = log
+    model,self.journal.log = self.layers.model,log
     note_frozen(model, [k for n in self.names for k,p in self.layers.named_params(n).items() if p.requires_grad])
     _hook(self, model)
     _warn_of_rounding(self)

@@ -90,7 +90,7 @@ def _search(run):
     deep = {'deep': 1 << 30} if pin or ban else {}      # names of a short stack are others
     device = torch.device(run.engine.device).type
     sizer = Sizer(model, batch, length, bf16, device=device, **deep)
-    probed = may_probe(run)
+    probed = may_probe(run) and run.policy.needs_scores
     return Search(sizer, _held(run), probed, pin, ban, run.engine.accumulates)
 
 # %% ../../nbs/06_train/11_selecting.ipynb #a2457584
@@ -155,7 +155,7 @@ def unmetered(run):
 
 def may_probe(run):
     "May this run probe?"
-    return run.config.start == 'probe' or run.meter is not None and bool(unmetered(run))
+    return bool(unmetered(run)) if run.meter is not None else run.config.signal in PROBED
 
 def watch(run, step):
     "Before the first forward pass of the step after `step`: is it metered?"

@@ -201,6 +201,7 @@ class _Head:
     policy:_PolicyDict                            # in force
     banned:list[_Unit]                            # frozen for good
 
+# %% ../../nbs/06_train/01_state.ipynb #68d35969
 @dataclass(frozen=True)
 class _Body:
     "What a run has measured and chosen so far."
@@ -271,7 +272,8 @@ def _odd_selection(s, size):
         yield "selection.names are not units of this model in its order, each once, and at least one"
     if not 0 <= sel.step <= s.step: yield f"selection.step is {shown(sel.step)}, not 0 to {s.step}"
     if abs(sel.share - share) > 1e-6: yield f"selection.share is {shown(sel.share)}, and its units hold {share:g}"
-    if sel.policy not in (*POLICIES, 'meter', 'warm-up'): yield f"selection.policy is {shown(sel.policy)}, which is no policy"
+    known = *POLICIES, 'meter', 'warm-up'
+    if sel.policy not in known: yield f"selection.policy is {shown(sel.policy)}, which is no policy"
     if s.config['references'] != 'none' and (missing := [n for n in sel.names if n not in s.marks]):
         yield f"marks has no {missing[0]}, which trains"
 

@@ -80,7 +80,8 @@ def check_metered(tensors, state, meter):
     found = {k[6:]: t for k,t in tensors.items() if k.startswith('meter/')}
     sizes = meter.sizes() if meter is not None else {}
     known = state.squares if state is not None else {}
-    if missing := [n for n in known if n in sizes and n not in found]: raise ValueError(f"meter/{missing[0]} is missing")
+    missing = [n for n in known if n in sizes and n not in found]
+    if missing: raise ValueError(f"meter/{missing[0]} is missing")
     for n,t in found.items():
         if n not in known: raise ValueError(f"meter/{n[:200]} is the sum of nothing that was metered")
         if n not in sizes: continue      # other settings now: it begins anew
