@@ -3,7 +3,8 @@
     python benchmarks/bench_turns.py [--data gsm8k python] [--seeds 0 1 2 3] [--wall 150 | --steps 80] [--out FILE]
 
 SmolLM2-135M learns GSM8K or the Python reference, 2 × 192 tokens a step, for so many seconds, choosing included, or
-for so many steps. For a data set and a seed all methods run one after the other in one process on one thread, each pair in
+for so many steps. For a data set and a seed all methods run one after the other in one process on one thread, each
+pair in
 another order, so that what is compared ran on the same core within minutes. Rows go to results/turns.jsonl.
 """
 import argparse, copy, json, time

@@ -250,7 +250,7 @@ def _check_passes(layers, passes):
 
 # %% ../../nbs/05_signals/05_probe.ipynb #6ec44e84
 def _totals(layers, names, reducer, passes):
-    "Of units, over all processes: reached at all?, Σ g·sign g', ‖Σ V‖² and Σ ‖V‖² of sketches, Σ of norms of the batches"
+    "Of units, over all processes: reached?, Σ g·sign g', ‖Σ V‖² and Σ ‖V‖² of sketches, Σ of norms of batches"
     pair,squares = _unit_pairs(layers, names, reducer.pairs),passes.squares
     sketched = _unit_sketches(layers, names, reducer.sketches)
     device,zero = passes.losses[0].device,torch.zeros((), dtype=torch.float64)
