@@ -1,18 +1,23 @@
 """Two real processes (gloo, CPU) under torchrun: all ranks choose the same, and what they learn is what one process
 learns from the same batches.
 
-Starting a process takes seconds, so each of the few launches runs several jobs, one after the other; every test then
-looks at its own."""
+Starting a process takes seconds, so each of the few launches runs several jobs, one after the other, the script of the
+tutorial first; every test then looks at its own."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from alf_nb.core.runlog import RunLog
+
+CUDA = torch.cuda.is_available()
 SCRIPT = '''
-import hashlib, json, os, sys, torch, warnings
+import hashlib, json, os, runpy, sys, torch, warnings
 from pathlib import Path
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -25,9 +30,31 @@ from alf_nb.app.finetune import finetune
 from alf_nb.signals.probe import model_loss
 from alf_nb.model.shards import local_tensor, full_tensor
 from alf_nb.train import probing
+from alf_nb.train.loop import ALFLoop
 from alf_nb.train.trainer import ALFCallback
 torch.set_num_threads(1)
 world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
+
+def beside(out):
+    "What is said where each process would train by itself: a Trainer, and a loop"
+    model, rows = demo_model(), [{k: torch.tensor([v]) for k, v in r.items()} for r in demo_dataset(4)]
+    args = TrainingArguments(out, max_steps=3, report_to=[], disable_tqdm=True, save_strategy='no')
+    ways = dict(
+        trainer=lambda: Trainer(model, args, train_dataset=demo_dataset(), callbacks=[ALFCallback(budget=.3)]).train(),
+        loop=lambda: ALFLoop(model, torch.optim.SGD(model.parameters(), lr=.1), rows, 2, out=out))
+    for name, way in ways.items():
+        try: way()
+        except Exception as e: yield name, f'{type(e).__name__}: {e}'
+
+def tutorial(script, out):
+    "As a user starts it: nothing of what follows is changed yet"
+    sys.argv[1:] = ['--out', out, '--steps', '4']
+    runpy.run_path(script, run_name='__main__')
+
+spec = json.loads(Path(sys.argv[1]).read_text())
+if spec['beside']: Path(f"{spec['beside']}{rank}.json").write_text(json.dumps(dict(beside(spec['beside']))))
+if spec['tutorial']: tutorial(spec['script'], spec['tutorial'])
+os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'            # what the launch configs name is for a GPU
 
 def allow_fsdp_on_cpu():
     "accelerate shards on accelerators only; one condition in its state says so, and the rest runs on a CPU as well"
@@ -122,7 +149,7 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, half=Fal
         tuned=(out/'finetune').exists(),
         signals={s: alf.run.tracker.scores(s, 10).values for s in ('prior', 'rate', 'gain', 'grad_norm', 'descent')})))
 
-for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)
+for j in spec['jobs']: job(**j)
 '''
 SAVE = dict(save_strategy='steps', save_steps=3)
 HALF = dict(half=True, bf16=True)
@@ -135,9 +162,24 @@ FSDP = dict(fsdp=True, fsdp_config=dict(version=2))
 SHARDED = dict(fsdp=True, fsdp_config=dict(version=2, state_dict_type='SHARDED_STATE_DICT'))
 
 
-def launch(folder, processes, *jobs, timeout=240, config=None):
+def tutorial():
+    "The script that the tutorial shows"
+    cells = json.loads((Path(__file__).parents[1]/'nbs'/'tutorials'/'8_package.ipynb').read_text())['cells']
+    source = next(''.join(c['source']) for c in cells if 'script.write_text' in ''.join(c['source']))
+    return source.split("script.write_text('''\n")[1].split("'''")[0]
+
+
+def launch(folder, processes, *jobs, timeout=300, config=None):
     (folder/'job.py').write_text(SCRIPT)
-    (folder/'jobs.json').write_text(json.dumps([{**j, 'out': str(folder/j['out'])} for j in jobs]))
+    (folder/'train.py').write_text(tutorial())
+    together = CUDA or processes == 1 or config == 'accelerate_fsdp2.yaml'      # as they should
+    spec = dict(
+        script=str(folder/'train.py'),
+        tutorial=str(folder/f'tutorial-{config}') if processes > 1 and not (CUDA and jobs) else '',
+        beside='' if together else str(folder/f'beside-{config}'),
+        jobs=[{**j, 'out': str(folder/j['out'])} for j in jobs],
+    )
+    (folder/'jobs.json').write_text(json.dumps(spec))
     for j in jobs: (folder/j['out']).mkdir(exist_ok=True)
     head = (
         [sys.executable]
@@ -153,8 +195,6 @@ def launch(folder, processes, *jobs, timeout=240, config=None):
             str(Path(__file__).parents[1] / 'configs' / config),
             '--num_processes',
             str(processes),
-            '--mixed_precision',
-            'no',
             '--main_process_port',
             '0',
         ]
@@ -328,7 +368,6 @@ def test_a_frozen_piece_costs_neither_gradient_nor_optimizer_state(runs):
 
 
 def test_what_is_saved_from_pieces_loads_in_one_process(runs, tmp_path):
-    import torch
     from transformers import AutoModelForCausalLM
     from alf_nb.model.delta import apply_delta, save_delta
     from alf_nb.demo import demo_model
@@ -399,6 +438,26 @@ def test_nan_in_a_gradient_of_one_process_freezes_the_same_unit_on_all(runs):
         (6, a['spoilt'][1:]),
     ]
     assert len(a['losses']) == 10 and all(0 < x < 10 for x in a['losses']) and not set(a['spoilt']) & set(a['names'])
+
+
+@pytest.mark.skipif(CUDA, reason='here they find each other')
+@pytest.mark.parametrize('config', [None, 'accelerate_ddp.yaml'])
+def test_processes_that_would_train_beside_each_other_are_refused_before_anything_is_written(runs, config):
+    for rank in range(2):
+        said = json.loads((runs/f'beside-{config}{rank}.json').read_text())
+        assert re.search('2 processes were started, and this Trainer trains alone.*use_cpu=True', said['trainer'])
+        assert 'ALFLoop runs in one process, and here are several (2)' in said['loop']
+    assert not [f for f in (runs/f'beside-{config}').rglob('*') if f.is_file()]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason='two processes need two GPUs, or none')
+@pytest.mark.parametrize('config', [None, 'accelerate_ddp.yaml', 'accelerate_fsdp2.yaml'])
+def test_the_script_of_the_tutorial_runs_under_every_launcher_that_is_documented_also_without_a_gpu(runs, config):
+    if CUDA: assert launch(runs, 2, config=config).returncode == 0         # the other jobs are on the CPU
+    folder = runs/f'tutorial-{config}'
+    log = RunLog(folder)
+    assert log.status == 'complete' and len(log.events('run_begin')) == 1 and not log.damaged
+    assert (folder/'delta'/'delta.safetensors').exists() and not (folder/'alf.lock').exists()
 
 
 def test_finetune_is_refused_under_a_launcher(runs):

@@ -1,5 +1,5 @@
-"""One process writes in a run folder: the second is told who the first is, a killed one is followed at once, and
-processes that a launcher started do not train beside each other."""
+"""One process writes in a run folder: the second is told who the first is, and a killed one is followed at once. Of
+processes that a launcher started, see test_processes.py."""
 import json
 import os
 import re
@@ -399,74 +399,3 @@ def test_a_loop_does_not_go_on_from_the_state_of_an_earlier_run(tmp_path):
         begin(m, tmp_path/"run", state)
     begin(m, tmp_path/"other", state)[0].close()
     assert not (tmp_path/"run"/"alf.lock").exists()
-
-
-# ---------------------------------------------------------------- processes of a launcher
-
-LAUNCHED = '''
-import sys, torch
-from transformers import Trainer, TrainingArguments
-from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.train.loop import ALFLoop
-from alf_nb.train.trainer import ALFCallback
-if sys.argv[2] == "loop":
-    model = demo_model()
-    batches = [{k: torch.tensor([v]) for k, v in r.items()} for r in demo_dataset(4)]
-    ALFLoop(model, torch.optim.SGD(model.parameters(), lr=.1), batches, 2, out=sys.argv[1])
-args = TrainingArguments(sys.argv[1], max_steps=3, report_to=[], disable_tqdm=True, save_strategy="no")
-Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[ALFCallback(budget=.3)]).train()
-'''
-
-
-def launch(config, *command, timeout=240):
-    head = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    if config:
-        head = [
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(ROOT / "configs" / config),
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            "0",
-        ]
-    return subprocess.run(
-        [sys.executable, *head, *map(str, command)], capture_output=True, text=True, timeout=timeout, env=ENV
-    )
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here they find each other")
-@pytest.mark.parametrize(
-    "config, what, said",
-    [
-        (None, "trainer", r"2 processes were started, and this Trainer trains alone.*use_cpu=True"),
-        ("accelerate_ddp.yaml", "trainer", r"2 processes were started, and this Trainer trains alone.*use_cpu=True"),
-        (None, "loop", r"ALFLoop runs in one process, and here are several \(2\)"),
-    ],
-)
-def test_processes_that_would_train_beside_each_other_are_refused_before_anything_is_written(
-    tmp_path, config, what, said
-):
-    (tmp_path/"train.py").write_text(LAUNCHED)
-    p = launch(config, tmp_path/"train.py", tmp_path/"run", what)
-    assert p.returncode and re.search(said, p.stderr), p.stderr[-2000:]
-    assert not [f for f in (tmp_path/"run").rglob("*") if f.is_file()]
-
-
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
-@pytest.mark.parametrize("config", [None, "accelerate_ddp.yaml", "accelerate_fsdp2.yaml"])
-def test_the_script_of_the_tutorial_runs_under_every_launcher_that_is_documented_also_without_a_gpu(tmp_path, config):
-    cells = json.loads((ROOT/"nbs"/"tutorials"/"8_package.ipynb").read_text())["cells"]
-    source = next("".join(c["source"]) for c in cells if "script.write_text" in "".join(c["source"]))
-    (tmp_path/"train.py").write_text(source.split("script.write_text('''\n")[1].split("'''")[0])
-    p = launch(config, tmp_path/"train.py", "--out", tmp_path/"run", "--steps", 4)
-    assert p.returncode == 0, p.stderr[-3000:]
-    log = RunLog(tmp_path/"run")
-    assert (
-        log.status == "complete"
-        and len(log.events("run_begin")) == 1
-        and not log.damaged
-        and (tmp_path / "run" / "delta" / "delta.safetensors").exists()
-        and not (tmp_path / "run" / "alf.lock").exists()
-    )
