@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
-from pathlib import Path
 
+import forks
 import pytest
 import torch
 from small_run import same, small_trainer, weights
@@ -28,24 +29,9 @@ from alf_nb.train.loop import ALFLoop
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.trainer import ALFCallback
 
-ROOT = Path(__file__).parents[1]
 ENV = {
     k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 } | dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
-OWNER = '''
-import os, signal, sys, time
-sys.path.insert(0, sys.argv[2])
-from small_run import small_trainer
-from transformers import TrainerCallback
-from alf_nb.train.trainer import ALFCallback
-class Wait(TrainerCallback):
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step == 3: print("training", flush=True); time.sleep(600)
-how = dict(dataloader_num_workers=int(sys.argv[3]), save_strategy="steps", save_steps=2)
-small_trainer(sys.argv[1], ALFCallback(budget=.3), Wait(), **how).train()
-'''
-
-
 def alf(**kw): return ALFCallback(**{**dict(budget=.3, interval=4), **kw})
 
 
@@ -53,16 +39,23 @@ def make(folder, *callbacks, **kw):
     return small_trainer(folder, *(callbacks or [alf()]), **{**dict(save_strategy="steps", save_steps=4), **kw})
 
 
+def own(folder, workers, training):
+    "In a process of its own: train behind the third step, and stay there"
+    class Wait(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step != 3: return
+            training.set()
+            time.sleep(600)
+    torch.set_num_threads(1)
+    how = dict(dataloader_num_workers=workers, save_strategy="steps", save_steps=2)
+    small_trainer(folder, ALFCallback(budget=.3), Wait(), **how).train()
+
+
 def owner(folder, workers=0):
     "Another process that trains there, behind its third step"
-    p = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(folder), str(ROOT / "tests"), str(workers)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=ENV,
-    )
-    while "training" not in (line := p.stdout.readline()): assert line, "it died"
+    training = forks.event()
+    p = forks.begin(own, folder, workers, training)
+    while not training.wait(.1): assert p.is_alive(), "it died"
     return p
 
 
@@ -105,8 +98,7 @@ def test_a_second_process_is_refused_and_told_who_the_first_is_and_a_killed_one_
         assert RunLog(folder).status == "unfinished" and find_checkpoint(folder)  # who reads needs no lock
     finally:
         p.kill()
-        p.wait()
-        p.stdout.close()
+        p.join()
     assert (folder/"alf.lock").exists()
     make(folder).train(resume_from_checkpoint=find_checkpoint(folder))  # at once: its worker, a fork, may still live
     assert RunLog(folder).status == "complete" and not (folder/"alf.lock").exists()
