@@ -162,7 +162,9 @@ def cases(quick):
     yield from (('size', s, LENGTH, METHODS) for s in shapes)
     yield from (('length', middle, l, METHODS) for l in lengths)
     yield 'budget', middle, LENGTH, (('full', None), *(('alf', b) for b in budgets), ('lora', None))
-    yield from (('peak', s, LENGTH, METHODS[1:2] if quick else METHODS) for s in (shapes[:1] if quick else shapes))
+    # a process for each method: quickly, one
+    shapes, methods = (shapes[:1], METHODS[1:2]) if quick else (shapes, METHODS)
+    yield from (('peak', s, LENGTH, methods) for s in shapes)
 
 
 def work_of(computed, rounds):

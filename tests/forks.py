@@ -25,10 +25,10 @@ def begin(work, *args):
     return process
 
 
-def run(work, *args):
+def run(work, *args, timeout=300):
     "The exit code of `work`; the number of the signal that killed it, negative"
     process = begin(work, *args)
-    process.join(120)
+    process.join(timeout)
     if process.is_alive():
         process.kill()
         raise AssertionError(f"{work.__name__} hangs")

@@ -1,15 +1,17 @@
 """Two real processes (gloo, CPU) under torchrun: all ranks choose the same, and what they learn is what one process
 learns from the same batches.
 
-Starting a process takes seconds, so each of the few launches runs several jobs, one after the other, the script of the
-tutorial first; every test then looks at its own."""
+Starting a process takes seconds, so each of the few launches runs several jobs, one after the other, scripts first;
+every test then looks at its own."""
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -46,14 +48,14 @@ def beside(out):
         try: way()
         except Exception as e: yield name, f'{type(e).__name__}: {e}'
 
-def tutorial(script, out):
-    "As a user starts it: nothing of what follows is changed yet"
-    sys.argv[1:] = ['--out', out, '--steps', '4']
+def as_started(script, *argv):
+    "A script by itself: nothing of what follows is changed yet"
+    sys.argv[1:] = argv
     runpy.run_path(script, run_name='__main__')
 
 spec = json.loads(Path(sys.argv[1]).read_text())
 if spec['beside']: Path(f"{spec['beside']}{rank}.json").write_text(json.dumps(dict(beside(spec['beside']))))
-if spec['tutorial']: tutorial(spec['script'], spec['tutorial'])
+for script in spec['scripts']: as_started(*script)
 os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'            # what the launch configs name is for a GPU
 
 def allow_fsdp_on_cpu():
@@ -151,6 +153,30 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, half=Fal
 
 for j in spec['jobs']: job(**j)
 '''
+PROBE = '''
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_probe as T
+from torch.utils.data import DataLoader
+rank, out, found = int(os.environ['RANK']), Path(sys.argv[2]), {}
+pairs = lambda: DataLoader(T.ROWS, batch_sampler=[[i, i+32] for i in range(32)], collate_fn=T.collate)
+jobs = {
+    'sampler': (T.Loading, pairs, {}),
+    'dispatched sampler': (T.Loading, pairs, dict(dispatch_batches=True)),
+    'stream': (T.Counting, None, {}),
+    'stream in shares': (T.Counting, None, dict(dispatch_batches=False)),
+}
+for name, (kind, make, how) in jobs.items():
+    args = dict(per_device_train_batch_size=2, max_steps=8, ddp_find_unused_parameters=True)
+    if how: args['accelerator_config'] = how
+    for alf in (None, T.probing()):
+        data = T.ROWS if make else T.stream('an iterator')
+        t = T.train(out/name, make, alf, kind, data=data, **args)
+        names = list(alf.selection) if alf else []
+        found[f"{name}, {'probed' if alf else 'plain'}"] = dict(seen=t.seen, probed=t.probed, names=names)
+(out/f'rank{rank}.json').write_text(json.dumps(found))
+'''
 SAVE = dict(save_strategy='steps', save_steps=3)
 HALF = dict(half=True, bf16=True)
 PACKED = dict(budget=.25, quantize_frozen=4)
@@ -169,23 +195,32 @@ def tutorial():
     return source.split("script.write_text('''\n")[1].split("'''")[0]
 
 
+def alone(script, *argv):
+    "One process of its own"
+    sys.argv[:] = [script, *argv]
+    runpy.run_path(script, run_name='__main__')
+
+
 def launch(folder, processes, *jobs, timeout=300, config=None):
     (folder/'job.py').write_text(SCRIPT)
     (folder/'train.py').write_text(tutorial())
+    (folder/'probe.py').write_text(PROBE)
+    (folder/'probe').mkdir(exist_ok=True)
     together = CUDA or processes == 1 or config == 'accelerate_fsdp2.yaml'      # as they should
+    scripts = []
+    if processes > 1 and not (CUDA and jobs):
+        scripts += [[str(folder/'train.py'), '--out', str(folder/f'tutorial-{config}'), '--steps', '4']]
+    if processes > 1 and jobs and not config:
+        scripts += [[str(folder/'probe.py'), str(Path(__file__).parent), str(folder/'probe')]]
     spec = dict(
-        script=str(folder/'train.py'),
-        tutorial=str(folder/f'tutorial-{config}') if processes > 1 and not (CUDA and jobs) else '',
+        scripts=scripts,
         beside='' if together else str(folder/f'beside-{config}'),
         jobs=[{**j, 'out': str(folder/j['out'])} for j in jobs],
     )
     (folder/'jobs.json').write_text(json.dumps(spec))
     for j in jobs: (folder/j['out']).mkdir(exist_ok=True)
-    head = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
-    )
+    if processes == 1: return forks.run(alone, str(folder/'job.py'), str(folder/'jobs.json'))
+    head = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
     if config:
         head = [
             sys.executable,
@@ -262,7 +297,7 @@ def runs(tmp_path_factory):
     )
     assert (d/'fsdp-sharded2to2'/'rank1.json').exists(), dead.stderr[-3000:]
     (d/'dead.txt').write_text(f'{dead.returncode}\n{dead.stderr}')
-    alone = launch(
+    assert 0 == launch(
         d,
         1,
         dict(out='prior1', settings=PRIOR, **SAVE),
@@ -278,7 +313,6 @@ def runs(tmp_path_factory):
         ),
         dict(out='fsdp-gain1', settings=GAIN, alone=True, **SAVE, **FSDP),
     )
-    assert alone.returncode == 0, alone.stderr[-3000:]
     again = launch(
         d,
         2,
@@ -458,6 +492,17 @@ def test_the_script_of_the_tutorial_runs_under_every_launcher_that_is_documented
     log = RunLog(folder)
     assert log.status == 'complete' and len(log.events('run_begin')) == 1 and not log.damaged
     assert (folder/'delta'/'delta.safetensors').exists() and not (folder/'alf.lock').exists()
+
+
+def test_a_probe_takes_other_rows_on_each_process(runs):
+    a, b = ranks(runs/'probe')
+    for name in ('sampler', 'dispatched sampler', 'stream', 'stream in shares'):
+        plain, probed = f'{name}, plain', f'{name}, probed'
+        assert a[probed]['names'] == b[probed]['names'] != []
+        for x in (a, b): assert x[probed]['seen'] == x[plain]['seen'] and len(x[probed]['probed']) == 8 + 2
+        for mine, other in zip(a[probed]['probed'], b[probed]['probed']):
+            assert len(mine) == len(other) == 2 and not set(mine) & set(other)
+            if 'sampler' in name: assert [mine[1] - mine[0], other[1] - other[0]] == [32, 32]
 
 
 def test_finetune_is_refused_under_a_launcher(runs):
