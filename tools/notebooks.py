@@ -1,10 +1,11 @@
 """Run the notebooks as `nbdev-test` does, each in a process of its own, as many at a time as there are cores.
 
 A notebook runs the code that it exports, so it changes classes of modules that others use too (`@patch`): in the
-processes of nbdev-test, which run one notebook after another, the next one sees that. Here none does. torch is imported
-once, before the processes part. Those that take longest come first, or one of them would run alone at the end.
+processes of nbdev-test, which run one notebook after another, the next one sees that. Here none does. torch and all our
+modules are imported once, before the processes part: that takes longer than most notebooks do. Those that take longest
+come first, or one of them would run alone at the end.
 """
-import argparse, multiprocessing, os, sys, time
+import argparse, contextlib, importlib, multiprocessing, os, pkgutil, sys, time
 from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -17,6 +18,15 @@ import interpreter
 
 root = Path(__file__).resolve().parents[1]
 LONGEST = ()
+
+
+def import_all():
+    "All modules as they are exported, with what they import"
+    import alf_nb, torch, transformers  # noqa: F401
+    from transformers import Trainer  # noqa: F401
+    if os.environ.get('TRITON_INTERPRET') == '1' and find_spec('triton'): interpreter.look_once()
+    for m in pkgutil.walk_packages(alf_nb.__path__, 'alf_nb.'):
+        with contextlib.suppress(ImportError): importlib.import_module(m.name)       # of an extra that is not installed
 
 
 def run(path, config):
@@ -52,9 +62,7 @@ def main():
     ap.add_argument('--workers', type=int, default=os.cpu_count())
     ap.add_argument('--timing', action='store_true', help="how long each took")
     a = ap.parse_args()
-    import torch, transformers  # noqa: F401
-    from transformers import Trainer  # noqa: F401
-    if os.environ.get('TRITON_INTERPRET') == '1' and find_spec('triton'): interpreter.look_once()
+    import_all()
     config = get_config(root)
     paths = sorted(p.absolute() for p in a.paths or nbglob(config.nbs_path, as_path=True))
     paths.sort(key=lambda p: LONGEST.index(p.stem) if p.stem in LONGEST else len(LONGEST))
