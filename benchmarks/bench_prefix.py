@@ -1,19 +1,18 @@
 """What it saves to compute frozen blocks once (`cache_prefix`): three epochs of MiniLM, in turns with its peers.
 
-    python benchmarks/bench_prefix.py --frozen 3 [--rows 2000] [--epochs 3] [--threads 2] [--out FILE]
+    python benchmarks/bench_prefix.py [--ways full lora frozen-2 kept-2 …] [--rows 2000] [--epochs 3] [--out FILE]
 
-MiniLM learns to say from which part of the Python reference some words come. Four trainings take turns of a few steps
-in one process, each with a model, an optimizer and an order of rows of its own: all weights (`full`); LoRA of rank 16
-on all linear layers (`lora`); what is above the `--frozen` lowest of six blocks, head included (`frozen`); and the same
-with `cache_prefix` (`kept`). The last two run the frozen blocks without dropout, so they see the same numbers. A row:
+MiniLM learns to say from which part of the Python reference some words come. Trainings take turns of a few steps in one
+process, each with a model, an optimizer and an order of rows of its own: all weights (`full`); LoRA of rank 16 on all
+linear layers (`lora`); what is above the lowest n of six blocks, head included (`frozen-n`); and the same with
+`cache_prefix` (`kept-n`). The last two run the frozen blocks without dropout, so they see the same numbers. A row:
 seconds of each epoch, the look at one batch before the first step included, the losses, and the bytes that states took.
-Where `--limit` seconds are over before all steps are made, nothing is written.
+While `--pause` names a file that exists, everything waits between two turns.
 """
 import argparse
 import copy
 import json
 import random
-import sys
 import time
 import warnings
 from datetime import datetime, timezone
@@ -32,6 +31,7 @@ from alf_nb.train.loop import ALFLoop
 
 RESULTS = Path(__file__).parent/'results'/'prefix.jsonl'
 RATES = dict(full=1e-4, lora=1e-3, frozen=2e-4, kept=2e-4)
+WAYS = ('full', 'lora', *(f'{how}-{n}' for n in (2, 3, 4) for how in ('frozen', 'kept')))
 PARTS = dict(
     statements='assert async await break class continue def del except exec for global if import nonlocal pass raise'
                ' return try while with yield function assignment augassign compound',
@@ -46,7 +46,7 @@ def part_of(topic):
     return found[0] if found else len(PARTS)
 
 
-def labelled(n, words=24, seed=0):
+def labelled(n, words, seed=0):
     "(text, label) of `n` pieces of the reference, in an order of its own"
     pieces = {}
     for topic, text in topics.items():
@@ -66,19 +66,20 @@ class Training:
     "One training, made a few steps at a time"
     def __init__(self, way, model, data, collate, a):
         torch.manual_seed(a.seed)
-        self.way, self.model, self.a = way, model.train(), a
+        self.name, (self.way, _, n) = way, way.partition('-')
+        self.frozen, self.model, self.a = int(n or 0), model.train(), a
         if way == 'lora': self.model = model = with_lora(model)
-        self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=RATES[way],
+        self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=RATES[self.way],
                                            weight_decay=0.)
         order = torch.Generator().manual_seed(a.seed)
         self.loader = DataLoader(data, a.batch_size, shuffle=True, collate_fn=collate, generator=order)
         self.per_epoch = len(self.loader)
         self.losses, self.seconds, self.alf, self.rng = [], [0.]*a.epochs, None, torch.get_rng_state()
-        if way in ('frozen', 'kept'): self.timed(0, self.begin)
+        if self.frozen: self.timed(0, self.begin)
         self.batches = self.read()
 
     def begin(self):
-        steps, bottom = self.per_epoch*self.a.epochs, self.a.frozen/6 + 1e-6
+        steps, bottom = self.per_epoch*self.a.epochs, self.frozen/6 + 1e-6
         self.alf = ALFLoop(self.model, self.optimizer, self.loader, steps, policy='full', kinds=KINDS, interval=0,
                            references='none', freeze_bottom=bottom, cache_prefix=self.way == 'kept', eval_prefix=True)
 
@@ -143,16 +144,22 @@ def summary(t, test, collate):
         more = dict(kept_rows=len(p.kept), kept_bytes=p.nbytes, hits=p.hits, computed=p.computed)
     if t.alf is not None: t.alf.close()
     return dict(
-        way=t.way, frozen=t.a.frozen if t.alf else 0, epoch_s=t.seconds, wall_s=sum(t.seconds), steps=len(t.losses),
+        way=t.way, frozen=t.frozen, epoch_s=t.seconds, wall_s=sum(t.seconds), steps=len(t.losses),
         train_losses=[sum(t.losses[i:i+end])/end for i in range(0, len(t.losses), end)], last_loss=t.losses[-1],
         test_loss=loss, accuracy=right, lr=RATES[t.way], **more)
 
 
+def waited(pause):
+    while pause.exists(): time.sleep(.5)
+    return True
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in dict(frozen=3, rows=2000, epochs=3, batch_size=32, turn=7, threads=2, seed=0, limit=0).items():
+    for name, default in dict(rows=2000, words=8, epochs=3, batch_size=64, turn=4, threads=2, seed=0).items():
         p.add_argument('--'+name.replace('_', '-'), type=int, default=default)
-    p.add_argument('--ways', nargs='+', default=list(RATES))
+    p.add_argument('--ways', nargs='+', default=WAYS)
+    p.add_argument('--pause', type=Path, default=Path('no such file'))
     p.add_argument('--out', type=Path, default=RESULTS)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
@@ -162,14 +169,11 @@ def main():
     torch.manual_seed(a.seed)
     base = AutoModelForSequenceClassification.from_config(encoder.config)
     setattr(base, base.base_model_prefix, encoder)
-    data, test = (encoded(r, tokenizer) for r in labelled(a.rows))
+    data, test = (encoded(r, tokenizer) for r in labelled(a.rows, a.words))
     collate = DataCollatorWithPadding(tokenizer)
-    trainings = [Training(w, copy.deepcopy(base), data, collate, a) for w in a.ways]
-    going, t0 = list(trainings), time.perf_counter()
-    while going:
-        going = [t for t in going if t.turn(a.turn)]
-        if a.limit and time.perf_counter() - t0 > a.limit:
-            sys.exit(f"over after {[(t.way, len(t.losses), t.seconds) for t in trainings]}")
+    trainings = [Training(w, copy.deepcopy(base), data, collate, a) for w in a.ways if waited(a.pause)]
+    going = list(trainings)
+    while going: going = [t for t in going if waited(a.pause) and t.turn(a.turn)]
     tokens = sum(len(r['input_ids']) for r in data)
     about = dict(rows=a.rows, tokens=tokens, epochs=a.epochs, batch_size=a.batch_size, seed=a.seed, threads=a.threads,
                  model='all-MiniLM-L6-v2', dtype='fp32', device=device_name(torch.device('cpu')), versions=versions(),

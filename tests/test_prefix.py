@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -424,6 +423,7 @@ def test_finetune_and_its_command(tmp_path, capsys):
 
 SCRIPT = '''
 import sys
+import time
 sys.path.insert(0, {tests!r})
 from test_prefix import *
 class Says(TrainerCallback):
