@@ -2696,13 +2696,10 @@ d = { 'settings': { 'branch': 'main',
                                          'alf_nb.train.controller._hook': ('06_train/controller.html#_hook', 'alf_nb/train/controller.py'),
                                          'alf_nb.train.controller._note_unread': ( '06_train/controller.html#_note_unread',
                                                                                    'alf_nb/train/controller.py'),
-<<<<<<< HEAD
                                          'alf_nb.train.controller._possible': ( '06_train/controller.html#_possible',
                                                                                 'alf_nb/train/controller.py'),
-=======
                                          'alf_nb.train.controller._prepare': ( '06_train/controller.html#_prepare',
                                                                                'alf_nb/train/controller.py'),
->>>>>>> main
                                          'alf_nb.train.controller._set_up_parts': ( '06_train/controller.html#_set_up_parts',
                                                                                     'alf_nb/train/controller.py'),
                                          'alf_nb.train.controller._set_up_step': ( '06_train/controller.html#_set_up_step',

@@ -221,12 +221,8 @@ def _check_chosen_once(c):
     if c.check == 'freeze':
         raise ValueError(f"{why}: check='freeze' chooses again where a unit gets NaN, give check='raise'")
 
-<<<<<<< HEAD
-def _first_start(c):
-=======
 # %% ../../nbs/01_core/09_config.ipynb #081ea2a9
-def _first_start(start, policy, signal):
->>>>>>> main
+def _first_start(c):
     "What `start` means for this policy and signal"
     if not c.policy.needs_scores: return 'none'
     if c.start not in ('auto', 'none'): return c.start
@@ -248,12 +244,8 @@ class ALFConfig(_Once, _Room, _How, _When, _What):
         for k,v in _checked(self).items(): object.__setattr__(self, k, v)
         object.__setattr__(self, 'references', _kept(self.references, self.signal, self.check))
         _check_together(self)
-<<<<<<< HEAD
-        object.__setattr__(self, 'start', _first_start(self))
-=======
         _check_bottom(self)
-        object.__setattr__(self, 'start', _first_start(self.start, self.policy, self.signal))
->>>>>>> main
+        object.__setattr__(self, 'start', _first_start(self))
         _check_chosen_once(self)
         if self.quantize_frozen: object.__setattr__(self, 'interval', 0)
 
