@@ -91,6 +91,14 @@ class _Room(Record):
     # first step, from the model's own code and the longest of some batches
     memory:str|int|None=None
 
+@dataclass(frozen=True)
+class _Once(Record):
+    "What is computed once."
+    # what the frozen lowest blocks (`freeze_bottom`) make of a row is kept in host memory, and not computed again in
+    # later epochs; True: in half of what is free, or in so many bytes, such as '8GB'
+    cache_prefix:bool|int|str=False
+    eval_prefix:bool=False      # the frozen lowest blocks run as in evaluation, without dropout
+
 # %% ../../nbs/01_core/09_config.ipynb #e56bf595
 @dataclass(frozen=True)
 class _How(Record):
@@ -110,15 +118,6 @@ class _How(Record):
     # frozen
     check:str='raise'
     seed:int=0                  # seeds the draws of policy and probe
-
-# %% ../../nbs/01_core/09_config.ipynb #940c5732
-@dataclass(frozen=True)
-class _Once(Record):
-    "What is computed once."
-    # what the frozen lowest blocks (`freeze_bottom`) make of a row is kept in host memory, and not computed again in
-    # later epochs; True: in half of what is free, or in so many bytes, such as '8GB'
-    cache_prefix:bool|int|str=False
-    eval_prefix:bool=False      # the frozen lowest blocks run as in evaluation, without dropout
 
 # %% ../../nbs/01_core/09_config.ipynb #edb9d89a
 VALUES = dict(
@@ -181,6 +180,18 @@ def _check_metered(c):
     if c.meter_steps == 1:
         raise ValueError("meter_steps=1, but agreement compares steps: 0 for none, or at least 2")
 
+def _first_start(c):
+    "What `start` means for this policy and signal"
+    if not c.policy.needs_scores: return 'none'
+    if c.start not in ('auto', 'none'): return c.start
+    if c.signal == 'agreement' and c.quantize_frozen is None: return 'meter'
+    return 'probe' if c.signal in PROBED else 'prior'
+
+def _kept(references, signal, check):
+    "What `references` means for this signal and check"
+    if references != 'auto': return references
+    return 'device' if signal in MOVED or check == 'freeze' else 'none'
+
 # %% ../../nbs/01_core/09_config.ipynb #7745ecea
 def _check_together(c):
     "A ValueError where settings contradict one another"
@@ -220,19 +231,6 @@ def _check_chosen_once(c):
         raise ValueError(f"{why}: start={c.start!r} would choose again, give start='probe' or 'prior'")
     if c.check == 'freeze':
         raise ValueError(f"{why}: check='freeze' chooses again where a unit gets NaN, give check='raise'")
-
-# %% ../../nbs/01_core/09_config.ipynb #081ea2a9
-def _first_start(c):
-    "What `start` means for this policy and signal"
-    if not c.policy.needs_scores: return 'none'
-    if c.start not in ('auto', 'none'): return c.start
-    if c.signal == 'agreement' and c.quantize_frozen is None: return 'meter'
-    return 'probe' if c.signal in PROBED else 'prior'
-
-def _kept(references, signal, check):
-    "What `references` means for this signal and check"
-    if references != 'auto': return references
-    return 'device' if signal in MOVED or check == 'freeze' else 'none'
 
 # %% ../../nbs/01_core/09_config.ipynb #d963b86f
 @dataclass(frozen=True)

@@ -69,7 +69,6 @@ def _possible(config, engine):
     warnings.warn("torch.compile leaves a meter no place in its graphs: gradients are probed instead (start='probe')")
     return replace(config, start='probe')
 
-# %% ../../nbs/06_train/13_controller.ipynb #b10f528e
 def _check_whole(run):
     "A ValueError where whole weights are asked for, and they are in pieces"
     if run.config.check == 'freeze' and run.guards.sharded:
