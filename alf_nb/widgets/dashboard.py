@@ -45,7 +45,7 @@ class TrainingDashboard(View):
         source # a run in the background, a `RunLog`, or the folder of a run
     ):
         super().__init__(source)
-        self._asked, self._picker = None, None
+        self._asked, self._picker, self._happens = None, None, None
         self.what, self.progress, self.tiles = html(flex='1 1 300px', width='auto'), html(), html()
         self.said = html()
         self.curve = html(flex='3 1 420px', width='auto', min_width='0')
@@ -277,13 +277,22 @@ def _toggle(d, on):
     put(d.picker_box, children=(d._picker.box,) if on else ())
 
 # %% ../../nbs/08_widgets/06_dashboard.ipynb #4d4ebd82
+def _draw_head(d):
+    "What happens, at once; the step with the tiles: the page lays itself out anew with every message"
+    at = d.happening()
+    if at[:2] != d._happens: d._due.pop('head', None)
+    d._happens = at[:2]
+    def draw():
+        put(d.what, value=_what(d))
+        put(d.progress, value=_bar(d))
+    d.seldom('head', (at, d.status, d.state, d.state.step, d.state.max_steps), draw, 2)
+
 @patch
 def draw(self:TrainingDashboard):
     s, goes_on = self.state, self.goes_on
     _buttons(self)
-    put(self.what, value=_what(self))
+    _draw_head(self)
     put(self.said, value=_said(self))
-    put(self.progress, value=_bar(self))
     n = {k: len(s.events(k)) for k in ('log', 'select', 'memory', 'eval')}
     mark, end = (s, *n.values(), self.status, goes_on), axis_end(s.step, s.max_steps, not goes_on)
     self.seldom('tiles', (mark, s.step), lambda: put(self.tiles, value=_tiles(self)), 2)
