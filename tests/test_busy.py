@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fastcore.nbio import read_nb
 
 from alf_nb.core.runlog import RunLog
 from alf_nb.core.system import SPINS, Slowdown
@@ -51,7 +52,8 @@ def test_openmp_hears_what_the_command_line_asks():
 
 
 @pytest.mark.parametrize('kernel', [True, False])
-def test_names_for_notebooks_ask_in_a_kernel_only(kernel):
+@pytest.mark.parametrize('module', ['all', 'app.finetune'])
+def test_what_notebooks_begin_with_asks_in_a_kernel_only(module, kernel):
     shell = 'SimpleNamespace(kernel=1)' if kernel else 'None'
     code = f"""import os, sys, IPython
 from types import SimpleNamespace
@@ -62,8 +64,17 @@ class Tell:
         print(os.environ.get('GOMP_SPINCOUNT'), flush=True)
         os._exit(0)
 sys.meta_path.insert(0, Tell())
-import alf_nb.all"""
+import alf_nb.{module}"""
     assert python(code).stdout.split() == [SPINS if kernel else 'None']
+
+
+@pytest.mark.parametrize('tutorial', sorted((ROOT/'nbs'/'tutorials').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_a_tutorial_that_trains_loads_ours_before_torch(tutorial):
+    code = '\n'.join(c.source for c in read_nb(tutorial).cells if c.cell_type == 'code')
+    first = lambda words: min((m.start() for m in re.finditer(words, code, re.M)), default=len(code))
+    ours = first(r'^from alf_nb\.(all|app\.finetune) import')
+    if ours == len(code): pytest.skip('it trains in other processes')
+    assert ours < first(r'^(import|from) (torch|transformers|datasets|peft|alf_nb\.(?!all|app\.finetune))')
 
 
 @pytest.mark.skipif(not shutil.which('make'), reason='no make here')
