@@ -34,7 +34,7 @@ def peak_rss_bytes()->int: # bytes; 0 where the system does not tell
 
 # %% ../../nbs/01_core/16_system.ipynb #9420eb4b
 _HOW_TO_WAIT = 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'
-SPINS = '1000'      # rounds that a thread spins before it sleeps
+SPINS = '10000'     # rounds that a thread spins before it sleeps
 
 def can_wait_better(
     env=None # environment; None: of this process

@@ -261,6 +261,13 @@ def seldom(self:View,
     self._due[part] = (mark,), time.monotonic() + min(10., max(gap, (time.thread_time() - t)/share))
 
 @patch
+def hasten(self:View,
+    part # name of a part of the view
+):
+    "Draw a part with the next drawing, however lately it was drawn"
+    self._due.pop(part, None)
+
+@patch
 def later(self:View):
     "Have the ticker draw once more, for what would make a message too large"
     self._drawn = None

@@ -45,7 +45,7 @@ class TrainingDashboard(View):
         source # a run in the background, a `RunLog`, or the folder of a run
     ):
         super().__init__(source)
-        self._asked, self._picker, self._happens = None, None, None
+        self._asked, self._picker, self.seen = None, None, None
         self.what, self.progress, self.tiles = html(flex='1 1 300px', width='auto'), html(), html()
         self.said = html()
         self.curve = html(flex='3 1 420px', width='auto', min_width='0')
@@ -276,17 +276,18 @@ def _toggle(d, on):
     if on and d._picker is None: d._picker = d.hold(ThresholdPicker(d.control or d.log))
     put(d.picker_box, children=(d._picker.box,) if on else ())
 
-# %% ../../nbs/08_widgets/06_dashboard.ipynb #4d4ebd82
+# %% ../../nbs/08_widgets/06_dashboard.ipynb #70a27714
 def _draw_head(d):
     "What happens, at once; the step with the tiles: the page lays itself out anew with every message"
     at = d.happening()
-    if at[:2] != d._happens: d._due.pop('head', None)
-    d._happens = at[:2]
+    if at[:2] != d.seen: d.hasten('head')
+    d.seen = at[:2]
     def draw():
         put(d.what, value=_what(d))
         put(d.progress, value=_bar(d))
     d.seldom('head', (at, d.status, d.state, d.state.step, d.state.max_steps), draw, 2)
 
+# %% ../../nbs/08_widgets/06_dashboard.ipynb #4d4ebd82
 @patch
 def draw(self:TrainingDashboard):
     s, goes_on = self.state, self.goes_on
