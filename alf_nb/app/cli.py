@@ -61,7 +61,7 @@ def _flags(parser, fp32=False):
 def _settings(parser, names):
     "Settings of a run; what is not given is decided by the preset"
     found = {'preset': options_of('core.config', 'from_args')['preset']}
-    for part in ('_Choice', '_Room', '_What', '_When', '_How'): found |= options_of('core.config', part)
+    for part in ('_Choice', '_Room', '_What', '_When', '_How', '_Once'): found |= options_of('core.config', part)
     for n in names.split():
         unset = {} if n == 'preset' else dict(default=argparse.SUPPRESS)
         add_option(parser, found[n], **_HOW.get(n, {}) | unset)
@@ -74,6 +74,7 @@ def _finetune_options(p):
     _add(what, call, 'out')
     layers = p.add_argument_group('which layers learn')
     _settings(layers, 'budget threshold memory preset policy signal unit interval pin ban references')
+    _settings(layers, 'freeze_bottom cache_prefix eval_prefix')
     how = p.add_argument_group('how')
     _add(how, job, 'steps lr batch_size length eval_blocks attention seed save_steps')
     _add(how, call, 'resume')

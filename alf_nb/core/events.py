@@ -178,6 +178,7 @@ _FIELDS |= dict(
     eval=dict(name='name when', number='loss tokens', numbers='metrics'),
     sample=dict(text='when prompt text'),
     pack=dict(count='bits modules', number='bytes_before bytes_after'),
+    prefix=dict(count='blocks rows hits computed', number='bytes limit', text='message'),
     save=dict(text='path'),
     resume=dict(text='path run_id'),
     error=dict(text='type message traceback'),
