@@ -160,6 +160,7 @@ _FIELDS = dict(
     run_begin=dict(text='run_id model device', table='versions config', units='units',
                    count='n_total max_steps interval'),
     probe=dict(signals='signals', number='wall_s loss', count='batches'),
+    slow=dict(text='message', number='seconds_per_step best_s'),
     measure=dict(signals='signals', number='wall_s sum_lr steps', numbers='ages'),
     select=dict(texts='names entered left', name='reason policy', share='share', text='signal', numbers='scores ages'))
 
@@ -172,7 +173,6 @@ _FIELDS |= dict(
     not_measured=dict(texts='units', text='why message', number='steps'),
     left_out=dict(texts='units', text='why message'),
     skip=dict(text='message'),
-    slow=dict(text='message', number='seconds_per_step best_s'),
     log=dict(number='loss learning_rate grad_norm epoch seconds_per_step tokens_per_second'),
     memory=dict(number='grad_bytes optimizer_bytes reference_bytes master_bytes parked_bytes rss_bytes'),
     eval=dict(name='name when', number='loss tokens', numbers='metrics'),
