@@ -73,8 +73,7 @@ class _When(Record):
     "When it is measured and chosen."
     # how to choose first: 'meter', 'probe', 'prior', 'rotate', 'warm-up'; 'auto': what the signal needs
     start:str='auto'
-    # steps of 'rotate' (within the budget), 'warm-up' (trains all that is not banned) or 'meter' (drawn by lot); None:
-    # 16, for a meter an eighth of the run, 2 to 16
+    # steps of 'meter' (None: an eighth of the run, 2 to 16), or of 'rotate' and 'warm-up' (None: 16)
     warm_up:int|None=None
     meter_steps:int=8           # steps that a meter looks at before each re-selection; 0: none
     probe_batches:int=8         # batches of the gradient probe before the first step, at least 2
@@ -173,10 +172,7 @@ def _numbers(c):
 def _check_metered(c):
     "A ValueError where a meter cannot measure what is asked for"
     if c.start == 'meter' and c.policy.needs_scores and c.signal not in METERED:
-        raise ValueError(
-            f"start='meter' measures {' and '.join(METERED)}, not {c.signal!r}: choose by one of them, or take"
-            " start='probe'"
-        )
+        raise ValueError(f"start='meter' measures {' and '.join(METERED)}, not {c.signal!r}: take start='probe'")
     if c.meter_steps == 1:
         raise ValueError("meter_steps=1, but agreement compares steps: 0 for none, or at least 2")
 

@@ -12,7 +12,7 @@ import math, time, uuid, warnings
 from dataclasses import replace
 from fastcore.basics import patch
 from ..core.config import MOVED
-from ..core.system import peak_rss_bytes, versions
+from ..core.system import Slowdown, peak_rss_bytes, versions
 from ..kernels.plan import compile_kernels
 from ..model.masters import Masters, lost_to_rounding
 from ..model.updates import plain_optimizer, check_last_update
@@ -35,8 +35,6 @@ from .once import prefix_of, start_prefix, tell_prefix
 from .reach import BlindBatches, ForwardHook, Reach
 from .selecting import check_can_pack, end_metered, known_scores, note_peak, ours, select, set_up_meter
 from .selecting import may_probe, use_policy, watch
-
-# %% ../../nbs/06_train/13_controller.ipynb #5827f6b4
 from .state import RunTotals
 
 # %% ../../nbs/06_train/13_controller.ipynb #d9dba825
@@ -107,6 +105,7 @@ def _set_up_step(run):
     run.nothing_reached,run.stateless,run.stale = False,False,False
     run.window,run.measured,run.grad_bytes,run.measure_s = {},{},0,0.
     run.step_s,run.tokens_seen,run.t_begin = [],0,time.perf_counter()
+    run.slowdown,run.crowded = Slowdown(),False
     run.t_step = run.t_begin
 
 # %% ../../nbs/06_train/13_controller.ipynb #52f90680
