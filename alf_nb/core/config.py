@@ -13,7 +13,7 @@ import difflib, inspect, warnings
 from dataclasses import dataclass, field, fields
 from fastcore.basics import patch
 from fastcore.docments import docments
-from .check import flag, fraction, known, memory_bytes, one_of, whole
+from .check import flag, fraction, known, learning_rate, memory_bytes, one_of, whole
 from .policies import POLICIES, BudgetPolicy
 from .policy import Policy
 from .records import KINDS, Record
@@ -87,6 +87,14 @@ class _Room(Record):
     # first step, from the model's own code and the longest of some batches
     memory:str|int|None=None
 
+# %% ../../nbs/01_core/09_config.ipynb #80cf3a37
+@dataclass(frozen=True)
+class _Pace(Record):
+    "What its learning rate is compared with."
+    # learning rate that suits the model when all of it trains: a run whose rate is more than twice, or less than half,
+    # what `suggested_lr` makes of it says so; None: nobody knows
+    full_lr:float|None=None
+
 # %% ../../nbs/01_core/09_config.ipynb #e56bf595
 @dataclass(frozen=True)
 class _How(Record):
@@ -130,7 +138,6 @@ def _checked(c):
         kinds=tuple(known('kind', k, KINDS) for k in kinds),
         presumed=tuple(c.presumed),
         masters=flag('masters', c.masters),
-        memory=None if c.memory is None else memory_bytes('memory', c.memory),
         policy=_ready(c.policy, c.seed),
     ) | {k: one_of(k, getattr(c, k), allowed) for k,allowed in VALUES.items()}
 
@@ -146,6 +153,8 @@ def _numbers(c):
         select_until=fraction('select_until', c.select_until, 'of the run, 0–1'),
         seed=whole('seed', c.seed, what='of the draws'),
     )
+    if c.memory is not None: found['memory'] = memory_bytes('memory', c.memory)
+    if c.full_lr is not None: found['full_lr'] = learning_rate('full_lr', c.full_lr)
     if c.interval is not None:
         found['interval'] = whole('interval', c.interval, 0, 'steps between selections (0: never again)')
     return found
@@ -193,7 +202,7 @@ def _kept(references, signal, check):
 
 # %% ../../nbs/01_core/09_config.ipynb #d963b86f
 @dataclass(frozen=True)
-class ALFConfig(_Room, _How, _When, _What):
+class ALFConfig(_Pace, _Room, _How, _When, _What):
     "How a run chooses what trains; checked when it is made, and never changed."
     presumed:tuple=()           # pins of a preset: those that mean nothing in a model are left out
 
@@ -347,7 +356,7 @@ def config_of(
 def _all_settings():
     "name → (default, what it is) of every setting of the short form"
     found = {'preset': ('default', 'a key of `PRESETS`; settings given beside it win')}
-    for cls in (_Choice, _Room, _What, _When, _How):
+    for cls in (_Choice, _Room, _Pace, _What, _When, _How):
         told = docments(cls, full=True)
         found |= {f.name: (None if f.name == 'policy' else f.default, told[f.name].docment) for f in fields(cls)}
     return found

@@ -172,6 +172,7 @@ _FIELDS |= dict(
     not_measured=dict(texts='units', text='why message', number='steps'),
     left_out=dict(texts='units', text='why message'),
     skip=dict(text='message'),
+    rate=dict(number='lr of_all suggested', share='share', text='message'),
     log=dict(number='loss learning_rate grad_norm epoch seconds_per_step tokens_per_second'),
     memory=dict(number='grad_bytes optimizer_bytes reference_bytes master_bytes parked_bytes rss_bytes'),
     eval=dict(name='name when', number='loss tokens', numbers='metrics'),

@@ -73,10 +73,13 @@ def state(self:ALFCallback)->dict:
 
 @patch
 def preview(self:ALFCallback,
-    model # any model, before training
-):        # `Selection`
+    model,          # any model, before training
+    batch:int=None, # sequences of a step, which `memory` asks for
+    length:int=None,# tokens of each
+    bf16:bool=False # autocast?
+):                  # `Selection`
     "What these settings would choose by the prior alone; those that do not fit the model are refused as in training"
-    return preview_of(model, self.config)
+    return preview_of(model, self.config, batch, length, bf16)
 
 @patch(as_prop=True)
 def selection(self:ALFCallback): return self.run and self.run.selection
