@@ -13,7 +13,7 @@ from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
 
 root = Path(__file__).resolve().parents[1]
-# 77, 59 and 19 s of CPU; no other takes ten
+# 77, 59 and 19 s of CPU
 LONGEST = '06_plan', '9_big_model', '18_trainer'
 
 
