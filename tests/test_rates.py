@@ -44,7 +44,7 @@ def test_without_a_full_rate_the_log_tells_and_nobody_is_warned(tmp_path):
     assert not trained(tmp_path, 1e-1, budget=.3)
     e = said(tmp_path)
     assert (e['lr'], e['share'], e['suggested']) == (1e-1, .3, None) and e['of_all'] == lr_of_all(1e-1, .3)
-    assert e['message'] == 'lr 0.1 for 30 % of the parameters is what 0.038 is for all of them'
+    assert e['message'] == 'lr 0.1 for 30.0 % of the parameters is what 0.038 is for all of them'
 
 
 def test_a_resume_says_it_once(tmp_path):
@@ -95,7 +95,7 @@ def test_finetune_takes_what_suits_its_share(tmp_path, kw, lr):
 
 
 def test_finetune_takes_what_suits_the_budget_that_fits(tmp_path):
-    s = tuned(tmp_path, memory=2_000_000)
+    s = tuned(tmp_path, memory=1_600_000)
     budget = RunLog(tmp_path/'run').events('fit')[0]['budget']
     assert 0 < budget < 1 and s['lr'] == pytest.approx(suggested_lr(budget), rel=.05)
 

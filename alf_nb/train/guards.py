@@ -289,7 +289,8 @@ def say_rate(
     "Log what the learning rate amounts to for what trains; warn where it is not what `full_lr` asks for"
     lr,share = _peak_lr(run.optimizer),getattr(run.policy, 'budget', None) or run.selection.share
     # adapters, beside which most of the model is frozen, have rates of their own
-    if lr is None or not 0 < lr < 1 or 2*run.n_total < run.layers.total: return
+    adapters = 2*run.n_total < sum(p.numel() for p in run.layers.model.parameters())
+    if lr is None or not 0 < lr < 1 or adapters: return
     full,of_all = run.config.full_lr,lr_of_all(lr, share)
     wanted = suggested_lr(share, full) if full else None
     words = f"lr {lr:.2g} for {percent(share)} of the parameters is what {of_all:.2g} is for all of them"
