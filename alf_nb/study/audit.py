@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import numpy as np, torch
 from fastcore.meta import delegates
 from transformers import default_data_collator
-from ..core.check import whole
+from ..core.check import learning_rate, whole
 from ..model.layers import Layers, partition_layers
 from ..core.format import human_time
 from ..signals.probe import model_loss, probe_gradients
