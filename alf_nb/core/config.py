@@ -115,6 +115,15 @@ class _How(Record):
     check:str='raise'
     seed:int=0                  # seeds the draws of policy and probe
 
+# %% ../../nbs/01_core/09_config.ipynb #940c5732
+@dataclass(frozen=True)
+class _Once(Record):
+    "What is computed once."
+    # what the frozen lowest blocks (`freeze_bottom`) make of a row is kept in host memory, and not computed again in
+    # later epochs; True: in half of what is free, or in so many bytes, such as '8GB'
+    cache_prefix:bool|int|str=False
+    eval_prefix:bool=False      # the frozen lowest blocks run as in evaluation, without dropout
+
 # %% ../../nbs/01_core/09_config.ipynb #edb9d89a
 VALUES = dict(
     unit=('matrix', 'block'),
@@ -132,7 +141,7 @@ def _ready(policy, seed):
 def _checked(c):
     "Every setting that stands alone, as plain values; a ValueError where one is none that there is"
     kinds = c.kinds if isinstance(c.kinds, (list, tuple)) else (c.kinds,)
-    return _numbers(c) | dict(
+    return _numbers(c) | _once(c) | dict(
         signal=known('signal', c.signal, SIGNALS),
         start=known('start', c.start, (*STARTS, 'none')),
         kinds=tuple(known('kind', k, KINDS) for k in kinds),
@@ -142,6 +151,13 @@ def _checked(c):
     ) | {k: one_of(k, getattr(c, k), allowed) for k,allowed in VALUES.items()}
 
 # %% ../../nbs/01_core/09_config.ipynb #0c8e44cb
+def _once(c):
+    "Bytes for what is computed once, or True or False"
+    kept = c.cache_prefix
+    return dict(cache_prefix=kept if isinstance(kept, bool) else memory_bytes('cache_prefix', kept),
+                eval_prefix=flag('eval_prefix', c.eval_prefix))
+
+# %% ../../nbs/01_core/09_config.ipynb #e134d6f6
 def _numbers(c):
     "Its numbers"
     found = dict(
@@ -179,6 +195,15 @@ def _check_together(c):
         )
 
 # %% ../../nbs/01_core/09_config.ipynb #5150f884
+def _check_bottom(c):
+    "A ValueError where nothing is known to stay frozen"
+    asked = 'cache_prefix' if c.cache_prefix else 'eval_prefix'
+    if (c.cache_prefix or c.eval_prefix) and not c.freeze_bottom:
+        raise ValueError(
+            f"{asked} is about the lowest blocks that stay frozen, and freeze_bottom=0 freezes none: give freeze_bottom"
+            "=0.5, or another part of the depth"
+        )
+
 def _check_chosen_once(c):
     "A ValueError where settings ask for another choice after the rest was packed"
     if c.quantize_frozen is None: return
@@ -189,6 +214,7 @@ def _check_chosen_once(c):
     if c.check == 'freeze':
         raise ValueError(f"{why}: check='freeze' chooses again where a unit gets NaN, give check='raise'")
 
+# %% ../../nbs/01_core/09_config.ipynb #081ea2a9
 def _first_start(start, policy, signal):
     "What `start` means for this policy and signal"
     if not policy.needs_scores: return 'none'
@@ -202,7 +228,7 @@ def _kept(references, signal, check):
 
 # %% ../../nbs/01_core/09_config.ipynb #d963b86f
 @dataclass(frozen=True)
-class ALFConfig(_Pace, _Room, _How, _When, _What):
+class ALFConfig(_Pace, _Once, _Room, _How, _When, _What):
     "How a run chooses what trains; checked when it is made, and never changed."
     presumed:tuple=()           # pins of a preset: those that mean nothing in a model are left out
 
@@ -210,6 +236,7 @@ class ALFConfig(_Pace, _Room, _How, _When, _What):
         for k,v in _checked(self).items(): object.__setattr__(self, k, v)
         object.__setattr__(self, 'references', _kept(self.references, self.signal, self.check))
         _check_together(self)
+        _check_bottom(self)
         object.__setattr__(self, 'start', _first_start(self.start, self.policy, self.signal))
         _check_chosen_once(self)
         if self.quantize_frozen: object.__setattr__(self, 'interval', 0)
@@ -356,7 +383,7 @@ def config_of(
 def _all_settings():
     "name → (default, what it is) of every setting of the short form"
     found = {'preset': ('default', 'a key of `PRESETS`; settings given beside it win')}
-    for cls in (_Choice, _Room, _Pace, _What, _When, _How):
+    for cls in (_Choice, _Room, _Pace, _What, _When, _How, _Once):
         told = docments(cls, full=True)
         found |= {f.name: (None if f.name == 'policy' else f.default, told[f.name].docment) for f in fields(cls)}
     return found

@@ -159,6 +159,7 @@ _CHECKS = dict(number=number_or_none, share=_is_share, count=_is_count, name=_is
 _FIELDS = dict(
     run_begin=dict(text='run_id model device', table='versions config', units='units',
                    count='n_total max_steps interval'),
+    rate=dict(number='lr of_all suggested', share='share', text='message'),
     probe=dict(signals='signals', number='wall_s loss', count='batches'),
     measure=dict(signals='signals', number='wall_s sum_lr steps', numbers='ages'),
     select=dict(texts='names entered left', name='reason policy', share='share', text='signal', numbers='scores ages'))
@@ -172,12 +173,12 @@ _FIELDS |= dict(
     not_measured=dict(texts='units', text='why message', number='steps'),
     left_out=dict(texts='units', text='why message'),
     skip=dict(text='message'),
-    rate=dict(number='lr of_all suggested', share='share', text='message'),
     log=dict(number='loss learning_rate grad_norm epoch seconds_per_step tokens_per_second'),
     memory=dict(number='grad_bytes optimizer_bytes reference_bytes master_bytes parked_bytes rss_bytes'),
     eval=dict(name='name when', number='loss tokens', numbers='metrics'),
     sample=dict(text='when prompt text'),
     pack=dict(count='bits modules', number='bytes_before bytes_after'),
+    prefix=dict(count='blocks rows hits computed', number='bytes limit', text='message'),
     save=dict(text='path'),
     resume=dict(text='path run_id'),
     error=dict(text='type message traceback'),

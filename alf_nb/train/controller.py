@@ -30,6 +30,7 @@ from .engine import Engine, graphs_see_freezing, warn_of_recompiling
 from .guards import Guards, Journal, say_rate
 from .marks import add_hooks, guard_allocators, note_frozen, thaw, warn_of_new_head
 from .nan import NonFinite
+from .once import prefix_of, start_prefix, tell_prefix
 from .reach import BlindBatches, ForwardHook, Reach
 from .selecting import check_can_pack, known_scores, note_peak, ours, select, use_policy
 
@@ -81,6 +82,7 @@ def _set_up_parts(run):
     use_policy(run, run.asked)
     _check_readable(run)
     if c.quantize_frozen: check_can_pack(run)
+    run.prefix = prefix_of(run)
 
 # %% ../../nbs/06_train/13_controller.ipynb #fc8c9eb6
 def _set_up_step(run):
@@ -135,7 +137,7 @@ def begin(self:ALFController,
     self.training = True        # a request may come as soon as somebody sees the first selection
     if resume is not None: resume(self)
     else: _choose_first(self)
-    _compile(self)
+    _prepare(self)
     self.blind.on = self.journal.news = True
     self.t_step = time.perf_counter()
 
@@ -168,11 +170,12 @@ def _warn_of_rounding(run):
             f" lr {lr:.1g} to change them, unless the optimizer makes up for it (Kahan summation, stochastic rounding)",
         )
 
-def _compile(run):
-    "Here, not in the first window; what is frozen for good may be packed, which no kernel reads"
+def _prepare(run):
+    "Kernels are compiled here, not in the first window; what is frozen for good may be packed, which no kernel reads"
     trains = [p for n in run.names for p in run.layers.params(n)]
     dtypes = sorted({p.dtype for p in trains if p.is_floating_point()}, key=str)
     compile_kernels(dtypes, trains[0].device, dot=True, bits=8 if run.config.references == '8bit' else 32)
+    start_prefix(run)
 
 # %% ../../nbs/06_train/13_controller.ipynb #29d14746
 def settings(run)->dict:
@@ -346,6 +349,7 @@ def end(self:ALFController,
 ):
     "Close the log and leave the model trainable as it was found"
     self.training = self.blind.on = False
+    tell_prefix(self, step)
     try: self.journal.event('run_end', step, **self.summary(), stopped=step < self.max_steps)
     finally:
         self.leave()

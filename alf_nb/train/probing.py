@@ -15,7 +15,8 @@ from fastcore.basics import patch
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
-from ..signals.batches import draw_batches, lend_loader, lent_streams, loader_parts, plain_batch_size, takes_by_index
+from ..signals.batches import base_loader, draw_batches, lend_loader, lent_streams, loader_parts, plain_batch_size
+from ..signals.batches import takes_by_index
 from ..signals.lending import LentStream
 from ..signals.probe import model_loss, probe_gradients
 from ..signals.untouched import modules_in, same_draws, same_modules, same_objects
@@ -94,6 +95,32 @@ def longest(self:ProbeSource,
         batches = draw_batches(self.loader, n_batches, seed, self.own_size(), self.rank, self.n_ranks)
         shapes = [_shape(b, main) for b in batches]
     return tuple(map(max, zip(*shapes)))
+
+# %% ../../nbs/06_train/09_probing.ipynb #90607028
+def _rows_drawn(loader):
+    "Rows of the dataset that a loader of `draw_batches` reads; None: not known"
+    rows = getattr(loader, 'sampler', None)
+    return rows if isinstance(rows, list) and all(isinstance(i, int) for i in rows) else None
+
+@patch
+def twice(self:ProbeSource,
+    seed:int # of the draw
+)->tuple:    # batch, the same rows read again, their places in the dataset or None
+    "A batch of training, read twice"
+    if not takes_by_index(self.loader):
+        raise ValueError(
+            "cache_prefix keeps states of rows that come again, and what this loader reads has no index: give a"
+            " dataset that has one, not a stream"
+        )
+    self.begin()
+    draw = lambda: draw_batches(self.loader, 1, seed, self.own_size(), self.rank, self.n_ranks)
+    loader = draw()
+    return self.prepared(next(iter(loader))), self.prepared(next(iter(draw()))), _rows_drawn(loader)
+
+@patch(as_prop=True)
+def n_rows(self:ProbeSource)->int:
+    "Rows of the dataset; 0: not known"
+    return len(base_loader(self.loader).dataset) if takes_by_index(self.loader) else 0
 
 # %% ../../nbs/06_train/09_probing.ipynb #d91edb6e
 def _is_own(trainer, name): return getattr(getattr(trainer, name), '__func__', None) is getattr(Trainer, name)
