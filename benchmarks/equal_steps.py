@@ -33,6 +33,8 @@ from prepared import loss_of, prepare
 # rows hold one text each: what looks for several of them in one would end a capture
 masking_utils.find_packed_sequence_indices = lambda *args, **kw: None
 LENGTH, HELD = 192, 24      # tokens of a row; rows of `task_loss`, as in results/policies.jsonl
+RESULTS = Path(__file__).parent/'results'
+FILES = dict(lengths='curves.jsonl', why='curves.jsonl', columns='columns.jsonl')     # study → where its rows are
 
 
 @dataclass(frozen=True)
@@ -251,10 +253,13 @@ class Claims:
         if self.folder: (self.folder/run.key).unlink()
 
 
-def done_in(path):
-    "Keys of the runs that a file holds"
-    if not Path(path).exists(): return set()
-    return {json.loads(line)['key'] for line in Path(path).read_text(encoding='utf-8').splitlines()}
+def file_of(study, folder): return Path(folder)/FILES[study]
+
+
+def done_in(folder):
+    "Keys of the runs that a folder's files hold"
+    files = [p for s in dict.fromkeys(FILES) if (p := file_of(s, folder)).exists()]
+    return {json.loads(line)['key'] for p in files for line in p.read_text(encoding='utf-8').splitlines()}
 
 
 def work(runs, a):
@@ -279,7 +284,7 @@ def work(runs, a):
             traceback.print_exc()
             continue
         if row is None: continue
-        append(a.out, row)
+        append(file_of(run.study, a.out), row)
         setup_s, step_s[kind] = row['wall_s'] - run.steps*row['step_s'], row['step_s']
         print(f"{time.time()-began:4.0f} s: {run.study} {run.data} {run.way} {run.lr:g} seed {run.seed},"
               f" {run.steps} steps: {row['task_loss']} {row['held_loss']}; {row['share']:.3f},"
@@ -288,8 +293,8 @@ def work(runs, a):
         if bench.device == 'cuda': torch.cuda.empty_cache()
 
 
-def add_options(ap, out):
-    ap.add_argument('--out', default=str(out), help='rows are appended; runs that it holds are left out')
+def add_options(ap):
+    ap.add_argument('--out', default=RESULTS, help='folder: rows are appended; runs that it holds are left out')
     ap.add_argument('--claims', help='folder through which several processes share the list')
     ap.add_argument('--seconds', type=float, default=0, help='begin no run that would not end in time')
     ap.add_argument('--eager', dest='graph', action='store_false', help='no CUDA graphs')

@@ -1,8 +1,8 @@
 """Methods under one rule, on tiny models: every method runs and keeps its promise; a killed comparison goes on; a
 classifier; equal time."""
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
+import json, time
 
+import forks
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, DataCollatorWithPadding
@@ -21,8 +21,7 @@ FIELDS = (
 )
 
 
-@pytest.fixture
-def task():
+def small_task():
     return Task(
         demo_model(),
         demo_dataset(96),
@@ -35,13 +34,17 @@ def task():
     )
 
 
+@pytest.fixture
+def task(): return small_task()
+
+
 def test_every_method_trains_on_the_same_batches(task, tmp_path):
     rates = {m: (1e-3,) for m in METHODS}
     task = Task(demo_model(blocks=8), task.train, task.held, task.other, 'demo', 'ring', batch_size=4, bf16=False)
     found = compare_policies(
         task,
         methods=list(METHODS),
-        amount=48,
+        amount=24,
         seeds=1,
         lrs=rates,
         out=tmp_path / 'policies.jsonl',
@@ -54,7 +57,7 @@ def test_every_method_trains_on_the_same_batches(task, tmp_path):
     for r in rows.values(): assert set(FIELDS) <= set(r), r['method']
     assert (
         len({r['data_order'] for r in rows.values()}) == 1
-        and {r['steps'] for r in rows.values()} == {48}
+        and {r['steps'] for r in rows.values()} == {24}
         and len({r['tokens'] for r in rows.values()}) == 1
     )
     assert all(r['task_loss'] < r['task_loss_before'] for r in rows.values())                      # all learn
@@ -79,7 +82,7 @@ def test_every_method_trains_on_the_same_batches(task, tmp_path):
     )
     assert [rows[n]['selects'] for n in ('alf', 'random', 'inverted', 'full')] == [True, False, True, False]
     assert all(
-        len(r['curve']) == 3 and r['curve'][-1][0] == 48 and r['curve'][-1][3] == r['task_loss'] for r in rows.values()
+        len(r['curve']) == 3 and r['curve'][-1][0] == 24 and r['curve'][-1][3] == r['task_loss'] for r in rows.values()
     )
     assert any('against random' in v for v in found.verdict)
 
@@ -106,35 +109,29 @@ def test_evaluation_while_training_changes_nothing(task):
     assert a['task_loss'] == b['task_loss'] and len(b['curve']) == 4
 
 
-SCRIPT = '''
-import sys
-from alf_nb.study.compare import compare_policies
-from alf_nb.study.task import Task
-from alf_nb.demo import demo_dataset, demo_model
-task = Task(demo_model(), demo_dataset(96), demo_dataset(8, seed=7), demo_dataset(8, seed=9), 'demo', 'ring',
-            batch_size=4, bf16=False)
-compare_policies(task, methods=('full', 'alf', 'random'), amount=10, seeds=(0, 1), lrs=(1e-3, 2e-3), extend=0,
-                 out=sys.argv[1], progress=False)
-'''
+AGAIN = dict(methods=('full', 'alf', 'random'), amount=10, seeds=(0, 1), lrs=(1e-3, 2e-3), extend=0, progress=False)
+
+
+def compare(out):
+    "In a process of its own"
+    torch.set_num_threads(1)
+    compare_policies(small_task(), out=out, **AGAIN)
 
 
 def test_killed_and_called_again_it_holds_the_same_runs(task, tmp_path):
     out = tmp_path/'a'/'policies.jsonl'
-    child = subprocess.Popen(
-        [sys.executable, '-c', SCRIPT, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    child = forks.begin(compare, out)
     until = time.monotonic() + 120
-    while (not out.exists() or out.read_bytes().count(b'\n') < 3) and child.poll() is None and time.monotonic() < until:
+    while (not out.exists() or out.read_bytes().count(b'\n') < 3) and child.is_alive() and time.monotonic() < until:
         time.sleep(.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.join()
     done = out.read_bytes().count(b'\n')
     assert 3 <= done < 9, f"{done} rows: killed too late to mean anything"
     # half a row, as a full disk leaves it
     with out.open('ab') as f: f.write(b'{"key": "torn", "task": "de')
-    again = dict(methods=('full', 'alf', 'random'), amount=10, seeds=(0, 1), lrs=(1e-3, 2e-3), extend=0, progress=False)
-    compare_policies(task, out=out, **again)
-    compare_policies(task, out=tmp_path/'b.jsonl', **again)
+    compare_policies(task, out=out, **AGAIN)
+    compare_policies(task, out=tmp_path/'b.jsonl', **AGAIN)
     lines = [json.loads(l) for l in out.read_text().splitlines() if l.endswith('}')]
     assert len(lines) == len({r['key'] for r in lines}) == 9                                       # nothing twice
     figures = lambda rows: {

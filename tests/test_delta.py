@@ -1,9 +1,8 @@
 "Delta checkpoints: bit-identical round trips, every damaged byte refused, nothing half written or half applied."
 import os
 os.environ['HF_HUB_OFFLINE'] = '1'
-import errno, json, signal, subprocess, sys, warnings
-from pathlib import Path
-import pytest, torch, transformers as tf
+import errno, json, signal, warnings
+import forks, pytest, torch, transformers as tf
 from torch import nn
 from alf_nb.model import delta as D, fingerprint as F
 from alf_nb.model.delta import apply_delta, read_delta, save_delta
@@ -278,20 +277,17 @@ def test_failed_write_leaves_the_old_delta(saved, monkeypatch):
         ]
     assert len(save_delta(m, small(), path)) == 2
 
+def killed_while_saving(path):
+    "In a process of its own"
+    m = small()
+    with torch.no_grad(): m.b.weight += 1
+    os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
+    save_delta(m, small(), path)
+
 def test_killed_while_writing_leaves_the_old_delta(saved):
     path,_ = saved
     old = (path/'delta.safetensors').read_bytes()
-    code = f'''
-import os, signal, sys
-sys.path[:0] = {[str(Path(__file__).parent)]+sys.path!r}
-from test_delta import *
-m = small()
-with torch.no_grad(): m.b.weight += 1
-os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
-save_delta(m, small(), {str(path)!r})
-'''
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
-    assert r.returncode == -signal.SIGKILL, r.stderr
+    assert forks.run(killed_while_saving, path) == -signal.SIGKILL
     assert (path/'delta.safetensors').read_bytes() == old
     m = small()
     assert apply_delta(m, path).metadata == dict(steps=3)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]/"benchmarks"))
 
 import equal_steps
 from bench_curves import HOW, WHY, plan
-from equal_steps import Claims, Loop, Run, alf_steps, order_of, rate_at
+from equal_steps import Claims, Loop, Run, alf_steps, append, done_in, file_of, order_of, rate_at
 from prepared import Projected, linear_modules, prepare
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
@@ -120,6 +120,18 @@ def test_every_run_is_on_the_list_once_and_taken_once(tmp_path):
     assert one.take(run) and not two.take(run)
     one.give_back(run)
     assert two.take(run)
+
+
+def test_what_the_files_hold_is_not_run_again(tmp_path):
+    assert not done_in(tmp_path)
+    one, two = Run('why', 'x', 'gsm8k', 1e-3), Run('columns', 'x', 'gsm8k', 1e-3)
+    for run in (one, two): append(file_of(run.study, tmp_path), dict(key=run.key))
+    assert done_in(tmp_path) == {one.key, two.key} and len(list(tmp_path.iterdir())) == 2
+
+
+def test_committed_rows_are_of_runs_on_the_list():
+    assert len(done := done_in(equal_steps.RESULTS)) > 100
+    assert done <= {r.key for r in plan()}
 
 
 @pytest.mark.cuda

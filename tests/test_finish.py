@@ -2,7 +2,6 @@
 without training again, and the result is that of a run that nobody killed."""
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from transformers import Trainer
@@ -211,23 +211,10 @@ PLACES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def forks():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.trainer", "alf_nb.app.finetune", "alf_nb.demo"])
-
-    def run(*args):
-        process = context.Process(target=child, args=args)
-        process.start()
-        process.join(120)
-        return process.exitcode
-    return run
-
-
 @pytest.mark.parametrize("place", PLACES[1:], ids=lambda p: f"{'before' if p[1] else 'after'}-{p[0]}")
-def test_a_killed_process_leaves_what_a_resume_finishes(tmp_path, notes, forks, place):
+def test_a_killed_process_leaves_what_a_resume_finishes(tmp_path, notes, place):
     save_steps = 2 if place == ("save_delta", True) else 0
-    assert forks(str(tmp_path/"run"), notes, place, save_steps) == -signal.SIGKILL
+    assert forks.run(child, str(tmp_path/"run"), notes, place, save_steps) == -signal.SIGKILL
     assert (tmp_path/"run"/"alf.lock").exists()
     if place == ("write_whole", False):
         with pytest.raises(

@@ -20,8 +20,8 @@ def python():
     exe = folder/("Scripts" if os.name == "nt" else "bin")/"python"
     if not (folder/".ready").exists():
         made = subprocess.run(
-            f'"{sys.executable}" -m venv --clear "{folder}" && "{exe}" -m pip install -q --disable-pip-version-check -r'
-            f' "{wanted}"',
+            f'"{sys.executable}" -m venv --clear "{folder}" && "{exe}" -m pip install -q --no-compile'
+            f' --disable-pip-version-check -r "{wanted}"',
             shell=True,
             capture_output=True,
             text=True,

@@ -193,15 +193,8 @@ def test_every_module_works_without_notebook_tools(installed):
     assert not res.returncode, res.stderr
 
 
-def test_a_training_script_needs_no_shell_either(installed):
-    res = run_installed(
-        installed, module_names(lambda n: 'widgets' not in n and n not in ('alf_nb.all', 'alf_nb.demo')), TOOLS + SHELL
-    )
-    assert not res.returncode, res.stderr
-
-
 def test_the_installed_wheel_fine_tunes_from_a_script(installed, tmp_path):
-    "A training script on the tiny model, with neither notebook tools nor a shell"
+    "A training script on the tiny model, with neither notebook tools nor a shell; all modules but widgets are there"
     (tmp_path / 'text.txt').write_text(
         '\n\n'.join(
             f'Line {i}: the sum of {i} and {i+1} is {2*i+1}, and of {i} and {i+2} it is {2*i+2}.' for i in range(80)
@@ -217,7 +210,7 @@ assert s['domain_loss_after'] < s['domain_loss_before'], s
 """, encoding='utf-8')
     res = run_installed(
         installed,
-        ['alf_nb.app.finetune'],
+        module_names(lambda n: 'widgets' not in n and n not in ('alf_nb.all', 'alf_nb.demo')),
         TOOLS + SHELL,
         f"import runpy; runpy.run_path({str(tmp_path/'train.py')!r}, run_name='__main__')",
     )

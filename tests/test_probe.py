@@ -1,14 +1,9 @@
 """A probe leaves nothing behind: a run with probes trains on the rows, the random numbers, the buffers and the
 gradients of a run without."""
 import importlib
-import json
-import os
 import random
-import subprocess
-import sys
 from collections import deque, namedtuple
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -356,68 +351,6 @@ def test_losses_of_several_data_sets_in_sentence_transformers(tmp_path):
         return t
     plain, t = run(tmp_path/"plain"), run(tmp_path/"alf", alf := probing(interval=3))
     assert losses(plain)[0] == losses(t)[0] and len(losses(t)) == 6 and alf.run.tracker.scores("gain").known
-
-
-SCRIPT = '''
-import json, os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import test_probe as T
-from torch.utils.data import DataLoader
-rank, out, found = int(os.environ["RANK"]), Path(sys.argv[2]), {}
-pairs = lambda: DataLoader(T.ROWS, batch_sampler=[[i, i+32] for i in range(32)], collate_fn=T.collate)
-jobs = {
-    "sampler": (T.Loading, pairs, {}),
-    "dispatched sampler": (T.Loading, pairs, dict(dispatch_batches=True)),
-    "stream": (T.Counting, None, {}),
-    "stream in shares": (T.Counting, None, dict(dispatch_batches=False)),
-}
-for name, (kind, make, how) in jobs.items():
-    args = dict(per_device_train_batch_size=2, max_steps=8, ddp_find_unused_parameters=True)
-    if how: args["accelerator_config"] = how
-    for alf in (None, T.probing()):
-        data = T.ROWS if make else T.stream("an iterator")
-        t = T.train(out/name, make, alf, kind, data=data, **args)
-        names = list(alf.selection) if alf else []
-        found[f"{name}, {'probed' if alf else 'plain'}"] = dict(seen=t.seen, probed=t.probed, names=names)
-(out/f"rank{rank}.json").write_text(json.dumps(found))
-'''
-
-
-@pytest.mark.slow
-def test_two_processes_each_take_their_part(tmp_path):
-    (tmp_path/"job.py").write_text(SCRIPT)
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    } | dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(tmp_path / "job.py"),
-            str(Path(__file__).parent),
-            str(tmp_path),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=env,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    a, b = (json.loads((tmp_path/f"rank{i}.json").read_text()) for i in (0, 1))
-    for name in ("sampler", "dispatched sampler", "stream", "stream in shares"):
-        plain, probed = f"{name}, plain", f"{name}, probed"
-        assert a[probed]["names"] == b[probed]["names"] != []
-        for x in (a, b): assert x[probed]["seen"] == x[plain]["seen"] and len(x[probed]["probed"]) == 8 + 2
-        for mine, other in zip(a[probed]["probed"], b[probed]["probed"]):
-            assert len(mine) == len(other) == 2 and not set(mine) & set(other)
-            if "sampler" in name: assert [mine[1] - mine[0], other[1] - other[0]] == [32, 32]
 
 
 def test_rows_taken_by_chance_are_drawn_as_before(tmp_path):

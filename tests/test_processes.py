@@ -1,18 +1,25 @@
 """Two real processes (gloo, CPU) under torchrun: all ranks choose the same, and what they learn is what one process
 learns from the same batches.
 
-Starting a process takes seconds, so each of the few launches runs several jobs, one after the other; every test then
-looks at its own."""
+Starting a process takes seconds, so each of the few launches runs several jobs, one after the other, scripts first;
+every test then looks at its own."""
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
+import torch
 
+from alf_nb.core.runlog import RunLog
+
+CUDA = torch.cuda.is_available()
 SCRIPT = '''
-import hashlib, json, os, sys, torch, warnings
+import hashlib, json, os, runpy, sys, torch, warnings
 from pathlib import Path
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -25,9 +32,31 @@ from alf_nb.app.finetune import finetune
 from alf_nb.signals.probe import model_loss
 from alf_nb.model.shards import local_tensor, full_tensor
 from alf_nb.train import probing
+from alf_nb.train.loop import ALFLoop
 from alf_nb.train.trainer import ALFCallback
 torch.set_num_threads(1)
 world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
+
+def beside(out):
+    "What is said where each process would train by itself: a Trainer, and a loop"
+    model, rows = demo_model(), [{k: torch.tensor([v]) for k, v in r.items()} for r in demo_dataset(4)]
+    args = TrainingArguments(out, max_steps=3, report_to=[], disable_tqdm=True, save_strategy='no')
+    ways = dict(
+        trainer=lambda: Trainer(model, args, train_dataset=demo_dataset(), callbacks=[ALFCallback(budget=.3)]).train(),
+        loop=lambda: ALFLoop(model, torch.optim.SGD(model.parameters(), lr=.1), rows, 2, out=out))
+    for name, way in ways.items():
+        try: way()
+        except Exception as e: yield name, f'{type(e).__name__}: {e}'
+
+def as_started(script, *argv):
+    "A script by itself: nothing of what follows is changed yet"
+    sys.argv[1:] = argv
+    runpy.run_path(script, run_name='__main__')
+
+spec = json.loads(Path(sys.argv[1]).read_text())
+if spec['beside']: Path(f"{spec['beside']}{rank}.json").write_text(json.dumps(dict(beside(spec['beside']))))
+for script in spec['scripts']: as_started(*script)
+os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'            # what the launch configs name is for a GPU
 
 def allow_fsdp_on_cpu():
     "accelerate shards on accelerators only; one condition in its state says so, and the rest runs on a CPU as well"
@@ -122,7 +151,31 @@ def job(out, settings, die=None, resume=False, spoil=None, alone=False, half=Fal
         tuned=(out/'finetune').exists(),
         signals={s: alf.run.tracker.scores(s, 10).values for s in ('prior', 'rate', 'gain', 'grad_norm', 'descent')})))
 
-for spec in json.loads(Path(sys.argv[1]).read_text()): job(**spec)
+for j in spec['jobs']: job(**j)
+'''
+PROBE = '''
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_probe as T
+from torch.utils.data import DataLoader
+rank, out, found = int(os.environ['RANK']), Path(sys.argv[2]), {}
+pairs = lambda: DataLoader(T.ROWS, batch_sampler=[[i, i+32] for i in range(32)], collate_fn=T.collate)
+jobs = {
+    'sampler': (T.Loading, pairs, {}),
+    'dispatched sampler': (T.Loading, pairs, dict(dispatch_batches=True)),
+    'stream': (T.Counting, None, {}),
+    'stream in shares': (T.Counting, None, dict(dispatch_batches=False)),
+}
+for name, (kind, make, how) in jobs.items():
+    args = dict(per_device_train_batch_size=2, max_steps=8, ddp_find_unused_parameters=True)
+    if how: args['accelerator_config'] = how
+    for alf in (None, T.probing()):
+        data = T.ROWS if make else T.stream('an iterator')
+        t = T.train(out/name, make, alf, kind, data=data, **args)
+        names = list(alf.selection) if alf else []
+        found[f"{name}, {'probed' if alf else 'plain'}"] = dict(seen=t.seen, probed=t.probed, names=names)
+(out/f'rank{rank}.json').write_text(json.dumps(found))
 '''
 SAVE = dict(save_strategy='steps', save_steps=3)
 HALF = dict(half=True, bf16=True)
@@ -135,15 +188,39 @@ FSDP = dict(fsdp=True, fsdp_config=dict(version=2))
 SHARDED = dict(fsdp=True, fsdp_config=dict(version=2, state_dict_type='SHARDED_STATE_DICT'))
 
 
-def launch(folder, processes, *jobs, timeout=240, config=None):
+def tutorial():
+    "The script that the tutorial shows"
+    cells = json.loads((Path(__file__).parents[1]/'nbs'/'tutorials'/'8_package.ipynb').read_text())['cells']
+    source = next(''.join(c['source']) for c in cells if 'script.write_text' in ''.join(c['source']))
+    return source.split("script.write_text('''\n")[1].split("'''")[0]
+
+
+def alone(script, *argv):
+    "One process of its own"
+    sys.argv[:] = [script, *argv]
+    runpy.run_path(script, run_name='__main__')
+
+
+def launch(folder, processes, *jobs, timeout=300, config=None):
     (folder/'job.py').write_text(SCRIPT)
-    (folder/'jobs.json').write_text(json.dumps([{**j, 'out': str(folder/j['out'])} for j in jobs]))
-    for j in jobs: (folder/j['out']).mkdir(exist_ok=True)
-    head = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    (folder/'train.py').write_text(tutorial())
+    (folder/'probe.py').write_text(PROBE)
+    (folder/'probe').mkdir(exist_ok=True)
+    together = CUDA or processes == 1 or config == 'accelerate_fsdp2.yaml'      # as they should
+    scripts = []
+    if processes > 1 and not (CUDA and jobs):
+        scripts += [[str(folder/'train.py'), '--out', str(folder/f'tutorial-{config}'), '--steps', '4']]
+    if processes > 1 and jobs and not config:
+        scripts += [[str(folder/'probe.py'), str(Path(__file__).parent), str(folder/'probe')]]
+    spec = dict(
+        scripts=scripts,
+        beside='' if together else str(folder/f'beside-{config}'),
+        jobs=[{**j, 'out': str(folder/j['out'])} for j in jobs],
     )
+    (folder/'jobs.json').write_text(json.dumps(spec))
+    for j in jobs: (folder/j['out']).mkdir(exist_ok=True)
+    if processes == 1: return forks.run(alone, str(folder/'job.py'), str(folder/'jobs.json'))
+    head = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
     if config:
         head = [
             sys.executable,
@@ -153,8 +230,6 @@ def launch(folder, processes, *jobs, timeout=240, config=None):
             str(Path(__file__).parents[1] / 'configs' / config),
             '--num_processes',
             str(processes),
-            '--mixed_precision',
-            'no',
             '--main_process_port',
             '0',
         ]
@@ -222,7 +297,7 @@ def runs(tmp_path_factory):
     )
     assert (d/'fsdp-sharded2to2'/'rank1.json').exists(), dead.stderr[-3000:]
     (d/'dead.txt').write_text(f'{dead.returncode}\n{dead.stderr}')
-    alone = launch(
+    assert 0 == launch(
         d,
         1,
         dict(out='prior1', settings=PRIOR, **SAVE),
@@ -238,7 +313,6 @@ def runs(tmp_path_factory):
         ),
         dict(out='fsdp-gain1', settings=GAIN, alone=True, **SAVE, **FSDP),
     )
-    assert alone.returncode == 0, alone.stderr[-3000:]
     again = launch(
         d,
         2,
@@ -328,7 +402,6 @@ def test_a_frozen_piece_costs_neither_gradient_nor_optimizer_state(runs):
 
 
 def test_what_is_saved_from_pieces_loads_in_one_process(runs, tmp_path):
-    import torch
     from transformers import AutoModelForCausalLM
     from alf_nb.model.delta import apply_delta, save_delta
     from alf_nb.demo import demo_model
@@ -399,6 +472,37 @@ def test_nan_in_a_gradient_of_one_process_freezes_the_same_unit_on_all(runs):
         (6, a['spoilt'][1:]),
     ]
     assert len(a['losses']) == 10 and all(0 < x < 10 for x in a['losses']) and not set(a['spoilt']) & set(a['names'])
+
+
+@pytest.mark.skipif(CUDA, reason='here they find each other')
+@pytest.mark.parametrize('config', [None, 'accelerate_ddp.yaml'])
+def test_processes_that_would_train_beside_each_other_are_refused_before_anything_is_written(runs, config):
+    for rank in range(2):
+        said = json.loads((runs/f'beside-{config}{rank}.json').read_text())
+        assert re.search('2 processes were started, and this Trainer trains alone.*use_cpu=True', said['trainer'])
+        assert 'ALFLoop runs in one process, and here are several (2)' in said['loop']
+    assert not [f for f in (runs/f'beside-{config}').rglob('*') if f.is_file()]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason='two processes need two GPUs, or none')
+@pytest.mark.parametrize('config', [None, 'accelerate_ddp.yaml', 'accelerate_fsdp2.yaml'])
+def test_the_script_of_the_tutorial_runs_under_every_launcher_that_is_documented_also_without_a_gpu(runs, config):
+    if CUDA: assert launch(runs, 2, config=config).returncode == 0         # the other jobs are on the CPU
+    folder = runs/f'tutorial-{config}'
+    log = RunLog(folder)
+    assert log.status == 'complete' and len(log.events('run_begin')) == 1 and not log.damaged
+    assert (folder/'delta'/'delta.safetensors').exists() and not (folder/'alf.lock').exists()
+
+
+def test_a_probe_takes_other_rows_on_each_process(runs):
+    a, b = ranks(runs/'probe')
+    for name in ('sampler', 'dispatched sampler', 'stream', 'stream in shares'):
+        plain, probed = f'{name}, plain', f'{name}, probed'
+        assert a[probed]['names'] == b[probed]['names'] != []
+        for x in (a, b): assert x[probed]['seen'] == x[plain]['seen'] and len(x[probed]['probed']) == 8 + 2
+        for mine, other in zip(a[probed]['probed'], b[probed]['probed']):
+            assert len(mine) == len(other) == 2 and not set(mine) & set(other)
+            if 'sampler' in name: assert [mine[1] - mine[0], other[1] - other[0]] == [32, 32]
 
 
 def test_finetune_is_refused_under_a_launcher(runs):

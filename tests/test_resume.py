@@ -4,13 +4,13 @@ as a run that nobody killed.
 Children are forked from a server that has imported everything, so that each death costs a moment."""
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
 import warnings
 from pathlib import Path
 
+import forks
 import pytest
 
 STEPS, EVERY = 12, 3
@@ -118,22 +118,6 @@ def work(folder, name, die):
     )
 
 
-@pytest.fixture(scope="module")
-def forks():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "transformers.trainer", "alf_nb.core.checkpoints", "alf_nb.train.trainer", "alf_nb.demo"]
-    )
-
-    def run(*args):
-        child = context.Process(target=work, args=args)
-        child.start()
-        child.join(120)
-        assert child.exitcode is not None, "it hangs"
-        return child.exitcode
-    return run
-
-
 def figures(folder):
     from alf_nb.core.runlog import RunLog
     log = RunLog(folder)
@@ -144,14 +128,14 @@ def figures(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(forks, tmp_path_factory):
+def whole(tmp_path_factory):
     "The run that nobody killed, by settings"
     kept = {}
 
     def get(name):
         if name not in kept:
             folder = tmp_path_factory.mktemp("whole")
-            assert forks(folder, name, None) == 0
+            assert forks.run(work, folder, name, None) == 0
             kept[name] = figures(folder)
         return kept[name]
     return get
@@ -165,22 +149,22 @@ CASES = [(name, die) for name, die in zip([*SETTINGS]*2, PLACES)]
 
 
 @pytest.mark.parametrize("name,die", CASES, ids=lambda v: v if isinstance(v, str) else f"{v[0]}-{v[1]}")
-def test_killed_and_resumed_is_never_killed(forks, whole, tmp_path, name, die):
-    assert forks(tmp_path, name, die) == -signal.SIGKILL
-    assert forks(tmp_path, name, None) == 0
+def test_killed_and_resumed_is_never_killed(whole, tmp_path, name, die):
+    assert forks.run(work, tmp_path, name, die) == -signal.SIGKILL
+    assert forks.run(work, tmp_path, name, None) == 0
     assert figures(tmp_path) == whole(name)
 
 
-def test_killed_again_and_again(forks, whole, tmp_path):
+def test_killed_again_and_again(whole, tmp_path):
     for die in (("substep", 2), ("step", 5), ("save", 2), ("update", 8), ("step", 11)):
-        assert forks(tmp_path, "parked", die) == -signal.SIGKILL
-    assert forks(tmp_path, "parked", None) == 0
+        assert forks.run(work, tmp_path, "parked", die) == -signal.SIGKILL
+    assert forks.run(work, tmp_path, "parked", None) == 0
     assert figures(tmp_path) == whole("parked")
 
 
-def test_a_damaged_checkpoint_is_passed_over_by_name(forks, whole, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_by_name(whole, tmp_path):
     from alf_nb.core.checkpoints import find_checkpoint
-    assert forks(tmp_path, "default", ("step", 10)) == -signal.SIGKILL
+    assert forks.run(work, tmp_path, "default", ("step", 10)) == -signal.SIGKILL
     path = tmp_path/"checkpoint-9"/"model.safetensors"
     data = bytearray(path.read_bytes())
     data[len(data)//2] ^= 1
@@ -189,5 +173,5 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(forks, whole, tmp_path):
         UserWarning, match=r"passed over checkpoint-9 \(model.safetensors is damaged\): going on from checkpoint-6"
     ):
         assert find_checkpoint(tmp_path).endswith("checkpoint-6")
-    assert forks(tmp_path, "default", None) == 0
+    assert forks.run(work, tmp_path, "default", None) == 0
     assert figures(tmp_path) == whole("default")

@@ -71,7 +71,7 @@ def held(optimizer):
 
 
 @pytest.mark.parametrize("offload", ["second_moment", "full", "none"])
-@pytest.mark.parametrize("optim", ALL)
+@pytest.mark.parametrize("optim", [o for o in ALL if o != "adamw_bnb_8bit"])       # adamw_8bit by another name
 def test_masters_train_and_resume_to_the_last_bit(tmp_path, optim, offload):
     whole, one = trained(tmp_path, optim, offload=offload)
     assert losses(whole)[-1] < losses(whole)[0] and {p.dtype for p in whole.model.parameters()} == {torch.bfloat16}

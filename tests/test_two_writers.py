@@ -1,5 +1,5 @@
-"""One process writes in a run folder: the second is told who the first is, a killed one is followed at once, and
-processes that a launcher started do not train beside each other."""
+"""One process writes in a run folder: the second is told who the first is, and a killed one is followed at once. Of
+processes that a launcher started, see test_processes.py."""
 import json
 import os
 import re
@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
-from pathlib import Path
 
+import forks
 import pytest
 import torch
 from small_run import same, small_trainer, weights
@@ -28,24 +29,9 @@ from alf_nb.train.loop import ALFLoop
 from alf_nb.core.runlog import RunLog
 from alf_nb.train.trainer import ALFCallback
 
-ROOT = Path(__file__).parents[1]
 ENV = {
     k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 } | dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
-OWNER = '''
-import os, signal, sys, time
-sys.path.insert(0, sys.argv[2])
-from small_run import small_trainer
-from transformers import TrainerCallback
-from alf_nb.train.trainer import ALFCallback
-class Wait(TrainerCallback):
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step == 3: print("training", flush=True); time.sleep(600)
-how = dict(dataloader_num_workers=int(sys.argv[3]), save_strategy="steps", save_steps=2)
-small_trainer(sys.argv[1], ALFCallback(budget=.3), Wait(), **how).train()
-'''
-
-
 def alf(**kw): return ALFCallback(**{**dict(budget=.3, interval=4), **kw})
 
 
@@ -53,16 +39,23 @@ def make(folder, *callbacks, **kw):
     return small_trainer(folder, *(callbacks or [alf()]), **{**dict(save_strategy="steps", save_steps=4), **kw})
 
 
+def own(folder, workers, training):
+    "In a process of its own: train behind the third step, and stay there"
+    class Wait(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step != 3: return
+            training.set()
+            time.sleep(600)
+    torch.set_num_threads(1)
+    how = dict(dataloader_num_workers=workers, save_strategy="steps", save_steps=2)
+    small_trainer(folder, ALFCallback(budget=.3), Wait(), **how).train()
+
+
 def owner(folder, workers=0):
     "Another process that trains there, behind its third step"
-    p = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(folder), str(ROOT / "tests"), str(workers)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=ENV,
-    )
-    while "training" not in (line := p.stdout.readline()): assert line, "it died"
+    training = forks.event()
+    p = forks.begin(own, folder, workers, training)
+    while not training.wait(.1): assert p.is_alive(), "it died"
     return p
 
 
@@ -105,8 +98,7 @@ def test_a_second_process_is_refused_and_told_who_the_first_is_and_a_killed_one_
         assert RunLog(folder).status == "unfinished" and find_checkpoint(folder)  # who reads needs no lock
     finally:
         p.kill()
-        p.wait()
-        p.stdout.close()
+        p.join()
     assert (folder/"alf.lock").exists()
     make(folder).train(resume_from_checkpoint=find_checkpoint(folder))  # at once: its worker, a fork, may still live
     assert RunLog(folder).status == "complete" and not (folder/"alf.lock").exists()
@@ -399,74 +391,3 @@ def test_a_loop_does_not_go_on_from_the_state_of_an_earlier_run(tmp_path):
         begin(m, tmp_path/"run", state)
     begin(m, tmp_path/"other", state)[0].close()
     assert not (tmp_path/"run"/"alf.lock").exists()
-
-
-# ---------------------------------------------------------------- processes of a launcher
-
-LAUNCHED = '''
-import sys, torch
-from transformers import Trainer, TrainingArguments
-from alf_nb.demo import demo_dataset, demo_model
-from alf_nb.train.loop import ALFLoop
-from alf_nb.train.trainer import ALFCallback
-if sys.argv[2] == "loop":
-    model = demo_model()
-    batches = [{k: torch.tensor([v]) for k, v in r.items()} for r in demo_dataset(4)]
-    ALFLoop(model, torch.optim.SGD(model.parameters(), lr=.1), batches, 2, out=sys.argv[1])
-args = TrainingArguments(sys.argv[1], max_steps=3, report_to=[], disable_tqdm=True, save_strategy="no")
-Trainer(demo_model(), args, train_dataset=demo_dataset(), callbacks=[ALFCallback(budget=.3)]).train()
-'''
-
-
-def launch(config, *command, timeout=240):
-    head = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    if config:
-        head = [
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(ROOT / "configs" / config),
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            "0",
-        ]
-    return subprocess.run(
-        [sys.executable, *head, *map(str, command)], capture_output=True, text=True, timeout=timeout, env=ENV
-    )
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here they find each other")
-@pytest.mark.parametrize(
-    "config, what, said",
-    [
-        (None, "trainer", r"2 processes were started, and this Trainer trains alone.*use_cpu=True"),
-        ("accelerate_ddp.yaml", "trainer", r"2 processes were started, and this Trainer trains alone.*use_cpu=True"),
-        (None, "loop", r"ALFLoop runs in one process, and here are several \(2\)"),
-    ],
-)
-def test_processes_that_would_train_beside_each_other_are_refused_before_anything_is_written(
-    tmp_path, config, what, said
-):
-    (tmp_path/"train.py").write_text(LAUNCHED)
-    p = launch(config, tmp_path/"train.py", tmp_path/"run", what)
-    assert p.returncode and re.search(said, p.stderr), p.stderr[-2000:]
-    assert not [f for f in (tmp_path/"run").rglob("*") if f.is_file()]
-
-
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
-@pytest.mark.parametrize("config", [None, "accelerate_ddp.yaml", "accelerate_fsdp2.yaml"])
-def test_the_script_of_the_tutorial_runs_under_every_launcher_that_is_documented_also_without_a_gpu(tmp_path, config):
-    cells = json.loads((ROOT/"nbs"/"tutorials"/"8_package.ipynb").read_text())["cells"]
-    source = next("".join(c["source"]) for c in cells if "script.write_text" in "".join(c["source"]))
-    (tmp_path/"train.py").write_text(source.split("script.write_text('''\n")[1].split("'''")[0])
-    p = launch(config, tmp_path/"train.py", "--out", tmp_path/"run", "--steps", 4)
-    assert p.returncode == 0, p.stderr[-3000:]
-    log = RunLog(tmp_path/"run")
-    assert (
-        log.status == "complete"
-        and len(log.events("run_begin")) == 1
-        and not log.damaged
-        and (tmp_path / "run" / "delta" / "delta.safetensors").exists()
-        and not (tmp_path / "run" / "alf.lock").exists()
-    )

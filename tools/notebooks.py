@@ -5,6 +5,7 @@ processes of nbdev-test, which run one notebook after another, the next one sees
 once, before the processes part. Those that take longest come first, or one of them would run alone at the end.
 """
 import argparse, multiprocessing, os, sys, time
+from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -12,9 +13,18 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
 
+import interpreter
+
 root = Path(__file__).resolve().parents[1]
 # 77, 59 and 19 s of CPU
 LONGEST = '06_plan', '9_big_model', '18_trainer'
+
+
+def import_all():
+    "What takes long to import"
+    import torch, transformers  # noqa: F401
+    from transformers import Trainer  # noqa: F401
+    if os.environ.get('TRITON_INTERPRET') == '1' and find_spec('triton'): interpreter.look_once()
 
 
 def run(path, config):
@@ -50,8 +60,7 @@ def main():
     ap.add_argument('--workers', type=int, default=os.cpu_count())
     ap.add_argument('--timing', action='store_true', help="how long each took")
     a = ap.parse_args()
-    import torch, transformers  # noqa: F401
-    from transformers import Trainer  # noqa: F401
+    import_all()
     config = get_config(root)
     paths = sorted(p.absolute() for p in a.paths or nbglob(config.nbs_path, as_path=True))
     paths.sort(key=lambda p: LONGEST.index(p.stem) if p.stem in LONGEST else len(LONGEST))

@@ -32,7 +32,9 @@ class Audit:
             todo &= ~inside
             if self.count:
                 off = (p[inside] - np.uint64(base)).astype(np.int64)
-                for i in range(width): np.add.at(counts[k], off + i, 1)
+                if (np.diff(off) == width).all(): counts[k][off[0]:off[-1] + width] += 1       # one after the other
+                else:
+                    for i in range(width): np.add.at(counts[k], off + i, 1)
             if not todo.any(): return
         if todo.any():
             raise IndexError(

@@ -2,27 +2,23 @@
 its own with TRITON_INTERPRET=1.
 
 The audit comes first: an access out of bounds would kill the process in any other test."""
-import inspect, itertools, os, warnings
+import itertools, os, sys, warnings
+from pathlib import Path
 assert (
     os.environ.get('TRITON_INTERPRET') == '1'
 ), "run through test_triton.py: the interpreter is chosen before triton is imported"
 warnings.filterwarnings('ignore')
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from triton.runtime import interpreter as I
 from alf_nb.kernels import plan as K
 from alf_nb.kernels.reference8 import ONE_127TH
 from alf_nb.kernels.triton_sweep import TritonSweep, CHUNK_SIZE
 from audit import audit
 from common import *
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]/'tools'))
+from interpreter import look_once
 
-def _patch_builtin(pkg, builder, scope):
-    """The interpreter's own, which looks through all of triton.language at every call of a function, half of its time:
-    the names are the same every time, so they are looked up once"""
-    if pkg not in BUILTINS: BUILTINS[pkg] = [n for n, m in inspect.getmembers(pkg) if I.tl.core.is_builtin(m)]
-    for n in BUILTINS[pkg]:
-        if I.tl.core.is_builtin(m := getattr(pkg, n)): I._patch_attr(pkg, n, m, builder, scope)
-BUILTINS, I._patch_builtin = {}, _patch_builtin
+look_once()
 
 def partials(sweep, refresh=False):
     "All chunk numbers of a sweep, fp32 [5, slots]"
@@ -358,6 +354,7 @@ def test_training_with_the_kernels_of_liger(tmp_path, monkeypatch):
     """Two things that this interpreter lacks are given to it: a Python float as a kernel's argument, and libdevice's
     rsqrt"""
     from triton import language as tl
+    from triton.runtime import interpreter as I
     from liger_kernel.ops import rms_norm
     convert = I._implicit_cvt
     monkeypatch.setattr(
