@@ -6,6 +6,8 @@ PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10;
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# how torch's threads wait for each other (nbs/01_core/16_system.ipynb), unless the environment says it
+WAIT    := $(if $(strip $(foreach k,OMP_WAIT_POLICY GOMP_SPINCOUNT KMP_BLOCKTIME,$(filter-out undefined,$(origin $(k))))),,GOMP_SPINCOUNT=10000)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test browser gpu bench-kernel bench-live bench-efficiency bench-long evidence mutants export lab docs lock matrix wheel clean
@@ -69,7 +71,7 @@ export: $(READY) ## notebooks to modules, notebooks cleaned, index to README, pu
 	@$(BIN)/python tools/api.py
 
 lab: $(READY) ## open the first tutorial in JupyterLab
-	@$(BIN)/jupyter lab nbs/tutorials/1_quickstart.ipynb
+	@$(WAIT) $(BIN)/jupyter lab nbs/tutorials/1_quickstart.ipynb
 
 docs: $(READY) ## build the documentation in _docs/; opens from disk, loads nothing from outside
 	@$(BIN)/python tools/docs.py

@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../nbs/10_app/10_all.ipynb #6ec601a0
 import importlib
+from .core.system import in_kernel, wait_briefly
 
 # %% ../nbs/10_app/10_all.ipynb #9c166c98
 _NAMES = {
@@ -60,6 +61,9 @@ _NAMES |= {
     'study.compare': 'compare_policies',
     'study.plan': 'plan',
 }
+
+# %% ../nbs/10_app/10_all.ipynb #bfb16d0b
+if in_kernel(): wait_briefly()
 
 # %% ../nbs/10_app/10_all.ipynb #d9531312
 _found = {n: getattr(importlib.import_module(f'alf_nb.{m}'), n) for m, names in _NAMES.items() for n in names.split()}

@@ -1,22 +1,26 @@
 """Is it live? From key press to changed read-out in a real browser, and what an open dashboard costs, while SmolLM2
 trains on the same cores.
 
-    python benchmarks/bench_live.py [--presses 60] [--rounds 5] [--seconds 12] [--append]
+    python benchmarks/bench_live.py [--presses 60] [--rounds 5] [--seconds 12] [--torch-first] [--threads N] [--append]
 
 Starts JupyterLab and Chromium, trains in the background, and alternates between an open dashboard with a picker and a
 page without them. Latency: from the page's `keydown` to the mutation of
 the read-out that follows, so it holds the way to the kernel, the policy's choice, the way back and the drawing.
 Slowdown: median step time with the page open over without, minus 1,
 with the interval that a bootstrap over steps gives; opening the page, about a second once, is left out. Bytes: payload
-of each widget update as the browser received it. Prints, and with --append adds to results/live.jsonl, one row.
+of each widget update as the browser received it. Cores: what browser, server, training and the rest of the kernel took
+of a core, with and without the page (Linux). --torch-first loads torch before `alf_nb.all`, which then cannot ask its
+threads to wait briefly; --threads trains with so many. Prints, and with --append adds to results/live.jsonl, one row.
 """
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from datetime import date
 from pathlib import Path
 
@@ -26,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'/'browser'))
 from lab import Notebook, browser, jupyterlab  # noqa: E402
 
 RESULTS = Path(__file__).parent/'results'/'live.jsonl'
+FIRST = "from alf_nb.all import *\nimport json, os, threading, time, torch\n"
+TORCH_FIRST = "import torch\n" + FIRST
 START = """
-import json, time, torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
-from alf_nb.all import *
 from alf_nb.sources.losses import supports_bf16
 from alf_nb.core.system import versions
-phase, ends = 'start', []
+phase, ends, names = 'start', [], {}
 class Times(TrainerCallback):
     def on_step_end(self, *args, **kw): ends.append((time.perf_counter(), phase))
 model, tokenizer = load_model(progress=False)
@@ -50,11 +54,12 @@ CELLS = [
     START,
     "phase = 'opening'; views = [TrainingDashboard(run)]; views[0]",
     "views.append(ThresholdPicker(run)); views[1]",
-    "phase = 'closed'\nfor v in views: v.close()",
+    "phase = 'closed'\nfor v in views: v.close()\nnames.update({t.native_id: t.name for t in threading.enumerate()})",
     "phase = 'pressing'",
-    "print(json.dumps(dict(ends=ends, threads=torch.get_num_threads(), versions=versions())))",
+    "told = dict(ends=ends, threads=torch.get_num_threads(), versions=versions(), names=names, pid=os.getpid())\n"
+    "print(json.dumps(dict(told, spins=os.environ.get('GOMP_SPINCOUNT'))))",
     "run.stop(); run.wait()",
-    "phase = 'open'",
+    "phase = 'open'\nnames.update({t.native_id: t.name for t in threading.enumerate()})",
 ]
 WATCH = """() => {
   const cell = document.querySelectorAll('.jp-Notebook .jp-CodeCell')[2], times = []; let t0 = null, before = null;
@@ -65,6 +70,44 @@ WATCH = """() => {
   }).observe(cell, {subtree: true, childList: true, characterData: true});
   window.alfTimes = times;
 }"""
+
+
+GROUPS = dict(browser='chrom', server='jupyterlab', kernel='ipykernel_launcher')     # word of the command line
+OURS = {'alf-views': 'drawing', 'alf_nb training': 'training', 'MainThread': 'kernel main'}
+
+
+def core_seconds():
+    "Seconds of a core that each thread has taken: (group, process, thread) → seconds; empty where nothing tells"
+    found = {}
+    for p in Path('/proc').glob('[0-9]*'):
+        try:
+            words = (p/'cmdline').read_bytes().decode(errors='replace')
+            group = next((g for g, w in GROUPS.items() if w in words), None)
+            for s in (p/'task').glob('*/stat') if group else ():
+                used = s.read_text().rpartition(')')[2].split()[11:13]
+                found[group, int(p.name), int(s.parent.name)] = sum(map(int, used))/os.sysconf('SC_CLK_TCK')
+        except OSError: continue        # it has ended
+    return found
+
+
+class Cores:
+    "What each group takes of a core while it is watched"
+
+    def __init__(self): self.spent, self.seconds = defaultdict(float), 0.
+
+    def watch(self, wait):
+        before, t = core_seconds(), time.perf_counter()
+        wait()
+        self.seconds += time.perf_counter() - t
+        for k, v in core_seconds().items(): self.spent[k] += v - before.get(k, 0.)
+
+    def by_group(self, pid, names):
+        "Of our kernel by what a thread is for; threads without a name are torch's"
+        found = defaultdict(float)
+        for (group, p, thread), s in self.spent.items():
+            ours = group == 'kernel' and OURS.get(names.get(str(thread), 'alf_nb training'), 'kernel')
+            if group != 'kernel' or p == pid: found[ours or group] += s
+        return {k: round(v/self.seconds, 4) for k, v in sorted(found.items())}
 
 
 def slowdown(ends):
@@ -93,12 +136,18 @@ def main():
     ap.add_argument('--presses', type=int, default=60)
     ap.add_argument('--rounds', type=int, default=5)
     ap.add_argument('--seconds', type=float, default=12)
+    ap.add_argument('--torch-first', action='store_true')
+    ap.add_argument('--threads', type=int)
     ap.add_argument('--append', action='store_true')
     a = ap.parse_args()
+    cores, cells = dict(open=Cores(), closed=Cores()), list(CELLS)
+    fewer = f'torch.set_num_threads({a.threads})\n' if a.threads else ''
+    cells[0] = (TORCH_FIRST if a.torch_first else FIRST) + fewer + START
+    os.environ.pop('GOMP_SPINCOUNT', None)
     with tempfile.TemporaryDirectory() as root:
         nbformat.write(
             nbformat.v4.new_notebook(
-                cells=[nbformat.v4.new_code_cell(c) for c in CELLS],
+                cells=[nbformat.v4.new_code_cell(c) for c in cells],
                 metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')),
             ),
             Path(root) / 'live.ipynb',
@@ -129,11 +178,11 @@ def main():
                 nb.run(7)
                 # a plain sleep would hear nothing
                 counting[0] = True
-                nb.page.wait_for_timeout(1000*a.seconds)
+                cores['open'].watch(lambda: nb.page.wait_for_timeout(1000*a.seconds))
                 counting[0] = False
                 if i == a.rounds-1: break
                 nb.run(3)
-                nb.page.wait_for_timeout(1000*a.seconds)
+                cores['closed'].watch(lambda: nb.page.wait_for_timeout(1000*a.seconds))
             nb.run(4)
             print(f'{a.presses} key presses', flush=True)
             slider = nb.cell(2).get_by_role('slider').first
@@ -168,6 +217,8 @@ def main():
         bytes_per_s=round(sum(sizes) / (a.rounds * a.seconds)),
         model='SmolLM2-135M-Instruct',
         tokens_per_step=384,
+        spins=found['spins'],
+        cores={k: c.by_group(found['pid'], found['names']) for k, c in cores.items()},
         device=f"cpu, {found['threads']} threads, JupyterLab and Chromium on the same cores",
         versions=found['versions'],
         date=str(date.today()),

@@ -258,7 +258,7 @@ def test_displayed_by_one_path(tmp_path, views, monkeypatch):
         def __init__(self, i): self.i = i
         def update(self, d, raw): updates.append((self.i, d))
     monkeypatch.setattr(IPython.display, 'display', lambda d, raw, display_id: shown.append(d) or Handle(len(shown)-1))
-    monkeypatch.setattr('alf_nb.widgets.base._in_kernel', lambda: True)
+    monkeypatch.setattr('alf_nb.widgets.base.in_kernel', lambda: True)
     v._ipython_display_()
     v._ipython_display_()
     assert [set(d) for d in shown] == [

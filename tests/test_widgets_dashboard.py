@@ -263,6 +263,23 @@ def test_only_what_changed_is_sent(live, view):
     assert 0 < sent.take() < 3000          # the words, the button, the bar and the tiles
 
 
+def test_steps_are_counted_with_the_tiles_and_what_happens_is_said_at_once(live, view):
+    "Every message has the page lay itself out anew, on the cores that train"
+    live.begin()
+    d, told = view(live), []
+    d.what.observe(lambda c: told.append(c['new']), 'value')
+    for _ in range(5):
+        live.train(1)
+        d.follower.update()
+        d.refresh()
+    assert len(told) <= 1
+    for status, word in (('paused', 'Paused'), ('stopping', 'Stopping'), ('running', 'Training')):
+        live.status = status
+        d.refresh()
+        assert word in d.what.value and d.happening()[0] in d.progress.value
+    wait_for(lambda: 'step 5' in d.what.value and 'step 5' in d.progress.value)
+
+
 def test_time_does_not_run_while_paused(tmp_path, view):
     log = RunLog(tmp_path)
     for kind, step, t in (

@@ -17,6 +17,7 @@ from ..core.config import PRESETS, SIGNALS, VALUES
 from ..core.files import write_whole
 from ..core.foreign import visible
 from ..core.policies import POLICIES
+from ..core.system import wait_briefly
 
 # %% ../../nbs/10_app/09_cli.ipynb #9f97d9ea
 _PATTERN = dict(action='append', metavar='PATTERN')
@@ -316,6 +317,7 @@ def main(
     a = vars(_parser().parse_args(argv))
     command, debug = a.pop('command'), a.pop('debug')
     if command != 'report':
+        wait_briefly()      # before torch is loaded
         os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
         _import_quietly()
     try: _COMMANDS[command][1](a)

@@ -9,7 +9,9 @@ __all__ = ['finetune']
 
 # %% ../../nbs/10_app/07_finetune.ipynb #03b8db2d
 from .. import require_versions
+from ..core.system import in_kernel, wait_briefly
 require_versions('torch', 'transformers', 'accelerate')
+if in_kernel(): wait_briefly()      # before torch is loaded
 
 # %% ../../nbs/10_app/07_finetune.ipynb #d72359fb
 import json, time

@@ -161,6 +161,7 @@ _FIELDS = dict(
                    count='n_total max_steps interval'),
     rate=dict(number='lr of_all suggested', share='share', text='message'),
     probe=dict(signals='signals', number='wall_s loss', count='batches'),
+    slow=dict(text='message', number='seconds_per_step best_s'),
     measure=dict(signals='signals', number='wall_s sum_lr steps', numbers='ages'),
     select=dict(texts='names entered left', name='reason policy', share='share', text='signal', numbers='scores ages'))
 

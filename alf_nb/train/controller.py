@@ -11,7 +11,7 @@ __all__ = ['ALFController', 'settings', 'write_begin', 'figures']
 import math, time, uuid
 from fastcore.basics import patch
 from ..core.config import MOVED, PROBED
-from ..core.system import peak_rss_bytes, versions
+from ..core.system import Slowdown, peak_rss_bytes, versions
 from ..kernels.plan import compile_kernels
 from ..model.masters import Masters, lost_to_rounding
 from ..model.updates import plain_optimizer, check_last_update
@@ -93,6 +93,7 @@ def _set_up_step(run):
     run.nothing_reached,run.stateless,run.stale = False,False,False
     run.window,run.measured,run.grad_bytes,run.measure_s = {},{},0,0.
     run.step_s,run.tokens_seen,run.t_begin = [],0,time.perf_counter()
+    run.slowdown,run.crowded = Slowdown(),False
     run.t_step = run.t_begin
 
 # %% ../../nbs/06_train/13_controller.ipynb #52f90680

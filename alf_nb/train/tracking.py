@@ -8,14 +8,35 @@ Docs: https://example.github.io/alf_nb/06_train/tracking.html.md"""
 __all__ = ['SPEED', 'log_numbers', 'metrics_of']
 
 # %% ../../nbs/06_train/14_tracking.ipynb #ace0f00d
+import torch
+from ..core.format import human_time
 from ..core.records import by_layer, mean_over_parameters
+from ..core.system import SPINS, can_wait_better, is_crowded
 from .selecting import known_scores
+
+# %% ../../nbs/06_train/14_tracking.ipynb #c7377827
+def _say_crowded(run, step):
+    "Once in a run: steps are slow beside other processes, and its threads may wait in a better way"
+    slow = [run.slowdown.add(s) for s in run.step_s]        # all of them are taken in
+    threads = torch.get_num_threads()
+    able = run.engine.device.startswith('cpu') and threads > 1 and can_wait_better()
+    if not any(slow) or run.crowded or not able or not is_crowded(): return
+    run.crowded = True
+    now,best = run.slowdown.now,run.slowdown.best
+    run.journal.aloud(
+        'slow', step,
+        f"a step takes {human_time(now)}, {now/best:.0f} times as long as it did, and other processes are busy: the"
+        f" {threads} threads of torch hold the cores while they wait for each other. Set GOMP_SPINCOUNT={SPINS} before"
+        f" torch is loaded, in a notebook after a restart of the kernel: %env GOMP_SPINCOUNT={SPINS}",
+        seconds_per_step=now, best_s=best,
+    )
 
 # %% ../../nbs/06_train/14_tracking.ipynb #3610cafd
 SPEED = ('_runtime', '_per_second', '_preparation_time')    # of an evaluation: no metrics
 
 def _log_loss(run, logs, step, tokens_seen):
     "A loss, with the speed since the last one"
+    _say_crowded(run, step)
     took = sum(run.step_s)
     speed = dict(seconds_per_step=took/max(len(run.step_s), 1))
     if tokens_seen > run.tokens_seen and run.step_s: speed['tokens_per_second'] = (tokens_seen - run.tokens_seen)/took

@@ -15,6 +15,7 @@ from traitlets import HasTraits
 from ..core.foreign import escape
 from ..core.runlog import RunLog, runs_nearby
 from ..core.events import effective_events
+from ..core.system import in_kernel
 from ..report.html import Html, theme_css
 from ..report.run_state import RunState
 from .parts import all_widgets, put, show
@@ -260,6 +261,13 @@ def seldom(self:View,
     self._due[part] = (mark,), time.monotonic() + min(10., max(gap, (time.thread_time() - t)/share))
 
 @patch
+def hasten(self:View,
+    part # name of a part of the view
+):
+    "Draw a part with the next drawing, however lately it was drawn"
+    self._due.pop(part, None)
+
+@patch
 def later(self:View):
     "Have the ticker draw once more, for what would make a message too large"
     self._drawn = None
@@ -340,17 +348,13 @@ def _live_bundle(view):
     model = dict(version_major=2, version_minor=0, model_id=view.box.model_id)
     return {'text/plain': type(view).__name__, 'application/vnd.jupyter.widget-view+json': model}
 
-def _in_kernel():
-    from IPython import get_ipython
-    return hasattr(get_ipython(), 'kernel')
-
 # %% ../../nbs/08_widgets/02_base.ipynb #efef4ee7
 def _display(view, **kw):
     from IPython.display import display
     bundles = ([] if view.closed else [_live_bundle(view)]) + [still_bundle(view)]
     shown = [display(b, raw=True, display_id=True) for b in bundles]
     # elsewhere nobody replaces what was displayed
-    if len(shown) == 2 and _in_kernel(): view._displays.append(shown)
+    if len(shown) == 2 and in_kernel(): view._displays.append(shown)
 
 View._ipython_display_ = _display
 

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core.foreign import escape
 from ..core.format import human_bytes, human_time, num, percent
 from ..report.charts import held_out, held_out_lines, loss_figure, loss_lines, rate_chart, stairs, state_chart
-from ..report.html import note, tag, tile
+from ..report.html import note, tag, tile, warning
 from ..report.lines import first_and_last, line_chart, trend
 from ..report.run_state import axis_end, state_bytes
 from .base import View
@@ -45,8 +45,9 @@ class TrainingDashboard(View):
         source # a run in the background, a `RunLog`, or the folder of a run
     ):
         super().__init__(source)
-        self._asked, self._picker = None, None
+        self._asked, self._picker, self.seen = None, None, None
         self.what, self.progress, self.tiles = html(flex='1 1 300px', width='auto'), html(), html()
+        self.said = html()
         self.curve = html(flex='3 1 420px', width='auto', min_width='0')
         self.side = html(flex='2 1 270px', width='auto', min_width='0')
         wide = dict(width='110px')
@@ -64,7 +65,7 @@ def _arrange(d):
     d.on(d.choose, lambda c: _toggle(d, c['new']))
     buttons = row(d.pause, d.stop, d.choose, flex='0 0 auto', width='auto')
     head = row(d.what, buttons, grid_gap='4px 18px', align_items='center')
-    d.open(head, d.progress, d.tiles, row(d.curve, d.side, grid_gap='4px 18px'), d.picker_box, d.map.box)
+    d.open(head, d.said, d.progress, d.tiles, row(d.curve, d.side, grid_gap='4px 18px'), d.picker_box, d.map.box)
 
 # %% ../../nbs/08_widgets/06_dashboard.ipynb #a6caf8e9
 @patch
@@ -129,6 +130,11 @@ def _what(d):
     dot = tag('span', cls=f'alf-dot {kind}', aria_hidden='true')
     inside = f'{dot}{tag("b", head)} {tag("span", more)} {tag("small", names)}'
     return tag('div', inside, cls='alf-now', role='status')
+
+def _said(d):
+    "What could be done about a run that became slow"
+    told = [str(e.get('message') or '') for e in d.state.events('slow')][-1:]
+    return ''.join(map(warning, told)) if d.goes_on else ''
 
 def _bar(d):
     n, of = d.state.step, d.state.max_steps or 0
@@ -270,13 +276,24 @@ def _toggle(d, on):
     if on and d._picker is None: d._picker = d.hold(ThresholdPicker(d.control or d.log))
     put(d.picker_box, children=(d._picker.box,) if on else ())
 
+# %% ../../nbs/08_widgets/06_dashboard.ipynb #70a27714
+def _draw_head(d):
+    "What happens, at once; the step with the tiles: the page lays itself out anew with every message"
+    at = d.happening()
+    if at[:2] != d.seen: d.hasten('head')
+    d.seen = at[:2]
+    def draw():
+        put(d.what, value=_what(d))
+        put(d.progress, value=_bar(d))
+    d.seldom('head', (at, d.status, d.state, d.state.step, d.state.max_steps), draw, 2)
+
 # %% ../../nbs/08_widgets/06_dashboard.ipynb #4d4ebd82
 @patch
 def draw(self:TrainingDashboard):
     s, goes_on = self.state, self.goes_on
     _buttons(self)
-    put(self.what, value=_what(self))
-    put(self.progress, value=_bar(self))
+    _draw_head(self)
+    put(self.said, value=_said(self))
     n = {k: len(s.events(k)) for k in ('log', 'select', 'memory', 'eval')}
     mark, end = (s, *n.values(), self.status, goes_on), axis_end(s.step, s.max_steps, not goes_on)
     self.seldom('tiles', (mark, s.step), lambda: put(self.tiles, value=_tiles(self)), 2)
@@ -287,7 +304,7 @@ def draw(self:TrainingDashboard):
 @patch
 def static_html(self:TrainingDashboard):
     charts = tag('div', tag('div', _curve(self)), tag('div', _side(self)), cls='alf-pair')
-    return _what(self) + _bar(self) + _tiles(self) + charts + self.map.static_html()
+    return _what(self) + _said(self) + _bar(self) + _tiles(self) + charts + self.map.static_html()
 
 @patch
 def one_line(self:TrainingDashboard)->str:
