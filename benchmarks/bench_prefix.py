@@ -6,7 +6,8 @@ MiniLM learns to say from which part of the Python reference some words come. Tr
 process, each with a model, an optimizer and an order of rows of its own: all weights (`full`); LoRA of rank 16 on all
 linear layers (`lora`); what is above the lowest n of six blocks, head included (`frozen-n`); and the same with
 `cache_prefix` (`kept-n`). The last two run the frozen blocks without dropout, so they see the same numbers. A row:
-seconds of each epoch, the look at one batch before the first step included, the losses, and the bytes that states took.
+seconds of each epoch, also those of all cores, the look at one batch before the first step included, the losses, and
+the bytes that states took.
 While `--pause` names a file that exists, everything waits between two turns.
 """
 import argparse
@@ -74,7 +75,8 @@ class Training:
         order = torch.Generator().manual_seed(a.seed)
         self.loader = DataLoader(data, a.batch_size, shuffle=True, collate_fn=collate, generator=order)
         self.per_epoch = len(self.loader)
-        self.losses, self.seconds, self.alf, self.rng = [], [0.]*a.epochs, None, torch.get_rng_state()
+        self.losses, self.alf, self.rng = [], None, torch.get_rng_state()
+        self.seconds, self.cpu_s = [0.]*a.epochs, [0.]*a.epochs
         if self.frozen: self.timed(0, self.begin)
         self.batches = self.read()
 
@@ -90,9 +92,10 @@ class Training:
     def timed(self, epoch, f):
         "Chance is that of this training alone"
         torch.set_rng_state(self.rng)
-        t0 = time.perf_counter()
+        t0, c0 = time.perf_counter(), time.process_time()
         res = f()
         self.seconds[epoch] += time.perf_counter() - t0
+        self.cpu_s[epoch] += time.process_time() - c0
         self.rng = torch.get_rng_state()
         return res
 
@@ -144,7 +147,8 @@ def summary(t, test, collate):
         more = dict(kept_rows=len(p.kept), kept_bytes=p.nbytes, hits=p.hits, computed=p.computed)
     if t.alf is not None: t.alf.close()
     return dict(
-        way=t.way, frozen=t.frozen, epoch_s=t.seconds, wall_s=sum(t.seconds), steps=len(t.losses),
+        way=t.way, frozen=t.frozen, epoch_s=t.seconds, wall_s=sum(t.seconds),
+        cpu_s=t.cpu_s, steps=len(t.losses),
         train_losses=[sum(t.losses[i:i+end])/end for i in range(0, len(t.losses), end)], last_loss=t.losses[-1],
         test_loss=loss, accuracy=right, lr=RATES[t.way], **more)
 
