@@ -23,6 +23,7 @@ _NAMES = {
     'core.policies': 'BudgetPolicy ThresholdPolicy POLICIES budget_for_threshold threshold_for_budget',
     'kernels.plan': 'delta_norms',
     'core.config': 'ALFConfig PRESETS SIGNALS',
+    'core.rates': 'suggested_lr',
     'signals.tracker': 'prior_scores',
     'signals.probe': 'probe_gradients',
     'train.trainer': 'ALFCallback',

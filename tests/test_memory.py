@@ -176,3 +176,16 @@ def test_under_lightning(tmp_path):
             Module(), torch.utils.data.DataLoader(rows, batch_size=4))
     trained(tmp_path/'trainer')
     assert alf.loop.run.policy.budget == fit_of(tmp_path)['budget'] == fit_of(tmp_path/'trainer')['budget']
+
+
+@pytest.mark.parametrize('settings', [dict(), dict(signal='rate'), dict(pin='block.0')], ids=str)
+def test_a_preview_shows_the_budget_that_is_found(tmp_path, settings):
+    alf = ALFCallback(memory=MEMORY, **settings)
+    chosen = alf.preview(demo_model(), batch=4, length=32)
+    trained(tmp_path, **settings)
+    assert 0 < chosen.share <= fit_of(tmp_path)['budget'] < 1
+    assert chosen == ALFCallback(budget=fit_of(tmp_path)['budget'], **settings).preview(demo_model())
+
+
+def test_a_preview_asks_for_the_size_of_a_step():
+    with pytest.raises(ValueError, match='batch=.*length='): ALFCallback(memory=MEMORY).preview(demo_model())

@@ -38,3 +38,11 @@ def test_no_notebook_sees_what_another_changed_and_one_that_fails_is_named(tmp_p
 def test_all_that_ran_are_counted(tmp_path):
     code, lines = run(tmp_path, a=CHANGES, c=CHANGES)
     assert (code, lines[-1]) == (0, '2 notebooks ran'), lines
+
+
+def test_what_is_begun_first_is_there(monkeypatch):
+    "A notebook or a test file that was renamed would be begun last, and leave the other workers idle"
+    monkeypatch.syspath_prepend(root/'tools')
+    import conftest, notebooks
+    assert len(notebooks.LONGEST) == len({p for p in (root/'nbs').rglob('*.ipynb') if p.stem in notebooks.LONGEST}) > 0
+    assert not [f for f in conftest.SECONDS if not (root/'tests'/f).is_file()]

@@ -61,7 +61,8 @@ def _flags(parser, fp32=False):
 def _settings(parser, names):
     "Settings of a run; what is not given is decided by the preset"
     found = {'preset': options_of('core.config', 'from_args')['preset']}
-    for part in ('_Choice', '_Room', '_What', '_When', '_How', '_Once'): found |= options_of('core.config', part)
+    parts = '_Choice', '_Room', '_Pace', '_What', '_When', '_How', '_Once'
+    for part in parts: found |= options_of('core.config', part)
     for n in names.split():
         unset = {} if n == 'preset' else dict(default=argparse.SUPPRESS)
         add_option(parser, found[n], **_HOW.get(n, {}) | unset)
@@ -76,7 +77,9 @@ def _finetune_options(p):
     _settings(layers, 'budget threshold memory preset policy signal unit interval pin ban references')
     _settings(layers, 'freeze_bottom cache_prefix eval_prefix')
     how = p.add_argument_group('how')
-    _add(how, job, 'steps lr batch_size length eval_blocks attention seed save_steps')
+    _add(how, job, 'steps lr')
+    _settings(how, 'full_lr')
+    _add(how, job, 'batch_size length eval_blocks attention seed save_steps')
     _add(how, call, 'resume')
     _flags(how, fp32=True)
 

@@ -15,7 +15,7 @@ if in_kernel(): wait_briefly()      # before torch is loaded
 
 # %% ../../nbs/10_app/07_finetune.ipynb #d72359fb
 import json, time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 import torch
 from fastcore.meta import delegates
@@ -31,10 +31,12 @@ from .results import delta_metadata, has_event, keep_results, last_figures, read
 from ..core.checkpoints import find_checkpoint, newest_run
 from ..core.files import write_whole
 from ..core.lock import RunLock
+from ..core.rates import FULL_LR, suggested_lr
 from ..core.runlog import RunLog
 from ..model.shards import check_alone
 from ..report.page import write_report
 from ..report.summary import summarize
+from ..sources.losses import wants_autocast
 from ..sources.models import given_model
 from ..sources.texts import check_text, load_texts, unrelated_texts
 from ..train.trainer import ALFCallback
@@ -194,11 +196,20 @@ def _load(model, data, other, column, settings, progress):
     if torch.cuda.is_available(): net.to('cuda')
     return net, tokenizer, texts, others
 
+# %% ../../nbs/10_app/07_finetune.ipynb #cc2855f4
+def _previewed(net, callback, settings):
+    "What would train first, and the settings with a learning rate that suits its share"
+    s, config = settings, callback.config
+    chosen = callback.preview(net, s.batch_size, s.length, wants_autocast(net) if s.bf16 is None else s.bf16)
+    if s.lr is not None: return chosen.names, s
+    share = chosen.share if config.memory else getattr(config.policy, 'budget', None) or chosen.share
+    return chosen.names, replace(s, lr=suggested_lr(share, config.full_lr or FULL_LR))
+
 # %% ../../nbs/10_app/07_finetune.ipynb #3254911f
 def _run(loaded, out, callback, settings, checkpoint, done, resume, progress, t0):
     "From a loaded model to the summary"
     # settings that do not fit this model are refused now, not after the first evaluation
-    net, chosen = loaded[0], callback.preview(loaded[0]).names
+    net, (chosen, settings) = loaded[0], _previewed(loaded[0], callback, settings)
     if not done: check_plan(out, net, callback, chosen, settings.steps, settings.save_steps)
     job = Job(*loaded, settings, progress)
     if resume: check_base(job, RunLog(out))
@@ -216,10 +227,12 @@ def _run(loaded, out, callback, settings, checkpoint, done, resume, progress, t0
     return _write(job, out, metadata, t0)
 
 # %% ../../nbs/10_app/07_finetune.ipynb #ded247d2
-def _settings(kwargs):
-    "`FinetuneSettings`, and what is left for `ALFCallback`"
+def _settings(kwargs, model):
+    "`FinetuneSettings`, and what is left for `ALFCallback`; of the default model the rate is known"
     own = {f.name: kwargs[f.name] for f in fields(FinetuneSettings) if f.name in kwargs}
-    return FinetuneSettings(**own), {k: v for k,v in kwargs.items() if k not in own}
+    rest = {k: v for k,v in kwargs.items() if k not in own}
+    if model is None and 'config' not in rest and rest.get('full_lr') is None: rest['full_lr'] = FULL_LR
+    return FinetuneSettings(**own), rest
 
 # %% ../../nbs/10_app/07_finetune.ipynb #160b57b6
 @delegates(FinetuneSettings, keep=True)
@@ -236,7 +249,7 @@ def finetune(
     "Fine-tune with ALF; writes log, summary, report and delta to `out`, and returns the summary"
     t0 = time.perf_counter()
     check_alone('finetune()')
-    s, kwargs = _settings(kwargs)
+    s, kwargs = _settings(kwargs, model)
     out = output_folder(out)
     callback = ALFCallback(seed=s.seed, out=str(out), **kwargs)
     with RunLock(out, 'finetune()'):

@@ -15,7 +15,7 @@ require_versions('torch', 'transformers', 'accelerate')
 from dataclasses import dataclass
 from pathlib import Path
 from .results import has_event
-from ..core.check import whole
+from ..core.check import learning_rate, whole
 from ..core.runlog import RunLog
 from ..model.delta import apply_delta
 from ..model.fingerprint import fingerprint
@@ -30,15 +30,16 @@ from ..train.saving import typed_state
 def _check_settings(s):
     for k in ('steps', 'batch_size', 'length', 'eval_blocks'): whole(k, getattr(s, k), 1)
     whole('attention', s.attention, 0, why='it is a number of passages, or 0')
-    if not (isinstance(s.lr, (int, float)) and 0 < s.lr < 1):
-        raise ValueError(f"lr={s.lr!r}, but a learning rate is above 0 and below 1, such as 4e-4")
+    if s.lr is not None: learning_rate('lr', s.lr)
 
 # %% ../../nbs/10_app/06_job.ipynb #ca783498
 @dataclass(frozen=True)
 class FinetuneSettings:
     "How `finetune` trains and measures."
     steps:int=120        # optimizer steps
-    lr:float=4e-4        # peak learning rate, cosine schedule; selective training likes more than full
+    # peak learning rate, cosine schedule; default what `suggested_lr` says of the share that trains: 4e-4 for a
+    # quarter, from full_lr, or else from 1.32e-4, which suits SmolLM2-135M; larger models take less
+    lr:float|None=None
     batch_size:int=3     # sequences per step
     length:int=256       # tokens per sequence
     eval_blocks:int=24   # held-out sequences of each kind that losses are measured on

@@ -159,6 +159,7 @@ _CHECKS = dict(number=number_or_none, share=_is_share, count=_is_count, name=_is
 _FIELDS = dict(
     run_begin=dict(text='run_id model device', table='versions config', units='units',
                    count='n_total max_steps interval'),
+    rate=dict(number='lr of_all suggested', share='share', text='message'),
     probe=dict(signals='signals', number='wall_s loss', count='batches'),
     meter=dict(signals='signals', number='wall_s', count='steps'),
     slow=dict(text='message', number='seconds_per_step best_s'),

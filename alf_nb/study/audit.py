@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import numpy as np, torch
 from fastcore.meta import delegates
 from transformers import default_data_collator
-from ..core.check import whole
+from ..core.check import learning_rate, whole
 from ..model.layers import Layers, partition_layers
 from ..core.format import human_time
 from ..signals.probe import model_loss, probe_gradients
@@ -34,8 +34,7 @@ def _check_settings(s):
     for k, least in dict(n_units=4, repeats=1, steps=1, batch_size=1, eval_batches=1, probe_batches=2, probe_steps=1,
                          groups=1, draws=100).items():
         whole(k, getattr(s, k), least)
-    if not (isinstance(s.lr, (int, float)) and 0 < s.lr < 1):
-        raise ValueError(f"lr={s.lr!r}, but a learning rate is above 0 and below 1, such as 4e-4")
+    learning_rate('lr', s.lr)
     for k in ('budget', 'level'):
         if not 0 < (v := getattr(s, k)) < 1: raise ValueError(f"{k}={v!r}, but it is a fraction, above 0 and below 1")
 

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from ..core.policy import match_units
 from ..model.layers import partition_layers
 from ..core.config import PRESETS, ALFConfig
+from ..core.rates import rates_around
 
 # %% ../../nbs/09_study/11_methods.ipynb #4d01c254
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ class Method:
 def alf_method(
     name:str,            # in tables
     about:str='',        # default: its arguments
-    lrs=(2e-4, 4e-4, 8e-4), # learning rates to try
+    lrs=None,            # learning rates to try; default around what `suggested_lr` says for its budget, or for .25
     selects:bool=True,   # chooses by a measurement
     **alf                # arguments of `ALFCallback`
 )->Method:
     "A method from arguments of `ALFCallback`; wrong ones are refused now"
-    ALFConfig.from_args(**alf)
+    config = ALFConfig.from_args(**alf)
+    if lrs is None: lrs = rates_around(not config.memory and getattr(config.policy, 'budget', None) or .25)
     about = about or 'ALF with ' + (', '.join(f'{k}={v!r}' for k,v in alf.items()) or 'its defaults')
     return Method(name, about, tuple(lrs), alf, None, selects)
 
@@ -103,11 +105,10 @@ def _adapter(**kw):
     return prepare
 
 # %% ../../nbs/09_study/11_methods.ipynb #1e88e693
-_LOW, _MID, _HIGH = (5e-5, 1e-4, 2e-4), (1e-4, 2e-4, 4e-4), (2e-4, 4e-4, 8e-4)   # learning rates to try
 _anywhere = dict(strata=0)
 _once = dict(interval=0, probe_batches=2, references='none', freeze_bottom=.2, **_anywhere)
 
-_FULL = Method('full', 'every parameter trains', _LOW)
+_FULL = Method('full', 'every parameter trains', rates_around(1))
 _ALF = (
     alf_method('alf', "ALF's default: gain, matrices, every role in every third of the depth with its share,"
                " re-selected", **PRESETS['default']),
@@ -138,23 +139,25 @@ def _static(where, unit='block'):
     return dict(policy=dict(policy='static', where=where, budget=.25), unit=unit, interval=0, **_unmeasured)
 
 _RANDOM = (
-    alf_method('random', 'random matrices within the same budget, kept to the end: the control', _HIGH, False,
+    alf_method('random', 'random matrices within the same budget, kept to the end: the control', None, False,
                **_static('random', 'matrix')),
     alf_method('random-stratified', "ALF's preset for short runs, `short`: random matrices, every role in every"
                " third of the depth with its share, the lowest fifth of the blocks left out; the control of"
-               " alf-once-stratified", _HIGH, False, preset='short'),
-    alf_method('rotate', 'random matrices within the same budget, drawn anew when ALF selects anew', _HIGH, False,
+               " alf-once-stratified", None, False, preset='short'),
+    alf_method('rotate', 'random matrices within the same budget, drawn anew when ALF selects anew', selects=False,
                policy='rotate', **_unmeasured),
     alf_method('inverted', 'matrices with the lowest gain', policy='inverted'),
 )
 
 # %% ../../nbs/09_study/11_methods.ipynb #6f5e3c5e
+_HALF = rates_around(.5)
+
 _FIXED = (
-    alf_method('first', 'the first blocks within the budget', _MID, False, **_static('first')),
-    alf_method('last', 'the last blocks within the budget', _MID, False, **_static('last')),
-    alf_method('spread', 'blocks spread over the depth, within the budget', _MID, False, **_static('spread')),
-    Method('freeze-25', 'embeddings and the lowest 25 % of the blocks frozen', _LOW, prepare=_freeze_low(.25)),
-    Method('freeze-50', 'embeddings and the lowest 50 % of the blocks frozen', _LOW, prepare=_freeze_low(.5)),
+    alf_method('first', 'the first blocks within the budget', None, False, **_static('first')),
+    alf_method('last', 'the last blocks within the budget', None, False, **_static('last')),
+    alf_method('spread', 'blocks spread over the depth, within the budget', None, False, **_static('spread')),
+    Method('freeze-25', 'embeddings and the lowest 25 % of the blocks frozen', _HALF, prepare=_freeze_low(.25)),
+    Method('freeze-50', 'embeddings and the lowest 50 % of the blocks frozen', _HALF, prepare=_freeze_low(.5)),
 )
 
 # %% ../../nbs/09_study/11_methods.ipynb #847a0bc5
@@ -168,7 +171,7 @@ _ADAPTERS = (
     Method('alf-lora', 'the same, and of the adapters above the lowest fifth only the half with the highest gain',
            _RATES, dict(_once, budget=.4), _adapter(), True),
     Method('pissa', 'LoRA that starts from the largest singular values (PiSSA, https://arxiv.org/abs/2404.02948), rank'
-           ' 16, PEFT', _HIGH, prepare=_adapter(init_lora_weights='pissa_niter_4')),
+           ' 16, PEFT', (2e-4, 4e-4, 8e-4), prepare=_adapter(init_lora_weights='pissa_niter_4')),
 )
 
 # %% ../../nbs/09_study/11_methods.ipynb #3d22d534
@@ -177,13 +180,15 @@ def _sweep(steps, blocks):
     turn = max(1, steps//blocks)
     return dict(preset='badam', policy=dict(policy='badam', interval=turn), interval=turn, **_unmeasured)
 
+_ONE_BLOCK = rates_around(.05)
+
 _PEERS = (
     alf_method('lisa', 'two random blocks anew every 20 steps, embeddings and head always'
-               ' (https://arxiv.org/abs/2403.17919)', _MID, False, preset='lisa', **_unmeasured),
-    alf_method('badam', 'one block at a time for 50 steps, state dropped (https://arxiv.org/abs/2404.02827)', _MID,
-               False, preset='badam', **_unmeasured),
-    Method('badam-sweep', 'as badam, but so short that every block has one turn', _MID, _sweep),
-    alf_method('grass', 'blocks drawn by gradient norm every 50 steps (https://arxiv.org/abs/2604.07808)', _MID, True,
+               ' (https://arxiv.org/abs/2403.17919)', None, False, preset='lisa', **_unmeasured),
+    alf_method('badam', 'one block at a time for 50 steps, state dropped (https://arxiv.org/abs/2404.02827)',
+               _ONE_BLOCK, False, preset='badam', **_unmeasured),
+    Method('badam-sweep', 'as badam, but so short that every block has one turn', _ONE_BLOCK, _sweep),
+    alf_method('grass', 'blocks drawn by gradient norm every 50 steps (https://arxiv.org/abs/2604.07808)', None, True,
                preset='grass', **_unmeasured),
 )
 

@@ -28,7 +28,7 @@ from ..signals.windows import LearningRates, make_windows
 from .between import freeze_nonfinite, note_reached, say_blind, take_request
 from .choosing import PolicyRequests, check_selections_left, one_target, partition, requested
 from .engine import Engine, graphs_see_freezing, warn_of_recompiling
-from .guards import Guards, Journal
+from .guards import Guards, Journal, say_rate
 from .marks import add_hooks, guard_allocators, note_frozen, thaw, warn_of_new_head
 from .nan import NonFinite
 from .once import prefix_of, start_prefix, tell_prefix
@@ -148,10 +148,7 @@ def begin(self:ALFController,
     if may_probe(self): self.source.lend()
     self.training = True        # a request may come as soon as somebody sees the first selection
     if resume is not None: resume(self)
-    else:
-        write_begin(self)
-        _note_unread(self)
-        select(self, 0)
+    else: _choose_first(self)
     _prepare(self)
     self.blind.on = self.journal.news = True
     watch(self, self.totals.steps)
@@ -217,6 +214,12 @@ def write_begin(run):
     )
     if run.fit is not None: run.journal.event('fit', 0, **run.fit.to_dict())
 
+def _choose_first(run):
+    write_begin(run)
+    _note_unread(run)
+    select(run, 0)
+    say_rate(run)
+
 # %% ../../nbs/06_train/13_controller.ipynb #980e9a6c
 @patch
 def before_optimizer_step(self:ALFController,
@@ -252,7 +255,6 @@ def _take(run, window, step):
     run.guards.check_jumps(before, run.measured['rate'], window.moved(run.measured['rate']), step)
     run.window = window.to_dict()
 
-# %% ../../nbs/06_train/13_controller.ipynb #2d31505f
 @patch
 def after_optimizer_step(self:ALFController,
     step:int,           # the step that was just made

@@ -9,7 +9,7 @@ __all__ = ['lightning_callback']
 
 # %% ../../nbs/06_train/20_lightning.ipynb #0f57b06f
 from contextlib import contextmanager
-from ..core.config import with_settings
+from ..core.settings import with_settings
 from .loop import ALFLoop
 
 # %% ../../nbs/06_train/20_lightning.ipynb #90020153

@@ -12,7 +12,8 @@ import json, warnings
 from fastcore.basics import patch
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from ..core.config import config_of, with_settings
+from ..core.config import config_of
+from ..core.settings import with_settings
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
 from ..model.shards import n_started

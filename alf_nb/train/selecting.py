@@ -15,8 +15,8 @@ import torch
 from ..core.config import PROBED
 from ..core.records import Scores, Selection
 from ..core.schedule import schedule_of
-from ..model.fit import Search, largest_budget
-from ..model.needs import Held, Sizer
+from ..model.fit import largest_budget
+from ..model.needs import Held
 from ..model.optim import apply_selection, first_states, rebuild_ddp_buckets
 from ..model.quantize import pack, weight_bytes
 from ..model.states import drop_params, optimizer_bytes, unwrap_optimizer
@@ -24,7 +24,7 @@ from ..model.shards import reshard
 from ..model.tree import is_packed
 from ..signals.meter import Meter
 from ..signals.probe import NothingToCompare
-from .choosing import choose_reached
+from .choosing import choose_reached, inner, search_for
 
 # %% ../../nbs/06_train/11_selecting.ipynb #25e19d53
 def use_policy(run, policy):
@@ -45,16 +45,6 @@ def known_scores(run, step):
     "Scores of the chosen signal, or of the prior while there are none"
     scores = run.tracker.scores(run.config.signal, step)
     return scores if scores.known else Scores('prior', run.tracker.scores('prior', step).values)
-
-# %% ../../nbs/06_train/11_selecting.ipynb #94096040
-def _inner(model):
-    "The model of transformers in `model`, which holds all of its parameters"
-    found = next((m for m in model.modules() if hasattr(m, 'main_input_name')), None)
-    if found is not None and set(found.parameters()) == set(model.parameters()): return found
-    raise ValueError(
-        f"memory= runs a step without data, which a {type(model).__name__} is not known to take: it takes models of"
-        " transformers; give a budget"
-    )
 
 # %% ../../nbs/06_train/11_selecting.ipynb #0eba7c55
 def _held(run):
@@ -83,15 +73,11 @@ def _check_alone(run):
 
 def _search(run):
     "What is asked for the budget"
-    c,model = run.config,_inner(run.layers.model)
-    batch,length = run.source.longest(model.main_input_name, c.probe_batches, c.seed)
-    bf16 = run.engine.autocast or bool(run.masters.base)
-    pin,ban = run.asked.pin,run.asked.ban
-    deep = {'deep': 1 << 30} if pin or ban else {}      # names of a short stack are others
-    device = torch.device(run.engine.device).type
-    sizer = Sizer(model, batch, length, bf16, device=device, **deep)
-    probed = may_probe(run) and run.policy.needs_scores
-    return Search(sizer, _held(run), probed, pin, ban, run.engine.accumulates)
+    c,e,model = run.config,run.engine,run.layers.model
+    step = run.source.longest(inner(model).main_input_name, c.probe_batches, c.seed)
+    return search_for(
+        model, c, run.asked, _held(run), *step, e.autocast or bool(run.masters.base), e.device, e.accumulates
+    )
 
 # %% ../../nbs/06_train/11_selecting.ipynb #a2457584
 def find_budget(

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from ..core.checkpoints import newest_run, set_aside, write_manifest
-from ..core.config import config_of, with_settings
+from ..core.config import config_of
+from ..core.settings import with_settings
 from ..core.files import replacing
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
@@ -73,10 +74,13 @@ def state(self:ALFCallback)->dict:
 
 @patch
 def preview(self:ALFCallback,
-    model # any model, before training
-):        # `Selection`
+    model,          # any model, before training
+    batch:int=None, # sequences of a step, which `memory` asks for
+    length:int=None,# tokens of each
+    bf16:bool=False # autocast?
+):                  # `Selection`
     "What these settings would choose by the prior alone; those that do not fit the model are refused as in training"
-    return preview_of(model, self.config)
+    return preview_of(model, self.config, batch, length, bf16)
 
 @patch(as_prop=True)
 def selection(self:ALFCallback): return self.run and self.run.selection
