@@ -317,7 +317,6 @@ def end_step(self:ALFController,
     t.wall_s += time.perf_counter() - self.t_begin
     self.forget_pause()
 
-# %% ../../nbs/06_train/13_controller.ipynb #27789737
 @patch
 def forget_pause(self:ALFController):
     "Time spent waiting belongs to no step"
