@@ -57,6 +57,7 @@ def made(folder, training={}, **settings):
 
 # ---------------------------------------------------------------- what may be done to a file
 
+BELOW_0 = tuple(f"tracker.values.{k}." for k in ("agreement", "gain", "descent"))      # may be negative
 
 def others(at, v):
     "Values that cannot stand where `v` stands: (in words, value)"
@@ -78,7 +79,7 @@ def others(at, v):
             yield from (("10**400", HUGE), ("-10**400", -HUGE))
         if isinstance(v, int):
             yield "a half", 1.5
-        if at not in SIGNED and not at.startswith(("tracker.values.gain.", "tracker.values.descent.")):
+        if at not in SIGNED and not at.startswith(BELOW_0):
             yield "-1", -1
         if at.endswith("step") or at.startswith(("tracker.steps.", "totals.steps")):
             yield "beyond the run", 4
@@ -384,7 +385,8 @@ def try_loop():
         tensors=(None, [], {}, {"../x": row}, {**tensors, "more": row}, {1: row}),
     )
     changes = [{k: v} for k, vs in values.items() for v in vs]
-    changes += [dict(state=json.dumps(state | {k: v})) for k in state for v in (None, "../x", -1, {"x": 1})]
+    wrong = None, "../x", -1, {"x": 1}
+    changes += [dict(state=json.dumps(state | {k: v})) for k in state for v in wrong if v != state[k]]
     changes += [dict(tensors={k: v for k, v in tensors.items() if k != gone}) for gone in tensors]
     changes += [dict(tensors={**tensors, k: v}) for k in tensors for v in (None, b"x", row, tensors[k][:1] * NAN)]
     odd, bad = (

@@ -365,7 +365,6 @@ def test_a_choice_by_gradient_is_the_same_on_every_rank(runs):
 def test_what_two_processes_meter_is_what_one_does(runs, name):
     "The same random signs everywhere, and the gradient of all batches"
     (one,), (a, b) = ranks(runs/'meter1', 1), ranks(runs/name)
-    (one,), (a, b) = ranks(runs/'meter1', 1), ranks(runs/name)
     assert a['signals'] == b['signals'] and a['names'] == b['names'] == one['names'] and a['weights'] == b['weights']
     assert sum(v is not None for v in a['signals']['agreement'].values()) > 20
     same_signals(one, a, 1e-3)
