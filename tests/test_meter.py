@@ -113,7 +113,7 @@ def test_a_sketch_is_the_gradient_times_the_signs(family):
         want = []
         for m in modules:
             g = m.weight.grad.T if type(m).__name__ == 'Conv1D' else m.weight.grad
-            want.append((g @ random_signs(g.shape[1], meter.found.seed)).reshape(-1))
+            want.append((g @ random_signs(g.shape[1], meter.found.seed)).T.reshape(-1))
         torch.testing.assert_close(meter.found.sums[n], torch.cat(want), rtol=1e-3, atol=1e-6)
     assert meter.modules and set(meter.modules) <= set(layers)
 
@@ -157,7 +157,7 @@ def test_below_lora_and_in_packed_weights():
     assert y.requires_grad          # nothing below it trains, and it is looked at nevertheless
     hooks.remove()
     y.sum().backward()
-    torch.testing.assert_close(hooks.sums[packed[0]], torch.ones(32, 5) @ (x @ random_signs(64, 0)))
+    torch.testing.assert_close(hooks.sums[packed[0]], (torch.ones(32, 5) @ (x @ random_signs(64, 0))).T)
 
 
 def test_what_no_linear_layer_holds_is_left_to_the_probe():

@@ -78,8 +78,9 @@ def _sums_of(hooks, x):
     last,version,sums = hooks.last
     if last is not None and last() is x and version == x._version: return sums
     width,form = x.shape[-1],(x.shape[-1], x.dtype, x.device)
-    if form not in hooks.signs: hooks.signs[form] = random_signs(width, hooks.seed).to(x.device, x.dtype)
-    sums = x.detach().reshape(-1, width) @ hooks.signs[form]
+    # k × width, and k × out below: the thin side first is three times as fast on a CPU
+    if form not in hooks.signs: hooks.signs[form] = random_signs(width, hooks.seed).T.contiguous().to(x.device, x.dtype)
+    sums = nn.functional.linear(x.detach().reshape(-1, width), hooks.signs[form])
     hooks.last = weakref.ref(x),x._version,sums
     return sums
 
@@ -102,7 +103,7 @@ def backward(self:_Hooks, module, g, sums):
     t0 = time.perf_counter()
     g = g.float() if g.dtype is torch.float16 else g     # scaled by a gradient scaler, sums would overflow
     with torch.autocast(g.device.type, enabled=False):
-        v = g.reshape(-1, g.shape[-1]).T @ sums.to(g.dtype)
+        v = sums.to(g.dtype).T @ g.reshape(-1, g.shape[-1])
     old = self.sums.get(module)
     self.sums[module] = v.float() if old is None else old.add_(v)
     self.seconds += time.perf_counter() - t0
