@@ -60,8 +60,8 @@ def _sketch(reducer, p, g):
 # %% ../../nbs/05_signals/05_probe.ipynb #9c2285b4
 class _Reducer:
     "Reduces each gradient of some parameters the moment it is complete, and frees it."
-    def __init__(self):
-        self.signs,self.pairs,self.sq = {},{},{}
+    def __init__(self, sketch=False):
+        self.signs,self.pairs,self.sq,self.sketched = {},{},{},sketch
         self.sketches = {}      # parameter → Σ over batches of its sketch, and of the square of that
         self.columns = {}       # width → random signs
         self.held = self.peak = 0
@@ -76,7 +76,7 @@ class _Reducer:
             )
         else: self.held += (g.numel()+7)//8
         self.signs[p] = _pack_signs(g)
-        _sketch(self, p, g)
+        if self.sketched: _sketch(self, p, g)
         self.sq[p] = g.float().square().sum(dtype=torch.float64)
 
 # %% ../../nbs/05_signals/05_probe.ipynb #ef79e98d
@@ -273,7 +273,8 @@ def _signals(layers, names, totals, n_batches):
     reached,pair,of_sum,square,norm = totals
     gain = {n: v/(n_batches-1)/size[n] for n,v,r in zip(names, pair, reached) if r}
     grad_norm = {n: v/n_batches/math.sqrt(size[n]) for n,v,r in zip(names, norm, reached) if r}
-    mean = {n: squared_mean(a, b, n_batches)/size[n] for n,a,b,r in zip(names, of_sum, square, reached) if r}
+    all_of = zip(names, of_sum, square, reached)
+    mean = {n: squared_mean(a, b, n_batches)/size[n] for n,a,b,r in all_of if r and b}
     agreement = {n: math.copysign(math.sqrt(abs(v)), v) for n,v in mean.items()}
     found = dict(gain=gain, grad_norm=grad_norm, agreement=agreement)
     return [Scores(k, blank | v) for k,v in found.items()]
@@ -281,15 +282,16 @@ def _signals(layers, names, totals, n_batches):
 # %% ../../nbs/05_signals/05_probe.ipynb #db76cbc5
 def probe_gradients(
     layers:Layers,        # a model as units
-    batches,              # batches of keyword arguments for the model, labels included; at least 2
+    batches,              # batches of keyword arguments of the model, with labels; at least 2
     names=None,           # units to ask; None: all eligible ones
     loss=model_loss,     # loss(model, batch) → scalar tensor
-    progress=None         # called with the number of batches done
+    progress=None,        # called with the number of batches done
+    sketch=False          # also `agreement`, of sketches: four numbers a row
 )->Probe:
     "Gradient signals of every unit in `names`, frozen or not, with one gradient in memory at a time"
     names = [u.name for u in layers.units if u.eligible] if names is None else list(names)
-    if not names: raise ValueError("no unit to probe: none is eligible")
-    reducer = _Reducer()
+    if not names: raise ValueError("no unit to probe")
+    reducer = _Reducer(sketch)
     with same_draws(), same_modules(layers.model, *modules_in(loss)), _only_reduced(layers, names, reducer):
         passes = _run_batches(layers, names, batches, loss, reducer, progress)
     _check_passes(layers, passes)

@@ -63,14 +63,15 @@ def probe(self:ProbeSource,
     eligible,       # names of the units whose gradients are measured
     n_batches:int,  # batches to read
     seed:int,       # of the draw of batches
-    progress=None   # called with the number of batches read
+    progress=None,  # called with the number of batches read
+    sketch=False    # is `agreement` wanted?
 ):                  # `Probe`
     "Gradient signals, from batches of training"
     self.begin()
     batches = draw_batches(self.loader, n_batches, seed, self.own_size(), self.rank, self.n_ranks)
     model = self.layers.model
     if not model.training: model.train()      # parts that are kept in eval mode stay in it
-    return probe_gradients(self.layers, map(self.prepared, batches), eligible, loss=self.loss, progress=progress)
+    return probe_gradients(self.layers, map(self.prepared, batches), eligible, self.loss, progress, sketch)
 
 # %% ../../nbs/06_train/09_probing.ipynb #ccfe72f3
 def _shape(batch, main):

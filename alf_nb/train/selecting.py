@@ -107,7 +107,8 @@ def probe_now(run, step, n_batches, names=None):
     progress = run.on_probe and (lambda i: run.on_probe(i, n_batches))
     seed = (run.config.seed*1_000_003 + step)*1009
     try:
-        with run.source.untouched(): found = run.source.probe(eligible, n_batches, seed, progress)
+        agreed = run.config.signal == 'agreement'
+        with run.source.untouched(): found = run.source.probe(eligible, n_batches, seed, progress, agreed)
     except NothingToCompare as e:
         if step == 0 and run.config.check in ('raise', 'freeze'): raise
         words = f"the probe at step {step} is skipped, and what trains is chosen by what is known: {e}"
@@ -121,7 +122,8 @@ def _learn_from(run, found, names, step, t0):
     reached = {n: found.gain[n] is not None for n in names}
     run.reach.probed(reached, found.batches, step)
     first = not run.tracker.values.get('gain')
-    signals = {s.signal: ours(run, s) for s in (found.gain, found.grad_norm, found.agreement)}
+    every = [found.gain, found.grad_norm] + [found.agreement]*(run.config.signal == 'agreement')
+    signals = {s.signal: ours(run, s) for s in every}
     for k,v in signals.items(): run.tracker.update(k, v, step, beta=0. if first else .7)
     wall = time.perf_counter() - t0
     run.totals.probe_s += wall
