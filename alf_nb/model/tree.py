@@ -6,14 +6,14 @@ Docs: https://example.github.io/alf_nb/03_model/tree.html.md"""
 
 # %% auto #0
 __all__ = ['clean_path', 'join_path', 'shape_of', 'is_packed', 'could_train', 'count_params', 'is_list', 'holds_params',
-           'list_items', 'model_parts', 'is_composite']
+           'list_items', 'model_parts', 'is_composite', 'ForwardHook']
 
 # %% ../../nbs/03_model/01_tree.ipynb #885316e5
 from .. import require_versions
 require_versions('torch')
 
 # %% ../../nbs/03_model/01_tree.ipynb #09df2e52
-import math
+import math, weakref
 
 from torch import nn
 
@@ -103,3 +103,12 @@ def model_parts(m):
 def is_composite(m)->bool:
     "Is it made of modules that hold parameters?"
     return next(model_parts(m), None) is not None
+
+# %% ../../nbs/03_model/01_tree.ipynb #5ce4ae44
+class ForwardHook:
+    "A forward hook that calls `owner.forward(module, args, output)`; in a copy of the model it does nothing"
+    def __init__(self, owner=None): self.owner = None if owner is None else weakref.ref(owner)
+    def __call__(self, module, args, output):
+        owner = self.owner and self.owner()
+        return owner and owner.forward(module, args, output)
+    def __reduce__(self): return ForwardHook, ()

@@ -13,15 +13,19 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..model.layers import Layers
-from ..model.tree import shape_of
+from ..model.tree import ForwardHook, shape_of
 from ..model.shards import in_group
-from ..kernels.sketch import N_COLUMNS, random_signs, squared_mean, squared_norm
+from ..kernels.sketch import N_COLUMNS, random_signs, signed_root, squared_mean, squared_norm
 
 # %% ../../nbs/05_signals/08_meter.ipynb #cc13d2df
 def _is_linear(m):
     "Does its forward pass multiply its only input by its weight?"
     if type(m).__name__ == 'NonDynamicallyQuantizableLinear': return False      # read by `MultiheadAttention` itself
     return isinstance(m, nn.Linear) or type(m).__name__ == 'Conv1D' and hasattr(m, 'nf')
+
+def _length(m):
+    "Numbers in the sketch of a linear layer"
+    return N_COLUMNS*(m.nf if hasattr(m, 'nf') else m.out_features)
 
 def _holders(model):
     "parameter → modules that hold it"
@@ -31,6 +35,7 @@ def _holders(model):
             if p is not None: found.setdefault(p, []).append(m)
     return found
 
+# %% ../../nbs/05_signals/08_meter.ipynb #9ebf9d87
 def metered_modules(
     layers:Layers,  # a model as units
     names           # units to look at
@@ -48,14 +53,6 @@ def _wanting(output):
     "`output`, which asks for a gradient; a copy, as what asks first may not be written to"
     return output.requires_grad_().clone()
 
-class _Hook:
-    "A forward hook of `_Hooks`. A copy of the model, or a pickle, has one that does nothing"
-    def __init__(self, hooks=None): self.hooks = None if hooks is None else weakref.ref(hooks)
-    def __call__(self, module, args, output):
-        hooks = self.hooks and self.hooks()
-        return hooks and hooks.forward(module, args, output)
-    def __reduce__(self): return _Hook, ()
-
 class _Hooks:
     "Adds up δᵀ(xS) of the modules that it watches."
     def __init__(self, model):
@@ -64,7 +61,7 @@ class _Hooks:
         self.seconds = 0.       # spent in hooks
 
     def watch(self, modules):
-        if not self.handles: self.handles = [m.register_forward_hook(_Hook(self)) for m in modules]
+        if not self.handles: self.handles = [m.register_forward_hook(ForwardHook(self)) for m in modules]
 
     def remove(self):
         while self.handles: self.handles.pop().remove()
@@ -126,7 +123,7 @@ class Meter:
         seed:int=0      # of the random signs
     ):
         self.layers,self.modules,self.seed = layers,metered_modules(layers, names),seed
-        self.hooks,self.steps = _Hooks(layers.model),0
+        self.hooks = _Hooks(layers.model)
         self.begin(0)
 
     @property
@@ -158,8 +155,7 @@ def load(self:Meter,
 @patch
 def sizes(self:Meter)->dict: # unit → length of its sum
     "How many numbers are kept of each unit"
-    rows = lambda m: m.nf if hasattr(m, 'nf') else m.out_features
-    return {n: N_COLUMNS*sum(map(rows, ms)) for n,ms in self.modules.items()}
+    return {n: sum(map(_length, ms)) for n,ms in self.modules.items()}
 
 # %% ../../nbs/05_signals/08_meter.ipynb #ce716c8e
 def _averaged(sketches, reached):
@@ -173,13 +169,12 @@ def _of_step(meter, scale):
     "The sketches of a step, one unit after the other, and which units were reached (1) or not (0)"
     device = next(meter.layers.model.parameters()).device
     def sketch(m):
-        rows = m.nf if hasattr(m, 'nf') else m.out_features
         v = meter.hooks.sums.get(m)
-        return torch.zeros(rows*N_COLUMNS, device=device) if v is None else v.reshape(-1).to(device)
-    parts = [torch.cat([sketch(m) for m in ms]) for ms in meter.modules.values()]
+        return torch.zeros(_length(m), device=device) if v is None else v.reshape(-1).to(device)
+    flat = torch.cat([sketch(m) for ms in meter.modules.values() for m in ms])/scale
     reached = [any(m in meter.hooks.sums for m in ms) for ms in meter.modules.values()]
-    flat,reached = _averaged(torch.cat(parts)/scale, torch.tensor(reached, dtype=torch.int32, device=device))
-    return flat.split([len(p) for p in parts]),reached.tolist()
+    flat,reached = _averaged(flat, torch.tensor(reached, dtype=torch.int32, device=device))
+    return flat.split(list(meter.sizes().values())),reached.tolist()
 
 # %% ../../nbs/05_signals/08_meter.ipynb #00ccbc01
 @patch
@@ -205,16 +200,12 @@ def end_step(self:Meter,
     return True
 
 # %% ../../nbs/05_signals/08_meter.ipynb #e605b690
-def _root(square, n):
-    "√(square/n), with the sign of `square`"
-    return math.copysign(math.sqrt(abs(square)/n), square)
-
 @patch
 def signals(self:Meter)->dict: # signal → unit → value; a unit that no gradient has reached is left out
     "`grad_norm` and `agreement` of the metered steps"
     f,size = self.found,{n: sum(math.prod(shape_of(m.weight)) for m in ms) for n,ms in self.modules.items()}
-    norm = {n: _root(squared_norm(sq, f.steps), size[n]) for n,sq in f.squares.items()}
+    norm = {n: signed_root(squared_norm(sq, f.steps), size[n]) for n,sq in f.squares.items()}
     if f.steps < 2: return dict(grad_norm=norm, agreement={})
     of_sum = {n: float(v.square().sum()) for n,v in f.sums.items()}
-    mean = {n: _root(squared_mean(of_sum[n], sq, f.steps), size[n]) for n,sq in f.squares.items()}
+    mean = {n: signed_root(squared_mean(of_sum[n], sq, f.steps), size[n]) for n,sq in f.squares.items()}
     return dict(grad_norm=norm, agreement=mean)

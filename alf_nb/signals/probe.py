@@ -15,7 +15,7 @@ from torch import Tensor
 from ..model.layers import Layers
 from ..core.records import Scores
 from ..model.shards import in_group, is_sharded, local_tensor, reduce_shards
-from ..kernels.sketch import random_signs, squared_mean
+from ..kernels.sketch import random_signs, signed_root, squared_mean
 from .untouched import modules_in, same_draws, same_modules
 
 # %% ../../nbs/05_signals/05_probe.ipynb #04bb106a
@@ -274,8 +274,7 @@ def _signals(layers, names, totals, n_batches):
     gain = {n: v/(n_batches-1)/size[n] for n,v,r in zip(names, pair, reached) if r}
     grad_norm = {n: v/n_batches/math.sqrt(size[n]) for n,v,r in zip(names, norm, reached) if r}
     all_of = zip(names, of_sum, square, reached)
-    mean = {n: squared_mean(a, b, n_batches)/size[n] for n,a,b,r in all_of if r and b}
-    agreement = {n: math.copysign(math.sqrt(abs(v)), v) for n,v in mean.items()}
+    agreement = {n: signed_root(squared_mean(a, b, n_batches), size[n]) for n,a,b,r in all_of if r and b}
     found = dict(gain=gain, grad_norm=grad_norm, agreement=agreement)
     return [Scores(k, blank | v) for k,v in found.items()]
 

@@ -17,10 +17,10 @@ from ..kernels.plan import compile_kernels
 from ..model.masters import Masters, lost_to_rounding
 from ..model.updates import plain_optimizer, check_last_update
 from ..model.offload import OffloadedStates
-from ..model.states import deciding_groups, states_of, check_optimizer
+from ..model.states import check_optimizer, deciding_groups, gradient_bytes, optimizer_bytes, states_of
 from ..model.optim import rebuild_ddp_buckets
-from ..model.states import gradient_bytes, optimizer_bytes
 from ..model.shards import is_sharded
+from ..model.tree import ForwardHook
 from ..signals.tracker import ImportanceTracker, prior_scores
 from ..signals.windows import LearningRates, make_windows
 
@@ -32,7 +32,7 @@ from .guards import Guards, Journal, say_rate
 from .marks import add_hooks, guard_allocators, note_frozen, thaw, warn_of_new_head
 from .nan import NonFinite
 from .once import prefix_of, start_prefix, tell_prefix
-from .reach import BlindBatches, ForwardHook, Reach
+from .reach import BlindBatches, Reach
 from .selecting import check_can_pack, end_metered, known_scores, note_peak, ours, select, set_up_meter
 from .selecting import may_probe, use_policy, watch
 from .state import RunTotals
