@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from .. import __version__
 from .options import add_option, options_of
-from ..core.config import PRESETS, SIGNALS, VALUES
+from ..core.config import PARTS, PRESETS, SIGNALS, VALUES
 from ..core.files import write_whole
 from ..core.foreign import visible
 from ..core.policies import POLICIES
@@ -61,8 +61,7 @@ def _flags(parser, fp32=False):
 def _settings(parser, names):
     "Settings of a run; what is not given is decided by the preset"
     found = {'preset': options_of('core.config', 'from_args')['preset']}
-    parts = '_Choice', '_Room', '_Pace', '_What', '_When', '_How', '_Once'
-    for part in parts: found |= options_of('core.config', part)
+    for part in PARTS: found |= options_of('core.config', part.__name__)
     for n in names.split():
         unset = {} if n == 'preset' else dict(default=argparse.SUPPRESS)
         add_option(parser, found[n], **_HOW.get(n, {}) | unset)

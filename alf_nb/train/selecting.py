@@ -117,14 +117,18 @@ def probe_now(run, step, n_batches, names=None):
     _learn_from(run, found, eligible, step, t0)
 
 # %% ../../nbs/06_train/11_selecting.ipynb #5d611926
+def _blend(run, signals, step, by):
+    "Blend signals into what is known; `by`: one that is there if something was measured before"
+    beta = .7 if run.tracker.values.get(by) else 0.
+    for k,v in signals.items(): run.tracker.update(k, v, step, beta=beta)
+
 def _learn_from(run, found, names, step, t0):
     "Blend what a probe found into what is known, and write it down"
     reached = {n: found.gain[n] is not None for n in names}
     run.reach.probed(reached, found.batches, step)
-    first = not run.tracker.values.get('gain')
     every = [found.gain, found.grad_norm] + [found.agreement]*(run.config.signal == 'agreement')
     signals = {s.signal: ours(run, s) for s in every}
-    for k,v in signals.items(): run.tracker.update(k, v, step, beta=0. if first else .7)
+    _blend(run, signals, step, 'gain')
     wall = time.perf_counter() - t0
     run.totals.probe_s += wall
     note_peak(run, optimizer_bytes(run.optimizer) + run.windows.nbytes + found.peak_bytes)
@@ -170,8 +174,7 @@ def _learn_metered(run, step):
     if not found.steps: return
     t0 = time.perf_counter()
     signals = meter.signals()
-    first = not run.tracker.values.get('agreement')
-    for k,v in signals.items(): run.tracker.update(k, v, step, beta=0. if first else .7)
+    _blend(run, signals, step, 'agreement')
     for n in found.sums: run.reach.metered(n)
     wall = meter.hooks.seconds + time.perf_counter() - t0
     run.totals.meter_s += wall
