@@ -3,9 +3,8 @@
     python benchmarks/bench_turns.py [--data gsm8k python] [--seeds 0 1 2 3] [--wall 150 | --steps 80] [--out FILE]
 
 SmolLM2-135M learns GSM8K or the Python reference, 2 × 192 tokens a step, for so many seconds, choosing included, or
-for so many steps. For a data set and a seed all methods run one after the other in one process on one thread, each
-pair in
-another order, so that what is compared ran on the same core within minutes. Rows go to results/turns.jsonl.
+for so many steps. For a data set and a seed all methods run one after the other in one process, each
+pair in another order, so that what is compared ran on the same cores within minutes. Rows go to results/turns.jsonl.
 """
 import argparse, copy, json, time
 from datetime import datetime, timezone
@@ -16,22 +15,36 @@ from transformers.utils import logging as hf_logging
 
 from alf_nb.core.stats import t_interval
 from alf_nb.core.system import versions
-from alf_nb.study.methods import METHODS, alf_method
+from alf_nb.model.columns import split_columns
+from alf_nb.study.methods import METHODS, Method, alf_method
 from alf_nb.study.runs import device_name, train_method
 from bench_policies import make
 
 RESULTS = Path(__file__).parent/'results'/'turns.jsonl'
 SIZE = 2, 192
 
-_meter = dict(signal='agreement', strata=3)
+
+def columns(share, freeze_bottom=0.):
+    "f(model, task): some columns of every matrix train, and nothing else"
+    def prepare(model, task):
+        found = split_columns(model, share, freeze_bottom)
+        chosen = {id(m.columns) for m in found.values()}
+        for p in model.parameters(): p.requires_grad_(id(p) in chosen)
+        return model
+    return prepare
+
+
+_meter = dict(signal='agreement', strata=3, warm_up=8, interval=24)
 WAYS = {
     m.name: (m, lr)
     for m, lr in (
         (alf_method('meter-top80', 'agreement by a meter, strata, above the lowest fifth', freeze_bottom=.2, **_meter),
          4e-4),
-        (alf_method('meter-top80-once', 'the same, chosen once', freeze_bottom=.2, interval=0, **_meter), 4e-4),
         (alf_method('lot-top80', 'drawn by lot in the same strata: the control', selects=False, preset='short'), 4e-4),
         (METHODS['lora'], 2e-3),
+        (METHODS['alf'], 4e-4),
+        (Method('columns', 'a tenth, as columns of every matrix', (1.6e-3,), prepare=columns(.1)), 1.6e-3),
+        (Method('columns-top80', 'the same, above the lowest fifth', (1.6e-3,), prepare=columns(.1, .2)), 1.6e-3),
         (alf_method('meter', 'agreement by a meter, strata, every depth', **_meter), 4e-4),
     )
 }

@@ -55,6 +55,7 @@ def settings_of(name, data):
         threshold=lambda: dict(threshold=data.draw(st.floats(0, 1))),
         topk=lambda: dict(k=data.draw(st.integers(1, 6))),
         full=dict,
+        columns=lambda: b,
         budget=lambda: {
             **b,
             **hard,

@@ -184,6 +184,7 @@ PACKED = dict(budget=.25, quantize_frozen=4)
 PRIOR = dict(signal='prior', budget=.3, interval=4)
 GAIN = dict(budget=.25, interval=4, measure_every=3)
 METER = dict(signal='agreement', budget=.25, interval=4, warm_up=3)
+COLUMNS = dict(unit='columns', budget=.2)
 BADAM = dict(preset='badam', interval=3)
 NOREF = dict(budget=.25, interval=4, references='none', measure_every=3)
 FSDP = dict(fsdp=True, fsdp_config=dict(version=2))
@@ -281,6 +282,7 @@ def runs(tmp_path_factory):
         dict(out='badam2', settings=BADAM),
         dict(out='gain2', settings=GAIN, ddp_find_unused_parameters=False),
         dict(out='meter2', settings=METER),
+        dict(out='columns2', settings=COLUMNS, **SAVE),
         dict(out='half2', settings=BADAM, **HALF, **SAVE),
         dict(out='packed2', settings=PACKED, **HALF, **SAVE),
         dict(out='nan2', settings=GAIN, spoil=dict(probe=[3])),
@@ -309,6 +311,8 @@ def runs(tmp_path_factory):
         dict(out='gain1', settings=GAIN),
         dict(out='noref1', settings=NOREF),
         dict(out='meter1', settings=METER),
+        dict(out='columns1', settings=COLUMNS),
+        dict(out='columns2to1', settings=dict(resume_from=str(d / 'columns2' / 'checkpoint-6'), **COLUMNS)),
         dict(out='prior2to1', settings=dict(resume_from=str(d / 'prior2' / 'checkpoint-6'), **PRIOR)),
         dict(
             out='fsdp-gain2to1',
@@ -342,7 +346,7 @@ def runs(tmp_path_factory):
     return d
 
 
-@pytest.mark.parametrize('name', ['prior', 'badam'])
+@pytest.mark.parametrize('name', ['prior', 'badam', 'columns'])
 def test_two_processes_learn_what_one_does(runs, name):
     (one,), two = ranks(runs/f'{name}1', 1), ranks(runs/f'{name}2')
     assert two[0]['engine'] == 'DistributedDataParallel'
@@ -456,6 +460,7 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(runs):
         ('prior2to1', 'prior2', 1),
         ('fsdp-gain1to2', 'fsdp-gain1', 2),
         ('fsdp-gain2to1', 'fsdp-gain2', 1),
+        ('columns2to1', 'columns2', 1),
     ],
 )
 def test_a_run_goes_on_with_another_number_of_processes(runs, new, old, n):

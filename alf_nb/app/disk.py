@@ -70,8 +70,11 @@ def check_plan(
     save_steps:int  # between checkpoints; 0: none
 ):
     "Is there room for delta and checkpoints of this run?"
-    layers = partition_layers(net, unit=callback.config.unit, kinds=callback.config.kinds)
-    whole, chosen = bytes_of(layers, layers), bytes_of(layers, names)
+    c = callback.config
+    split = c.unit == 'columns'
+    layers = partition_layers(net, unit='matrix' if split else c.unit, kinds=c.kinds)
+    whole = bytes_of(layers, layers)
+    chosen = round(c.policy.budget*whole) if split else bytes_of(layers, names)
     there = len(list(Path(out).glob('checkpoint-*')))
     n = min(-(-steps//save_steps), max(1, 3-there)) if save_steps else 0
     what = 'the delta' + f" and {n} checkpoint{'s'*(n > 1)}"*(n > 0)

@@ -33,6 +33,7 @@ from ..core.files import write_whole
 from ..core.lock import RunLock
 from ..core.rates import FULL_LR, suggested_lr
 from ..core.runlog import RunLog
+from ..model.columns import join_columns
 from ..model.shards import check_alone
 from ..report.page import write_report
 from ..report.summary import summarize
@@ -224,7 +225,9 @@ def _run(loaded, out, callback, settings, checkpoint, done, resume, progress, t0
         run = callback.run.run_id
     metadata = dict(run_id=run, **made)
     _save(job, out, metadata)
-    return _write(job, out, metadata, t0)
+    summary = _write(job, out, metadata, t0)
+    join_columns(net)
+    return summary
 
 # %% ../../nbs/10_app/07_finetune.ipynb #ded247d2
 def _settings(kwargs, model):

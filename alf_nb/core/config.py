@@ -6,14 +6,14 @@ Docs: https://example.github.io/alf_nb/01_core/config.html.md"""
 
 # %% auto #0
 __all__ = ['PRESETS', 'SIGNALS', 'PROBED', 'METERED', 'MOVED', 'STARTS', 'OFFLOAD_MODES', 'VALUES', 'CHOICE', 'PARTS', 'OWN',
-           'SETTINGS', 'ALFConfig', 'make_policy', 'config_of']
+           'SETTINGS', 'ALFConfig', 'config_of']
 
 # %% ../../nbs/01_core/09_config.ipynb #75a77f41
 import difflib, warnings
 from dataclasses import dataclass, field, fields
 from fastcore.basics import patch
 from .check import flag, fraction, known, learning_rate, memory_bytes, one_of, whole
-from .policies import POLICIES, BudgetPolicy
+from .policies import POLICIES, BudgetPolicy, make_policy
 from .policy import Policy
 from .records import KINDS, Record
 
@@ -60,7 +60,8 @@ class _What(Record):
     "What may train."
     policy:Policy=field(default_factory=_default_policy) # the choice: a `Policy`, a key of `POLICIES`, or a dict
     signal:str='gain'           # which signal is importance, one of `SIGNALS`
-    unit:str='matrix'           # 'matrix': weight matrices; 'block': whole blocks
+    # 'matrix': weight matrices; 'block': whole blocks; 'columns': some input columns of every matrix
+    unit:str='matrix'
     kinds:tuple=('matrix', 'block', 'adapter') # kinds of units a policy may choose, of `KINDS`
     # how much of the depth stays frozen, from the bottom: at 0.2 the lowest fifth of the blocks, with all below; the
     # backward pass ends above it
@@ -127,7 +128,7 @@ class _How(Record):
 
 # %% ../../nbs/01_core/09_config.ipynb #edb9d89a
 VALUES = dict(
-    unit=('matrix', 'block'),
+    unit=('matrix', 'block', 'columns'),
     references=('auto', 'device', 'host', '8bit', 'none'),
     check=('raise', 'warn', 'off', 'freeze'),
     quantize_frozen=(None, 4, 8),
@@ -227,6 +228,19 @@ def _check_bottom(c):
             "=0.5, or another part of the depth"
         )
 
+# %% ../../nbs/01_core/09_config.ipynb #f9257367
+def _check_columns(c):
+    "A ValueError where columns are asked for beside what needs whole matrices"
+    split = c.unit == 'columns'
+    if split != (c.policy.name == 'columns'):
+        raise ValueError(
+            f"unit={c.unit!r} beside policy {c.policy.name!r}: unit='columns' trains columns of every matrix, and takes"
+            " budget, pin and ban alone"
+        )
+    if odd := [k for k in ('memory', 'quantize_frozen', 'interval') if split and getattr(c, k)]:
+        raise ValueError(f"{odd[0]}={getattr(c, odd[0])!r} beside unit='columns', which are drawn once: leave it out")
+
+# %% ../../nbs/01_core/09_config.ipynb #224449f4
 def _check_chosen_once(c):
     "A ValueError where settings ask for another choice after the rest was packed"
     if c.quantize_frozen is None: return
@@ -247,10 +261,11 @@ class ALFConfig(_Pace, _Once, _Room, _How, _When, _What):
         for k,v in _checked(self).items(): object.__setattr__(self, k, v)
         object.__setattr__(self, 'references', _kept(self.references, self.signal, self.check))
         _check_together(self)
+        _check_columns(self)
         _check_bottom(self)
         object.__setattr__(self, 'start', _first_start(self))
         _check_chosen_once(self)
-        if self.quantize_frozen: object.__setattr__(self, 'interval', 0)
+        if self.quantize_frozen or self.unit == 'columns': object.__setattr__(self, 'interval', 0)
 
     def to_dict(self)->dict:
         "Plain values, ready for JSON"
@@ -277,26 +292,6 @@ class _Choice:
 CHOICE = tuple(f.name for f in fields(_Choice))
 PARTS = _Choice,_Room,_Pace,_What,_When,_How,_Once     # records that the short form takes its settings from
 
-# %% ../../nbs/01_core/09_config.ipynb #9a05cfb2
-def make_policy(
-    policy,         # a `Policy`, a key of `POLICIES`, or a dict such as `dict(policy='topk', k=4)`
-    options=None,   # settings of it, such as `dict(budget=.1, pin=('head',))`
-    seed:int=0,     # of its draws
-    interval=None   # steps between selections, for a policy that counts them
-)->Policy:
-    "The policy that these settings describe; each must be one that it has"
-    options = {k: v for k,v in (options or {}).items() if k not in ('pin', 'ban') or v}
-    if isinstance(policy, Policy):
-        if not options: return policy
-        raise ValueError(f"{', '.join(options)} given beside a ready policy: set them in {type(policy).__name__}(…)")
-    d = dict(policy) if isinstance(policy, dict) else dict(policy=policy)
-    known('policy', d.get('policy'), POLICIES, 'policies')
-    has = {f.name for f in fields(POLICIES[d['policy']])}
-    if odd := [k for k in options if k not in has]:
-        raise ValueError(f"policy {d['policy']!r} has no {', '.join(odd)}; it has {', '.join(sorted(has))}")
-    counts = {'interval': interval} if interval and 'interval' in has else {}
-    return Policy.from_dict({**d, **counts, **options, 'seed': seed})
-
 # %% ../../nbs/01_core/09_config.ipynb #ad900b79
 def _without_overruled(preset, given):
     "A preset without what the given arguments speak against"
@@ -304,10 +299,15 @@ def _without_overruled(preset, given):
     if 'policy' in given: gone |= {'budget', 'strata'}
     if 'memory' in given: gone |= {'budget'}
     if 'threshold' in given: gone |= {'budget', 'explore', 'strata'}
-    if given.get('cost_aware') or given.get('unit') == 'block': gone |= {'strata'}
+    if given.get('cost_aware') or given.get('unit') in ('block', 'columns'): gone |= {'strata'}
     return {k: v for k,v in preset.items() if k not in gone}
 
 # %% ../../nbs/01_core/09_config.ipynb #1b3a3565
+def _usual_policy(args):
+    "The policy that these settings are of"
+    if 'threshold' in args: return 'threshold'
+    return 'columns' if args.get('unit') == 'columns' else 'budget'
+
 def _fields_of(policy):
     "What a policy can be told"
     name = policy.get('policy') if isinstance(policy, dict) else policy
@@ -368,7 +368,7 @@ def from_args(cls:ALFConfig,
     given = {k: v for k,v in settings.items() if v is not None and v != () and v != []}
     _check_given(given, SETTINGS)
     args = _without_overruled(PRESETS[preset], given) | given
-    policy = args.get('policy', 'threshold' if 'threshold' in args else 'budget')
+    policy = args.get('policy') or _usual_policy(args)
     options = {k: args[k] for k in CHOICE if k in args} | _upper(given, policy)
     policy = make_policy(policy, options, args.get('seed', 0), args.get('interval'))
     own = {k: args[k] for k in OWN if k in args} | dict(policy=policy)

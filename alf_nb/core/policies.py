@@ -6,7 +6,8 @@ Docs: https://example.github.io/alf_nb/01_core/policies.html.md"""
 
 # %% auto #0
 __all__ = ['POLICIES', 'step_cost', 'ThresholdPolicy', 'BudgetPolicy', 'budget_for_threshold', 'threshold_for_budget',
-           'with_target', 'TopKPolicy', 'FullPolicy', 'StaticPolicy', 'RotatePolicy', 'InvertedPolicy']
+           'with_target', 'TopKPolicy', 'FullPolicy', 'ColumnsPolicy', 'StaticPolicy', 'RotatePolicy', 'InvertedPolicy',
+           'make_policy']
 
 # %% ../../nbs/01_core/08_policies.ipynb #d3d4bbe0
 import math
@@ -222,6 +223,19 @@ class FullPolicy(Policy):
     needs_scores = False
     def choose(self, candidates): return [u.name for u in candidates.units], 'everything'
 
+@dataclass(frozen=True)
+class ColumnsPolicy(Policy):
+    "Train some input columns of every weight matrix, drawn before the first step: that of `unit='columns'`."
+    budget:float=.1     # fraction of all parameters, above 0 and at most 1
+    name = 'columns'
+    needs_scores = False
+    def __post_init__(self):
+        super().__post_init__()
+        self._keep(budget=check_budget(self.budget))
+
+    def choose(self, candidates):
+        return candidates.fill(candidates.units, self.budget), f"columns of matrices, {self.budget:g} of the parameters"
+
 # %% ../../nbs/01_core/08_policies.ipynb #2078f5e6
 @dataclass(frozen=True)
 class StaticPolicy(Policy):
@@ -307,8 +321,8 @@ class InvertedPolicy(Policy):
 
 # %% ../../nbs/01_core/08_policies.ipynb #1676f8e5
 POLICIES = {p.name: p for p in (
-    ThresholdPolicy, BudgetPolicy, TopKPolicy, FullPolicy, StaticPolicy, RotatePolicy, LISAPolicy, BAdamPolicy,
-    GRASSPolicy, InvertedPolicy)}
+    ThresholdPolicy, BudgetPolicy, TopKPolicy, FullPolicy, ColumnsPolicy, StaticPolicy, RotatePolicy, LISAPolicy,
+    BAdamPolicy, GRASSPolicy, InvertedPolicy)}
 
 # %% ../../nbs/01_core/08_policies.ipynb #9b0a2896
 @patch(cls_method=True)
@@ -325,3 +339,23 @@ def from_dict(cls:Policy,
     if not issubclass(POLICIES[name], cls):
         raise ValueError(f"{cls.__name__} cannot be made from settings of policy {name!r}")
     return super(Policy, POLICIES[name]).from_dict(d)
+
+# %% ../../nbs/01_core/08_policies.ipynb #ca348d93
+def make_policy(
+    policy,         # a `Policy`, a key of `POLICIES`, or a dict such as `dict(policy='topk', k=4)`
+    options=None,   # settings of it, such as `dict(budget=.1, pin=('head',))`
+    seed:int=0,     # of its draws
+    interval=None   # steps between selections, for a policy that counts them
+)->Policy:
+    "The policy that these settings describe; each must be one that it has"
+    options = {k: v for k,v in (options or {}).items() if k not in ('pin', 'ban') or v}
+    if isinstance(policy, Policy):
+        if not options: return policy
+        raise ValueError(f"{', '.join(options)} given beside a ready policy: set them in {type(policy).__name__}(…)")
+    d = dict(policy) if isinstance(policy, dict) else dict(policy=policy)
+    known('policy', d.get('policy'), POLICIES, 'policies')
+    has = {f.name for f in fields(POLICIES[d['policy']])}
+    if odd := [k for k in options if k not in has]:
+        raise ValueError(f"policy {d['policy']!r} has no {', '.join(odd)}; it has {', '.join(sorted(has))}")
+    counts = {'interval': interval} if interval and 'interval' in has else {}
+    return Policy.from_dict({**d, **counts, **options, 'seed': seed})

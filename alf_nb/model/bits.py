@@ -22,10 +22,19 @@ def sample_bits(p:Tensor, k:int)->Tensor:
     "Bits of at most `k` elements spread evenly over `p`, as int64"
     # a quantised weight: what it is made of
     if is_wrapper(x := local_tensor(p)): return torch.cat([sample_bits(t, k) for t in entry_tensors(x)])
-    flat = x.detach().reshape(-1)
+    flat = _frozen_part(x.detach(), p, k).reshape(-1)
     if flat.is_complex(): flat = torch.view_as_real(flat).reshape(-1)
     flat = spread_sample(flat, k)
     return flat.contiguous().view(_INT[flat.element_size()]).long()
+
+# %% ../../nbs/03_model/10_bits.ipynb #498a35e9
+def _frozen_part(x, p, k):
+    "Some rows of the columns that stay as they are, where others train (`split_columns`)"
+    if (trained := getattr(p, 'trained_columns', None)) is None: return x
+    matrix = x if trained[0] else x.T
+    still = torch.ones(matrix.shape[1], dtype=torch.bool, device=x.device).index_fill(0, trained[1], False).nonzero()
+    rows = spread_sample(torch.arange(matrix.shape[0], device=x.device), k)
+    return matrix[rows[:, None], spread_sample(still.flatten(), k)[None]]
 
 def spread_sample(flat, k):
     "At most `k` elements, spread evenly"
