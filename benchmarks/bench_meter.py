@@ -4,7 +4,7 @@
 
 SmolLM2-135M, fp32, 2 × 192 tokens, a quarter trains, drawn by lot in strata; metered steps and others take turns. The
 row goes to results/meter.jsonl: medians, and the share of a run of 120 steps at the default setting (an eighth of the
-run and eight steps before each re-selection).
+run and six steps before each re-selection).
 """
 import argparse, json, statistics, time
 from datetime import datetime, timezone

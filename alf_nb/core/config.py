@@ -75,7 +75,7 @@ class _When(Record):
     start:str='auto'
     # steps of 'meter' (None: an eighth of the run, 2 to 16), or of 'rotate' and 'warm-up' (None: 16)
     warm_up:int|None=None
-    meter_steps:int=8           # steps that a meter looks at before each re-selection; 0: none
+    meter_steps:int=6           # steps that a meter looks at before each re-selection; 0: none
     probe_batches:int=8         # batches of the gradient probe before the first step, at least 2
     reprobe_batches:int=2       # batches of the probe at each re-selection, blended into what is known; 0: none
     interval:int|None=None      # steps between selections; 0: never again; None: a third of the run, 32 to 256

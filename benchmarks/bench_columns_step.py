@@ -1,0 +1,110 @@
+"""What a step costs where columns of every matrix train, beside whole matrices, LoRA and full, in turns.
+
+    python benchmarks/bench_columns_step.py [--steps 12] [--out FILE]
+
+SmolLM2-135M, 2 × 192 tokens, AdamW: a quarter in whole matrices by lot in strata above the lowest fifth of the blocks,
+LoRA of rank 16 on all linear layers (PEFT), a tenth in columns of every matrix, and of those above the lowest fifth.
+Methods take turns step by step, each time in another order. A row of results/columns_step.jsonl holds medians, seconds
+relative to the quarter of the same round with quartiles, bytes of gradients and AdamW's moments, and what autograd
+keeps from forward to backward beside the weights.
+"""
+import argparse
+import copy
+import json
+import statistics
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from alf_nb.core.system import versions
+from alf_nb.model.columns import split_columns
+from alf_nb.study.runs import device_name
+from bench_policies import make
+from prepared import only, prepare
+
+RESULTS = Path(__file__).parent/'results'/'columns_step.jsonl'
+SIZE = 2, 192
+
+
+def columns(base, freeze_bottom=0.):
+    model = copy.deepcopy(base)
+    only(model, [m.columns for m in split_columns(model, .1, freeze_bottom).values()])
+    return model
+
+
+def models(base, batch):
+    "Name → a copy that is ready to train"
+    rows = torch.cat([batch['input_ids']]*2)
+    found = {name: prepare(base, rows, False, 0, **how).model for name, how in
+             (('quarter', {}), ('lora', dict(what='lora')), ('full', dict(what='full')))}
+    return found | {'columns': columns(base), 'columns-top80': columns(base, .2)}
+
+
+def kept_bytes(model, forward):
+    "Bytes that autograd keeps from forward to backward, weights left out"
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        s = t.untyped_storage()
+        if s.data_ptr() not in weights: kept[s.data_ptr()] = s.nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): loss = forward()
+    del loss
+    return sum(kept.values())
+
+
+class Method:
+    "A model, its optimizer, and the seconds of its steps"
+    def __init__(self, model, batch, bf16):
+        self.model, self.batch, self.bf16, self.seconds = model.train(), batch, bf16, []
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.params, lr=1e-5, weight_decay=0.)
+
+    def loss(self):
+        with torch.autocast('cpu', torch.bfloat16, enabled=self.bf16): return self.model(**self.batch).loss
+
+    def step(self):
+        t0 = time.perf_counter()
+        self.loss().backward()
+        torch.nn.utils.clip_grad_norm_(self.params, 1.)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds.append(time.perf_counter()-t0)
+
+
+def row_of(name, method, of, total):
+    "Figures of a method; `of` is the one that it is compared with"
+    relative = [a/b for a, b in zip(method.seconds, of.seconds)][1:]
+    n = sum(p.numel() for p in method.params)
+    return dict(method=name, share=n/total, step_s=statistics.median(method.seconds[1:]),
+                relative=statistics.median(relative), quartiles=statistics.quantiles(relative, n=4)[::2],
+                state_bytes=3*4*n, kept_bytes=kept_bytes(method.model, method.loss))
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    ap.add_argument('--steps', type=int, default=12, help='of each method, the first of them not counted')
+    ap.add_argument('--out', type=Path, default=RESULTS)
+    a = ap.parse_args()
+    task = make('gsm8k', SIZE)
+    batch = task.collate([task.train[i] for i in range(SIZE[0])])
+    methods = {k: Method(m, batch, task.bf16) for k, m in models(task.model, batch).items()}
+    names, total = list(methods), sum(p.numel() for p in task.model.parameters())
+    for i in range(a.steps):
+        k = i % len(names)
+        for name in names[k:] + names[:k]: methods[name].step()
+    about = dict(device=device_name(model=True), threads=torch.get_num_threads(), versions=versions(), bf16=task.bf16,
+                 batch=SIZE[0], length=SIZE[1], steps=a.steps,
+                 date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    with a.out.open('a') as f:
+        for name, m in methods.items():
+            row = row_of(name, m, methods['quarter'], total)
+            f.write(json.dumps(row | about) + '\n')
+            print(f"{name:14} {row['relative']:.3f} {row['quartiles']} {row['step_s']:.2f} s,"
+                  f" state {row['state_bytes']/1e6:.0f} MB, kept {row['kept_bytes']/1e6:.0f} MB")
+
+
+if __name__ == '__main__': main()
