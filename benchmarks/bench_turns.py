@@ -15,24 +15,12 @@ from transformers.utils import logging as hf_logging
 
 from alf_nb.core.stats import t_interval
 from alf_nb.core.system import versions
-from alf_nb.model.columns import split_columns
-from alf_nb.study.methods import METHODS, Method, alf_method
+from alf_nb.study.methods import METHODS, alf_method
 from alf_nb.study.runs import device_name, train_method
 from bench_policies import make
 
 RESULTS = Path(__file__).parent/'results'/'turns.jsonl'
 SIZE = 2, 192
-
-
-def columns(share, freeze_bottom=0.):
-    "f(model, task): some columns of every matrix train, and nothing else"
-    def prepare(model, task):
-        found = split_columns(model, share, freeze_bottom)
-        chosen = {id(m.columns) for m in found.values()}
-        for p in model.parameters(): p.requires_grad_(id(p) in chosen)
-        return model
-    return prepare
-
 
 _meter = dict(signal='agreement', strata=3, warm_up=8, interval=24)
 WAYS = {
@@ -43,8 +31,9 @@ WAYS = {
         (alf_method('lot-top80', 'drawn by lot in the same strata: the control', selects=False, preset='short'), 4e-4),
         (METHODS['lora'], 2e-3),
         (METHODS['alf'], 4e-4),
-        (Method('columns', 'a tenth, as columns of every matrix', (1.6e-3,), prepare=columns(.1)), 1.6e-3),
-        (Method('columns-top80', 'the same, above the lowest fifth', (1.6e-3,), prepare=columns(.1, .2)), 1.6e-3),
+        (METHODS['columns'], 1.6e-3),
+        (alf_method('columns-top80', 'a tenth, as columns of every matrix above the lowest fifth', selects=False,
+                    unit='columns', budget=.1, freeze_bottom=.2), 1.6e-3),
         (alf_method('meter', 'agreement by a meter, strata, every depth', **_meter), 4e-4),
     )
 }

@@ -144,6 +144,8 @@ _RANDOM = (
     alf_method('random-stratified', "ALF's preset for short runs, `short`: random matrices, every role in every"
                " third of the depth with its share, the lowest fifth of the blocks left out; the control of"
                " alf-once-stratified", None, False, preset='short'),
+    alf_method('columns', 'a tenth of the parameters, as some input columns of every matrix, drawn by lot',
+               None, False, unit='columns', budget=.1),
     alf_method('rotate', 'random matrices within the same budget, drawn anew when ALF selects anew', selects=False,
                policy='rotate', **_unmeasured),
     alf_method('inverted', 'matrices with the lowest gain', policy='inverted'),
