@@ -1,10 +1,12 @@
 """Equal time, in turns: what should the default be?
 
-    python benchmarks/bench_turns.py [--data gsm8k python] [--seeds 0 1 2 3] [--wall 150 | --steps 80] [--out FILE]
+    python benchmarks/bench_turns.py [--data gsm8k python] [--seeds 0 1 2 3] [--wall 150 | --steps 80 | --equal]
+    [--ways columns lora …] [--lr 8e-4] [--out FILE]
 
-SmolLM2-135M learns GSM8K or the Python reference, 2 × 192 tokens a step, for so many seconds, choosing included, or
-for so many steps. For a data set and a seed all methods run one after the other in one process, each
-pair in another order, so that what is compared ran on the same cores within minutes. Rows go to results/turns.jsonl.
+SmolLM2-135M learns GSM8K or the Python reference, 2 × 192 tokens a step, for so many seconds, choosing included, for so
+many steps, or (`--equal`) for as many as fit into the time of 72 steps of the control by the measured times of a step:
+that gives the same losses on a busy machine. For a data set and a seed all
+methods run one after the other in one process, each pair in another order. Rows go to results/turns.jsonl.
 """
 import argparse, copy, json, time
 from datetime import datetime, timezone
@@ -21,6 +23,8 @@ from bench_policies import make
 
 RESULTS = Path(__file__).parent/'results'/'turns.jsonl'
 SIZE = 2, 192
+# relative seconds of a step: 1.00, 1.16, 1.11, 1.01 and 1.03 (results/columns_step.jsonl, later: 1.18, 1.06, 0.99)
+EQUAL = {'lot-top80': 72, 'lora': 62, 'columns': 65, 'columns-top80': 72, 'meter-top80': 70}
 
 _meter = dict(signal='agreement', strata=3, warm_up=8, interval=24)
 WAYS = {
@@ -84,6 +88,8 @@ def main():
     ap.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2, 3])
     ap.add_argument('--wall', type=float, default=150, help='seconds of a run')
     ap.add_argument('--steps', type=int, help='steps of a run, instead of seconds')
+    ap.add_argument('--equal', action='store_true', help='as many steps as fit into one time, instead of seconds')
+    ap.add_argument('--lr', type=float, help='learning rate of all, instead of their own')
     ap.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS))
     ap.add_argument('--out', type=Path, default=RESULTS)
     a = ap.parse_args()
@@ -91,11 +97,13 @@ def main():
     hf_logging.disable_progress_bar()
     for i, name in enumerate(a.data):
         task = make(name, SIZE)
-        wall, planned = (None, a.steps) if a.steps else (a.wall, most_steps(task, a.wall))
+        wall = None if a.steps or a.equal else a.wall
+        planned = a.steps or wall and most_steps(task, wall)
         for seed in a.seeds:
             k = (seed + i) % len(a.ways)
             for turn, way in enumerate(a.ways[k:] + a.ways[:k]):
-                row = row_of(task, *WAYS[way], seed, wall, planned, turn)
+                method, lr = WAYS[way]
+                row = row_of(task, method, a.lr or lr, seed, wall, EQUAL[way] if a.equal else planned, turn)
                 with a.out.open('a') as f: f.write(json.dumps(row) + '\n')
                 print(name, seed, way, row['steps'], f"{row['task_loss']:.4f}", flush=True)
     report([json.loads(l) for l in a.out.open()])
