@@ -17,14 +17,33 @@ from transformers.utils import logging as hf_logging
 
 from alf_nb.core.stats import t_interval
 from alf_nb.core.system import versions
-from alf_nb.study.methods import METHODS, alf_method
+from alf_nb.model.columns import split_columns
+from alf_nb.study.methods import METHODS, Method, alf_method
 from alf_nb.study.runs import device_name, train_method
 from bench_policies import make
 
 RESULTS = Path(__file__).parent/'results'/'turns.jsonl'
 SIZE = 2, 192
 # relative seconds of a step: 1.00, 1.16, 1.11, 1.01 and 1.03 (results/columns_step.jsonl, later: 1.18, 1.06, 0.99)
-EQUAL = {'lot-top80': 72, 'lora': 62, 'columns': 65, 'columns-top80': 72, 'meter-top80': 70}
+EQUAL = {'lot-top80': 72, 'lora': 62, 'columns': 65, 'columns-top80': 72, 'columns-grad': 65,
+         'meter-top80': 70}
+
+
+def by_gradient(model, task):
+    "Of every matrix a tenth of its columns trains, those of the largest gradient over four batches"
+    for i in range(0, 8, 2):
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16):
+            model(**task.collate([task.train[i], task.train[i+1]])).loss.backward()
+    norms = {k: p.grad.norm(dim=0) for k, p in model.named_parameters() if p.grad is not None and p.dim() == 2}
+    model.zero_grad()
+    found = split_columns(model, .1)
+    chosen = {id(m.columns) for m in found.values()}
+    for p in model.parameters(): p.requires_grad_(id(p) in chosen)
+    for k, m in found.items():
+        m.index.copy_(norms[f'{k}.weight'].argsort(descending=True)[:len(m.index)].sort().values)
+        m.take()
+    return model
+
 
 _meter = dict(signal='agreement', strata=3, warm_up=8, interval=24)
 WAYS = {
@@ -38,6 +57,8 @@ WAYS = {
         (METHODS['columns'], 1.6e-3),
         (alf_method('columns-top80', 'a tenth, as columns of every matrix above the lowest fifth', selects=False,
                     unit='columns', budget=.1, freeze_bottom=.2), 1.6e-3),
+        (Method('columns-grad', 'a tenth, as the columns of every matrix with the largest gradient', (1.6e-3,),
+                prepare=by_gradient), 1.6e-3),
         (alf_method('meter', 'agreement by a meter, strata, every depth', **_meter), 4e-4),
     )
 }
