@@ -1,11 +1,11 @@
 """Run the notebooks as `nbdev-test` does, each in a process of its own, as many at a time as there are cores.
 
 A notebook runs the code that it exports, so it changes classes of modules that others use too (`@patch`): in the
-processes of nbdev-test, which run one notebook after another, the next one sees that. Here none does. torch and what
-else our modules import is imported once, before the processes part: that takes longer than most notebooks do. Those
-that take longest come first, or one of them would run alone at the end.
+processes of nbdev-test, which run one notebook after another, the next one sees that. Here none does. What
+takes long to import is imported once, before the processes part. Those that take longest come first, or one of them
+would run alone at the end.
 """
-import argparse, contextlib, importlib, multiprocessing, os, pkgutil, sys, time
+import argparse, contextlib, importlib, multiprocessing, os, sys, time
 from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -21,14 +21,15 @@ root = Path(__file__).resolve().parents[1]
 LONGEST = '06_plan', '9_big_model', '19_trainer'
 
 
+# what our modules import and takes long; our own are imported by each notebook, since they change classes of others
+HEAVY = 'torch', 'transformers.trainer', 'datasets', 'peft', 'numba', 'ipywidgets', 'accelerate', 'safetensors.torch'
+
+
 def import_all():
-    "What our modules import; each notebook imports those anew"
-    import alf_nb, torch, transformers  # noqa: F401
-    from transformers import Trainer  # noqa: F401
+    "What takes long to import"
+    for name in HEAVY:
+        with contextlib.suppress(ImportError): importlib.import_module(name)     # of an extra that is not installed
     if os.environ.get('TRITON_INTERPRET') == '1' and find_spec('triton'): interpreter.look_once()
-    for m in pkgutil.walk_packages(alf_nb.__path__, 'alf_nb.'):
-        with contextlib.suppress(ImportError): importlib.import_module(m.name)     # of an extra that is not installed
-    for name in [n for n in sys.modules if n.partition('.')[0] == 'alf_nb']: del sys.modules[name]
 
 
 def run(path, config):
