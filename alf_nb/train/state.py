@@ -257,8 +257,8 @@ def misfits(s:State, units, rates_of, n_rates):
     trains = set(s.selection.names)
     if both := [n for n in s.banned if n in trains]: yield f"banned has {both[0]}, which trains"
     if any(map(_doubled, (s.banned, s.optimizer, s.made_up))): yield "banned, optimizer or made_up has a name twice"
-    if not len(s.reach.dry) == len(s.reach.out) == (n := len(rates_of)):
-        yield f"reach.dry and reach.out are not of {n} units"
+    n = len(rates_of)
+    if {len(s.reach.dry), len(s.reach.out)} != {n}: yield f"reach.dry and reach.out are not of {n} units"
     if any(map(_doubled, (s.reach.got, s.reach.window, s.reach.away))): yield "reach has a name twice"
     if s.made_up and s.made_up != s.optimizer: yield "made_up and optimizer differ"
     if (signal := Policy.from_dict(s.policy).signal) not in (None, s.config['signal']):
