@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import statistics
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch
 from alf_nb.core.system import versions
 from alf_nb.model.columns import split_columns
 from alf_nb.study.runs import device_name
+from alf_nb.study.step_costs import StepMeter
 from bench_policies import make
 from prepared import only, prepare
 
@@ -42,46 +42,18 @@ def models(base, batch):
     return found | {'columns': columns(base), 'columns-top80': columns(base, .2)}
 
 
-def kept_bytes(model, forward):
-    "Bytes that autograd keeps from forward to backward, weights left out"
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(t):
-        s = t.untyped_storage()
-        if s.data_ptr() not in weights: kept[s.data_ptr()] = s.nbytes()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): loss = forward()
-    del loss
-    return sum(kept.values())
+def seconds(meter):
+    "Of every step but the first"
+    return [sum(t) for t in zip(*(meter.times[k] for k in ('forward_s', 'backward_s', 'optimizer_s')))][1:]
 
 
-class Method:
-    "A model, its optimizer, and the seconds of its steps"
-    def __init__(self, model, batch, bf16):
-        self.model, self.batch, self.bf16, self.seconds = model.train(), batch, bf16, []
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.params, lr=1e-5, weight_decay=0.)
-
-    def loss(self):
-        with torch.autocast('cpu', torch.bfloat16, enabled=self.bf16): return self.model(**self.batch).loss
-
-    def step(self):
-        t0 = time.perf_counter()
-        self.loss().backward()
-        torch.nn.utils.clip_grad_norm_(self.params, 1.)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.seconds.append(time.perf_counter()-t0)
-
-
-def row_of(name, method, of, total):
+def row_of(name, meter, of, total):
     "Figures of a method; `of` is the one that it is compared with"
-    relative = [a/b for a, b in zip(method.seconds, of.seconds)][1:]
-    n = sum(p.numel() for p in method.params)
-    return dict(method=name, share=n/total, step_s=statistics.median(method.seconds[1:]),
+    relative, costs = [a/b for a, b in zip(seconds(meter), seconds(of))], meter.costs()
+    return dict(method=name, share=sum(p.numel() for p in meter.params)/total, step_s=statistics.median(seconds(meter)),
                 relative=statistics.median(relative), quartiles=statistics.quantiles(relative, n=4)[::2],
-                state_bytes=3*4*n, kept_bytes=kept_bytes(method.model, method.loss))
+                state_bytes=costs.gradient_bytes + costs.optimizer_bytes,
+                kept_bytes=costs.activation_bytes + costs.cast_bytes)
 
 
 def main():
@@ -91,7 +63,7 @@ def main():
     a = ap.parse_args()
     task = make('gsm8k', SIZE)
     batch = task.collate([task.train[i] for i in range(SIZE[0])])
-    methods = {k: Method(m, batch, task.bf16) for k, m in models(task.model, batch).items()}
+    methods = {k: StepMeter(m, batch, bf16=task.bf16) for k, m in models(task.model, batch).items()}
     names, total = list(methods), sum(p.numel() for p in task.model.parameters())
     for i in range(a.steps):
         k = i % len(names)

@@ -21,6 +21,7 @@ from alf_nb.model.columns import split_columns
 from alf_nb.study.methods import METHODS, Method, alf_method
 from alf_nb.study.runs import device_name, train_method
 from bench_policies import make
+from prepared import gradients, only
 
 RESULTS = Path(__file__).parent/'results'/'turns.jsonl'
 SIZE = 2, 192
@@ -31,17 +32,12 @@ EQUAL = {'lot-top80': 72, 'lora': 62, 'columns': 65, 'columns-top80': 72, 'colum
 
 def by_gradient(model, task):
     "Of every matrix a tenth of its columns trains, those of the largest gradient over four batches"
-    for i in range(0, 8, 2):
-        with torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16):
-            model(**task.collate([task.train[i], task.train[i+1]])).loss.backward()
-    norms = {k: p.grad.norm(dim=0) for k, p in model.named_parameters() if p.grad is not None and p.dim() == 2}
-    model.zero_grad()
-    found = split_columns(model, .1)
-    chosen = {id(m.columns) for m in found.values()}
-    for p in model.parameters(): p.requires_grad_(id(p) in chosen)
-    for k, m in found.items():
-        m.index.copy_(norms[f'{k}.weight'].argsort(descending=True)[:len(m.index)].sort().values)
-        m.take()
+    rows = torch.tensor([task.train[i]['input_ids'] for i in range(8)], device=task.device)
+    grads = gradients(model, rows, task.bf16, 4)
+    found = split_columns(model, .1).values()
+    for m in found:
+        m.split(grads[id(m.weight)].norm(dim=0).argsort(descending=True)[:len(m.index)].sort().values)
+    only(model, [m.columns for m in found])
     return model
 
 

@@ -368,7 +368,7 @@ def from_args(cls:ALFConfig,
     given = {k: v for k,v in settings.items() if v is not None and v != () and v != []}
     _check_given(given, SETTINGS)
     args = _without_overruled(PRESETS[preset], given) | given
-    policy = args.get('policy') or _usual_policy(args)
+    policy = args['policy'] if 'policy' in args else _usual_policy(args)
     options = {k: args[k] for k in CHOICE if k in args} | _upper(given, policy)
     policy = make_policy(policy, options, args.get('seed', 0), args.get('interval'))
     own = {k: args[k] for k in OWN if k in args} | dict(policy=policy)

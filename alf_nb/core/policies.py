@@ -224,15 +224,19 @@ class FullPolicy(Policy):
     def choose(self, candidates): return [u.name for u in candidates.units], 'everything'
 
 @dataclass(frozen=True)
-class ColumnsPolicy(Policy):
-    "Train some input columns of every weight matrix, drawn before the first step: that of `unit='columns'`."
-    budget:float=.1     # fraction of all parameters, above 0 and at most 1
-    name = 'columns'
+class _Unmeasured(Policy):
+    "Within a budget, and by no score"
+    budget:float=.25 # fraction of all parameters, above 0 and at most 1
     needs_scores = False
     def __post_init__(self):
         super().__post_init__()
         self._keep(budget=check_budget(self.budget))
 
+@dataclass(frozen=True)
+class ColumnsPolicy(_Unmeasured):
+    "Train some input columns of every weight matrix, drawn before the first step: that of `unit='columns'`."
+    budget:float=.1 # fraction of all parameters, above 0 and at most 1
+    name = 'columns'
     def choose(self, candidates):
         return candidates.fill(candidates.units, self.budget), f"columns of matrices, {self.budget:g} of the parameters"
 
@@ -283,15 +287,9 @@ def choose(self:StaticPolicy, candidates):
 
 # %% ../../nbs/01_core/08_policies.ipynb #a8bb7426
 @dataclass(frozen=True)
-class RotatePolicy(Policy):
+class RotatePolicy(_Unmeasured):
     "Train random units within a budget, drawn anew at every re-selection."
-    budget:float=.25 # fraction of all parameters, above 0 and at most 1
     name = 'rotate'
-    needs_scores = False
-    def __post_init__(self):
-        super().__post_init__()
-        self._keep(budget=check_budget(self.budget))
-
     def choose(self, candidates):
         return (
             candidates.fill(self._order(candidates.units, candidates.step), self.budget),

@@ -32,9 +32,8 @@ def _frozen_part(x, p, k):
     "Some rows of the columns that stay as they are, where others train (`split_columns`)"
     if (trained := getattr(p, 'trained_columns', None)) is None: return x
     matrix = x if trained[0] else x.T
-    still = torch.ones(matrix.shape[1], dtype=torch.bool, device=x.device).index_fill(0, trained[1], False).nonzero()
     rows = spread_sample(torch.arange(matrix.shape[0], device=x.device), k)
-    return matrix[rows[:, None], spread_sample(still.flatten(), k)[None]]
+    return matrix[rows[:, None], spread_sample(p.still_columns, k)[None]]
 
 def spread_sample(flat, k):
     "At most `k` elements, spread evenly"

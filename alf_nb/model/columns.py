@@ -12,12 +12,12 @@ from .. import require_versions
 require_versions('torch')
 
 # %% ../../nbs/03_model/13_columns.ipynb #0649555d
-import functools, math, zlib
+import functools, zlib
 from collections import Counter
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .layers import partition_layers
+from .layers import blocks_below, partition_layers
 from .tree import clean_path
 
 # %% ../../nbs/03_model/13_columns.ipynb #eb225bc4
@@ -50,17 +50,9 @@ class _Parts:
         "outputs × inputs"
         return self.weight if self.inputs else self.weight.T
 
-    @torch.no_grad()
-    def split(self, index):
-        "Its columns `index` train from now on, and nothing else of its weight"
-        self.register_buffer('index', index.to(self.weight.device), persistent=False)
-        self.columns = nn.Parameter(self.matrix.index_select(1, self.index))
-        self.weight.requires_grad_(False)
-        self.mark()
-
     def mark(self):
-        "Who looks at the weight knows which of its columns train; they are what stands in it"
-        self.weight.trained_columns = self.inputs,self.index
+        "The weight says which of its columns train, and which do not; what trains stands in it"
+        self.weight.trained_columns,self.weight.still_columns = (self.inputs, self.index),self.still
         self.stale,self.seen = False,self.columns._version
 
     def __setstate__(self, state):
@@ -72,18 +64,28 @@ class _Parts:
 class _Columns(_Parts):
     "What stands in its weight"
     @torch.no_grad()
+    def split(self, index):
+        "Its columns `index` train from now on, and nothing else of its weight"
+        still = torch.ones(self.matrix.shape[1], dtype=torch.bool).index_fill(0, index.cpu(), False).nonzero()[:, 0]
+        self.register_buffer('index', index.to(self.weight.device), persistent=False)
+        self.register_buffer('still', still.to(self.weight.device), persistent=False)
+        self.columns = nn.Parameter(self.matrix.index_select(1, self.index))
+        self.weight.requires_grad_(False)
+        self.mark()
+
+    @torch.no_grad()
     def settle(self):
         "The weight takes over what its columns have learned"
         if not self.stale and self.seen == self.columns._version: return
         new = self.columns.to(self.weight.dtype)
         self.weight.data.index_copy_(self.inputs, self.index, new if self.inputs else new.T)
-        self.stale,self.seen = False,self.columns._version
+        self.mark()
 
     @torch.no_grad()
     def take(self):
         "The columns are those of the weight"
         self.columns.data.copy_(self.matrix.index_select(1, self.index))
-        self.stale,self.seen = False,self.columns._version
+        self.mark()
 
 # %% ../../nbs/03_model/13_columns.ipynb #780752a9
 class _Layer(_Columns):
@@ -129,7 +131,7 @@ def column_layers(
 def _layers_to_split(model, freeze_bottom):
     "(full name → layer with a matrix that may be chosen, parameters of the whole model)"
     layers = partition_layers(model)
-    cut = math.floor(layers.n_blocks*freeze_bottom + 1e-9)
+    cut = blocks_below(freeze_bottom, layers.n_blocks)
     of = {id(p): u for u in layers.units for p in layers.params(u.name)}
     uses = Counter(id(m._parameters.get('weight')) for m in model.modules())
     def fits(m):
@@ -181,7 +183,7 @@ def join_columns(
     "Every layer is what it was, with what it has learned; its weight can train again"
     for m in column_layers(model).values():
         m.settle()
-        del m.columns, m.index, m.weight.trained_columns
+        del m.columns, m.index, m.still, m.weight.trained_columns, m.weight.still_columns
         for k in ('stale', 'seen'): delattr(m, k)
         m.weight.requires_grad_(True)
         m.__class__ = m.whole

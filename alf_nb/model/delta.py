@@ -61,10 +61,14 @@ def _entry(dtype, shape, sha):
 def _damaged(path, why): return ValueError(f"{path} is damaged or not a delta: {why}")
 
 # %% ../../nbs/03_model/15_delta.ipynb #ef581d61
+def _columns_in(info, name):
+    "(dimension, which) of the columns of a tensor that a file holds; (None, ()): all of it"
+    return info.get('columns', {}).get(name, (None, ()))
+
 def _stored(info, entries):
     "name → entry of what a file holds: of a tensor of which some columns trained, these"
     def part(k, dtype, shape, *more):
-        side,index = info.get('columns', {}).get(k, (None, ()))
+        side,index = _columns_in(info, k)
         if side is None: return dtype, shape, *more
         rising = all(type(i) is int for i in index) and list(index) == sorted(set(index))
         if side not in (0, 1) or len(shape) != 2 or not rising or not 0 <= index[0] <= index[-1] < shape[side]:
@@ -223,12 +227,11 @@ def _matching(patterns, names):
 def _checked_bytes(tensors, info):
     "Bytes of what the file holds, in its order, each tensor still what its hash says"
     for k in sorted(info['changed']):
-        t,(side,index) = tensors[k],info.get('columns', {}).get(k, (None, ()))
+        t,(side,index) = tensors[k],_columns_in(info, k)
         b = raw_bytes(k, t)
         if hashlib.sha256(b).hexdigest() != info['changed'][k]:
             raise RuntimeError(f"{k!r} changed while it was saved: pause training, then save")
-        at = torch.tensor(index, dtype=torch.long, device=t.device)
-        yield b if side is None else raw_bytes(k, t.detach().index_select(side, at))
+        yield b if side is None else raw_bytes(k, t.detach().index_select(side, torch.tensor(index, device=t.device)))
 
 def _note(delta, info, head, now):
     "What `delta.json` tells a person"
@@ -305,7 +308,7 @@ def _read_tensors(f, start, info, path):
     for k,entry in _layout(_stored(info, info['base'])).items():
         a,b = entry['data_offsets']
         f.seek(start+a)
-        buf,whole = bytearray(b-a),k not in info.get('columns', {})
+        buf,whole = bytearray(b-a),_columns_in(info, k)[0] is None
         if f.readinto(buf) != b-a or whole and hashlib.sha256(buf).hexdigest() != info['changed'][k]:
             raise _damaged(path, f"the bytes of {k!r} do not match their hash")
         dtype = TORCH_DTYPES[entry['dtype']]

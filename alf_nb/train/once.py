@@ -10,7 +10,8 @@ __all__ = ['prefix_of', 'start_prefix', 'tell_prefix']
 # %% ../../nbs/06_train/13_once.ipynb #b42d08f9
 from ..core.system import free_memory_bytes
 from ..model.prefix import Prefix
-from .choosing import blocks_below, check_above
+from ..model.layers import blocks_below
+from .choosing import check_above
 from .marks import add_hooks
 
 # %% ../../nbs/06_train/13_once.ipynb #741488f2
