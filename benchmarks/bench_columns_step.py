@@ -3,7 +3,8 @@
     python benchmarks/bench_columns_step.py [--steps 12] [--out FILE]
 
 SmolLM2-135M, 2 × 192 tokens, AdamW: a quarter in whole matrices by lot in strata above the lowest fifth of the blocks,
-LoRA of rank 16 on all linear layers (PEFT), a tenth in columns of every matrix, and of those above the lowest fifth.
+the same from every depth, LoRA of rank 16 on all linear layers (PEFT), a tenth in columns of every matrix, and of those
+above the lowest fifth.
 Methods take turns step by step, each time in another order. A row of results/columns_step.jsonl holds medians, seconds
 relative to the quarter of the same round with quartiles, bytes of gradients and AdamW's moments, and what autograd
 keeps from forward to backward beside the weights.
@@ -38,7 +39,8 @@ def models(base, batch):
     "Name → a copy that is ready to train"
     rows = torch.cat([batch['input_ids']]*2)
     found = {name: prepare(base, rows, False, 0, **how).model for name, how in
-             (('quarter', {}), ('lora', dict(what='lora')), ('full', dict(what='full')))}
+             (('quarter', {}), ('quarter-deep', dict(freeze_bottom=0.)), ('lora', dict(what='lora')),
+              ('full', dict(what='full')))}
     return found | {'columns': columns(base), 'columns-top80': columns(base, .2)}
 
 

@@ -1,12 +1,12 @@
 """Equal time, in turns: what should the default be?
 
-    python benchmarks/bench_turns.py [--data gsm8k python] [--seeds 0 1 2 3] [--wall 150 | --steps 80 | --equal]
+    python benchmarks/bench_turns.py [--data gsm8k python] [--seeds 0 1 2 3] [--wall 150 | --steps 80 | --equal 136]
     [--ways columns lora …] [--lr 8e-4] [--out FILE]
 
 SmolLM2-135M learns GSM8K or the Python reference, 2 × 192 tokens a step, for so many seconds, choosing included, for so
-many steps, or (`--equal`) for as many as fit into the time of 72 steps of the control by the measured times of a step:
-that gives the same losses on a busy machine. For a data set and a seed all
-methods run one after the other in one process, each pair in another order. Rows go to results/turns.jsonl.
+many steps, or (`--equal`) for as many as fit into the time of so many steps of the control by the measured times of a
+step: that gives the same losses on a busy machine. For a data set and a seed all methods run one after the other in
+one process, each pair in another order. Rows go to results/turns.jsonl.
 """
 import argparse, copy, json, time
 from datetime import datetime, timezone
@@ -25,9 +25,10 @@ from prepared import gradients, only
 
 RESULTS = Path(__file__).parent/'results'/'turns.jsonl'
 SIZE = 2, 192
-# relative seconds of a step: 1.00, 1.16, 1.11, 1.01 and 1.03 (results/columns_step.jsonl, later: 1.18, 1.06, 0.99)
-EQUAL = {'lot-top80': 72, 'lora': 62, 'columns': 65, 'columns-top80': 72, 'columns-grad': 65,
-         'meter-top80': 70}
+# seconds of a step, the control's are 1: results/columns_step.jsonl, one thread, 2026-11-26; a meter and the callback
+# add 0.02 (results/meter.jsonl, results/profile.jsonl)
+RELATIVE = {'lot-top80': 1., 'lora': 1.38, 'columns': 1.18, 'columns-top80': 1.06, 'columns-grad': 1.18,
+            'meter-top80': 1.02, 'meter': 1.13}
 
 
 def by_gradient(model, task):
@@ -60,14 +61,14 @@ WAYS = {
 }
 
 
-def row_of(task, way, lr, seed, wall, planned, turn):
+def row_of(task, way, lr, seed, wall, planned, turn, equal):
     "One run, as a row"
     r = train_method(task, way, lr, seed, planned, (), wall)
     kept = ('steps', 'steps_planned', 'wall_s', 'step_s_median', 'task_loss', 'other_loss', 'importance_s',
             'trainable_share_mean', 'state_bytes_peak', 'data_order', 'diverged')
     return dict(
         data=task.data, method=way.name, about=way.about, settings=way.alf if isinstance(way.alf, dict) else None,
-        lr=lr, seed=seed, wall=wall, turn=turn, batch=SIZE[0], length=SIZE[1], bf16=task.bf16,
+        lr=lr, seed=seed, wall=wall, equal=equal, turn=turn, batch=SIZE[0], length=SIZE[1], bf16=task.bf16,
         device=device_name(model=True), threads=torch.get_num_threads(), versions=versions(),
         **{k: r[k] for k in kept}, date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
     )
@@ -105,7 +106,7 @@ def main():
     ap.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2, 3])
     ap.add_argument('--wall', type=float, default=150, help='seconds of a run')
     ap.add_argument('--steps', type=int, help='steps of a run, instead of seconds')
-    ap.add_argument('--equal', action='store_true', help='as many steps as fit into one time, instead of seconds')
+    ap.add_argument('--equal', type=int, help='as many steps as fit into the time of so many of the control')
     ap.add_argument('--lr', type=float, help='learning rate of all, instead of their own')
     ap.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS))
     ap.add_argument('--out', type=Path, default=RESULTS)
@@ -120,10 +121,11 @@ def main():
             k = (seed + i) % len(a.ways)
             for turn, way in enumerate(a.ways[k:] + a.ways[:k]):
                 method, lr = WAYS[way]
-                row = row_of(task, method, a.lr or lr, seed, wall, EQUAL[way] if a.equal else planned, turn)
+                steps = round(a.equal/RELATIVE[way]) if a.equal else planned
+                row = row_of(task, method, a.lr or lr, seed, wall, steps, turn, a.equal)
                 with a.out.open('a') as f: f.write(json.dumps(row) + '\n')
                 print(name, seed, way, row['steps'], f"{row['task_loss']:.4f}", flush=True)
-    report([json.loads(l) for l in a.out.open()])
+    report([r for r in map(json.loads, a.out.open()) if r.get('equal') == a.equal and r['wall'] == wall])
 
 
 if __name__ == '__main__': main()
