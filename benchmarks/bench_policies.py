@@ -28,19 +28,21 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT/'results'/'policies.jsonl'
 
 # beside the named methods: what else a default could be. Those of strata=0 stand beside alf-unstratified
+PROBED = dict(preset='probe')
 EXTRA = {
     m.name: m
     for m in (
-        alf_method('alf-block', 'blocks by gain', unit='block'),
-        alf_method('alf-15', 'matrices by gain, 15 % of the parameters', budget=0.15, strata=0),
-        alf_method('alf-30', 'matrices by gain, 30 % of the parameters', budget=0.3, strata=0),
-        alf_method('alf-cost', 'matrices by gain, weighed against the cost of reaching them', cost_aware=True),
-        alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16, strata=0),
+        alf_method('alf-block', 'blocks by gain', unit='block', **PROBED),
+        alf_method('alf-15', 'matrices by gain, 15 % of the parameters', budget=0.15, strata=0, **PROBED),
+        alf_method('alf-30', 'matrices by gain, 30 % of the parameters', budget=0.3, strata=0, **PROBED),
+        alf_method('alf-cost', 'matrices by gain, weighed against the cost of reaching them', cost_aware=True, **PROBED),
+        alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16, strata=0, **PROBED),
         alf_method(
             'alf-explore',
             'matrices by gain, a fifth of the budget for what was not measured for longest',
             explore=0.2,
             strata=0,
+            **PROBED,
         ),
         alf_method(
             'random-top80',
@@ -70,7 +72,7 @@ EXTRA = {
     )
 }
 
-CORE = ('full', 'alf', 'alf-unstratified', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
+CORE = ('full', 'alf-probed', 'alf-unstratified', 'random', 'lora', 'lisa', 'badam-sweep', 'grass', 'freeze-50')
 # name → task, sequences per step and their length, steps, seeds, methods, rates (None: two of each method's own, and on
 # beyond the better one)
 PLAN = {
@@ -83,22 +85,22 @@ PLAN = {
         CORE + ('alf-static', 'alf-grad_norm', 'alf-prior', 'alf-rate', 'inverted'),
         None,
     ),
-    'python': ('python', (2, 192), 60, (0, 1), ('full', 'alf', 'random', 'lora'), None),
+    'python': ('python', (2, 192), 60, (0, 1), ('full', 'alf-probed', 'random', 'lora'), None),
     # twice the steps, twice the tokens of a step; one rate each, the best of an earlier look at two or three
     'gsm8k-long': (
         'gsm8k',
         (3, 256),
         120,
         (0, 1),
-        ('full', 'alf-static', 'random', 'lora', 'alf'),
-        {'full': (2e-4,), 'alf-static': (4e-4,), 'random': (4e-4,), 'lora': (2e-3,), 'alf': (4e-4,)},
+        ('full', 'alf-static', 'random', 'lora', 'alf-probed'),
+        {'full': (2e-4,), 'alf-static': (4e-4,), 'random': (4e-4,), 'lora': (2e-3,), 'alf-probed': (4e-4,)},
     ),
 }
 FULL = (3, 256), 120, (0, 1, 2)
 # plan, rule, methods: 16 minutes on 2 cores, 10 of them under the clock
 AGAIN = (
-    ('chapters', 'steps 60', ('full', 'alf', 'random', 'lora', 'freeze-50')),
-    ('gsm8k', 'steps 60', ('full', 'alf', 'random', 'lora')),
+    ('chapters', 'steps 60', ('full', 'alf-probed', 'random', 'lora', 'freeze-50')),
+    ('gsm8k', 'steps 60', ('full', 'alf-probed', 'random', 'lora')),
     ('gsm8k', 'wall 150', ('full', 'lora', 'random-stratified')),
 )
 
@@ -160,7 +162,8 @@ def best_rates(task, results):
         new: best[of]
         for new, of in (
             ('alf-once', 'alf-unstratified'),
-            ('alf-once-stratified', 'alf'),
+            ('alf-once-stratified', 'alf-probed'),
+            ('alf', 'alf-probed'),
             ('random-top80', 'random'),
             ('random-stratified', 'random'),
             ('lora-top80', 'lora'),

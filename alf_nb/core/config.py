@@ -19,8 +19,11 @@ from .records import KINDS, Record
 
 # %% ../../nbs/01_core/09_config.ipynb #8759caee
 PRESETS = {
-    # learns more and forgets less than the best of all wherever they are (benchmarks/LOG.md)
-    'default': dict(strata=3),
+    # measured while the learning rate warms up, at no cost that can be seen; every role in every third of the depth with
+    # its share; a backward pass that ends above the lowest fifth of the blocks (benchmarks/LOG.md)
+    'default': dict(signal='agreement', strata=3, freeze_bottom=.2),
+    # exact gradients of a few batches before the first step, and at each selection: some twelfth of a short run
+    'probe': dict(signal='gain', strata=3),
     # for runs of minutes, in which a measurement is not paid back: drawn by lot, every role in every third of the depth
     # with its share; a backward pass that ends above the lowest fifth of the blocks (benchmarks/LOG.md)
     'short': dict(
@@ -59,7 +62,7 @@ def _default_policy(): return BudgetPolicy(strata=3)
 class _What(Record):
     "What may train."
     policy:Policy=field(default_factory=_default_policy) # the choice: a `Policy`, a key of `POLICIES`, or a dict
-    signal:str='gain'           # which signal is importance, one of `SIGNALS`
+    signal:str='agreement'      # which signal is importance, one of `SIGNALS`
     # 'matrix': weight matrices; 'block': whole blocks; 'columns': some input columns of every matrix
     unit:str='matrix'
     kinds:tuple=('matrix', 'block', 'adapter') # kinds of units a policy may choose, of `KINDS`
@@ -296,9 +299,10 @@ PARTS = _Choice,_Room,_Pace,_What,_When,_How,_Once     # records that the short 
 def _without_overruled(preset, given):
     "A preset without what the given arguments speak against"
     gone = set()
-    if 'policy' in given: gone |= {'budget', 'strata'}
+    if 'policy' in given: gone |= {'budget', 'strata', 'freeze_bottom'}
     if 'memory' in given: gone |= {'budget'}
     if 'threshold' in given: gone |= {'budget', 'explore', 'strata'}
+    if given.get('unit') == 'columns': gone |= {'freeze_bottom'}
     if given.get('cost_aware') or given.get('unit') in ('block', 'columns'): gone |= {'strata'}
     return {k: v for k,v in preset.items() if k not in gone}
 
@@ -373,7 +377,7 @@ def from_args(cls:ALFConfig,
     policy = make_policy(policy, options, args.get('seed', 0), args.get('interval'))
     own = {k: args[k] for k in OWN if k in args} | dict(policy=policy)
     own |= {} if 'pin' in given else dict(presumed=PRESETS[preset].get('pin', ()))
-    own.setdefault('signal', policy.signal or 'gain')
+    own['signal'] = given.get('signal') or policy.signal or args.get('signal', 'agreement')
     own.setdefault('interval', getattr(policy, 'interval', None))
     config = cls(**own)
     _warn_of_the_idle(config, given)

@@ -11,15 +11,17 @@ __all__ = ['with_settings']
 import inspect
 from dataclasses import fields
 from fastcore.docments import docments
-from .config import PARTS
+from .config import PARTS, PRESETS
 
 # %% ../../nbs/01_core/19_settings.ipynb #d8b781c7
 def _all_settings():
-    "name → (default, what it is) of every setting of the short form"
+    "name → (what the default preset has, what it is) of every setting of the short form"
+    usual = PRESETS['default']
     found = {'preset': ('default', 'a key of `PRESETS`; settings given beside it win')}
     for cls in PARTS:
         told = docments(cls, full=True)
-        found |= {f.name: (None if f.name == 'policy' else f.default, told[f.name].docment) for f in fields(cls)}
+        found |= {f.name: (usual.get(f.name, None if f.name == 'policy' else f.default), told[f.name].docment)
+                  for f in fields(cls)}
     return found
 
 def with_settings(f):

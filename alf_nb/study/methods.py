@@ -105,13 +105,16 @@ def _adapter(**kw):
     return prepare
 
 # %% ../../nbs/09_study/11_methods.ipynb #1e88e693
-_anywhere = dict(strata=0)
+_probed = dict(preset='probe')
+_anywhere = dict(strata=0, **_probed)
 _once = dict(interval=0, probe_batches=2, references='none', freeze_bottom=.2, **_anywhere)
 
 _FULL = Method('full', 'every parameter trains', rates_around(1))
 _ALF = (
-    alf_method('alf', "ALF's default: gain, matrices, every role in every third of the depth with its share,"
-               " re-selected", **PRESETS['default']),
+    alf_method('alf', "ALF's default: matrices on whose gradient batches agree, by a meter, every role in every third"
+               " of the depth with its share, the lowest fifth of the blocks left out, re-selected"),
+    alf_method('alf-probed', 'matrices by gain, measured by probes, every role in every third of the depth with its'
+               " share, re-selected: ALF's preset `probe`", **_probed),
     alf_method('alf-unstratified', 'the same, but the highest gain of all, wherever it is', **_anywhere),
     alf_method('alf-static', 'matrices by gain before the first step, kept to the end', interval=0, **_anywhere),
     alf_method('alf-once', 'matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left'
@@ -148,7 +151,7 @@ _RANDOM = (
                None, False, unit='columns', budget=.1),
     alf_method('rotate', 'random matrices within the same budget, drawn anew when ALF selects anew', selects=False,
                policy='rotate', **_unmeasured),
-    alf_method('inverted', 'matrices with the lowest gain', policy='inverted'),
+    alf_method('inverted', 'matrices with the lowest gain', policy='inverted', **_probed),
 )
 
 # %% ../../nbs/09_study/11_methods.ipynb #6f5e3c5e
