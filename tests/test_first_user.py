@@ -107,7 +107,7 @@ def test_the_probe_asks_for_the_trainers_own_loss(tmp_path):
             loss = 7*cross_entropy(out.logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
             return (loss, out) if return_outputs else loss
     probe = lambda name, **kw: (
-        train(tmp_path / name, ALFCallback(probe_batches=2), max_steps=1, **kw),
+        train(tmp_path / name, ALFCallback(preset="probe", probe_batches=2), max_steps=1, **kw),
         RunLog(tmp_path / name).events("probe")[0],
     )[1]
     plain = probe("plain")
@@ -131,7 +131,7 @@ def test_dpo_trainer(tmp_path):
     demo_tokenizer().save_pretrained(tmp_path/"base")
     from transformers import AutoModelForCausalLM
     pairs = Dataset.from_list([dict(prompt=f"say {i}: ", chosen=f"yes {i}", rejected=f"no {i}") for i in range(12)])
-    alf = ALFCallback(budget=.4, interval=3, probe_batches=2)
+    alf = ALFCallback(preset="probe", budget=.4, interval=3, probe_batches=2)
     t = train(
         tmp_path / "run",
         alf,
@@ -173,7 +173,7 @@ def test_a_batch_size_that_trainer_finds_is_the_probes_too(tmp_path):
     assert model.seen[0] == 16 and set(model.seen[1:]) == {14} and RunLog(tmp_path).events("memory")
 
 
-SETTINGS = dict(budget=.3, interval=0, probe_batches=2, measure_every=2)
+SETTINGS = dict(preset="probe", budget=.3, interval=0, probe_batches=2, measure_every=2)
 
 
 def half(folder, resume=False, **settings):

@@ -92,7 +92,7 @@ def test_a_choice_while_a_loop_runs(tmp_path):
     torch.manual_seed(0)
     model = demo_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    with ALFLoop(model, optimizer, loader(), 8, out=tmp_path, budget=.3, interval=4) as alf:
+    with ALFLoop(model, optimizer, loader(), 8, out=tmp_path, preset="probe", budget=.3, interval=4) as alf:
         for i, batch in enumerate(itertools.islice(loader(), 8)):
             if i == 2: alf.choose(budget=.1, now=True)
             model(**batch).loss.backward()
@@ -260,7 +260,7 @@ def test_lightning_prepares_the_batches_of_the_probe_and_joins_its_loaders(tmp_p
             enable_model_summary=False,
         ).fit(module, loaders)
         return module
-    plain, alf = fit(), lightning_callback(out=tmp_path, budget=.3, interval=3, select_until=1.)
+    plain, alf = fit(), lightning_callback(out=tmp_path, preset="probe", budget=.3, interval=3, select_until=1.)
     module = fit(alf)
     assert (
         module.seen == plain.seen

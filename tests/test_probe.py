@@ -73,7 +73,7 @@ def test_a_loop_clears_the_gradients_of_a_loss_with_weights():
 
     def loss(model, b): return nn.functional.cross_entropy(head(model.model(b["ids"]).last_hidden_state[:, -1]), b["y"])
     optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=.1)
-    with ALFLoop(model, optimizer, rows, 6, budget=.4, loss=loss, interval=3, select_until=1.) as alf:
+    with ALFLoop(model, optimizer, rows, 6, preset='probe', budget=.4, loss=loss, interval=3, select_until=1.) as alf:
         assert head.weight.grad is None, "the probe has left its gradients"
         while not alf.done:
             loss(model, rows[alf.steps]).backward()
@@ -132,7 +132,7 @@ def train(folder, make=None, alf=None, kind=Loading, model=None, data=ROWS, **kw
     return t
 
 
-def probing(**kw): return ALFCallback(**{**dict(budget=.3, interval=4, select_until=1., seed=5), **kw})
+def probing(**kw): return ALFCallback(**{**dict(preset='probe', budget=.3, interval=4, select_until=1., seed=5), **kw})
 
 
 def collate(rows): return {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
@@ -481,7 +481,7 @@ def test_batches_that_can_be_read_once_are_handed_on_or_refused(tmp_path):
     train(tmp_path/"rate", alf=probing(signal="rate", start="rotate", warm_up=4), kind=Bare)
 
 
-@pytest.mark.parametrize("settings", [dict(budget=.3), dict(preset="short")], ids=["probe", "quick"])
+@pytest.mark.parametrize("settings", [dict(preset="probe", budget=.3), dict(preset="short")], ids=["probe", "quick"])
 def test_a_resume_draws_the_same_where_the_sampler_draws_from_the_global_generator(tmp_path, settings):
     def run(resume=None):
         t = small_trainer(
@@ -522,7 +522,7 @@ def test_running_statistics_are_those_of_training(tmp_path):
         t = small_trainer(folder, *([alf] if alf else []), model=m, data=data, max_steps=6, remove_unused_columns=False)
         t.train()
         return t
-    alf = ALFCallback(budget=.3, interval=0, ban=("head",))
+    alf = ALFCallback(preset='probe', budget=.3, interval=0, ban=("head",))
     t = fit(tmp_path/"alf", alf)
     by_hand = fit(tmp_path/"hand", only={k for n in alf.selection for k in alf.run.layers.named_params(n)})
     assert (
@@ -590,7 +590,7 @@ def test_a_model_may_return_its_loss_in_any_of_the_usual_forms(how):
 
 
 def test_a_trainer_takes_the_first_of_a_tuple(tmp_path):
-    t = small_trainer(tmp_path, ALFCallback(budget=.3), model=Returning(RETURNS["tuple"]))
+    t = small_trainer(tmp_path, ALFCallback(preset='probe', budget=.3), model=Returning(RETURNS["tuple"]))
     t.train()
     assert len(losses(t)) == 12
 
