@@ -102,7 +102,7 @@ def test_flops_of_lora_agree_with_torchs_counter():
 def test_the_callback_counts_the_same(tmp_path):
     "A real Trainer with ALFCallback: the same peak of the training state, the same probes and selections"
     model = demo_model(blocks=4)
-    shape, alf = ModelShape.of(model.config, 'demo'), ALFCallback(budget=.25)
+    shape, alf = ModelShape.of(model.config, 'demo'), ALFCallback(preset='probe', budget=.25)
     args = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=70,

@@ -271,7 +271,7 @@ def test_a_resume_with_nothing_left_to_make(tmp_path):
 def test_settings_that_would_do_nothing_are_told():
     with pytest.raises(ValueError, match="signal='rate' given, but policy 'grass' chooses by 'grad_norm'"):
         ALFCallback(preset="grass", signal="rate")
-    with pytest.warns(UserWarning, match="warm_up=9 changes nothing"): ALFCallback(warm_up=9)
+    with pytest.warns(UserWarning, match="warm_up=9 changes nothing"): ALFCallback(preset="probe", warm_up=9)
 
 
 def test_a_loop_and_its_report(tmp_path, recwarn):
