@@ -4,9 +4,9 @@ import json, math, subprocess, sys
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-from alf_nb.core.policies import POLICIES, BudgetPolicy, ThresholdPolicy, budget_for_threshold, step_cost
-from alf_nb.core.policies import threshold_for_budget
-from alf_nb.core.policy import Candidates, Policy
+from alf_nb.core.policies import POLICIES, BudgetPolicy, FullPolicy, ThresholdPolicy, budget_for_threshold
+from alf_nb.core.policies import policy_importance, step_cost, threshold_for_budget, with_target
+from alf_nb.core.policy import Policy, make_candidates
 from alf_nb.core.records import Scores, Selection, UnitInfo
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
@@ -52,7 +52,7 @@ def settings_of(name, data):
     b = dict(budget=data.draw(budgets))
     hard = dict(hysteresis=data.draw(st.floats(0, 2)))
     return dict(
-        threshold=lambda: dict(threshold=data.draw(st.floats(0, 1))),
+        threshold=lambda: {**hard, 'threshold': data.draw(st.floats(0, 1)), 'strata': data.draw(st.integers(0, 4))},
         topk=lambda: dict(k=data.draw(st.integers(1, 6))),
         full=dict,
         columns=lambda: b,
@@ -108,39 +108,113 @@ def test_every_policy(name, question, data):
     assert Selection.from_json(sel.to_json()) == sel
 
 
-@given(questions(), st.floats(0, 1), st.floats(0, 1))
+strata = st.integers(0, 4)
+
+
+@given(questions(), st.floats(0, 1), st.floats(0, 1), strata)
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_threshold_is_monotone(question, t1, t2):
-    units, values, ages, _, pin, ban, *_ = question
+def test_threshold_is_monotone(question, t1, t2, bands):
+    units, values, ages, current, pin, ban, *_ = question
     lo, hi = sorted((t1, t2))
     scores = Scores('rate', values, ages)
-    assert budget_for_threshold(scores, units, hi, pin, ban) <= budget_for_threshold(scores, units, lo, pin, ban)
-    try: few = ThresholdPolicy(hi, pin=pin, ban=ban).select(scores, units)
+    low, high = (ThresholdPolicy(t, pin=pin, ban=ban, strata=bands) for t in (lo, hi))
+    assert budget_for_threshold(scores, units, hi, low, current) <= budget_for_threshold(scores, units, lo, low, current)
+    try: few = high.select(scores, units, current=current)
     except ValueError: return
-    more = ThresholdPolicy(lo, pin=pin, ban=ban).select(scores, units)
+    more = low.select(scores, units, current=current)
     assert set(few) <= set(more)
-    assert more.share == budget_for_threshold(scores, units, lo, pin, ban)
+    assert more.share == budget_for_threshold(scores, units, lo, low, current)
 
 
-@given(questions(), budgets)
+@given(questions(), budgets, strata, st.sampled_from((BudgetPolicy, ThresholdPolicy)))
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_threshold_for_budget_is_the_lowest_that_fits(question, budget):
-    units, values, ages, _, pin, ban, *_ = question
+def test_threshold_for_budget_is_the_lowest_that_fits(question, budget, bands, cls):
+    "Under either rule, with its strata, its hysteresis, what trains now, its pins and its bans"
+    units, values, ages, current, pin, ban, *_ = question
     scores = Scores('rate', values, ages)
-    try: tau = threshold_for_budget(scores, units, budget, pin, ban)
+    policy = cls(pin=pin, ban=ban, strata=bands)
+    try: tau = threshold_for_budget(scores, units, budget, policy, current)
     except ValueError: return
-    imp = sorted(
-        {
-            *Candidates(
-                tuple(u for u in units if u.eligible and u.name not in pin + ban), (), units, scores
-            ).importance.values(),
-            1.0,
-        }
-    )
-    share = budget_for_threshold(scores, units, tau, pin, ban)
+    share = budget_for_threshold(scores, units, tau, policy, current)
     assert share <= budget or tau == 1
-    below = [v for v in imp if v < tau]
-    if below and share <= budget: assert budget_for_threshold(scores, units, below[-1], pin, ban) > budget
+    imp = policy_importance(policy, make_candidates(scores, units, pin, ban, current=current))
+    below = [v for v in imp.values() if v < tau]
+    if below and share <= budget: assert budget_for_threshold(scores, units, max(below), policy, current) > budget
+
+
+@given(questions(), budgets, strata)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_a_budget_trains_what_stands_above_its_threshold(question, budget, bands):
+    "And what is smaller and still fits"
+    units, values, ages, current, pin, ban, step, _ = question
+    scores = Scores('rate', values, ages)
+    policy = BudgetPolicy(budget, pin=pin, ban=ban, strata=bands)
+    try: chosen = policy.select(scores, units, step, current)
+    except ValueError: return
+    tau = threshold_for_budget(scores, units, budget, policy, current)
+    imp = policy_importance(policy, make_candidates(scores, units, pin, ban, current=current))
+    assert {n for n,v in imp.items() if v >= tau} <= set(chosen)
+
+
+@given(questions(), st.floats(0, 1), strata)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_importance_is_even(question, threshold, bands):
+    "What stands above a threshold holds as much as the threshold says, within half of a unit: no leaps"
+    units, values, ages, current, pin, ban, *_ = question
+    candidates = make_candidates(Scores('rate', values, ages), units, pin, ban, current=current)
+    assume(candidates.values)
+    imp = candidates.importance(bands, .15)
+    size = {u.name: u.n_params for u in candidates.units}
+    room, known = sum(size.values()), sum(size[n] for n in imp)
+    assert set(imp) == set(candidates.values) and all(0 <= v <= 1 for v in imp.values())
+    above = sum(size[n] for n,v in imp.items() if v >= threshold)
+    assert abs(above - min((1 - threshold)*room, known)) <= max(size.values())/2 + 1e-6*room
+    squeezed = Scores('rate', {n: None if v is None else math.copysign(abs(v)**.5, v) for n,v in values.items()}, ages)
+    again = make_candidates(squeezed, units, pin, ban).importance(bands)
+    assert again == make_candidates(Scores('rate', values, ages), units, pin, ban).importance(bands)
+
+
+def a_model(blocks=30):
+    "Units of SmolLM2's shape, and scores of which nearly all are tiny"
+    sizes = dict(q_proj=331, k_proj=110, v_proj=110, o_proj=331, gate_proj=884, up_proj=884, down_proj=884)
+    units = [UnitInfo(f'block.{i}.{r}', f'block.{i}', 'matrix', r, n, i + 1)
+             for i in range(blocks) for r, n in sizes.items()]
+    return units, Scores('gain', {u.name: 1e-9*(1 + i*37 % 211)**4 for i, u in enumerate(units)})
+
+
+def test_three_quarters_train_the_upper_quarter_of_every_kind():
+    units, scores = a_model()
+    sel = ThresholdPolicy(.75).select(scores, units)
+    assert abs(sel.share - .25) < .005
+    for role in {u.role for u in units}:
+        for band in range(3):
+            kind = [u for u in units if u.role == role and (u.depth - 1)*3//30 == band]
+            on = [u.name in sel for u in sorted(kind, key=lambda u: -scores[u.name])]
+            assert sum(on) in (2, 3) and on == sorted(on, reverse=True)
+
+
+def test_no_step_of_the_slider_is_a_leap():
+    units, scores = a_model()
+    shares = [budget_for_threshold(scores, units, t/100) for t in range(101)]
+    steps = [a - b for a, b in zip(shares, shares[1:])]
+    assert max(steps) < .019 and sum(s > 0 for s in steps) == 100
+
+
+def test_a_nudge_keeps_the_rule():
+    "From a budget to its threshold and a hair further: nearly the same units train, in the same strata"
+    units, scores = a_model()
+    budget = BudgetPolicy(.25, strata=3, hysteresis=.3, ban='block.7')
+    now = budget.select(scores, units)
+    tau = threshold_for_budget(scores, units, .25, budget, now)
+    nudged = with_target(budget, budget, threshold=tau - .001)
+    assert nudged == ThresholdPolicy(tau - .001, strata=3, hysteresis=.3, ban='block.7')
+    assert len({*nudged.select(scores, units, current=now)} ^ {*now}) <= 2
+
+
+def test_pins_and_bans_of_now_outlive_a_move_of_the_slider():
+    now, asked = ThresholdPolicy(.5, pin='a', ban='b'), BudgetPolicy(.3, explore=.2, ban='c')
+    assert with_target(now, asked, budget=.1) == BudgetPolicy(.1, explore=.2, pin='a', ban='b')
+    assert with_target(FullPolicy(seed=4), FullPolicy(), threshold=.7) == ThresholdPolicy(.7, seed=4)
 
 
 @given(questions(), budgets, st.floats(0, .5))
@@ -149,10 +223,11 @@ def test_asking_again_with_the_same_scores_changes_nothing(question, budget, hys
     "Without exploration a selection is its own answer: no flicker"
     units, values, ages, current, pin, ban, step, seed = question
     values = {k: 0. if v is None else v for k,v in values.items()}
-    p = BudgetPolicy(budget, hysteresis=hysteresis, pin=pin, ban=ban, seed=seed)
-    try: first = p.select(Scores('rate', values, ages), units, step)
-    except ValueError: return
-    assert p.select(Scores('rate', values, ages), units, step+50, first).names == first.names
+    kw = dict(hysteresis=hysteresis, pin=pin, ban=ban, seed=seed)
+    for p in BudgetPolicy(budget, **kw), ThresholdPolicy(1-budget, **kw):
+        try: first = p.select(Scores('rate', values, ages), units, step)
+        except ValueError: continue
+        assert p.select(Scores('rate', values, ages), units, step+50, first).names == first.names
 
 
 @given(models(), st.lists(st.integers(0, 60), max_size=20))

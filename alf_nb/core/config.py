@@ -281,12 +281,13 @@ class ALFConfig(_Pace, _Once, _Room, _How, _When, _What):
 class _Choice:
     "Settings of the policy, as the short form takes them."
     budget:float|None=None      # fraction of the parameters that may train, above 0 and at most 1; default 0.25
-    threshold:float|None=None   # or: least importance that trains, 0–1
+    # or: how high among its role, in its band of the depth, a unit has to stand to train, 0–1: at 0.75 the upper quarter
+    threshold:float|None=None
     explore:float|None=None     # part of the budget for the units not measured for longest, 0–1
     hysteresis:float|None=None  # how much better a newcomer has to be
     cost_aware:bool|None=None   # weigh importance against the cost of reaching a unit
-    # bands of the depth in each of which every role gets the same share of the budget; 0: the best of all, wherever
-    # they are; default 3, and 0 for blocks, a threshold, a policy of your own, or beside cost_aware
+    # bands of the depth in each of which every role gets the same share of what trains; 0: the best of all, wherever
+    # they are; default 3, and 0 for blocks, a policy of your own, or beside cost_aware
     strata:int|None=None
     # units that always train: names of units, layers or towers, `embeddings`, `head`, `kind:norm`, or globs
     pin:tuple=()
@@ -301,10 +302,14 @@ def _without_overruled(preset, given):
     gone = set()
     if 'policy' in given: gone |= {'budget', 'strata', 'freeze_bottom'}
     if 'memory' in given: gone |= {'budget'}
-    if 'threshold' in given: gone |= {'budget', 'explore', 'strata'}
+    if 'threshold' in given: gone |= {'budget', 'explore'}
     if given.get('unit') == 'columns': gone |= {'freeze_bottom'}
     if given.get('cost_aware') or given.get('unit') in ('block', 'columns'): gone |= {'strata'}
-    return {k: v for k,v in preset.items() if k not in gone}
+    return {k: v for k,v in preset.items() if k not in gone} | _one_kind(preset | given)
+
+def _one_kind(args):
+    "Of a threshold over blocks there is one kind, as of a budget"
+    return dict(strata=0) if 'threshold' in args and args.get('unit') == 'block' else {}
 
 # %% ../../nbs/01_core/09_config.ipynb #1b3a3565
 def _usual_policy(args):

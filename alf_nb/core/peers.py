@@ -61,9 +61,9 @@ class BAdamPolicy(Policy):
 
 # %% ../../nbs/01_core/07_peers.ipynb #71e3b9e0
 def _drawn_by_importance(candidates, temperature, seed):
-    "Candidates in the order of a draw without replacement, with probability softmax(importance / temperature)"
+    "Candidates in the order of a draw without replacement, with probability softmax(score / temperature)"
     known_values(candidates)
-    imp = candidates.importance
+    imp = candidates.scaled
     mean = sum(imp.values())/len(imp)
     rng = random.Random(f'grass|{seed}|{candidates.step}')
     # sorting by logit + Gumbel noise is sampling without replacement from the softmax of the logits

@@ -156,7 +156,7 @@ class Scores(Record):
 
 # %% ../../nbs/01_core/05_records.ipynb #d1774122
 @patch(as_prop=True)
-def importance(self:Scores)->dict:
+def scaled(self:Scores)->dict:
     "Value scaled to 0…1 by the largest known one; None: unknown"
     top = max(self.known.values(), default=0.)
     def scaled(v): return max(v, 0.)/top if top > 0 else 0.
@@ -165,12 +165,12 @@ def importance(self:Scores)->dict:
 # %% ../../nbs/01_core/05_records.ipynb #215d6d46
 def _scores_table(scores):
     "The twelve highest as a Markdown table"
-    imp, ranked = scores.importance, scores.ranked()
+    part, ranked = scores.scaled, scores.ranked()
     rows = [
-        f"| {md_text(n)} | {scores.values[n]:.4g} | {imp[n]:.2f} | {md_text(scores.ages.get(n, 0))} |" for n in ranked
+        f"| {md_text(n)} | {scores.values[n]:.4g} | {part[n]:.2f} | {md_text(scores.ages.get(n, 0))} |" for n in ranked
     ]
     n_unknown = len(scores) - len(rows)
-    lines = [f"| unit | {md_text(scores.signal)} | importance | age |", "|---|---|---|---|", *rows[:12]]
+    lines = [f"| unit | {md_text(scores.signal)} | of the largest | age |", "|---|---|---|---|", *rows[:12]]
     if len(rows) > 12: lines.append(f"\n… and {len(rows)-12} more")
     if n_unknown: lines.append(f"\n{n_unknown} of {len(scores)} units unknown")
     return '\n'.join(lines)

@@ -169,7 +169,7 @@ def layer_map(
     state, scores = state_of(run), latest_scores(run)
     steps, sels, layers = state.steps_logged, state.selections, drawn_layers(state)
     if not sels or not layers: return note('Nothing was selected.')
-    rows, imp = trained_map(layers, sels, max(steps, sels[-1].step+1)), mean_importance(layers, scores.importance)
+    rows, imp = trained_map(layers, sels, max(steps, sels[-1].step+1)), mean_importance(layers, scores.scaled)
     mean, now = {l: sum(r)/len(r) for l, r in zip(layers, rows)}, set(sels[-1].names)
     on = [sum(u.name in now for u in us) for us in layers.values()]
     hints = list(map(_layer_hint, layers, mean.values(), imp, on, map(len, layers.values())))
@@ -203,7 +203,7 @@ def _newest_cells(roles, importance, now):
 
 # %% ../../nbs/07_report/09_charts.ipynb #bebeb9a9
 def _importance_table(state, roles, scores, left):
-    cells, on = _newest_cells(roles, scores.importance, set(state.selections[-1].names))
+    cells, on = _newest_cells(roles, scores.scaled, set(state.selections[-1].names))
     shown = {u.name for us in roles.values() for u in us}
     layers = list(dict.fromkeys(u.layer for u in state.units if u.name in shown))
     if len(layers) > MOST_SHOWN:

@@ -205,7 +205,7 @@ def eligible_importance(
 )->dict:    # unit name → 0–1 or None
     "Importance of the units that may be chosen"
     able = {u.name for u in units if u.eligible}
-    return Scores(scores.signal, {n: v for n, v in scores.values.items() if n in able}).importance
+    return Scores(scores.signal, {n: v for n, v in scores.values.items() if n in able}).scaled
 
 @patch
 def seen_scores(self:RunState,

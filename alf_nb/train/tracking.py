@@ -73,7 +73,7 @@ def metrics_of(
     run # `ALFController`
 )->dict: # name → number
     "What trains now, and how important every layer is, for a tracker"
-    importance,on = known_scores(run, run.totals.steps).importance,set(run.selection.names)
+    importance,on = known_scores(run, run.totals.steps).scaled,set(run.selection.names)
     layers = by_layer(run.units)
     means = {l: mean_over_parameters(us, importance) for l,us in layers.items()}
     mean = {l: v for l,v in means.items() if v is not None}
