@@ -207,7 +207,8 @@ def a_model(evil):
     units = [UnitInfo(f"block.{i}.q" + evil(str(i)), f"block.{i}" + evil("l"), "matrix", "q", 4, i) for i in range(3)]
     p = torch.nn.Parameter(torch.zeros(2, 2))
     return Layers(
-        torch.nn.Linear(2, 2), units, {u.name: {u.name: p} for u in units}, {u.name: u.name for u in units}, "matrix", 3
+        torch.nn.Linear(2, 2), units, {u.name: {u.name: p} for u in units}, {u.name: u.name for u in units}, "matrix",
+        {"": (0, 1, 2)}
     )
 
 

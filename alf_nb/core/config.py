@@ -66,8 +66,8 @@ class _What(Record):
     # 'matrix': weight matrices; 'block': whole blocks; 'columns': some input columns of every matrix
     unit:str='matrix'
     kinds:tuple=('matrix', 'block', 'adapter') # kinds of units a policy may choose, of `KINDS`
-    # how much of the depth stays frozen, from the bottom: at 0.2 the lowest fifth of the blocks, with all below; the
-    # backward pass ends above it
+    # how much of the depth stays frozen, from the bottom: at 0.2 the lowest fifth of the blocks (of each tower), and
+    # all below
     freeze_bottom:float=0.
 
 # %% ../../nbs/01_core/09_config.ipynb #3be22caf

@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/01_core/policy.html.md"""
 
 # %% auto #0
 __all__ = ['STRATA', 'find_units', 'match_units', 'Candidates', 'Policy', 'make_candidates', 'best_first', 'known_values',
-           'check_budget', 'sticky', 'standing', 'ranked']
+           'check_budget', 'sticky', 'strata_of', 'standing', 'ranked']
 
 # %% ../../nbs/01_core/06_policy.ipynb #94ccc3ef
 import math, random
@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from fastcore.basics import patch
 
 from .check import number, whole
-from .records import KINDS, Record, Scores, Selection, by_layer
+from .records import KINDS, Record, Scores, Selection, by_layer, by_tower
 
 # %% ../../nbs/01_core/06_policy.ipynb #40dc690b
 def _ways(pattern, units):
@@ -295,23 +295,40 @@ def sticky(
     "Scores in which current members count `1 + hysteresis` times; a negative score is moved up as far"
     return {n: v + hysteresis*abs(v) if n in current else v for n,v in values.items()}
 
+
+# %% ../../nbs/01_core/06_policy.ipynb #b7d1a93e
+def strata_of(
+    units,    # `UnitInfo`s
+    bands:int # of the depth of each tower, such as 3
+)->dict:      # unit name → (tower, role, band), band 0 at the bottom
+    "What a unit is compared with: units of the same tower and role, in the same band of the tower's depth"
+    out = {}
+    for tower,us in by_tower(units).items():
+        low = min(u.depth for u in us)
+        deep = max(u.depth for u in us) - low + 1
+        out |= {u.name: (tower, u.role, (u.depth - low)*bands//deep) for u in us}
+    return out
+
+def _places(units, values):
+    "How far up each unit of known value stands among `units`, counted in parameters; unknown ones take the lowest room"
+    room, above, out = sum(u.n_params for u in units), 0, {}
+    for u in best_first(units, values):
+        out[u.name] = 1 - (above + u.n_params/2)/room
+        above += u.n_params
+    return out
+
 def standing(
     units,     # `UnitInfo` of the candidates
     values,    # unit name → value; those that are not there are unknown
-    bands:int  # of the depth, at least 1
+    bands:int  # of the depth of each tower, at least 1
 )->dict:       # unit name → 0–1, those that have a value
-    """How far up a unit stands among those of its role and its band of the depth, counted in parameters: near 1 the
-    best, near 0 the worst; unknown ones take their room at the bottom"""
-    low = min(u.depth for u in units)
-    deep = max(u.depth for u in units) - low + 1
-    kind = lambda u: (u.role, (u.depth - low)*bands//deep)
-    size, above, out = {}, {}, {}
-    for u in units: size[kind(u)] = size.get(kind(u), 0) + u.n_params
-    for u in best_first(units, values):
-        passed = above.get(kind(u), 0)
-        out[u.name] = 1 - (passed + u.n_params/2)/size[kind(u)]
-        above[kind(u)] = passed + u.n_params
-    return out
+    """How far up a unit stands among its kind, near 1 the best, near 0 the worst; what stands beside the towers, such as a
+    projector, has no peers and is compared with all"""
+    kinds, place, out = {}, strata_of(units, bands), {}
+    for u in units: kinds.setdefault(place[u.name], []).append(u)
+    for us in kinds.values(): out |= _places(us, values)
+    among_all = _places(units, values)
+    return out | {u.name: among_all[u.name] for u in units if u.name in out and u.tower and u.tower == u.layer}
 
 # %% ../../nbs/01_core/06_policy.ipynb #efb452c3
 def ranked(

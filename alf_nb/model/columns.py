@@ -17,7 +17,7 @@ from collections import Counter
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .layers import blocks_below, partition_layers
+from .layers import partition_layers
 from .tree import clean_path
 
 # %% ../../nbs/03_model/13_columns.ipynb #eb225bc4
@@ -131,13 +131,14 @@ def column_layers(
 def _layers_to_split(model, freeze_bottom):
     "(full name → layer with a matrix that may be chosen, parameters of the whole model)"
     layers = partition_layers(model)
-    cut = blocks_below(freeze_bottom, layers.n_blocks)
+    low = layers.bottom(freeze_bottom)
     of = {id(p): u for u in layers.units for p in layers.params(u.name)}
     uses = Counter(id(m._parameters.get('weight')) for m in model.modules())
     def fits(m):
         p = m._parameters.get('weight')
         u = of.get(id(p))
-        return u is not None and u.eligible and u.depth > cut and uses[id(p)] == 1 and _split_of(type(m)) is not None
+        if u is None or not u.eligible or u.name in low: return False
+        return uses[id(p)] == 1 and _split_of(type(m)) is not None
     return {k: m for k,m in model.named_modules() if fits(m)}, layers.total
 
 # %% ../../nbs/03_model/13_columns.ipynb #2eac6587
@@ -162,7 +163,7 @@ def _check(model, found, share, held):
 def split_columns(
     model,            # any model, before its optimizer is made
     share:float=.1,   # of the parameters, above 0
-    freeze_bottom:float=0., # part of the depth, from the bottom, that stays as it is
+    freeze_bottom:float=0., # part of the depth of each tower, from the bottom, that stays
     seed:int=0        # of the draw
 )->dict:              # full name → layer
     "Some columns of every matrix become parameters that train, in place; the rest of each is frozen"

@@ -44,9 +44,9 @@ class Layers:
         params:dict,       # unit name → {full parameter name: Parameter}
         aliases:dict,      # every full parameter name, tied ones too → unit name
         unit:str,          # 'matrix' or 'block'
-        n_blocks:int       # blocks in all stacks together
+        towers:dict        # tower → depths of its blocks
     ):
-        self.model,self.units,self.unit,self.n_blocks = model,tuple(units),unit,n_blocks
+        self.model,self.units,self.unit,self.towers = model,tuple(units),unit,towers
         self._params,self._aliases,self._by_name = params,aliases,{u.name:u for u in units}
         self.total = sum(math.prod(shape_of(p)) for ps in params.values() for p in ps.values() if could_train(p))
 
@@ -68,6 +68,11 @@ def __getitem__(self:Layers,
     if name in self._by_name: return self._by_name[name]
     inside = self.by_layer.get(name, ()) if isinstance(name, str) else ()
     raise _unknown('unit', name, inside or self, ': that is a layer, look for its units' if inside else '')
+
+@patch(as_prop=True)
+def n_blocks(self:Layers)->int:
+    "Blocks of all towers together"
+    return sum(map(len, self.towers.values()))
 
 @patch(as_prop=True)
 def by_layer(self:Layers)->dict:
@@ -263,7 +268,7 @@ def partition_layers(
         g['params'][full] = p
         g['shapes'].append(shape_of(p, m, name))
         for _,_,path,_,name in spots: where[join_path(path, name)] = g
-    return _finish(model, groups, where, unit, kinds, finder.places.n_blocks)
+    return _finish(model, groups, where, unit, kinds, finder.places)
 
 # %% ../../nbs/03_model/04_layers.ipynb #d0eec41f
 def _check_eligible(units, groups, kinds):
@@ -274,7 +279,7 @@ def _check_eligible(units, groups, kinds):
         f" kinds=({', '.join(map(repr, can))},)"
     )
 
-def _finish(model, groups, where, unit, kinds, n_blocks):
+def _finish(model, groups, where, unit, kinds, places):
     "Make the units"
     _name_groups(groups)
     role,units,params = _role_of(groups),[],{}
@@ -282,10 +287,10 @@ def _finish(model, groups, where, unit, kinds, n_blocks):
         params[g['name']] = g['params']
         n,eligible = sum(map(math.prod, g['shapes'])),grad and g['kind'] in kinds
         units.append(UnitInfo(
-            g['name'], layer, g['kind'], role(g), n, g['depth'], tuple(g['shapes']), eligible=eligible
+            g['name'], layer, g['kind'], role(g), n, g['depth'], tuple(g['shapes']), eligible, places.tower(layer)
         ))
     _check_eligible(units, groups, kinds)
-    return Layers(model, tuple(units), params, {k:g['name'] for k,g in where.items()}, unit, n_blocks)
+    return Layers(model, tuple(units), params, {k:g['name'] for k,g in where.items()}, unit, places.towers)
 
 # %% ../../nbs/03_model/04_layers.ipynb #e7b077de
 def blocks_below(
@@ -294,6 +299,16 @@ def blocks_below(
 )->int:
     "Blocks that stay frozen"
     return math.floor(n_blocks*freeze_bottom + 1e-9)
+
+@patch
+def bottom(self:Layers,
+    freeze_bottom:float # how much of the depth of each tower, from the bottom, 0–1
+)->frozenset: # unit names
+    "Units of the lowest blocks of every tower, and what stands below these blocks"
+    cut = {t: d[n-1] for t,d in self.towers.items() if (n := blocks_below(freeze_bottom, len(d)))}
+    shared = 0 if cut else -1       # depth of what stands below all towers
+    depth = lambda u: cut.get(u.tower, -1) if u.tower in self.towers else shared
+    return frozenset(u.name for u in self.units if u.depth <= depth(u))
 
 # %% ../../nbs/03_model/04_layers.ipynb #1fdf8293
 def _fold(rows):

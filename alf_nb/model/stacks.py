@@ -14,6 +14,7 @@ require_versions('torch')
 # %% ../../nbs/03_model/03_stacks.ipynb #d9ccb38a
 from collections import Counter
 
+from fastcore.basics import patch
 from torch import nn
 from .running_order import runs_before
 from .tree import clean_path, count_params, holds_params, is_composite, is_list, join_path, list_items, model_parts
@@ -74,13 +75,23 @@ def _stacks(m, path, total):
 # %% ../../nbs/03_model/03_stacks.ipynb #21b2bf3e
 def _labels(paths):
     "Shortest leading part of each path that tells it from the others"
-    if len(paths) == 1: return ['']
+    if len(paths) < 2: return ['' for _ in paths]
     parts = [clean_path(p).split('.') for p in paths]
     n = 0
     while len({tuple(p[:n+1]) for p in parts}) == 1: n += 1
     if any(p[n].isdigit() for p in parts if len(p) > n) and n: n -= 1 # `layers.0`, not `0`
     heads = Counter(tuple(p[n:k]) for p in parts for k in range(n+1, len(p)+1))
     return ['.'.join(p[n:next((k for k in range(n+1, len(p)) if heads[tuple(p[n:k])] == 1), len(p))]) for p in parts]
+
+# %% ../../nbs/03_model/03_stacks.ipynb #bb7b23c9
+def _towers(paths, labels):
+    "Tower of each stack; stages of a pyramid, whose paths differ in a number alone, are one"
+    alike = [tuple('*' if k.isdigit() else k for k in clean_path(p).split('.')) for p in paths]
+    def name(a):
+        parts = [l.split('.') for b,l in zip(alike, labels) if b == a]
+        n = next((i for i,c in enumerate(zip(*parts)) if len(set(c)) > 1), len(parts[0]))
+        return '.'.join(parts[0][:n])
+    return [name(a) for a in alike] if len(set(alike)) > 1 else ['']*len(paths)
 
 # %% ../../nbs/03_model/03_stacks.ipynb #e6d17048
 def _index(stacks):
@@ -94,6 +105,13 @@ def _index(stacks):
             for j in range(len(ps)): inside.setdefault('.'.join(ps[:j]), []).append((ps[j], s, depth))
     return blocks, inside
 
+# %% ../../nbs/03_model/03_stacks.ipynb #6f888a62
+def _tower_depths(names, stacks, blocks):
+    "tower → depths of its blocks"
+    out = {}
+    for t,members in zip(names, stacks): out.setdefault(t, []).extend(blocks[path][2] for path,_ in members)
+    return {t: tuple(d) for t,d in out.items()}
+
 def _below_wrappers(m):
     "Path below wrappers, modules with one composite child and nothing else"
     root = ''
@@ -103,14 +121,15 @@ def _below_wrappers(m):
 
 # %% ../../nbs/03_model/03_stacks.ipynb #055b8a18
 class Places:
-    "Says of every module or parameter path which layer it is part of"
+    "Which layer a module or parameter is part of, by its path"
     def __init__(self, model):
         self.model,self.stacks = model,_stacks(model, '', count_params(model))
         parents = [s[0][0].rpartition('.')[0] for s in self.stacks]
-        self.labels = _labels(parents) if parents else []
+        self.labels = _labels(parents)
         self.blocks,self.inside = _index(self.stacks)
-        self.n_blocks = sum(map(len, self.stacks))
-        # without stacks: names start below wrappers
+        self.n_blocks = len(self.blocks)
+        self.towers = _tower_depths(_towers(parents, self.labels), self.stacks, self.blocks)
+        # without stacks names start below wrappers
         self.root,self.seen = '' if self.stacks else _below_wrappers(model),{}
 
     def __call__(self, path, name):
@@ -123,6 +142,14 @@ class Places:
             if up not in self.inside: break
             last = j
         return _beside(self, '.'.join(parts[:last]), parts[last], clean_path('.'.join(parts[last:-1])))
+
+
+# %% ../../nbs/03_model/03_stacks.ipynb #bafef20b
+@patch
+def tower(self:Places, layer):
+    "Tower that a layer is part of, or its own name where it stands beside them; empty: the model has one"
+    if len(self.towers) < 2: return ''
+    return next((t for t in self.towers if layer == t or layer.startswith(t + '.')), layer)
 
 # %% ../../nbs/03_model/03_stacks.ipynb #4bd1f31f
 def _alone(places, path):

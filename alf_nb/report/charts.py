@@ -14,8 +14,9 @@ import math
 from ..core.format import human_bytes, num, percent
 from .html import Html, note, tag
 from .lines import first_and_last, line_chart, short, trend
-from .maps import SideBars, band_legend, band_map, cell_table, heat_map, names_px, ramp_legend, trained_map
-from ..core.records import by_layer
+from .maps import SideBars, band_legend, band_map, cell_table, headed, heat_map, names_px, ramp_legend
+from .maps import trained_map
+from ..core.records import by_layer, by_tower
 from .run_state import STATE_KINDS, RunState, mean_importance, state_bytes, state_of
 from .summary import eval_name, latest_scores, share_of_full, summarize
 
@@ -155,6 +156,10 @@ def _layer_hint(name, mean, importance, on, n):
     return (f"{name}: {percent(mean, 0)} of it trained on average; importance {num(importance, 2)};"
             f" {on} of {n} units selected last")
 
+def _map_label(mean):
+    trained = sum(v > 0 for v in mean.values())
+    return f"What trained, layer by step. {trained} of {len(mean)} layers trained; most of all {most_trained(mean)}."
+
 def switch_key(
     state:RunState # of a run
 )->list:
@@ -173,11 +178,10 @@ def layer_map(
     mean, now = {l: sum(r)/len(r) for l, r in zip(layers, rows)}, set(sels[-1].names)
     on = [sum(u.name in now for u in us) for us in layers.values()]
     hints = list(map(_layer_hint, layers, mean.values(), imp, on, map(len, layers.values())))
-    label = (f"What trained, layer by step. {sum(v > 0 for v in mean.values())} of {len(layers)} layers trained;"
-             f" most of all {most_trained(mean)}.")
     colours = ramp_legend('a little', 'all of the layer trains', 'frozen', switch_key(state))
-    return heat_map(list(layers), rows, label, (0, max(steps, 1)), marks=state.switch_steps, hints=hints,
-                    left=names_px(layers), legend=colours, side=importance_bars(imp, scores, on))
+    names, towers = headed(layers)
+    return heat_map(names, rows, _map_label(mean), (0, max(steps, 1)), marks=state.switch_steps, hints=hints,
+                    towers=towers, left=names_px(names), legend=colours, side=importance_bars(imp, scores, on))
 
 # %% ../../nbs/07_report/09_charts.ipynb #5ab26293
 _ROLES = 16
@@ -190,6 +194,10 @@ def _by_role(units):
     size = lambda r: sum(u.n_params for u in roles[r])
     largest = set(sorted(roles, key=size, reverse=True)[:_ROLES])
     return {r: us for r, us in roles.items() if r in largest}
+
+def _by_tower_and_role(units):
+    "role → its units, of the largest roles of each tower; with several towers `tower.role`"
+    return {f'{t}.{r}' if t else r: us for t, of in by_tower(units).items() for r, us in _by_role(of).items()}
 
 def _newest_cells(roles, importance, now):
     "(role, layer) → importance, of several units the largest; and which of them train now"
@@ -221,15 +229,17 @@ def role_maps(
 )->Html:
     "Units by step in bands of one role, and their importance as a table; empty if all units have one role"
     state, scores = state_of(run), latest_scores(run)
-    sels, steps, roles = state.selections, state.steps_logged, _by_role(drawn_units(state))
+    sels, steps, roles = state.selections, state.steps_logged, _by_tower_and_role(drawn_units(state))
     if not sels or len(roles) < 2: return Html('')
-    left, upto = names_px(roles), max(steps, sels[-1].step+1)
+    (names, towers), upto = headed(roles), max(steps, sels[-1].step+1)
+    left = names_px(names)
     bands = {r: trained_map({u.name: [u] for u in us}, sels, upto) for r, us in roles.items()}
     share = {r: sum(map(sum, rows))/sum(map(len, rows)) for r, rows in bands.items()}
     told = ', '.join(f'{r} {percent(v, 0)}' for r, v in share.items())
     label = f'Which matrices trained, by step. Share of unit-steps: {told}'
-    out = band_map(bands, label, (0, max(steps, 1)), left, legend=band_legend())
-    return Html(out + (_importance_table(state, roles, scores, left) if scores.known else ''))
+    out = band_map(bands, label, (0, max(steps, 1)), left, legend=band_legend(), towers=towers)
+    shown = _by_role(u for us in roles.values() for u in us)
+    return Html(out + (_importance_table(state, shown, scores, left) if scores.known else ''))
 
 # %% ../../nbs/07_report/09_charts.ipynb #72612af0
 def stairs(

@@ -28,16 +28,14 @@ from ..core.format import few
 
 # %% ../../nbs/06_train/10_choosing.ipynb #17b5f06b
 def without_bottom(
-    policy,     # a `Policy`
-    freeze_bottom:float,# how much of the depth stays frozen, from the bottom
-    n_blocks:int,
-    units       # `UnitInfo` of every unit
-):              # a `Policy`
+    policy, # a `Policy`
+    bottom, # names of units, as `Layers.bottom` gives them
+    units   # `UnitInfo` of every unit
+):          # a `Policy`
     "`policy` with the bottom of the model banned, unless it is pinned"
-    cut = blocks_below(freeze_bottom, n_blocks)
     pinned = {n for p in policy.pin for n in match_units(p, units)}
     kept = {u.layer for u in units if u.name in pinned}
-    low = [u for u in units if cut and u.depth <= cut and u.eligible and u.name not in pinned]
+    low = [u for u in units if u.name in bottom and u.eligible and u.name not in pinned]
     below = dict.fromkeys(u.name if u.layer in kept else u.layer for u in low)
     return replace(policy, ban=tuple(dict.fromkeys((*policy.ban, *below)))) if below else policy
 
@@ -89,7 +87,7 @@ def partition(
     )
     # a preset pins what there is
     pin = tuple(p for p in config.policy.pin if p not in config.presumed or find_units(p, units))
-    return layers, units, without_bottom(replace(config.policy, pin=pin), config.freeze_bottom, layers.n_blocks, units)
+    return layers, units, without_bottom(replace(config.policy, pin=pin), layers.bottom(config.freeze_bottom), units)
 
 def names_of(layers, units)->tuple:
     "Names of units that could train"
@@ -182,8 +180,7 @@ def check_above(
 ):
     "A ValueError where a policy would train what is computed once"
     if not run.config.cache_prefix: return
-    n = blocks_below(run.config.freeze_bottom, run.layers.n_blocks)
-    low = {u.name for u in run.units if u.depth <= n}
+    n, low = blocks_below(run.config.freeze_bottom, run.layers.n_blocks), run.layers.bottom(run.config.freeze_bottom)
     if pins := [p for p in policy.pin if low & {*match_units(p, run.units)}]:
         raise ValueError(
             f"cache_prefix keeps what the lowest {n} of {run.layers.n_blocks} blocks make of a row, so nothing in or"
@@ -246,7 +243,7 @@ def requested(
     if policy is None: wish = with_target(before, run.asked, **target)
     else:
         wish = make_policy(policy, seed=run.config.seed)
-        wish = without_bottom(wish, run.config.freeze_bottom, run.layers.n_blocks, run.units)
+        wish = without_bottom(wish, run.layers.bottom(run.config.freeze_bottom), run.units)
     if wish.signal not in (None, run.config.signal):
         raise ValueError(
             f"policy {wish.name!r} chooses by {wish.signal!r}, but this run measures {run.config.signal!r}"

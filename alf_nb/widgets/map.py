@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from ..core.foreign import escape, visible
 from ..core.format import num, percent
 from ..report.charts import drawn_units, importance_bars, most_trained, switch_key
-from ..report.html import data_table, hover_rows, note, status_line, tag
-from ..report.maps import heat_map, names_px, ramp_legend, step_map, trained_share
+from ..report.html import data_table, note, status_line, tag
+from ..report.maps import headed, heat_map, hover_towers, names_px, ramp_legend, step_map, trained_share
 from ..report.run_state import RunState, axis_end, eligible_importance, mean_importance
 from .base import View
 from .parts import html, layered, menu, put, row, show
@@ -28,9 +28,9 @@ def map_rows(
     zoom:str=_ALL    # `all layers`, `kinds of matrix`, or the name of a layer
 )->dict:             # row name → its units
     "What the rows of a map stand for"
-    out = {}
+    out, join = {}, lambda *parts: '.'.join(filter(None, parts))
     for u in drawn_units(state):
-        if zoom in (_ALL, _KINDS): out.setdefault(u.layer if zoom == _ALL else u.role, []).append(u)
+        if zoom in (_ALL, _KINDS): out.setdefault(u.layer if zoom == _ALL else join(u.tower, u.role), []).append(u)
         elif u.layer == zoom: out[u.name.removeprefix(f'{zoom}.')] = [u]
     return out
 
@@ -156,10 +156,11 @@ def _picture(m, still=False):
     values, facts, (n, end) = m.values(groups, COLOURS[m.colour.value]), _facts(m, groups), m.steps()
     importance, on = [f.importance for f in facts.values()], [bool(f.on) for f in facts.values()]
     more = dict(hints=[_hint(k, f) for k, f in facts.items()], legend=_legend(m)) if still else {}
+    names, towers = headed(groups)
     draw = lambda columns: heat_map(
-        list(groups), step_map(values, [x.step for x in s.selections], n, columns), _label(m, facts, n), (0, end),
-        side=importance_bars(importance, s.scores(), on, ' now'), marks=s.switch_steps, left=names_px(groups), upto=n,
-        row_px=_row_px(groups), **more)
+        names, step_map(values, [x.step for x in s.selections], n, columns), _label(m, facts, n), (0, end),
+        side=importance_bars(importance, s.scores(), on, ' now'), marks=s.switch_steps, left=names_px(names), upto=n,
+        row_px=_row_px(groups), towers=towers, **more)
     out = draw(240)
     return out if len(out) < 9000 or still else draw(100)
 
@@ -168,9 +169,9 @@ def _hover(m):
     "Words under the pointer, over the whole width"
     groups = map_rows(m.state, m.zoom.value)
     if not groups or not m.state.selections: return ''
-    style = f'--left:{names_px(groups)}px;--h:{_row_px(groups)*len(groups)}px'
+    names, towers = headed(groups)
     hints = [_hint(k, f) for k, f in _facts(m, groups).items()]
-    return tag('div', hover_rows(hints), cls='alf-over', aria_hidden='true', style=style)
+    return hover_towers(hints, _row_px(groups), names_px(names), towers)
 
 # %% ../../nbs/08_widgets/05_map.ipynb #4e3f1c97
 def count_of(k, what):
