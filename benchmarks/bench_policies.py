@@ -35,7 +35,8 @@ EXTRA = {
         alf_method('alf-block', 'blocks by gain', unit='block', **PROBED),
         alf_method('alf-15', 'matrices by gain, 15 % of the parameters', budget=0.15, strata=0, **PROBED),
         alf_method('alf-30', 'matrices by gain, 30 % of the parameters', budget=0.3, strata=0, **PROBED),
-        alf_method('alf-cost', 'matrices by gain, weighed against the cost of reaching them', cost_aware=True, **PROBED),
+        alf_method('alf-cost', 'matrices by gain, weighed against the cost of reaching them', cost_aware=True,
+                   **PROBED),
         alf_method('alf-often', 'matrices by gain, re-selected twice as often', interval=16, strata=0, **PROBED),
         alf_method(
             'alf-explore',

@@ -45,6 +45,11 @@ def forgetting(runs, method):
     return mean(r['other_loss'] - before[d] for d in domains(runs) for r in runs[method, d])
 
 
+def of_full(of, method, k):
+    "Mean of a field relative to full fine-tuning's"
+    return mean(r[k] for r in of[method])/mean(r[k] for r in of['full'])
+
+
 def methods():
     "Four methods at equal time"
     runs = at_equal_time()
@@ -52,9 +57,9 @@ def methods():
     heads = ' | '.join(f'loss, {d}' for d in domains(runs))
     out = [f"| | state | step | {heads} | forgets |", '|---'*(4+len(domains(runs))) + '|']
     for m, name in METHODS.items():
-        state, step = (mean(r[k] for r in of[m])/mean(r[k] for r in of['full']) for k in ('state_bytes_peak', 'steps'))
+        state, steps = (of_full(of, m, k) for k in ('state_bytes_peak', 'steps'))
         losses = ' | '.join(loss(runs, m, d) for d in domains(runs))
-        out.append(f'| {name} | {num(state, 2)} | {num(1/step, 2)} | {losses} | {forgetting(runs, m):+.3f} |')
+        out.append(f'| {name} | {num(state, 2)} | {num(1/steps, 2)} | {losses} | {forgetting(runs, m):+.3f} |')
     return Markdown('\n'.join(out))
 
 

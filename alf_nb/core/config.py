@@ -19,13 +19,12 @@ from .records import KINDS, Record
 
 # %% ../../nbs/01_core/09_config.ipynb #8759caee
 PRESETS = {
-    # measured while the learning rate warms up, at no cost that can be seen; every role in every third of the depth with
-    # its share; a backward pass that ends above the lowest fifth of the blocks (benchmarks/LOG.md)
+    # measured in the steps of training; every role in every third of the depth with its share; a backward pass that ends
+    # above the lowest fifth of the blocks (benchmarks/LOG.md)
     'default': dict(signal='agreement', strata=3, freeze_bottom=.2),
-    # exact gradients of a few batches before the first step, and at each selection: some twelfth of a short run
+    # exact gradients of a few batches before the first step and at each selection: a tenth of a short run
     'probe': dict(signal='gain', strata=3),
-    # for runs of minutes, in which a measurement is not paid back: drawn by lot, every role in every third of the depth
-    # with its share; a backward pass that ends above the lowest fifth of the blocks (benchmarks/LOG.md)
+    # the same strata and depth, drawn by lot, once: nothing is measured
     'short': dict(
         policy=dict(policy='static', where='random', budget=.25, strata=3), freeze_bottom=.2, interval=0,
     ),

@@ -309,6 +309,7 @@ def strata_of(
         out |= {u.name: (tower, u.role, (u.depth - low)*bands//deep) for u in us}
     return out
 
+# %% ../../nbs/01_core/06_policy.ipynb #c41f7b02
 def _places(units, values):
     "How far up each unit of known value stands among `units`, counted in parameters; unknown ones take the lowest room"
     room, above, out = sum(u.n_params for u in units), 0, {}
@@ -322,8 +323,8 @@ def standing(
     values,    # unit name → value; those that are not there are unknown
     bands:int  # of the depth of each tower, at least 1
 )->dict:       # unit name → 0–1, those that have a value
-    """How far up a unit stands among its kind, near 1 the best, near 0 the worst; what stands beside the towers, such as a
-    projector, has no peers and is compared with all"""
+    """How far up a unit stands among its kind, near 1 the best, near 0 the worst; what stands beside the towers, such
+    as a projector, has no peers and is compared with all"""
     kinds, place, out = {}, strata_of(units, bands), {}
     for u in units: kinds.setdefault(place[u.name], []).append(u)
     for us in kinds.values(): out |= _places(us, values)
