@@ -10,7 +10,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WAIT    := $(if $(strip $(foreach k,OMP_WAIT_POLICY GOMP_SPINCOUNT KMP_BLOCKTIME,$(filter-out undefined,$(origin $(k))))),,GOMP_SPINCOUNT=10000)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser gpu bench-kernel bench-live bench-efficiency bench-long evidence mutants export lab docs lock matrix wheel clean
+.PHONY: help setup demo test test-all browser gpu bench-kernel bench-live bench-efficiency bench-long evidence mutants export lab docs lock matrix wheel clean
 
 help:     ## what there is
 	@sed -n 's/^\([a-z][a-z-]*\):.*## */make \1 · /p' $(MAKEFILE_LIST)
@@ -31,11 +31,14 @@ $(READY): requirements.lock requirements-models.txt settings.ini pyproject.toml 
 demo: $(READY) ## fine-tune a real model, write a report; MODEL= DATA= BUDGET= STEPS= SEED= OUT=
 	@$(BIN)/alf finetune --out '$(OUT)' $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(if $(BUDGET),--budget '$(BUDGET)') $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)')
 
-test: $(READY) ## everything CI checks: generated files in step, notebooks, pytest
+test: $(READY) ## what CI checks: generated files in step, notebooks, pytest without what is slow
 	@$(BIN)/python tools/check.py
 	@$(BIN)/python tools/readme.py --check
 	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tools/notebooks.py
-	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(ALL),,-m 'not slow')
+
+test-all: ## the slow tests too: kills of the demo, every method of a comparison, an old ipywidgets, packages
+	@$(MAKE) test ALL=1
 
 browser: $(READY) ## the widgets in a real JupyterLab, driven by key and mouse; needs Chromium or Chrome; pictures in build/screenshots
 	@$(OFFLINE) $(BIN)/python -m pytest -o addopts= -q -rs tests/browser tests/test_ipywidgets7.py

@@ -38,6 +38,7 @@ def small_task():
 def task(): return small_task()
 
 
+@pytest.mark.slow
 def test_every_method_trains_on_the_same_batches(task, tmp_path):
     rates = {m: (1e-3,) for m in METHODS}
     task = Task(demo_model(blocks=8), task.train, task.held, task.other, 'demo', 'ring', batch_size=4, bf16=False)

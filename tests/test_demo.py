@@ -7,7 +7,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-pytestmark = pytest.mark.slow
 SHORT = dict(steps=4, length=32, batch_size=2, eval_blocks=4, interval=2)
 FIGURES = (
     'domain_loss_before',
@@ -61,6 +60,7 @@ def test_the_command_fine_tunes_a_real_model(by_command):
     assert 'loss' in res.stderr and '4/4' in res.stderr        # the progress bar
 
 
+@pytest.mark.slow
 def test_a_script_that_is_killed_and_a_notebook_that_goes_on_give_the_same(by_command, tmp_path):
     "Killed behind the checkpoint of step 2, in which a selection is new"
     kill = (
@@ -78,6 +78,7 @@ def test_a_script_that_is_killed_and_a_notebook_that_goes_on_give_the_same(by_co
     assert figures(tmp_path/'run') == figures(by_command[0])
 
 
+@pytest.mark.slow
 def test_the_delta_makes_the_tuned_model(by_command):
     from alf_nb.model.delta import apply_delta
     from alf_nb.sources.models import load_model

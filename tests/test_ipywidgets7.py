@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
 TESTS = sorted(str(p.relative_to(root)) for p in (root/"tests").glob("test_widgets_*.py"))
 
 

@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/"benchmarks"))
 from bench_long import long_run  # noqa: E402
 
@@ -21,12 +23,14 @@ def check(rows, row, steps):
     assert b < 1.15*a  # a late selection writes no more than an early one
 
 
+@pytest.mark.slow
 def test_nothing_grows_without_views(tmp_path):
     rows, row = long_run(tmp_path, 60, views=False, places=8)
     check(rows, row, 60)
     assert row["objects_per_selection"] < .5  # none per selection: one would give 1.0
 
 
+@pytest.mark.slow
 def test_only_events_grow_with_views(tmp_path):
     rows, row = long_run(tmp_path, 60, places=8)
     check(rows, row, 60)

@@ -8,7 +8,6 @@ import pytest
 from packaging.requirements import Requirement
 
 root = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.slow
 # what notebooks, tests and development need, and a training script must not; `IPython` comes along with ipywidgets, so
 # only modules without widgets do without it
 TOOLS = [
@@ -118,6 +117,7 @@ def test_metadata(wheel):
     assert 'Tag: py3-none-any' in inside['WHEEL']
 
 
+@pytest.mark.slow
 def test_building_again_gives_the_same_bytes(wheel, tmp_path):
     again = build(tmp_path, 'elsewhere', 0o077, LC_ALL='C', LANG='C', TZ='Asia/Tokyo', PYTHONHASHSEED='7')
     assert content(again) == content(wheel)
@@ -184,15 +184,18 @@ def module_names(keep):
     return [n for n in names if keep(n)]
 
 
+@pytest.mark.slow
 def test_the_block_works(installed):
     assert "No module named 'nbdev'" in run_installed(installed, ['nbdev'], TOOLS).stderr
 
 
+@pytest.mark.slow
 def test_every_module_works_without_notebook_tools(installed):
     res = run_installed(installed, module_names(lambda n: True), TOOLS)
     assert not res.returncode, res.stderr
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_fine_tunes_from_a_script(installed, tmp_path):
     "A training script on the tiny model, with neither notebook tools nor a shell; all modules but widgets are there"
     (tmp_path / 'text.txt').write_text(
