@@ -286,7 +286,7 @@ def test_a_loop_and_its_report(tmp_path, recwarn):
     assert not [w for w in recwarn if "requires_grad" in str(w.message)]
     assert summarize(tmp_path)["signal"] is None, "LISA draws by chance, and does not choose by gain"
     with pytest.raises(ValueError, match="a batch is a tuple, not keyword arguments"):
-        ALFLoop(model, opt, [(rows[0]["input_ids"],)]*2, 2, probe_batches=2)
+        ALFLoop(model, opt, [(rows[0]["input_ids"],)]*2, 2, preset="probe", probe_batches=2)
 
 
 def test_comparisons_that_cannot_be_made(tmp_path):

@@ -276,9 +276,17 @@ def test_same_seed_same_run_and_other_seed_other_run(tmp_path):
     assert names("a") == names("b") != names("c")
 
 
-@pytest.mark.parametrize("references", ["device", "none"])
-def test_ordinary_steps_cost_no_tensor_operation(tmp_path, references):
-    "So nothing waits for a device either: only steps that measure or select touch a tensor"
+@pytest.mark.parametrize(
+    "settings, metered",
+    [
+        (dict(preset="probe", interval=8, references="device"), set()),
+        (dict(preset="probe", interval=8), set()),
+        (dict(interval=0, warm_up=2), {1, 2}),
+    ],
+    ids=["device", "none", "meter"],
+)
+def test_ordinary_steps_cost_no_tensor_operation(tmp_path, settings, metered):
+    "So nothing waits for a device either: only steps that measure, meter or select touch a tensor"
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -297,10 +305,10 @@ def test_ordinary_steps_cost_no_tensor_operation(tmp_path, references):
             step = state.global_step + (_event != "on_step_end")
             self.touched[step] = self.touched.get(step, 0) + Count.n - before
         setattr(Counted, event, counted)
-    alf = Counted(budget=.25, interval=8, measure_every=4, references=references)
+    alf = Counted(budget=.25, measure_every=4, **settings)
     alf.touched = {}
     run(tmp_path, alf, steps=14)
-    assert {s for s, n in alf.touched.items() if n} == {4, 8, 12, 14}
+    assert {s for s, n in alf.touched.items() if n} == {4, 8, 12, 14} | metered
 
 
 @pytest.mark.parametrize("start", ["rotate", "warm-up"])
