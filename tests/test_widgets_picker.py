@@ -630,7 +630,8 @@ def test_a_run_that_has_not_measured_yet(picker, tmp_path):
     log = RunLog(tmp_path)
     log.write('eval', step=0, when='before', name='domain', loss=1.)
     p = picker(log)
-    assert p.selection is None and 'Waiting for the run' in p.empty.value and p.grid.layout.display == 'none' and not p.error.value
+    assert p.selection is None and 'Waiting for the run' in p.empty.value
+    assert p.grid.layout.display == 'none' and not p.error.value
     log.write(
         'run_begin',
         step=0,
@@ -665,7 +666,7 @@ def test_the_still_picture_holds_the_same(picker):
     # what a careful viewer leaves
     bare = re.sub(r'<style>.*?</style>|<svg.*?</svg>| style="[^"]*"| class="[^"]*"', '', html, flags=re.S)
     assert f'{len(p.selection)} <small>of 210' in bare and 'block.29' in bare and f'{len(p.selection)} units' in bare
-    assert len(re.findall(r'<b>[.1]', bare)) == len(p.selection) > 30      # what would train is bold
+    assert len(re.findall(r'<b>1?\.', bare)) == len(p.selection) > 30      # what would train is bold
     assert repr(p).startswith('ThresholdPicker: importance ≥ 0.5, ')
 
 

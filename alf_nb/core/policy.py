@@ -295,6 +295,7 @@ def sticky(
     "Scores in which current members count `1 + hysteresis` times; a negative score is moved up as far"
     return {n: v + hysteresis*abs(v) if n in current else v for n,v in values.items()}
 
+# %% ../../nbs/01_core/06_policy.ipynb #ac23b1a4
 def standing(
     units,     # `UnitInfo` of the candidates
     values,    # unit name → value; those that are not there are unknown
@@ -325,6 +326,7 @@ def ranked(
     if strata: values = standing(candidates.units, values, strata)
     return best_first(first, values), values
 
+# %% ../../nbs/01_core/06_policy.ipynb #a5606c47
 @patch
 def importance(self:Candidates,
     strata:int=STRATA,     # bands of the depth in which a role is a kind; 0: all are of one kind

@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/07_report/grid.html.md"""
 # %% auto #0
 __all__ = ['UnitGrid', 'Told', 'Cell', 'number_text', 'tell', 'cell_classes', 'grid_legend']
 
-# %% ../../nbs/07_report/06_grid.ipynb #ee6c2268
+# %% ../../nbs/07_report/06_grid.ipynb #5bb89752
 from typing import NamedTuple
 from fastcore.basics import patch
 from ..core.foreign import escape
@@ -15,7 +15,7 @@ from ..core.records import by_layer, mean_over_parameters
 from .html import key_list, legend_key, tag
 from .maps import names_px
 
-# %% ../../nbs/07_report/06_grid.ipynb #2cdc6799
+# %% ../../nbs/07_report/06_grid.ipynb #19e37941
 class UnitGrid:
     "Units by layer and role; cells are counted row by row."
     def __init__(self,
@@ -37,7 +37,7 @@ def at(self:UnitGrid,
     columns = range(len(self.columns)) if column < 0 else [column]
     return [u for r in rows for c in columns for u in self.cells[r*len(self.columns) + c]]
 
-# %% ../../nbs/07_report/06_grid.ipynb #179b0fb8
+# %% ../../nbs/07_report/06_grid.ipynb #afd573ba
 class Told(NamedTuple):
     "What is to be told of units."
     value:dict={}      # unit name → number, or None
@@ -66,6 +66,7 @@ def _rule(names, told):
     if names <= told.pin: return 'pin'
     return 'ban' if names <= told.ban else ''
 
+# %% ../../nbs/07_report/06_grid.ipynb #70cc3890
 def tell(
     units,     # `UnitInfo`s of a cell
     told:Told
@@ -78,14 +79,14 @@ def tell(
     text = number_text(value) if value is not None else rule or '–'
     return Cell(shade, text, 2 if n == len(names) else min(n, 1), rule, bool(names & told.now))
 
-# %% ../../nbs/07_report/06_grid.ipynb #9bd4afb9
+# %% ../../nbs/07_report/06_grid.ipynb #2dace277
 def cell_classes(
     c:Cell # None: there is no unit
 )->str:
     "Classes of a cell in the style sheet"
     if c is None: return 'none'
-    names = ('', 'some', 'on')[c.on], c.rule, 'now' if c.now else '', 'hi' if (c.shade or 0) > .62 else ''
-    return ' '.join(filter(None, names))
+    marks = dict(now=c.now, hi=(c.shade or 0) > .62)
+    return ' '.join(filter(None, (('', 'some', 'on')[c.on], c.rule, *(k for k, on in marks.items() if on))))
 
 def _td(c):
     if c is None: return '<td class="none"></td>'
@@ -93,6 +94,7 @@ def _td(c):
     words = escape(c.text) if not c.rule or c.text == c.rule else f'{escape(c.text)} {c.rule}'
     return tag('td', tag('b', words) if c.on == 2 else words, cls=cell_classes(c) or None, style=style)
 
+# %% ../../nbs/07_report/06_grid.ipynb #7c0fe4bf
 @patch
 def table(self:UnitGrid,
     told:Told,
@@ -100,16 +102,18 @@ def table(self:UnitGrid,
 )->str:
     "The grid as a table"
     n = len(self.columns)
-    head = tag('tr', tag('th', '', scope='col'), *(tag('th', escape(c), scope='col') for c in self.columns))
+    names = (tag('th', escape(c).replace('_', '_<wbr>'), scope='col') for c in self.columns)
+    head = tag('tr', tag('th', '', scope='col'), *names)
     def tr(i, row):
         cells = (_td(tell(us, told)) for us in self.cells[i*n:(i+1)*n])
         return tag('tr', tag('th', escape(row), scope='row'), *cells)
     body = tag('tbody', *(tr(i, row) for i, row in enumerate(self.rows)))
     parts = tag('caption', escape(caption)), tag('thead', head), body
-    return tag('div', tag('table', *parts, cls='alf-grid', style=f'--n:{n};--left:{names_px(self.rows)}px'), cls='alf-gridbox', tabindex=0, role='region',
-               aria_label=caption)
+    style = f'--n:{n};--left:{names_px(self.rows)}px'
+    inside = tag('table', *parts, cls='alf-grid', style=style)
+    return tag('div', inside, cls='alf-gridbox', tabindex=0, role='region', aria_label=caption)
 
-# %% ../../nbs/07_report/06_grid.ipynb #beb78f0e
+# %% ../../nbs/07_report/06_grid.ipynb #2491b265
 def grid_legend(
     what:str,        # the number in a cell, text
     trains:str=''    # what a bar below a cell means, text; empty: there is none

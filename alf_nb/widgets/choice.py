@@ -79,6 +79,7 @@ def _stand(c, policy):
     except ValueError: return {}
     return dict(importance=policy_importance(policy, b), pinned=frozenset(u.name for u in b.pinned), banned=banned)
 
+# %% ../../nbs/08_widgets/03_choice.ipynb #eaf8be09
 def choose(
     c:Context,       # None: nothing is known
     wish:Policy=None # None: the policy as it stands
@@ -103,8 +104,8 @@ def linked(
         if isinstance(p, ThresholdPolicy):
             return dict(threshold=p.threshold, budget=budget_for_threshold(*seen, p.threshold, p, c.current))
         if isinstance(p, BudgetPolicy):
-            known = c.scores.known
-            return dict(budget=p.budget, threshold=threshold_for_budget(*seen, p.budget, p, c.current) if known else None)
+            tau = threshold_for_budget(*seen, p.budget, p, c.current) if c.scores.known else None
+            return dict(budget=p.budget, threshold=tau)
     except ValueError: return {k: getattr(p, k) for k in ('threshold', 'budget') if hasattr(p, k)}
     return dict(budget=getattr(p, 'budget', None) or share)
 
@@ -125,11 +126,13 @@ def _pattern(patterns, name, units): return next(p for p in patterns if name in 
 def _by_policy(choice, name):
     "Why the policy takes a candidate, or does not"
     p, v, on = choice.policy, choice.importance.get(name), bool(choice.selection and name in choice.selection)
-    if isinstance(p, ThresholdPolicy) and v is not None: return f"importance {v:.3f} {'≥' if on else '<'} {p.threshold:g}"
+    if isinstance(p, ThresholdPolicy) and v is not None:
+        return f"importance {v:.3f} {'≥' if on else '<'} {p.threshold:g}"
     if v is None and p.needs_scores: return 'unknown: taken to look at it' if on else 'its score is unknown'
     if isinstance(p, BudgetPolicy): return 'within the budget' if on else 'the budget goes to others'
     return f"{'chosen' if on else 'not chosen'} by {p.name}"
 
+# %% ../../nbs/08_widgets/03_choice.ipynb #1f13f0b9
 def decided_by(
     c:Context,
     choice:Choice, # made from it
@@ -142,6 +145,7 @@ def decided_by(
     if not u.eligible: return f"{u.kind}s train only when pinned"
     return _by_policy(choice, u.name)
 
+# %% ../../nbs/08_widgets/03_choice.ipynb #8b9f8b9f
 def unit_facts(
     c:Context,
     choice:Choice, # made from it
@@ -178,7 +182,7 @@ def _state_tile(state, c, selection):
     n, per = sum(u.n_params for u in _would_train(c, selection)), state.bytes_per_param
     if per: return tile('training state', human_bytes(n*per), f'{per:.3g} B per weight, measured; {_BESIDE}')
     kept = 4 if state.config.get('references') == 'device' else 0
-    why = 'AdamW fp32: 4 B gradient, 8 optimizer' + f', {kept} reference'*bool(kept) + f'; {_BESIDE}'
+    why = f'{ADAMW_BYTES + kept} B per weight, AdamW; {_BESIDE}'
     return tile('training state', human_bytes(n*(ADAMW_BYTES+kept)), why)
 
 def _time_tile(state, c, selection):

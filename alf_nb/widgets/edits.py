@@ -7,14 +7,15 @@ Docs: https://example.github.io/alf_nb/08_widgets/edits.html.md"""
 # %% auto #0
 __all__ = ['NEXT', 'FORMS', 'patterns_for', 'rules_of', 'rule_of', 'with_rule', 'History', 'short_form', 'as_text']
 
-# %% ../../nbs/08_widgets/03_edits.ipynb #2bef206a
+# %% ../../nbs/08_widgets/03_edits.ipynb #9d442f62
 import json, shlex
 from dataclasses import fields, replace
+from fastcore.basics import patch
 from ..core.config import ALFConfig
 from ..core.policies import BudgetPolicy
 from ..core.policy import Policy, match_units
 
-# %% ../../nbs/08_widgets/03_edits.ipynb #8acce5fe
+# %% ../../nbs/08_widgets/03_edits.ipynb #6ba26a27
 def _meanings(units):
     "Pattern → names it means: layers, what lies below a name, and the same end of all names"
     layers, below, ends = {}, {}, {}
@@ -33,6 +34,7 @@ def _fewest(left, found, wanted):
         yield best
         left = left - found[best]
 
+# %% ../../nbs/08_widgets/03_edits.ipynb #b8f4882e
 def patterns_for(
     names,    # of units
     units,    # `UnitInfo` of every unit of the model
@@ -47,7 +49,7 @@ def patterns_for(
     plain = all(set(match_units(p, units)) == found[p] for p in out)
     return tuple(out if plain else sorted(wanted, key=place.get))
 
-# %% ../../nbs/08_widgets/03_edits.ipynb #29cd8d6a
+# %% ../../nbs/08_widgets/03_edits.ipynb #6b69af50
 NEXT = dict(free='pin', pin='ban', ban='free')
 
 def rules_of(
@@ -66,6 +68,7 @@ def rule_of(
     if names and set(names) <= set(pin): return 'pin'
     return 'ban' if names and set(names) <= set(ban) else 'free'
 
+# %% ../../nbs/08_widgets/03_edits.ipynb #317b722d
 def with_rule(
     policy,  # `Policy`
     units,   # `UnitInfo` of every unit
@@ -86,7 +89,7 @@ def with_rule(
     was = rules_of(policy, units)
     return replace(policy, pin=kept(pin, policy.pin, was[0]), ban=kept(ban, policy.ban, was[1], idle))
 
-# %% ../../nbs/08_widgets/03_edits.ipynb #b5f16fde
+# %% ../../nbs/08_widgets/03_edits.ipynb #9a03a806
 class History:
     "Policies in the order in which they were wished for; one of them is the wish now."
     def __init__(self):
@@ -100,35 +103,39 @@ class History:
         "Is the wish another one than what the run took last?"
         return bool(self.past) and self.at != self.n_logged - 1
 
-    def log(self,
-        policies # all that the run was asked for so far, the first at its beginning
-    ):
-        "Take in what is new of them"
-        for p in policies[self.n_logged:]:
-            if self.past[self.n_logged:self.n_logged+1] != [p]:
-                self.past.insert(self.n_logged, p)
-                if len(self.past) > 1 and self.at >= self.n_logged - 1: self.at += 1
-            self.n_logged += 1
+# %% ../../nbs/08_widgets/03_edits.ipynb #ee080c55
+@patch
+def log(self:History,
+    policies # all that the run was asked for so far, the first at its beginning
+):
+    "Take in what is new of them"
+    for p in policies[self.n_logged:]:
+        if self.past[self.n_logged:self.n_logged+1] != [p]:
+            self.past.insert(self.n_logged, p)
+            if len(self.past) > 1 and self.at >= self.n_logged - 1: self.at += 1
+        self.n_logged += 1
 
-    def wish(self,
-        policy,        # `Policy`
-        instead=False  # of the last wish, which was a moment ago
-    ):
-        "Wish for another policy; what was undone is forgotten"
-        if policy == self.now: return
-        keep = self.at if instead and self.own and self.at >= self.n_logged else self.at + 1
-        self.past = [*self.past[:max(keep, self.n_logged)], policy]
-        self.at = len(self.past) - 1
+@patch
+def wish(self:History,
+    policy,        # `Policy`
+    instead=False  # of the last wish, which was a moment ago
+):
+    "Wish for another policy; what was undone is forgotten"
+    if policy == self.now: return
+    keep = self.at if instead and self.own and self.at >= self.n_logged else self.at + 1
+    self.past = [*self.past[:max(keep, self.n_logged)], policy]
+    self.at = len(self.past) - 1
 
-    def move(self,
-        by:int # -1: undo, 1: redo
-    )->bool:   # was there anything?
-        "Go back or forth"
-        if not 0 <= self.at + by < len(self.past): return False
-        self.at += by
-        return True
+@patch
+def move(self:History,
+    by:int # -1: undo, 1: redo
+)->bool:   # was there anything?
+    "Go back or forth"
+    if not 0 <= self.at + by < len(self.past): return False
+    self.at += by
+    return True
 
-# %% ../../nbs/08_widgets/03_edits.ipynb #c28f9069
+# %% ../../nbs/08_widgets/03_edits.ipynb #df7189b1
 def short_form(
     policy, # `Policy`
     unit:str='matrix' # of the run
@@ -144,6 +151,7 @@ def short_form(
 
 _OPTIONS = 'budget', 'threshold', 'policy', 'pin', 'ban', 'unit', 'seed'      # of the command line
 
+# %% ../../nbs/08_widgets/03_edits.ipynb #bb23f35e
 def _command(short):
     policy = short.get('policy', {})
     if policy: short = {k: v for k, v in short.items() if k != 'policy'} | {'policy': policy['policy']} | policy

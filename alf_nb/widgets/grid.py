@@ -7,114 +7,130 @@ Docs: https://example.github.io/alf_nb/08_widgets/grid.html.md"""
 # %% auto #0
 __all__ = ['GridWidget']
 
-# %% ../../nbs/08_widgets/04_grid.ipynb #25d81e0f
+# %% ../../nbs/08_widgets/04_grid.ipynb #15c2ac03
 from .. import require_versions
 require_versions('anywidget')
 
-# %% ../../nbs/08_widgets/04_grid.ipynb #24721e91
+# %% ../../nbs/08_widgets/04_grid.ipynb #38d39ff5
 import anywidget
 from fastcore.basics import patch
 from traitlets import Dict, List, Unicode
 from ..report.grid import Told, UnitGrid, cell_classes, tell
 from ..report.maps import names_px
 
-# %% ../../nbs/08_widgets/04_grid.ipynb #7c5c66d2
-_BUILD = """
+# %% ../../nbs/08_widgets/04_grid.ipynb #183dbd44
+_MAKE = """
 function button(row, column, text) {
   const b = document.createElement('button');
-  b.type = 'button'; b.tabIndex = -1; b.textContent = text;
+  b.type = 'button'; b.tabIndex = -1; b.title = text;
+  b.textContent = text.replaceAll('_', '_\u200b');      // where a long name may break
   b.dataset.row = row; b.dataset.column = column;
   return b;
 }
+function add(tr, at, shape, row, column) {
+  const head = row < 0 || column < 0, td = tr.appendChild(document.createElement(head ? 'th' : 'td'));
+  td.setAttribute('role', row < 0 ? 'columnheader' : head ? 'rowheader' : 'gridcell');
+  if (!head && shape.empty.includes(row*shape.columns.length + column)) { td.className = 'none'; return; }
+  const text = row < 0 ? (column < 0 ? 'all' : shape.columns[column]) : column < 0 ? shape.rows[row] : '';
+  at.set(row + ',' + column, td.appendChild(button(row, column, text)));
+}
+"""
+
+# %% ../../nbs/08_widgets/04_grid.ipynb #c430f568
+_BUILD = """
 function build(table, at, shape) {
   at.clear(); table.replaceChildren();
   table.style.setProperty('--n', shape.columns.length); table.style.setProperty('--left', shape.left + 'px');
   const body = document.createElement('tbody'), head = table.createTHead();
-  const add = (tr, tag, role, row, column, text) => {
-    const td = tr.appendChild(document.createElement(tag));
-    td.setAttribute('role', role);
-    if (row >= 0 && column >= 0 && shape.empty.includes(row*shape.columns.length + column)) {
-      td.className = 'none'; return;
-    }
-    const b = td.appendChild(button(row, column, text));
-    b.title = b.textContent; at.set(row + ',' + column, b);
-  };
   for (let r = -1; r < shape.rows.length; r++) {
     const tr = (r < 0 ? head : body).appendChild(document.createElement('tr'));
     tr.setAttribute('role', 'row');
-    add(tr, 'th', r < 0 ? 'columnheader' : 'rowheader', r, -1, r < 0 ? 'all' : shape.rows[r]);
-    shape.columns.forEach((name, c) => r < 0 ? add(tr, 'th', 'columnheader', r, c, name) : add(tr, 'td', 'gridcell', r, c, ''));
+    for (let c = -1; c < shape.columns.length; c++) add(tr, at, shape, r, c);
   }
   table.appendChild(body);
 }
 """
 
-# %% ../../nbs/08_widgets/04_grid.ipynb #043834b5
-_PAINT = """
+# %% ../../nbs/08_widgets/04_grid.ipynb #1518938d
+_SAY = """
 const SAID = {pin: 'pinned', ban: 'banned'};
+function say(name, text, has, model) {
+  const rule = has.find(k => k in SAID), number = text === '–' || text in SAID ? 'unknown' : text;
+  const trains = has.includes('on') ? 'would train' : has.includes('some') ? 'some would train' : 'stays frozen';
+  const now = has.includes('now') ? model.get('trains') : '';
+  return name + ': ' + [model.get('what') + ' ' + number, SAID[rule], trains, now].filter(Boolean).join(', ');
+}
+"""
+
+# %% ../../nbs/08_widgets/04_grid.ipynb #d6856415
+_PAINT = """
 function paint(at, model) {
-  const shape = model.get('shape'), what = model.get('what'), n = shape.columns.length;
-  model.get('cells').forEach((cell, i) => {
-    const b = at.get(Math.floor(i/n) + ',' + i%n);
-    if (!b || !cell.length) return;
-    const [shade, text, classes] = cell, has = classes.split(' ');
-    const rule = has.find(k => k in SAID), on = has.includes('on');
-    b.textContent = text;
-    b.parentElement.className = classes;
-    if (shade === null) b.parentElement.style.removeProperty('--v');
-    else b.parentElement.style.setProperty('--v', shade/100);
-    b.setAttribute('aria-pressed', on ? 'true' : has.includes('some') ? 'mixed' : 'false');
-    const trains = on ? 'would train' : has.includes('some') ? 'some would train' : 'stays frozen';
-    const said = [what + ' ' + (text === '–' || text in SAID ? 'unknown' : text), SAID[rule], trains,
-                  has.includes('now') ? model.get('trains') : ''].filter(Boolean);
-    b.setAttribute('aria-label', shape.rows[Math.floor(i/n)] + ' ' + shape.columns[i%n] + ': ' + said.join(', '));
-    b.title = b.getAttribute('aria-label');
-  });
+  const shape = model.get('shape'), cells = model.get('cells'), n = shape.columns.length;
   for (const [key, b] of at) {
     const [r, c] = key.split(',').map(Number);
-    if (r >= 0 && c >= 0) continue;
-    const whose = r < 0 && c < 0 ? 'all units' : r < 0 ? 'column ' + shape.columns[c] : 'row ' + shape.rows[r];
-    b.setAttribute('aria-label', whose + ': pin, ban or free');
+    if (r < 0 || c < 0) {
+      const whose = r < 0 && c < 0 ? 'all units' : r < 0 ? 'column ' + shape.columns[c] : 'row ' + shape.rows[r];
+      b.setAttribute('aria-label', whose + ': pin, ban or free');
+      continue;
+    }
+    if (!cells[r*n + c]?.length) continue;
+    const [shade, text, classes] = cells[r*n + c], has = classes.split(' ');
+    b.textContent = text;
+    b.parentElement.className = classes;
+    if (shade === null) b.parentElement.removeAttribute('style');
+    else b.parentElement.style.setProperty('--v', shade/100);
+    b.setAttribute('aria-pressed', has.includes('on') ? 'true' : has.includes('some') ? 'mixed' : 'false');
+    b.title = say(shape.rows[r] + ' ' + shape.columns[c], text, has, model);
+    b.setAttribute('aria-label', b.title);
   }
 }
 """
 
-# %% ../../nbs/08_widgets/04_grid.ipynb #0a8c6e29
-_HEAR = """
+# %% ../../nbs/08_widgets/04_grid.ipynb #026b3faf
+_MOVE = """
 const KEYS = {p: 'pin', b: 'ban', f: 'free', Delete: 'free', Backspace: 'free'};
 function moved(key, r, c, rows, columns) {
   const to = {ArrowUp: [r - 1, c], ArrowDown: [r + 1, c], ArrowLeft: [r, c - 1], ArrowRight: [r, c + 1],
               Home: [r, -1], End: [r, columns - 1], PageUp: [r - 10, c], PageDown: [r + 10, c]}[key];
   return to && [Math.max(-1, Math.min(rows - 1, to[0])), Math.max(-1, Math.min(columns - 1, to[1]))];
 }
+function next(key, place, at, shape) {
+  let to = moved(key, ...place, shape.rows.length, shape.columns.length);
+  while (to && !at.get(to.join())) {            // over what is empty
+    const on = moved(key, ...to, shape.rows.length, shape.columns.length);
+    to = on && on.join() !== to.join() ? on : null;
+  }
+  return to && at.get(to.join());
+}
+"""
+
+# %% ../../nbs/08_widgets/04_grid.ipynb #b44928ee
+_HEAR = """
 function hear(table, at, model) {
   const place = b => [Number(b.dataset.row), Number(b.dataset.column)];
   const tell = (b, rule) => model.send({row: place(b)[0], column: place(b)[1], rule});
-  const rove = b => {
+  const on = (kind, f) => table.addEventListener(kind, e => {
+    const b = e.target.closest('button');
+    if (b) f(b, e);
+  });
+  on('click', b => tell(b, 'next'));
+  on('focusin', b => {
     for (const o of at.values()) o.tabIndex = -1;
     b.tabIndex = 0;
-  };
-  table.addEventListener('click', e => { const b = e.target.closest('button'); if (b) tell(b, 'next'); });
-  table.addEventListener('focusin', e => { const b = e.target.closest('button'); if (b) { rove(b); tell(b, 'look'); } });
-  table.addEventListener('keydown', e => {
-    const b = e.target.closest('button');
-    if (!b || e.ctrlKey || e.metaKey || e.altKey) return;
+    tell(b, 'look');
+  });
+  on('keydown', (b, e) => {
+    if (e.ctrlKey || e.metaKey || e.altKey) return;
     if (e.key !== 'Tab') e.stopPropagation();
-    if (e.key in KEYS) { e.preventDefault(); return tell(b, KEYS[e.key]); }
-    const shape = model.get('shape');
-    let [r, c] = place(b), to = moved(e.key, r, c, shape.rows.length, shape.columns.length);
-    if (!to) return;
+    const to = next(e.key, place(b), at, model.get('shape'));
+    if (!to && !(e.key in KEYS)) return;
     e.preventDefault();
-    while (to && !at.get(to.join())) {          // over what is empty
-      const next = moved(e.key, ...to, shape.rows.length, shape.columns.length);
-      to = next && next.join() !== to.join() ? next : null;
-    }
-    if (to) at.get(to.join()).focus();
+    if (to) to.focus(); else tell(b, KEYS[e.key]);
   });
 }
 """
 
-# %% ../../nbs/08_widgets/04_grid.ipynb #59fcfdeb
+# %% ../../nbs/08_widgets/04_grid.ipynb #9fb209e3
 _RENDER = """
 export default { render({model, el}) {
   const box = document.createElement('div'), table = box.appendChild(document.createElement('table')), at = new Map();
@@ -138,10 +154,10 @@ export default { render({model, el}) {
 } };
 """
 
-# %% ../../nbs/08_widgets/04_grid.ipynb #0a6ce132
+# %% ../../nbs/08_widgets/04_grid.ipynb #d7506a98
 class GridWidget(anywidget.AnyWidget):
     "A grid of units that tells what was clicked."
-    _esm = _BUILD + _PAINT + _HEAR + _RENDER
+    _esm = _MAKE + _BUILD + _SAY + _PAINT + _MOVE + _HEAR + _RENDER
     # names of rows and columns, cells without a unit, and px of the longest name of a row
     shape = Dict(dict(rows=[], columns=[], empty=[], left=48)).tag(sync=True)
     cells = List().tag(sync=True)      # for each cell: shade 0–100 or None, text, classes; nothing without a unit
@@ -159,8 +175,10 @@ def _hear(widget, content, buffers):
     row, column, rule = (content.get(k) for k in ('row', 'column', 'rule'))
     widget.heard = dict(row=row, column=column, rule=rule, n=widget.heard.get('n', 0) + 1)
 
-# %% ../../nbs/08_widgets/04_grid.ipynb #ba282ce2
-def _wire(c): return [] if c is None else [None if c.shade is None else round(100*c.shade), c.text, cell_classes(c)]
+# %% ../../nbs/08_widgets/04_grid.ipynb #0df98eea
+def _wire(c):
+    if c is None: return []
+    return [None if c.shade is None else round(100*c.shade), c.text, cell_classes(c)]
 
 @patch
 def show(self:GridWidget,

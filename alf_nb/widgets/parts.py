@@ -13,6 +13,7 @@ require_versions('ipywidgets')
 
 # %% ../../nbs/08_widgets/01_parts.ipynb #de93e5bb
 import ipywidgets as W
+from fastcore.basics import patch
 
 # %% ../../nbs/08_widgets/01_parts.ipynb #80040402
 def put(
@@ -96,10 +97,12 @@ class Pair:
         put(self.number, value=round(v, self.digits + 1))
         if round(self.slider.value, self.digits) != round(v, self.digits): put(self.slider, value=round(v, self.digits))
 
-    def connect(self,
-        on,   # of a view
-        moved # called with the value that the user gave, and what it may echo
-    ):
-        "Hand on what the user does"
-        on(self.number, lambda c: moved(c['new']/self.scale))
-        on(self.slider, lambda c: moved(round(c['new']/self.scale, 6), round(c['new'], self.digits)))
+# %% ../../nbs/08_widgets/01_parts.ipynb #dea4b745
+@patch
+def connect(self:Pair,
+    on,   # of a view
+    moved # called with the value that the user gave, and what it may echo
+):
+    "Hand on what the user does"
+    on(self.number, lambda c: moved(c['new']/self.scale))
+    on(self.slider, lambda c: moved(round(c['new']/self.scale, 6), round(c['new'], self.digits)))

@@ -47,7 +47,7 @@ def _check(source, scores, units, policy, threshold, budget):
 
 # %% ../../nbs/08_widgets/04_picker.ipynb #30d1619a
 class ThresholdPicker(View):
-    "Choose by slider, and on a grid of layers and roles, which units train."
+    "Choose by slider and on a grid which units train."
     threshold = Float(.75, min=0., max=1., help="least importance that trains")
     budget = Float(.25, min=0., max=1., help="fraction of the parameters that may train")
     by = Enum((None, 'threshold', 'budget', 'units'), None, allow_none=True, help="what was chosen last")
@@ -56,16 +56,15 @@ class ThresholdPicker(View):
     def __init__(self,
         source=None,    # a run in the background, a `RunLog`, or the folder of a run
         *,
-        scores=None,    # without a run: `Scores` to choose by
-        units=None,     # and all `UnitInfo`, or `Layers`
-        policy=None,    # `Policy` or its dict; default: the run's, or what `ALFCallback` takes for these units
+        scores=None,    # or `Scores` to choose by
+        units=None,     # with all `UnitInfo`, or `Layers`
+        policy=None,    # `Policy` or its dict; default: the run's, or `ALFCallback`'s
         threshold:float=None, # to begin with, 0–1
         budget:float=None     # or this
     ):
         self._own = _check(source, scores, units, policy, threshold, budget)
         super().__init__(source)
-        units = tuple(getattr(units, 'units', units) or ())
-        self._given, self._unit = (scores, units), 'block' if any(u.kind == 'block' for u in units) else 'matrix'
+        self._given = scores, tuple(getattr(units, 'units', units) or ())
         _prepare(self, threshold, budget)
 
 # %% ../../nbs/08_widgets/04_picker.ipynb #af23bd7a
@@ -116,6 +115,7 @@ def _connect(p):
 # %% ../../nbs/08_widgets/04_picker.ipynb #6d2ab9ae
 def _prepare(p, threshold, budget):
     scores, units = p._given
+    p._unit = 'block' if any(u.kind == 'block' for u in units) else 'matrix'
     if scores is not None:
         pin, ban = (p._own.pin, p._own.ban) if p._own else ((), ())
         FullPolicy(pin=pin, ban=ban).select(scores, units)      # what does not fit together is said at once
@@ -131,6 +131,7 @@ def _prepare(p, threshold, budget):
     p.observe(linked_trait, ['threshold', 'budget'])
     p.open(p.tiles, p.controls, p.tools, p.legend, p.empty, p.grid, p.about, p.said, p.actions, p.copy)
 
+# %% ../../nbs/08_widgets/04_picker.ipynb #b150e8a5
 def _usual(p):
     "What `ALFCallback` would choose by"
     return ALFConfig.from_args(**({} if p._unit == 'matrix' else dict(unit='block'))).policy
@@ -173,6 +174,7 @@ def _refused(p, by, value):
         put(p.pairs[by].number, value=value*p.pairs[by].scale)      # the front end shows what was typed
         p.pairs[by].show(getattr(p, by))
 
+# %% ../../nbs/08_widgets/04_picker.ipynb #decec31a
 def _pick(p, by, value):
     "A slider was moved, or a trait was set"
     if not 0 <= value <= 1 or by == 'budget' and not value: return _refused(p, by, value)
@@ -212,6 +214,7 @@ def _clicked(p, gesture):
         _wished(p, 'units')
     p.refresh()
 
+# %% ../../nbs/08_widgets/04_picker.ipynb #a85a335e
 def _back(p, by):
     "Undo or redo"
     if not p._history.move(by): return
@@ -281,6 +284,7 @@ def _label(p, grid, what):
     share = f", {p.selection.share:.1%} of the parameters" if n else ''
     return f"{what} of {len(grid.units)} units by layer and role. {n} would train{share}"
 
+# %% ../../nbs/08_widgets/04_picker.ipynb #0eab07a2
 def _draw_grid(p):
     "The live grid, and the words around it"
     show(p.grid, p._context is not None)
@@ -308,6 +312,7 @@ def _about_one(p, u):
     if name := _bar_name(p): rows[name] = 'yes' if u.name in p._context.actual else 'no'
     return rows
 
+# %% ../../nbs/08_widgets/04_picker.ipynb #b5df5bfc
 def _about(p):
     "The units that were looked at"
     us = [u for u in p._context.units if u.name in set(p._look)] if p._context and p._look else []
