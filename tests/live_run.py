@@ -3,7 +3,7 @@ told to or on its own."""
 import json, math, random, threading, time
 
 import ipywidgets as W
-from alf_nb.core.policies import BudgetPolicy, ThresholdPolicy
+from alf_nb.core.policies import BudgetPolicy
 from alf_nb.core.records import Scores
 from alf_nb.core.runlog import RunLog
 from alf_nb.widgets.parts import all_widgets
@@ -154,9 +154,9 @@ class LiveRun:
         self._must_live()
         self._end, self.status = True, 'stopping'
         self._go.set()
-    def choose(self, threshold=None, budget=None, now=False):
+    def choose(self, policy, now=False):
         self._must_live()
-        self.pending = (ThresholdPolicy(threshold) if threshold is not None else BudgetPolicy(budget)), now
+        self.pending = policy, now
 
 
 class Sent:

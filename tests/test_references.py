@@ -97,7 +97,9 @@ def test_views_say_that_movement_is_not_measured(tmp_path):
     assert "descent are not measured" not in report_html(tmp_path/"plain")
     for name in ("odd", "plain"):
         p = ThresholdPicker(RunLog(tmp_path/name))
-        p.unit.value = state_of(tmp_path/name).selections[-1].names[0]
+        unit = next(u for u in p.grid.grid.units if u.name in state_of(tmp_path/name).selections[-1])
+        place = dict(row=p.grid.grid.rows.index(unit.layer), column=p.grid.grid.columns.index(unit.role))
+        p.grid._handle_custom_msg(dict(place, rule='look'), [])
         assert "<dt>rate</dt>" in p.about.value and ("not measured" in p.about.value) == (name == "odd")
 
 

@@ -348,7 +348,7 @@ def test_pictures_hold_what_the_widgets_show(live, view):
         'Training loss, averaged',
         'Training state in memory',
         'Share of the parameters that train',
-        'colour: importance of what trains',
+        'colour: score of what trains',
         'Since step 30',
     ):
         assert part in p, part

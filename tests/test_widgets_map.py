@@ -109,7 +109,7 @@ def test_a_policy_without_scores(tmp_path, view):
     log.write('run_end', step=20)
     m = view(tmp_path)
     assert '<img' in m.drawing.value and not m.error.value
-    m.colour.value = 'importance, frozen too'
+    m.colour.value = 'score, frozen too'
     assert not m.error.value
 
 

@@ -280,7 +280,7 @@ class ALFConfig(_Pace, _Once, _Room, _How, _When, _What):
 class _Choice:
     "Settings of the policy, as the short form takes them."
     budget:float|None=None      # fraction of the parameters that may train, above 0 and at most 1; default 0.25
-    # or: how high among its role, in its band of the depth, a unit has to stand to train, 0–1: at 0.75 the upper quarter
+    # or: how high among its kind a unit has to stand to train, 0–1: at 0.75 the upper quarter
     threshold:float|None=None
     explore:float|None=None     # part of the budget for the units not measured for longest, 0–1
     hysteresis:float|None=None  # how much better a newcomer has to be

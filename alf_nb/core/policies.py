@@ -59,16 +59,19 @@ class ThresholdPolicy(Policy):
             strata=_strata(self.strata),
         )
 
-    def choose(self, candidates):
-        known_values(candidates)
-        imp = candidates.importance(self.strata, self.hysteresis)
-        names = [n for n,v in imp.items() if v >= self.threshold]
-        kinds = f" among its role in {self.strata} bands of the depth" if self.strata else ''
-        if names or candidates.pinned: return names, f"{candidates.scores.signal} importance ≥ {self.threshold:g}{kinds}"
-        best = next(iter(imp))
-        raise ValueError(
-            f"threshold={self.threshold:g} is reached by no unit: the highest, {best}, has importance {imp[best]:.3g}"
-        )
+# %% ../../nbs/01_core/08_policies.ipynb #4aa46535
+@patch
+def choose(self:ThresholdPolicy, candidates):
+    known_values(candidates)
+    imp = candidates.importance(self.strata, self.hysteresis)
+    names = [n for n,v in imp.items() if v >= self.threshold]
+    kinds = f" among its role in {self.strata} bands of the depth" if self.strata else ''
+    why = f"{candidates.scores.signal} importance ≥ {self.threshold:g}{kinds}"
+    if names or candidates.pinned: return names, why
+    best = next(iter(imp))
+    raise ValueError(
+        f"threshold={self.threshold:g} is reached by no unit: the highest, {best}, has importance {imp[best]:.3g}"
+    )
 
 # %% ../../nbs/01_core/08_policies.ipynb #fb6ea62e
 @dataclass(frozen=True)
@@ -167,6 +170,7 @@ def policy_importance(
     strata = getattr(policy, 'strata', 0 if policy.needs_scores else STRATA)
     return candidates.importance(strata, policy.hysteresis if ranks else 0.)
 
+# %% ../../nbs/01_core/08_policies.ipynb #0f67fc66
 def budget_for_threshold(
     scores:Scores,   # one signal's value for each unit
     units,           # `UnitInfo` of every unit of the model

@@ -343,6 +343,7 @@ def ranked(
     if strata: values = standing(candidates.units, values, strata)
     return best_first(first, values), values
 
+# %% ../../nbs/01_core/06_policy.ipynb #a5606c47
 @patch
 def importance(self:Candidates,
     strata:int=STRATA,     # bands of the depth in which a role is a kind; 0: all are of one kind

@@ -141,7 +141,7 @@ def importance_bars(
     now=''   # a word before the name of the signal
 ):           # `SideBars`, or None before anything was measured
     "The bars beside a map"
-    return SideBars(values, f'importance{now} ({scores.signal})', on) if scores.known else None
+    return SideBars(values, f'score{now} ({scores.signal})', on) if scores.known else None
 
 # %% ../../nbs/07_report/09_charts.ipynb #090e4ec4
 def most_trained(
@@ -153,7 +153,7 @@ def most_trained(
 
 # %% ../../nbs/07_report/09_charts.ipynb #f8a8030f
 def _layer_hint(name, mean, importance, on, n):
-    return (f"{name}: {percent(mean, 0)} of it trained on average; importance {num(importance, 2)};"
+    return (f"{name}: {percent(mean, 0)} of it trained on average; score {num(importance, 2)} of the largest;"
             f" {on} of {n} units selected last")
 
 def _map_label(mean):
@@ -215,13 +215,13 @@ def _importance_table(state, roles, scores, left):
     shown = {u.name for us in roles.values() for u in us}
     layers = list(dict.fromkeys(u.layer for u in state.units if u.name in shown))
     if len(layers) > MOST_SHOWN:
-        return note(f'The importance of every matrix is not drawn: {len(layers):,} layers would not fit on a page.')
+        return note(f'The score of every matrix is not drawn: {len(layers):,} layers would not fit on a page.')
     def hint(r, l):
         known = 'unknown' if cells[r, l] is None else num(cells[r, l], 2)
-        return f"{l} {r}: importance {known}" + (', selected' if (r, l) in on else '')
+        return f"{l} {r}: score {known}" + (', selected' if (r, l) in on else '')
     said = (f'Newest value of the signal {scores.signal}, 0–1; darker or brighter is more; a dot: in the last'
             ' selection. Columns are layers, first to last.')
-    return '<h3>Importance of every matrix</h3>' + cell_table(cells, list(roles), layers, said, on, hint, left)
+    return '<h3>Score of every matrix</h3>' + cell_table(cells, list(roles), layers, said, on, hint, left)
 
 # %% ../../nbs/07_report/09_charts.ipynb #85fb16e5
 def role_maps(

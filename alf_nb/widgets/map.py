@@ -35,7 +35,7 @@ def map_rows(
     return out
 
 # %% ../../nbs/08_widgets/05_map.ipynb #7719ed51
-COLOURS = {'importance of what trains': 'importance', 'share that trains': 'share', 'importance, frozen too': 'all'}
+COLOURS = {'score of what trains': 'importance', 'share that trains': 'share', 'score, frozen too': 'all'}
 
 def row_values(
     state:RunState, # of a run
@@ -84,7 +84,7 @@ def row_facts(
 def _hint(name, f):
     if f.n > 1: on = f'{len(f.on)} of {f.n} units train'
     else: on = 'trains' if f.on else 'frozen'
-    return f"{name}: {on} now, trained {percent(f.mean, 0)} of the time, importance {num(f.importance, 2)}"
+    return f"{name}: {on} now, trained {percent(f.mean, 0)} of the time, score {num(f.importance, 2)}"
 
 # %% ../../nbs/08_widgets/05_map.ipynb #47d4c18a
 class SelectionMap(View):
@@ -129,9 +129,9 @@ def _facts(m, groups): return row_facts(m.state, groups, m.values(groups, 'share
 
 # %% ../../nbs/08_widgets/05_map.ipynb #3fea2c22
 _MEANS = {
-    'importance': ('least important', 'most important of what trains', 'frozen'),
+    'importance': ('lowest score', 'highest of what trains', 'frozen'),
     'share': ('a little of it', 'all of it trains', 'frozen'),
-    'all': ('unimportant', 'most important, frozen or not', 'unknown'),
+    'all': ('lowest score', 'highest, frozen or not', 'unknown'),
 }
 
 def _row_px(groups): return max(3, min(20, 340//len(groups))) if len(groups) > 8 else 26
@@ -208,7 +208,7 @@ def _table(m):
     age = lambda f: '–' if f.age is None else str(f.age)
     rows = [[escape(k), _which(f, m.zoom.value, one), percent(f.mean, 0), num(f.importance, 2), age(f)]
             for k, f in facts.items()]
-    head = 'row', 'trains now' if m.goes_on else 'trained last', 'of all steps', f'importance ({signal})', 'age, steps'
+    head = 'row', 'trains now' if m.goes_on else 'trained last', 'of all steps', f'score ({signal})', 'age, steps'
     caption = f'{m.zoom.value}, at step {m.state.step}'
     return data_table(head, rows, caption, (0, 1), 'plain', label='The map in numbers')
 

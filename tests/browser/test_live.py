@@ -54,9 +54,9 @@ def test_what_the_slider_says_is_what_trains(notebook, shot):
     budget.wait_for()
     budget.focus()
     for _ in range(10): nb.page.keyboard.press("ArrowLeft")
-    nb.cell(1).get_by_text(re.compile(r"budget of 0\.15")).first.wait_for(timeout=10_000)
+    nb.cell(1).get_by_text(re.compile(r"budget of 15 %")).first.wait_for(timeout=10_000)
     nb.cell(1).get_by_role("button", name="Apply now").click()
-    said(nb, 1, r"budget 0.15: taken at step \d+, trains since").wait_for(timeout=10_000)
+    said(nb, 1, r"A budget of 15 %: taken at step \d+, trains since").wait_for(timeout=10_000)
     wanted, trains, logged = eval(ask(nb, 3))
     assert abs(wanted - .15) < .005 and 0 < trains <= .15 and logged == wanted
     shot(nb, "picker_live", 1)
@@ -71,7 +71,7 @@ def test_what_the_slider_says_is_what_trains(notebook, shot):
     # while the kernel is busy the page holds the last value of a drag back, and would send a click before it
     nb.cell(1).get_by_text(re.compile(r"importance ≥ 0\.(8[6-9]|9)")).first.wait_for(timeout=10_000)
     nb.cell(1).get_by_role("button", name="Apply now").click()
-    said(nb, 1, r"importance ≥ 0[.\d]+: taken at step \d+, trains since").wait_for(timeout=10_000)
+    said(nb, 1, r"Importance ≥ 0[.\d]+: taken at step \d+, trains since").wait_for(timeout=10_000)
     wanted, logged, trains = eval(ask(nb, 4))
     assert abs(wanted - .9) < .05 and logged == wanted and 0 < trains < .15
     alive, step = eval(ask(nb, 5))

