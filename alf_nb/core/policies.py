@@ -89,6 +89,13 @@ def _ranks(units):
         above += u.n_params
     return out
 
+# %% ../../nbs/01_core/08_policies.ipynb #2ec4e874
+def _in_turns(ranked, standing):
+    "Units that stand equally take turns over the towers: a little more for the best of them in each"
+    tied = {}
+    for u in ranked: tied.setdefault((u.tower, round(standing[u.name], 9)), []).append(u)
+    return {n: standing[n] + 1e-6*v for us in tied.values() for n,v in _ranks(us).items()}
+
 def _standing(units, values, bands):
     """How far up a unit stands among those of its role and its band of the depth of its tower, near 1 the best; what
     stands beside the towers, such as a projector, has no peers and is compared with all"""
@@ -96,7 +103,8 @@ def _standing(units, values, bands):
     for u in ranked: strata.setdefault(place[u.name], []).append(u)
     for us in strata.values(): out |= _ranks(us)
     among_all = _ranks(ranked)
-    return out | {u.name: among_all[u.name] for u in ranked if u.tower and u.tower == u.layer}
+    out |= {u.name: among_all[u.name] for u in ranked if u.tower and u.tower == u.layer}
+    return _in_turns(ranked, out) if len(by_tower(units)) > 1 else out
 
 # %% ../../nbs/01_core/08_policies.ipynb #fb6ea62e
 @dataclass(frozen=True)
