@@ -224,6 +224,15 @@ def test_towers_are_chosen_in_equal_parts_however_their_scores_differ():
     assert not total('vision_tower', unstratified)
 
 
+def test_a_short_tower_is_not_left_out():
+    "Two blocks in three bands would stand alone, each in the middle of its own, below the upper half of any other"
+    layers = partition_layers(speaks((2, 12)))
+    values = {u.name: (9 if u.tower == 'language_model' else 1) + i/999 for i,u in enumerate(layers.units)
+              if u.eligible}
+    names = BudgetPolicy(.25, strata=3).select(Scores('gain', values), layers.units).names
+    assert any(layers[n].tower == 'vision_tower' for n in names)
+
+
 def test_a_projector_is_compared_with_all():
     "It has no peers: its score counts, not that it is the only one of its role"
     layers = partition_layers(speaks((6, 12)))
