@@ -158,6 +158,9 @@ def test_bundled_data_has_its_licence():
         "Copyright (c) 2021 OpenAI" in (data / "LICENSE-gsm8k").read_text()
         and "gsm8k-sample" in (data / "README.md").read_text()
     )
+    assert "CC BY 4.0" in (data / "LICENSE-digits").read_text() and "digits.csv.gz" in (data / "README.md").read_text()
+    described = {n for n in (p.name for p in data.iterdir()) if not n.startswith(("LICENSE", "README"))}
+    assert all(f"`{n}`" in (data / "README.md").read_text(encoding="utf-8") for n in described) and len(described) == 2
 
 
 def test_datasets_is_imported_late():

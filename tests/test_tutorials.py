@@ -8,7 +8,7 @@ root = Path(__file__).resolve().parents[1]
 config = configparser.ConfigParser(delimiters=['='])
 config.read(root/'settings.ini', encoding='utf-8')
 settings = config['DEFAULT']
-TUTORIALS = sorted((root/'nbs'/'tutorials').glob('*.ipynb'))
+TUTORIALS = sorted((root/'nbs'/'tutorials').glob('*.ipynb'), key=lambda p: int(p.name.split('_')[0]))
 BLOB = f"{settings['user']}/{settings['repo']}/blob/{settings['branch']}/nbs/tutorials"
 # one form in all of them: `alf_nb` from its repository, with the extras for the offline model and for Colab, and the
 # models without what they would compile

@@ -301,12 +301,14 @@ def strata_of(
     units,    # `UnitInfo`s
     bands:int # of the depth of each tower, such as 3
 )->dict:      # unit name → (tower, role, band), band 0 at the bottom
-    "What a unit is compared with: units of the same tower and role, in the same band of the tower's depth"
-    out = {}
-    for tower,us in by_tower(units).items():
+    """What a unit is compared with: units of the same tower and role, in the same band of the tower's depth; of several
+    towers a short one has fewer bands, of three blocks at least"""
+    out, towers = {}, by_tower(units)
+    for tower,us in towers.items():
         low = min(u.depth for u in us)
         deep = max(u.depth for u in us) - low + 1
-        out |= {u.name: (tower, u.role, (u.depth - low)*bands//deep) for u in us}
+        n = bands if len(towers) < 2 else max(1, min(bands, deep//3))
+        out |= {u.name: (tower, u.role, (u.depth - low)*n//deep) for u in us}
     return out
 
 # %% ../../nbs/01_core/06_policy.ipynb #c41f7b02

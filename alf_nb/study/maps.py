@@ -49,6 +49,8 @@ def _check_shows(bare):
         raise ValueError(
             f"{type(bare).__name__} is an encoder with a decoder: analyse model.get_encoder() or model.get_decoder()"
         )
+    if (takes := getattr(bare, 'main_input_name', 'input_ids')) != 'input_ids':
+        raise ValueError(f"attention maps are of texts, as input_ids, and {type(bare).__name__} takes {takes}")
 
 def _switch(bare, kept):
     "Switch to eager attention, or say why it cannot be"

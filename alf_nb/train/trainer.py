@@ -40,7 +40,7 @@ from .tracking import log_numbers, metrics_of
 from .probing import TrainerSource
 from .saving import STATE, TENSORS, collect, copies, drop_made_up, load, read_state, read_tensors, restore
 from .saving import typed_state
-from .resuming import check_run, loaded_folder, newest_whole, pack_for, resumed_folder
+from .resuming import check_run, loaded_folder, newest_whole, pack_for, read_renamed, resumed_folder
 
 # %% ../../nbs/06_train/19_trainer.ipynb #dba59f01
 def _check_path(name, path):
@@ -327,8 +327,9 @@ def on_save(self:ALFCallback, args, state, control, **kw):
 
 # %% ../../nbs/06_train/19_trainer.ipynb #a057c206
 def load_checkpoint(alf, args, state):
-    "What a resume needs, read from the checkpoint and checked; nothing is changed"
+    "What a resume needs, read from the checkpoint and checked; nothing is changed but weights that Trainer left out"
     folder = loaded_folder(alf, args, state.global_step, alf._loaded_for)
+    read_renamed(alf.run.layers.model, folder)
     same_run = lambda run_id: check_run(alf, args, folder, run_id)
     tensors = lambda: read_tensors(folder)
     return load(alf.run, state.global_step, folder.name, read_state(folder), tensors, same_run)
