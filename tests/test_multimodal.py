@@ -30,8 +30,8 @@ SIGHT = dict(hidden_size=24, intermediate_size=40, num_attention_heads=4, image_
 
 def sees():
     "ViT: one stack of blocks"
-    config = tf.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=8,
-                          patch_size=4, num_channels=1, num_labels=4, attention_probs_dropout_prob=.1)
+    config = tf.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                          image_size=8, patch_size=4, num_channels=1, num_labels=4, attention_probs_dropout_prob=.1)
     return tf.ViTForImageClassification(config)
 
 
@@ -240,7 +240,8 @@ def test_a_projector_is_compared_with_all():
     projector = [n for n in scores if layers[n].tower == 'multi_modal_projector']
 
     def chosen(v):
-        return BudgetPolicy(.25, strata=3).select(Scores('gain', scores | dict.fromkeys(projector, v)), layers.units).names
+        found = Scores('gain', scores | dict.fromkeys(projector, v))
+        return BudgetPolicy(.25, strata=3).select(found, layers.units).names
     assert set(projector) <= set(chosen(9.)) and not set(projector) & set(chosen(.1))
 
 

@@ -320,6 +320,13 @@ def _places(units, values):
         above += u.n_params
     return out
 
+def _in_turns(units, values, standing):
+    "Units that stand equally take turns over the towers: a little more for the best of them in each"
+    tied = {}
+    for u in best_first(units, values): tied.setdefault((u.tower, round(standing[u.name], 9)), []).append(u)
+    return {n: standing[n] + 1e-6*v for us in tied.values() for n,v in _places(us, values).items()}
+
+# %% ../../nbs/01_core/06_policy.ipynb #e93b5d10
 def standing(
     units,     # `UnitInfo` of the candidates
     values,    # unit name → value; those that are not there are unknown
@@ -331,7 +338,8 @@ def standing(
     for u in units: kinds.setdefault(place[u.name], []).append(u)
     for us in kinds.values(): out |= _places(us, values)
     among_all = _places(units, values)
-    return out | {u.name: among_all[u.name] for u in units if u.name in out and u.tower and u.tower == u.layer}
+    out |= {u.name: among_all[u.name] for u in units if u.name in out and u.tower and u.tower == u.layer}
+    return _in_turns(units, values, out) if len(by_tower(units)) > 1 else out
 
 # %% ../../nbs/01_core/06_policy.ipynb #efb452c3
 def ranked(
