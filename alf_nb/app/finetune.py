@@ -105,15 +105,6 @@ def _arguments(job, out):
         save_total_limit=2,
     )
 
-def _trainer(job, out, callback, opening, bar):
-    "A Trainer of the job; `opening`: events to write when it begins anew"
-    callback.on_probe = bar.probing
-    trainer = Trainer(job.net, _arguments(job, out), train_dataset=job.train, data_collator=default_data_collator,
-                      callbacks=[callback, _Opening(callback, out, opening), bar])
-    for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
-    return trainer
-
-# %% ../../nbs/10_app/07_finetune.ipynb #3e0f7279
 def _trainer(job, out, callback, opening, bar, run):
     "A Trainer of the job; `opening`: events to write when it begins anew"
     callback.on_probe = bar.probing
@@ -122,6 +113,18 @@ def _trainer(job, out, callback, opening, bar, run):
                       callbacks=[callback, _Opening(callback, out, opening), bar, looks])
     for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
     return trainer
+
+# %% ../../nbs/10_app/07_finetune.ipynb #3e0f7279
+def _rescue(job, out, callback, made, metadata):
+    "Save what was learnt in `made` steps, and say where it is"
+    steps = metadata['steps']
+    metadata = dict(run_id=callback.run.run_id, **metadata | dict(steps=made), figures=callback.summary())
+    where, _ = save_anywhere(job.net, job.base, out, metadata)
+    if where == out/'delta' and made == steps:
+        return "all steps are made and the delta is written: finetune(…, resume=True) finishes the run"
+    if not where: return f"what was learnt in {made} of {steps} steps is this error's .model"
+    then = f"; moved to {out/'delta'}, finetune(…, resume=True) finishes the run" if made == steps else ''
+    return f"what was learnt in {made} of {steps} steps is kept as a delta in {where}{then}"
 
 # %% ../../nbs/10_app/07_finetune.ipynb #0016d28f
 def _train(job, trainer, checkpoint, out, callback, metadata, run):
