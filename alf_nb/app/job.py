@@ -41,8 +41,8 @@ def _check_settings(s):
 class FinetuneSettings:
     "How `finetune` trains and measures."
     steps:int=120        # optimizer steps
-    # peak learning rate, cosine schedule; default what `suggested_lr` says of the share that trains: 4e-4 for a
-    # quarter, from full_lr, or else from 1.32e-4, which suits SmolLM2-135M; larger models take less
+    # peak learning rate, cosine schedule; default what `suggested_lr` says of the share that trains, from full_lr or
+    # else 1.32e-4, which suits SmolLM2-135M; larger models take less
     lr:float|None=None
     batch_size:int=3     # sequences per step
     length:int=256       # tokens per sequence
@@ -52,9 +52,7 @@ class FinetuneSettings:
     bf16:bool|None=None
     seed:int=0           # decides split, order, draws: the same seed gives the same result
     save_steps:int=0     # checkpoint every so many steps, 0: none
-    # steps between two looks at the held-out loss and a sample while it trains; 0: before and after, and where layers are
-    # selected anew when live
-    eval_every:int=0
+    eval_every:int=0     # steps between held-out losses; 0: before and after, and at selections when live
     attention:int=0      # held-out passages for the change of attention, such as 16; 6 or more give intervals, 0: none
     def __post_init__(self): _check_settings(self)
 
@@ -127,12 +125,13 @@ def _timed(f, *args):
     e = f(*args)
     return e | dict(wall_s=time.perf_counter()-t0)
 
+# %% ../../nbs/10_app/06_job.ipynb #c23e003f
 class Looks(TrainerCallback):
     "Held-out loss and a sample while it trains."
     def __init__(self,
         job:Job,
         alf,                 # `ALFCallback` of the run
-        at_selections:bool=False, # wherever layers are selected anew?
+        at_selections:bool=False, # also wherever layers are selected anew?
         say=None             # called with a word of what is done now
     ):
         self.job,self.alf,self.at_selections,self.say = job,alf,at_selections,say or (lambda activity: None)
@@ -143,7 +142,8 @@ class Looks(TrainerCallback):
         if step >= state.max_steps or not (anew or every and step % every == 0): return
         self.say('measuring the held-out loss')
         with same_draws(), same_modules(self.job.net):
-            told = [_timed(lambda: next(_losses(self.job, 'during', ['domain']))), _timed(_sample, self.job, 'during')]
+            loss = _timed(lambda: next(_losses(self.job, 'during', ['domain'])))
+            told = loss, _timed(_sample, self.job, 'during')
         for e in told: self.alf.run.journal.event(step=step, **e)
         self.alf.run.forget_pause()
         self.say('training')
