@@ -380,10 +380,10 @@ def finetune(
     data=None, # text file, folder, .jsonl, .csv, or the name of a dataset; None: the Python language reference
     out='runs/demo', # run folder
     column:str|None=None, # column of the text in structured data
-    other=None, # text to measure forgetting on, as `data`; default a sample of GSM8K
+    other=None, # text to measure forgetting on; default a sample of GSM8K
     resume:bool=False, # continue from the last checkpoint in `out`
     progress:bool=True, # show bars
-    live:bool=False, # return at once, with a run that goes on in the background?
+    live:bool=False, # return a run that goes on in the background?
     **kwargs # fields of `FinetuneSettings`, and arguments of `ALFCallback`
 ): # the summary; live: a `BackgroundRun`, whose `result` it becomes
     "Fine-tune with ALF; writes log, summary, report and delta to `out`"
