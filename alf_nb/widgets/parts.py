@@ -15,7 +15,7 @@ require_versions('ipywidgets')
 import time
 import ipywidgets as W
 from ..core.foreign import escape
-from ..report.html import note, tag
+from ..report.html import tag
 
 # %% ../../nbs/08_widgets/01_parts.ipynb #80040402
 def put(
@@ -82,8 +82,8 @@ GONE = (
     # a kernel that was restarted while the page was open leaves its widgets, each with a broken icon
     ' .jp-OutputArea-child:has(.alf-view.jupyter-widgets-disconnected) { display:none }'
     ' .jp-OutputArea:has(.alf-view.jupyter-widgets-disconnected) .alf-still { display:block !important }'
-    ' .alf-still .alf-gone { display:none }'
-    ' .jp-OutputArea:has(.alf-view.jupyter-widgets-disconnected) .alf-gone { display:block }'
+    ' .alf-still .alf-gone, .jp-OutputArea:has(.alf-view.jupyter-widgets-disconnected) .alf-as-of { display:none }'
+    ' .jp-OutputArea:has(.alf-view.jupyter-widgets-disconnected) .alf-still .alf-gone { display:block }'
 )
 
 def as_of(
@@ -92,6 +92,7 @@ def as_of(
     "When a picture was drawn of what goes on since, and how to see it alive"
     if view.log is None: return ''
     again = tag('code', escape(f"{type(view).__name__}({str(view.log.dir)!r})"))
-    when = f"As of {time.strftime('%d %b %Y, %H:%M')}; {again} shows what the run has done since."
-    gone = f'The kernel that this view belongs to is gone. Import it again and run {again} in a cell to see the run.'
-    return (note(when) if view.goes_on else '') + tag('p', gone, cls='warning alf-gone', role='note')
+    when = f" as of {time.strftime('%d %b %Y, %H:%M')}" if view.goes_on else ''
+    here = tag('p', f'The run{when}; {again} in a cell shows what it has done since.', cls='note alf-as-of')
+    gone = f'The kernel of this view is gone; it shows the run{when}. To see it again, import it and run {again} in a cell.'
+    return (here if when else '') + tag('p', gone, cls='warning alf-gone', role='note')

@@ -67,7 +67,7 @@ def test_a_prompt_a_rate_a_checkpoint_a_stop_and_a_resume(notebook, shot):
     assert "['delta'], 'stopped', 'finetune((model, tokenizer)" in ask(nb, 4).replace('"', "'")
     shot(nb, "live_stopped", 1)
     button("Resume").click()
-    button("Pause").wait_for(timeout=60_000)
+    see(r"^Training$")
     assert ask(nb, 5) == "('running', True, None)"
     shot(nb, "live_resumed", 1)
     button("Stop").click()
@@ -101,5 +101,7 @@ def test_stop_without_saving_and_a_kernel_that_is_gone(notebook, shot):
     cell = nb.cell(3)
     cell.get_by_text(re.compile(r"step \d+ of 2000")).first.wait_for(timeout=60_000)
     nb.restart()
-    nb.page.wait_for_timeout(3000)
+    cell.get_by_text("The kernel of this view is gone").wait_for(timeout=20_000)
+    assert cell.get_by_text("TrainingDashboard('gone')").locator("visible=true").count() == 1
+    assert not cell.locator(".jupyter-widgets-disconnected").first.is_visible()
     shot(nb, "kernel_gone", 3)
