@@ -157,18 +157,19 @@ _CHECKS = dict(number=number_or_none, share=_is_share, count=_is_count, name=_is
                table=_is_dict, texts=_is_texts, numbers=_is_numbers, signals=_is_signals, units=_is_units)
 
 _FIELDS = dict(
-    run_begin=dict(text='run_id model device', table='versions config', units='units',
+    run_begin=dict(text='run_id model device', table='versions config about', units='units',
                    count='n_total max_steps interval'),
     rate=dict(number='lr of_all suggested', share='share', text='message'),
     probe=dict(signals='signals', number='wall_s loss', count='batches'),
     meter=dict(signals='signals', number='wall_s', count='steps'),
+    fit=dict(share='budget', number='memory total batch length'),
+    scale_lr=dict(number='factor learning_rate'),
     slow=dict(text='message', number='seconds_per_step best_s'),
     measure=dict(signals='signals', number='wall_s sum_lr steps', numbers='ages'),
     select=dict(texts='names entered left', name='reason policy', share='share', text='signal', numbers='scores ages'))
 
 # %% ../../nbs/01_core/11_events.ipynb #f4436111
 _FIELDS |= dict(
-    fit=dict(share='budget', number='memory total batch length'),
     choose=dict(table='policy', flag='now'),
     jump=dict(text='unit'),
     freeze=dict(texts='units'),
@@ -177,8 +178,8 @@ _FIELDS |= dict(
     skip=dict(text='message'),
     log=dict(number='loss learning_rate grad_norm epoch seconds_per_step tokens_per_second'),
     memory=dict(number='grad_bytes optimizer_bytes reference_bytes master_bytes parked_bytes rss_bytes'),
-    eval=dict(name='name when', number='loss tokens', numbers='metrics'),
-    sample=dict(text='when prompt text'),
+    eval=dict(name='name when', number='loss tokens wall_s', numbers='metrics'),
+    sample=dict(text='when prompt text', number='wall_s'),
     pack=dict(count='bits modules', number='bytes_before bytes_after'),
     prefix=dict(count='blocks rows hits computed', number='bytes limit', text='message'),
     save=dict(text='path'),

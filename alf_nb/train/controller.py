@@ -99,6 +99,7 @@ def _set_up_step(run):
     run.window,run.measured,run.grad_bytes,run.measure_s = {},{},0,0.
     run.step_s,run.tokens_seen,run.t_begin = [],0,time.perf_counter()
     run.slowdown,run.crowded = Slowdown(),False
+    run.scheduler,run.lr_factor,run.wished_factor,run.about = None,1.,None,{}
     run.t_step = run.t_begin
 
 # %% ../../nbs/06_train/14_controller.ipynb #52f90680
@@ -204,6 +205,7 @@ def write_begin(run):
         model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__,
         device=str(run.engine.device),
         seed=run.engine.seed,
+        about=run.about,
     )
     if run.fit is not None: run.journal.event('fit', 0, **run.fit.to_dict())
 
@@ -347,6 +349,7 @@ def choose(self:ALFController,
         if not now: check_selections_left(self)
         return wish
     return self.requests.put(make, now)
+
 
 # %% ../../nbs/06_train/14_controller.ipynb #ec54585d
 @patch

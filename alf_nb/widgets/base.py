@@ -18,16 +18,17 @@ from ..core.events import effective_events
 from ..core.system import in_kernel
 from ..report.html import Html, theme_css
 from ..report.run_state import RunState
-from .parts import all_widgets, put, show
+from .parts import GONE, all_widgets, as_of, put, show
 
 # %% ../../nbs/08_widgets/02_base.ipynb #acb17e7f
 class LogReader:
-    "Reads what a run log gains, and keeps the state of its last run."
+    "Reads what a run log gains, and keeps the state of its runs."
     def __init__(self,
         log # `RunLog` or path of a run
     ):
         self.log = RunLog(log.path if isinstance(log, RunLog) else log)   # its own place in the file
         self.state, self.version, self.events, self._lock = RunState(), 0, [], threading.Lock()
+        self.earlier = {}       # run id → state of a run before the last one
 
     def update(self)->bool: # did anything happen?
         "Read what is new"
@@ -36,13 +37,23 @@ class LogReader:
             if not new: return False
             self.events += new
             if any(e['event'] in ('run_begin', 'resume') for e in new):
-                self.state = RunState((effective_events(self.events) or [()])[-1])
+                *before, last = effective_events(self.events) or [()]
+                self.state, self.earlier = RunState(last), {s.run_id: s for s in map(RunState, before)}
             else:
                 for e in new: self.state.add(e)
             self.version += 1
             return True
 
+
 # %% ../../nbs/08_widgets/02_base.ipynb #44eef459
+@patch
+def state_of(self:LogReader,
+    run_id # of the run; None: one that has not begun
+)->RunState:
+    "What is known of one run of the log"
+    if run_id is not None and self.state.run_id == run_id: return self.state
+    return self.earlier.get(run_id) or RunState()
+
 _readers, _readers_lock = weakref.WeakValueDictionary(), threading.Lock()
 
 def follow(
@@ -148,7 +159,7 @@ class View(HasTraits):
         self.error, self.box = W.HTML('', layout=dict(display='none', width='100%')), W.VBox(layout=dict(width='100%'))
         for name in ('alf', 'alf-view'): self.box.add_class(name)
         self._on, self._parts, self._displays = [_counts_places(self)], [], []
-        self._drawn, self._seen, self._due = None, False, {}
+        self._drawn, self._seen, self._due, self._nothing = None, False, {}, RunState()
         self._changed, self._kept, self._stale = time.monotonic(), 0., False
         self.box._view_count = 0        # asks the front end to count the places where this box is shown
     def __repr__(self): return self.one_line()
@@ -176,8 +187,12 @@ def one_line(self:View)->str:
 # %% ../../nbs/08_widgets/02_base.ipynb #992f2845
 @patch(as_prop=True)
 def state(self:View)->RunState:
-    "What is known of the run"
-    return self.follower.state if self.follower else RunState()
+    "What is known of the run: of the one that is controlled, else of the newest in the log"
+    if not self.follower: return RunState()
+    if not hasattr(self.control, 'run_id'): return self.follower.state
+    found = self.follower.state_of(self.control.run_id)
+    if not found.begin: found = self._nothing
+    return found
 
 @patch(as_prop=True)
 def status(self:View)->str:
@@ -328,9 +343,6 @@ def hold(self:View,
     return view
 
 # %% ../../nbs/08_widgets/02_base.ipynb #82072299
-# the place of widgets whose kernel is gone
-_gone = '.jp-OutputArea-child:not(:has(.alf-view)):has(+ .jp-OutputArea-child .alf-still) { display:none }'
-
 @patch
 def picture(self:View)->Html:
     "The still picture, with its style"
@@ -341,7 +353,7 @@ def still_bundle(
 )->dict: # MIME type → text
     "The still picture, hidden while the widgets are there"
     with view.lock:
-        page = f'<style>{_gone}</style>{view.picture()._repr_html_()}'
+        page = f'<style>{GONE}</style>{Html(as_of(view) + view.static_html())._repr_html_()}'
         return {'text/plain': repr(view), 'text/html': f'<div class="alf-still alf-still-{view.box_id}">{page}</div>'}
 
 def _live_bundle(view):
