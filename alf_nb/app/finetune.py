@@ -15,8 +15,9 @@ if in_kernel(): wait_briefly()      # before torch is loaded
 
 # %% ../../nbs/10_app/07_finetune.ipynb #d72359fb
 import json, time
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from traceback import format_exception
 import torch
 from fastcore.meta import delegates
 from tqdm.auto import tqdm
@@ -25,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 # %% ../../nbs/10_app/07_finetune.ipynb #2bd44798
 from .disk import bytes_of, check_plan, check_room, full_error, output_folder, save_anywhere
-from .job import FinetuneSettings, Job, check_base, load_weights, measure_after, measure_before
+from .job import FinetuneSettings, Job, Looks, check_base, load_weights, measure_after, measure_before
 from .publish import write_card
 from .results import delta_metadata, has_event, keep_results, last_figures, read_json, resume_point
 from ..core.checkpoints import find_checkpoint, newest_run
@@ -37,9 +38,11 @@ from ..model.columns import join_columns
 from ..model.shards import check_alone
 from ..report.page import write_report
 from ..report.summary import summarize
-from ..sources.losses import wants_autocast
-from ..sources.models import given_model
+from ..sources.losses import continuation, wants_autocast
+from ..sources.models import given_model, load_config
 from ..sources.texts import check_text, load_texts, unrelated_texts
+from ..train.background import BackgroundRun, start
+from ..train.beside import refuse_beside
 from ..train.trainer import ALFCallback
 from ..core.system import peak_rss_bytes
 
@@ -111,21 +114,19 @@ def _trainer(job, out, callback, opening, bar):
     return trainer
 
 # %% ../../nbs/10_app/07_finetune.ipynb #3e0f7279
-def _rescue(job, out, callback, made, metadata):
-    "Save what was learnt in `made` steps, and say where it is"
-    steps = metadata['steps']
-    metadata = dict(run_id=callback.run.run_id, **metadata | dict(steps=made), figures=callback.summary())
-    where, _ = save_anywhere(job.net, job.base, out, metadata)
-    if where == out/'delta' and made == steps:
-        return "all steps are made and the delta is written: finetune(…, resume=True) finishes the run"
-    if not where: return f"what was learnt in {made} of {steps} steps is this error's .model"
-    then = f"; moved to {out/'delta'}, finetune(…, resume=True) finishes the run" if made == steps else ''
-    return f"what was learnt in {made} of {steps} steps is kept as a delta in {where}{then}"
+def _trainer(job, out, callback, opening, bar, run):
+    "A Trainer of the job; `opening`: events to write when it begins anew"
+    callback.on_probe = bar.probing
+    looks = Looks(job, callback, isinstance(run, BackgroundRun), run.say)
+    trainer = Trainer(job.net, _arguments(job, out), train_dataset=job.train, data_collator=default_data_collator,
+                      callbacks=[callback, _Opening(callback, out, opening), bar, looks])
+    for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
+    return trainer
 
 # %% ../../nbs/10_app/07_finetune.ipynb #0016d28f
-def _train(job, trainer, checkpoint, out, callback, metadata):
-    "All steps"
-    try: trainer.train(resume_from_checkpoint=checkpoint)
+def _train(job, trainer, checkpoint, out, callback, metadata, run):
+    "All steps, or those until it was asked to stop; returns how many are made"
+    try: run.train(trainer, checkpoint)
     except Exception as e:
         steps, made = metadata['steps'], trainer.state.global_step
         lost = made < steps and (not isinstance(e, OSError) or find_checkpoint(out, callback.run.run_id))
@@ -133,6 +134,7 @@ def _train(job, trainer, checkpoint, out, callback, metadata):
             e.model = job.net
             raise
         raise full_error(e, job.net, _rescue(job, out, callback, made, metadata)) from e
+    return trainer.state.global_step
 
 # %% ../../nbs/10_app/07_finetune.ipynb #54e6f45f
 def _finish(job, trainer, done, out, callback):
@@ -158,11 +160,19 @@ def _save(job, out, metadata):
     raise full_error(why, job.net, f"the training is not lost, {kept}") from why
 
 # %% ../../nbs/10_app/07_finetune.ipynb #5cee84b0
-def _summary(log, out, more):
-    end = log.events('run_end')[-1]
-    files = ('delta.safetensors', 'delta.json', 'README.md')
+def _delta_bytes(out):
+    "Of the delta and its card; None: there is none"
+    files = [out/'delta'/n for n in ('delta.safetensors', 'delta.json', 'README.md')]
+    return sum(f.stat().st_size for f in files) if all(f.is_file() for f in files) else None
+
+def _write_results(log, out, more):
+    "Report and summary; the summary is written last, and returned"
+    end = (log.events('run_end') or [{}])[-1]
     spent = {k: end[k] for k in ('measure_s', 'probe_s', 'select_s') if k in end}
-    return {**summarize(log), **spent, **more, 'delta_bytes': sum((out/'delta'/n).stat().st_size for n in files)}
+    summary = {**summarize(log), **spent, **more, 'delta_bytes': _delta_bytes(out)}
+    write_report(out)
+    write_whole(out/'summary.json', json.dumps(summary, indent=2, allow_nan=False)+'\n')
+    return summary
 
 def _more(job, t0):
     s = job.settings
@@ -176,26 +186,49 @@ def _write(job, out, metadata, t0):
     try:
         with RunLog(out) as log:
             measure_after(job, log, steps)
-            write_card(out/'delta', log, overwrite=not log.events('save', path='delta'))
-            if not has_event(log, steps, 'save', path='delta'): log.write('save', step=steps, path='delta')
-            summary = _summary(log, out, _more(job, t0))
-        write_report(out)
-        write_whole(out/'summary.json', json.dumps(summary, indent=2, allow_nan=False)+'\n')
+            saved = has_event(log, steps, 'save', path='delta')
+            write_card(out/'delta', log, overwrite=not saved)
+            if not saved: log.write('save', step=steps, path='delta')
+            return _write_results(log, out, _more(job, t0))
     except OSError as e:
         text = f"the training is done and its delta is in {out/'delta'}: finetune(…, resume=True) finishes the run"
         raise full_error(e, job.net, text) from e
-    return summary
+
+# %% ../../nbs/10_app/07_finetune.ipynb #834a7125
+def _discard(job, out, steps, t0):
+    "It was stopped, and nothing is to be kept. Returns the summary"
+    with RunLog(out) as log:
+        log.write('discard', step=steps)
+        return _write_results(log, out, _more(job, t0))
+
+def _note_failure(out, callback, e):
+    "Summary and report of a training that failed; where they cannot be written, the error says all"
+    if callback.run is None or newest_run(out) != callback.run.run_id: return
+    try:
+        with RunLog(out) as log:
+            if log.events('run_end'): return      # a resume finishes it
+            if not any(o.get('message') == str(e) for o in log.events('error')[-1:]):
+                log.write('error', step=callback.run.totals.steps, type=type(e).__name__, message=str(e),
+                          traceback=''.join(format_exception(e)))
+            _write_results(log, out, {})
+    except OSError: pass
 
 # %% ../../nbs/10_app/07_finetune.ipynb #3ec885ae
-def _load(model, data, other, column, settings, progress):
-    "Model, tokenizer, texts and unrelated texts; what is no text is refused before a model is loaded"
+def _read(data, other, column, settings):
+    "Texts and unrelated texts; what is no text is refused before a model is loaded"
     if settings.prompt is not None: check_text(settings.prompt, 'the prompt')
     texts = load_texts(data, column)
-    others = load_texts(other, column) if other is not None else unrelated_texts()
-    net, tokenizer = given_model(model, settings.bf16, progress)
-    # where Trainer will put it: before and after are measured on one device
-    if torch.cuda.is_available(): net.to('cuda')
-    return net, tokenizer, texts, others
+    return texts, load_texts(other, column) if other is not None else unrelated_texts()
+
+def _about(model, data, other, column, given):
+    "What the log tells of a call, beside the settings of ALF"
+    named = lambda v, default: default if v is None else str(v) if isinstance(v, (str, Path)) else type(v).__name__
+    known = dict(
+        data=named(data, 'the Python language reference'), unrelated=named(other, 'GSM8K, a sample'), column=column,
+        call=_line(dict(given)), resume=_line(dict(given) | dict(resume=True)),
+    )
+    if not isinstance(model, tuple): known['load'] = f"load_model({'' if model is None else repr(str(model))})"
+    return {k: v for k,v in known.items() if v is not None}
 
 # %% ../../nbs/10_app/07_finetune.ipynb #cc2855f4
 def _previewed(net, callback, settings):
@@ -207,27 +240,96 @@ def _previewed(net, callback, settings):
     return chosen.names, replace(s, lr=suggested_lr(share, config.full_lr or FULL_LR))
 
 # %% ../../nbs/10_app/07_finetune.ipynb #3254911f
-def _run(loaded, out, callback, settings, checkpoint, done, resume, progress, t0):
-    "From a loaded model to the summary"
+def _job(call, run, callback, done):
+    "The model with its texts; of a model that was given, what was measured before it trained is kept"
+    if call.job is not None: return call.job
+    run.say('loading the model')
+    net, tokenizer = given_model(call.model, call.settings.bf16, call.progress)
+    # where Trainer will put it: before and after are measured on one device
+    if torch.cuda.is_available(): net.to('cuda')
     # settings that do not fit this model are refused now, not after the first evaluation
-    net, (chosen, settings) = loaded[0], _previewed(loaded[0], callback, settings)
-    if not done: check_plan(out, net, callback, chosen, settings.steps, settings.save_steps)
-    job = Job(*loaded, settings, progress)
-    if resume: check_base(job, RunLog(out))
-    bar = _Bar(callback, disable=not progress)
-    trainer = _trainer(job, out, callback, [] if resume else measure_before(job), bar)
-    made = dict(steps=settings.steps, seed=settings.seed)
-    if done: run = _finish(job, trainer, done, out, callback)
+    chosen, settings = _previewed(net, callback, call.settings)
+    if not done: check_plan(call.out, net, callback, chosen, settings.steps, settings.save_steps)
+    run.say('preparing the texts')
+    job = Job(net, tokenizer, call.texts, call.others, settings, call.progress)
+    if isinstance(call.model, tuple): call.job = job
+    return job
+
+# %% ../../nbs/10_app/07_finetune.ipynb #fbf443bf
+def _run(call, run, callback, checkpoint, done, resumes):
+    "From a model to the summary"
+    t0, out, job = time.perf_counter(), call.out, _job(call, run, callback, done)
+    s = job.settings
+    if resumes: check_base(job, RunLog(out))
+    run.model, run.speak = job.net, lambda prompt: continuation(job.net, job.tokenizer, prompt)
+    run.say('measuring before training')
+    bar = _Bar(callback, disable=not call.progress)
+    trainer = _trainer(job, out, callback, [] if resumes else measure_before(job), bar, run)
+    made, metadata = s.steps, dict(steps=s.steps, seed=s.seed)
+    run.say('preparing the training')
+    if done: run_id = _finish(job, trainer, done, out, callback)
     else:
-        bar.open(settings.steps, 0 if checkpoint is None else int(checkpoint.rsplit('-', 1)[-1]))
-        try: _train(job, trainer, checkpoint, out, callback, made)
+        bar.open(s.steps, 0 if checkpoint is None else int(checkpoint.rsplit('-', 1)[-1]))
+        try: made = _train(job, trainer, checkpoint, out, callback, metadata, run)
         finally: bar.close()
-        run = callback.run.run_id
-    metadata = dict(run_id=run, **made)
-    _save(job, out, metadata)
-    summary = _write(job, out, metadata, t0)
-    join_columns(net)
+        run_id = callback.run.run_id
+    if made < s.steps and not run.keeps: summary = _discard(job, out, made, t0)
+    else:
+        metadata = dict(run_id=run_id, **metadata | dict(steps=made))
+        run.say('saving the delta')
+        _save(job, out, metadata)
+        run.say('measuring after training')
+        summary = _write(job, out, metadata, t0)
+    join_columns(job.net)
     return summary
+
+# %% ../../nbs/10_app/07_finetune.ipynb #9951e134
+def _shown(name, v):
+    "An argument as code; what is no plain value is called by its name"
+    if isinstance(v, Path): v = str(v)
+    plain = lambda v: v is None or isinstance(v, (str, int, float)) or isinstance(v, (list, tuple)) and all(map(plain, v))
+    return repr(v) if plain(v) and len(repr(v)) <= 200 else f'({name}, tokenizer)' if isinstance(v, tuple) else name
+
+def _line(given):
+    "The call of `finetune` as a line of Python"
+    bare = [_shown(k, given.pop(k, None)) for k in ('model', 'data', 'out')]
+    return f"finetune({', '.join([*bare, *(f'{k}={_shown(k, v)}' for k,v in given.items() if v is not None)])})"
+
+@dataclass
+class _Call:
+    "What `finetune` was asked for."
+    model:object
+    texts:list
+    others:list
+    out:Path
+    settings:FinetuneSettings
+    alf:dict            # arguments of `ALFCallback`
+    progress:bool
+    about:dict          # for the log
+    job:object=None     # of a model that was given
+
+    def callback(self):
+        "A callback of its own for every training"
+        made = ALFCallback(seed=self.settings.seed, out=str(self.out), **self.alf)
+        made.about = self.about
+        return made
+
+# %% ../../nbs/10_app/07_finetune.ipynb #1c3393a2
+class _Alone:
+    "What a run in the background is to `finetune`, where the call waits: nobody asks for anything."
+    keeps = True
+    def say(self, activity): pass
+    def train(self, trainer, checkpoint=None): return trainer.train(resume_from_checkpoint=checkpoint)
+
+def _do(call, run, resumes):
+    "The whole job: the same in the foreground and in the background"
+    callback = run.callback = call.callback()
+    with RunLock(call.out, 'finetune()'):
+        checkpoint, done = resume_point(call.out, call.settings.steps) if resumes else (None, None)
+        try: return _run(call, run, callback, checkpoint, done, resumes)
+        except Exception as e:
+            _note_failure(call.out, callback, e)
+            raise
 
 # %% ../../nbs/10_app/07_finetune.ipynb #ded247d2
 def _settings(kwargs, model):
@@ -247,15 +349,23 @@ def finetune(
     other=None, # text to measure forgetting on, as `data`; default a sample of GSM8K
     resume:bool=False, # continue from the last checkpoint in `out`
     progress:bool=True, # show bars
+    live:bool=False, # return at once a run that goes on in the background, for dashboards and pickers?
     **kwargs # fields of `FinetuneSettings`, and arguments of `ALFCallback`
-)->dict:
-    "Fine-tune with ALF; writes log, summary, report and delta to `out`, and returns the summary"
-    t0 = time.perf_counter()
+): # the summary, a dict; when live a `BackgroundRun`, whose `result` it becomes
+    "Fine-tune with ALF; writes log, summary, report and delta to `out`"
     check_alone('finetune()')
+    given = dict(model=model, data=data, out=out, column=column, other=other, **kwargs, live=live or None)
     s, kwargs = _settings(kwargs, model)
     out = output_folder(out)
-    callback = ALFCallback(seed=s.seed, out=str(out), **kwargs)
+    about = _about(model, data, other, column, given)
+    call = _Call(model, (), (), out, s, kwargs, progress and not live, about)
+    callback, net = call.callback(), model[0] if isinstance(model, tuple) else None
+    if net is not None: refuse_beside(net)
+    elif live: load_config(model)       # a name that leads nowhere is refused here, not in the background
     with RunLock(out, 'finetune()'):
-        checkpoint, done = resume_point(out, s.steps) if resume else (None, None)
-        loaded = _load(model, data, other, column, s, progress)
-        return _run(loaded, out, callback, s, checkpoint, done, resume, progress, t0)
+        if resume: resume_point(out, s.steps)
+        call.texts, call.others = _read(data, other, column, s)
+    if not live: return _do(call, _Alone(), resume)
+    run = BackgroundRun(callback, out, lambda run, resumes: _do(call, run, resumes), net, resume)
+    run.line = about['resume']
+    return start(run)

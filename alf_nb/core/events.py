@@ -157,7 +157,7 @@ _CHECKS = dict(number=number_or_none, share=_is_share, count=_is_count, name=_is
                table=_is_dict, texts=_is_texts, numbers=_is_numbers, signals=_is_signals, units=_is_units)
 
 _FIELDS = dict(
-    run_begin=dict(text='run_id model device', table='versions config', units='units',
+    run_begin=dict(text='run_id model device', table='versions config about', units='units',
                    count='n_total max_steps interval'),
     rate=dict(number='lr of_all suggested', share='share', text='message'),
     probe=dict(signals='signals', number='wall_s loss', count='batches'),
@@ -171,14 +171,15 @@ _FIELDS |= dict(
     fit=dict(share='budget', number='memory total batch length'),
     choose=dict(table='policy', flag='now'),
     jump=dict(text='unit'),
+    scale_lr=dict(number='factor learning_rate'),
     freeze=dict(texts='units'),
     not_measured=dict(texts='units', text='why message', number='steps'),
     left_out=dict(texts='units', text='why message'),
     skip=dict(text='message'),
     log=dict(number='loss learning_rate grad_norm epoch seconds_per_step tokens_per_second'),
     memory=dict(number='grad_bytes optimizer_bytes reference_bytes master_bytes parked_bytes rss_bytes'),
-    eval=dict(name='name when', number='loss tokens', numbers='metrics'),
-    sample=dict(text='when prompt text'),
+    eval=dict(name='name when', number='loss tokens wall_s', numbers='metrics'),
+    sample=dict(text='when prompt text', number='wall_s'),
     pack=dict(count='bits modules', number='bytes_before bytes_after'),
     prefix=dict(count='blocks rows hits computed', number='bytes limit', text='message'),
     save=dict(text='path'),

@@ -273,9 +273,10 @@ def units(self:RunLog)->tuple:
 
 @patch(as_prop=True)
 def status(self:RunLog)->str:
-    "`complete`, `failed` or `unfinished`: still running, or killed"
-    last = next((e['event'] for e in reversed(self.events(('run_begin', 'resume', 'run_end', 'error')))), '')
-    return {'run_end': 'complete', 'error': 'failed'}.get(last, 'unfinished')
+    "`complete`, `stopped` on request, `failed`, or `unfinished`: still running, or killed"
+    last = next(reversed(self.events(('run_begin', 'resume', 'run_end', 'error'))), {})
+    if last.get('stopped'): return 'stopped'
+    return {'run_end': 'complete', 'error': 'failed'}.get(last.get('event'), 'unfinished')
 
 # %% ../../nbs/01_core/12_runlog.ipynb #67e8b403
 @patch

@@ -151,10 +151,23 @@ def _settings(state, s):
     return tag('div', *tables, cls='two')
 
 # %% ../../nbs/07_report/12_page.ipynb #7da261f5
-def _warnings(s):
+def _go_on(state):
+    "Where a run that has no end can be taken up"
+    if not state.checkpoint: return ' It left no checkpoint to go on from.'
+    line = f': {state.resume_line}' if state.resume_line else ''
+    return f' It can be taken up from {state.checkpoint}{line}'
+
+def _ended(s, state):
+    "How a run ended that is not complete"
+    if s['error']: return f"This run failed: {s['error']}.{_go_on(state)}"
+    where = f"on request after {s['steps']} of {s['max_steps']} steps"
+    if state.events('discard'): return f'Stopped {where}, without saving: what it learnt is not kept.'
+    return f'Stopped {where}.{_go_on(state)}'
+
+def _warnings(s, state):
     "What to know before the figures are believed"
     out = []
-    if s['error']: out.append(f"This run failed: {s['error']}")
+    if s['error'] or s['status'] == 'stopped': out.append(_ended(s, state))
     elif s['status'] != 'complete':
         out.append('This run has no end yet: it is still under way, or its process was killed. Figures are those of the'
                    ' steps that were made.')
@@ -173,13 +186,13 @@ def _chips(s):
     shown = dict(policy=s['policy'], budget=budget, signal=s['signal'], seed=s['seed'], device=s['device'], steps=steps)
     return ''.join(tag('span', tag('b', k), escape(str(v)), cls='chip') for k, v in shown.items() if v is not None)
 
-def _header(s, train):
+def _header(s, state, train):
     status, name = tag('span', s['status'], cls=f"chip status {s['status']}"), str(s['model'] or s['run'])
     return tag(
         'header',
         tag('h1', escape(name.rpartition('/')[2])), tag('p', _headline(s, train), cls='lead'), '\n',
         tag('div', status, _chips(s), tag('span', escape(s['date'] or '')), cls='kicker'), '\n',
-        *map(warning, _warnings(s)), _cards(s, train))
+        *map(warning, _warnings(s, state)), _cards(s, train))
 
 # %% ../../nbs/07_report/12_page.ipynb #d0f60ac2
 def _never(state):
@@ -231,7 +244,7 @@ def report_html(
     written = (f"Written by alf_nb {escape(str(s['versions'].get('alf_nb', '')))} from the run log of"
                f" {tag('code', escape(s['run']))}. A dash means not measured.")
     parts = ''.join(section(*x) for x in _sections(log, state, s))
-    body = '\n'.join([_header(s, train), parts, tag('footer', written)])
+    body = '\n'.join([_header(s, state, train), parts, tag('footer', written)])
     return whole_page(f"{s['model'] or s['run']}: what learnt, and what it cost", body)
 
 # %% ../../nbs/07_report/12_page.ipynb #d1f137a6

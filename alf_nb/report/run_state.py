@@ -108,6 +108,22 @@ def max_steps(self:RunState)->int|None:
     return self.begin.get('max_steps')
 
 @patch(as_prop=True)
+def about(self:RunState)->dict:
+    "What was given beside settings: data, the call, how it trains; as far as the log knows"
+    return self.begin.get('about') or {}
+
+@patch(as_prop=True)
+def checkpoint(self:RunState)->str|None:
+    "Name of the newest checkpoint; None: there is none"
+    names = [e.get('path') or '' for e in self.events('save')]
+    return next((n for n in reversed(names) if n.startswith('checkpoint')), None)
+
+@patch(as_prop=True)
+def resume_line(self:RunState)->str:
+    "The call that takes the run up again; empty: it cannot be, or nobody knows"
+    return str(self.about.get('resume') or '') if self.checkpoint else ''
+
+@patch(as_prop=True)
 def signals(self:RunState)->list:
     "Signals that were measured"
     return list(self.measured.newest)

@@ -129,7 +129,7 @@ def summarize(
     log = read_once(run)
     events = log.events()
     state, nonfinite = state_of(log), sum(bool(e.get('nonfinite')) for e in events)
-    end = _last(state, 'run_end') if log.status == 'complete' else {}
+    end = _last(state, 'run_end') if log.status in ('complete', 'stopped') else {}
     wall_s, losses = _wall_s(events, end), _losses(state)
     told = dict(resumed=len(state.events('resume')), nonfinite=nonfinite, damaged_lines=log.damaged)
     known = _identity(log, state, end, wall_s) | told | _before_and_after(losses)

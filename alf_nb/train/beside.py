@@ -23,14 +23,14 @@ def _one_model(a, b):
 
 def is_busy(model, run):
     "Does `run` train this model?"
-    return None not in (model, run.trainer.model) and _one_model(model, run.trainer.model)
+    return None not in (model, run.model) and _one_model(model, run.model)
 
 def refuse_beside(model, trainer=None, callbacks=()):
     "A RuntimeError where one of them is training in the background already"
     for run in others():
         what = None
         if any(c is run.callback for c in callbacks): what = "this ALFCallback"
-        if trainer is run.trainer or is_busy(model, run): what = "this model"
+        if trainer is not None and trainer is run.trainer or is_busy(model, run): what = "this model"
         if what:
             raise RuntimeError(
                 f"{what} is training in the background: {run!r}. Wait for it, run.wait(), or end it first, run.stop()"

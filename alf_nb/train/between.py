@@ -32,6 +32,20 @@ def note_reached(run):
     has_gradient = run.blind.gradients(run.engine.alone)
     run.nothing_reached = not run.reach.note(run.selection.names, has_gradient)
 
+def _scale_bases(scheduler, by):
+    "Scale what a scheduler, and those inside it, begin from"
+    if bases := getattr(scheduler, 'base_lrs', None): scheduler.base_lrs = [lr*by for lr in bases]
+    for s in getattr(scheduler, '_schedulers', ()): _scale_bases(s, by)
+
+def _take_factor(run, step):
+    "Put the factor on the learning rate that was asked for in force: on its schedule, so that it lasts"
+    factor,run.wished_factor = run.wished_factor,None
+    if factor in (None, run.lr_factor): return
+    by,run.lr_factor = factor/run.lr_factor,factor
+    _scale_bases(getattr(run.scheduler, 'scheduler', run.scheduler), by)       # accelerate wraps it
+    for g in run.optimizer.param_groups: g['lr'] *= by
+    run.journal.event('scale_lr', step, factor=factor, learning_rate=float(run.optimizer.param_groups[0]['lr']))
+
 def _anything_known(run): return any(v == 0 for v in run.reach.dry.values()) or run.tracker.values.get('descent')
 
 # %% ../../nbs/06_train/12_between.ipynb #01890499
@@ -54,7 +68,8 @@ def count_reached(run, step):
 
 # %% ../../nbs/06_train/12_between.ipynb #75df00ab
 def take_request(run, step):
-    "Put the policy that was asked for in force, and select if it is time or was asked for"
+    "Put what was asked for in force, and select if it is time or was asked for"
+    _take_factor(run, step)
     if (asked := run.requests.take()) is not None:
         policy,now = asked
         use_policy(run, policy)

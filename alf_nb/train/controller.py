@@ -11,6 +11,7 @@ __all__ = ['ALFController', 'settings', 'write_begin', 'figures']
 import math, time, uuid, warnings
 from dataclasses import replace
 from fastcore.basics import patch
+from ..core.check import is_number, refuse
 from ..core.config import MOVED
 from ..core.system import Slowdown, peak_rss_bytes, versions
 from ..kernels.plan import compile_kernels
@@ -99,6 +100,7 @@ def _set_up_step(run):
     run.window,run.measured,run.grad_bytes,run.measure_s = {},{},0,0.
     run.step_s,run.tokens_seen,run.t_begin = [],0,time.perf_counter()
     run.slowdown,run.crowded = Slowdown(),False
+    run.scheduler,run.lr_factor,run.wished_factor,run.about = None,1.,None,{}
     run.t_step = run.t_begin
 
 # %% ../../nbs/06_train/14_controller.ipynb #52f90680
@@ -204,6 +206,7 @@ def write_begin(run):
         model=getattr(getattr(model, 'config', None), '_name_or_path', '') or type(model).__name__,
         device=str(run.engine.device),
         seed=run.engine.seed,
+        about=run.about,
     )
     if run.fit is not None: run.journal.event('fit', 0, **run.fit.to_dict())
 
@@ -347,6 +350,21 @@ def choose(self:ALFController,
         if not now: check_selections_left(self)
         return wish
     return self.requests.put(make, now)
+
+@patch
+def scale_lr(self:ALFController,
+    factor:float # above 0; 1: as scheduled
+)->float:
+    "Ask for a factor on the schedule of the learning rate; taken between two steps"
+    if not is_number(factor) or not .001 <= factor <= 1000:
+        refuse('factor', factor, 'it is on the schedule of the learning rate, 0.001 to 1000; 1: as scheduled')
+    if self.scheduler is None:
+        raise RuntimeError("no scheduler is known here: a loop of your own sets its learning rates itself")
+    if self.engine.n_processes > 1:
+        raise RuntimeError("a factor asked for in one process would not reach the others: give learning_rate=")
+    self.wished_factor = float(factor)
+    return self.wished_factor
+
 
 # %% ../../nbs/06_train/14_controller.ipynb #ec54585d
 @patch

@@ -120,7 +120,7 @@ def _what_is_known(run):
         banned=[n for n in run.names if n in run.banned], selection=run.selection,
         tracker=Tracked(**run.tracker.state_dict()), marks=run.windows.starts, cum_lr=run.rates.total,
         totals=run.totals, reach=Reached(**run.reach.state_dict(run.names)), meter=_metered(run),
-        new_state=run.new_state, again=run.again)
+        new_state=run.new_state, again=run.again, lr_factor=run.lr_factor)
 
 # %% ../../nbs/06_train/17_saving.ipynb #2ff26333
 def collect(
@@ -365,7 +365,7 @@ def restore(
     state = saved.state
     changed = _changed(run, state.config)
     run.run_id,run.selection,run.totals,run.new_state = state.run_id,state.selection,state.totals,state.new_state
-    run.journal.step = state.totals.steps
+    run.journal.step,run.lr_factor = state.totals.steps,state.lr_factor
     _restore_optimizer(run, saved)
     run.tracker.load_state_dict(asdict(state.tracker))
     _restore_windows(run, saved, step)

@@ -214,6 +214,7 @@ class _Body:
     meter:MeterState|None                         # None: gradients are not metered
     new_state:bool                                # are the bytes of this selection yet to be counted?
     again:bool                                    # was a selection asked for that is yet to be made?
+    lr_factor:Annotated[float, _Between(.001, 1000)] # on the schedule of the learning rate
 
 # %% ../../nbs/06_train/01_state.ipynb #cca172a3
 @dataclass(frozen=True)
