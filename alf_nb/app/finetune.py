@@ -21,12 +21,13 @@ from traceback import format_exception
 import torch
 from fastcore.meta import delegates
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 # %% ../../nbs/10_app/07_finetune.ipynb #2bd44798
 from .disk import bytes_of, check_plan, check_room, full_error, output_folder, save_anywhere
-from .job import FinetuneSettings, Job, Looks, check_base, load_weights, measure_after, measure_before
+from .job import Job, Looks, check_base, load_weights, measure_after, measure_before
 from .publish import write_card
 from .results import delta_metadata, has_event, keep_results, last_figures, read_json, resume_point
 from ..core.checkpoints import find_checkpoint, newest_run
@@ -34,12 +35,14 @@ from ..core.files import write_whole
 from ..core.lock import RunLock
 from ..core.rates import FULL_LR, suggested_lr
 from ..core.runlog import RunLog
+from ..core.training import FinetuneSettings, RUN_FILE, run_settings, write_run_file
 from ..model.columns import join_columns
 from ..model.shards import check_alone
 from ..report.page import write_report
 from ..report.summary import summarize
-from ..sources.losses import continuation, wants_autocast
+from ..sources.losses import wants_autocast
 from ..sources.models import given_model, load_config
+from ..sources.templates import pad_rows
 from ..sources.texts import check_text, load_texts, unrelated_texts
 from ..train.background import BackgroundRun, start
 from ..train.beside import refuse_beside
@@ -72,7 +75,8 @@ class _Bar(TrainerCallback):
 # %% ../../nbs/10_app/07_finetune.ipynb #5d1c6cdd
 class _Opening(TrainerCallback):
     "When a run begins anew: makes room, and writes what was measured before training"
-    def __init__(self, alf, out, events): self.alf, self.out, self.events = alf, out, events
+    def __init__(self, alf, out, events, settings):
+        self.alf, self.out, self.events, self.settings = alf, out, events, settings
 
     def on_train_begin(self, args, state, control, **kw):
         if state.global_step > 0: return
@@ -80,6 +84,7 @@ class _Opening(TrainerCallback):
         least = bytes_of(self.alf.run.layers, self.alf.selection.names)//2
         check_room(self.out, 0, least, 'the delta of what is selected')
         keep_results(self.out)
+        write_run_file(self.out/RUN_FILE, self.settings)
         for e in self.events: self.alf.run.journal.event(step=0, **e)
 
 # %% ../../nbs/10_app/07_finetune.ipynb #402bd54b
@@ -89,6 +94,7 @@ def _arguments(job, out):
         output_dir=str(out),
         max_steps=s.steps,
         per_device_train_batch_size=s.batch_size,
+        gradient_accumulation_steps=s.grad_accum,
         learning_rate=float(s.lr),
         lr_scheduler_type='cosine',
         warmup_steps=max(1, s.steps//20),
@@ -98,28 +104,20 @@ def _arguments(job, out):
         save_steps=s.save_steps or 500,
         bf16=job.bf16,
         seed=s.seed,
-        report_to=[],
+        report_to=list(s.report_to),
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        include_num_input_tokens_seen='all',
+        include_num_input_tokens_seen='non_padding',
         save_total_limit=2,
     )
-
-def _trainer(job, out, callback, opening, bar):
-    "A Trainer of the job; `opening`: events to write when it begins anew"
-    callback.on_probe = bar.probing
-    trainer = Trainer(job.net, _arguments(job, out), train_dataset=job.train, data_collator=default_data_collator,
-                      callbacks=[callback, _Opening(callback, out, opening), bar])
-    for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
-    return trainer
 
 # %% ../../nbs/10_app/07_finetune.ipynb #3e0f7279
 def _trainer(job, out, callback, opening, bar, run):
     "A Trainer of the job; `opening`: events to write when it begins anew"
     callback.on_probe = bar.probing
     looks = Looks(job, callback, isinstance(run, BackgroundRun), run.say)
-    trainer = Trainer(job.net, _arguments(job, out), train_dataset=job.train, data_collator=default_data_collator,
-                      callbacks=[callback, _Opening(callback, out, opening), bar, looks])
+    trainer = Trainer(job.net, _arguments(job, out), train_dataset=job.train, data_collator=pad_rows,
+                      callbacks=[callback, _Opening(callback, out, opening, job.repeats), bar, looks])
     for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
     return trainer
 
@@ -177,7 +175,7 @@ def _write_results(log, out, more):
 def _more(job, t0):
     s = job.settings
     return {'total_s': time.perf_counter()-t0, 'rss_bytes_peak': peak_rss_bytes(), 'bf16': job.bf16,
-            'batch_size': s.batch_size, 'length': s.length, 'lr': float(s.lr), 'threads': torch.get_num_threads()}
+            'batch_size': s.batch_size, 'grad_accum': s.grad_accum, 'length': s.length, 'lr': float(s.lr), 'threads': torch.get_num_threads()}
 
 # %% ../../nbs/10_app/07_finetune.ipynb #30006587
 def _write(job, out, metadata, t0):
@@ -230,6 +228,23 @@ def _about(model, data, other, column, given):
     if not isinstance(model, tuple): known['load'] = f"load_model({'' if model is None else repr(str(model))})"
     return {k: v for k,v in known.items() if v is not None}
 
+# %% ../../nbs/10_app/07_finetune.ipynb #a8e336c9
+def _how(s, epochs):
+    "What the log tells of a training, beside the settings of ALF; `epochs`: as it was asked for"
+    known = dict(lr=float(s.lr), lr_schedule='cosine', optimizer='AdamW', batch_size=s.batch_size,
+                 grad_accum=s.grad_accum, length=s.length, epochs=epochs, repeat=f'alf finetune --config {RUN_FILE}')
+    return {k: v for k,v in known.items() if v is not None}
+
+def _as_begun(s, out):
+    "Settings of a run that goes on: its epochs are the steps that it was begun with"
+    if s.epochs is None: return s
+    begin = RunLog(out).begin
+    epochs, steps = (begin.get('about') or {}).get('epochs'), begin.get('max_steps')
+    if not steps or epochs != s.epochs:
+        raise ValueError(f"epochs={s.epochs}, but the run in {out} was begun with epochs={epochs}: resume it with that, or"
+                         " give the larger number of steps= that it is to make")
+    return replace(s, steps=steps, epochs=None)
+
 # %% ../../nbs/10_app/07_finetune.ipynb #cc2855f4
 def _previewed(net, callback, settings):
     "What would train first, and the settings with a learning rate that suits its share"
@@ -252,6 +267,8 @@ def _job(call, run, callback, done):
     if not done: check_plan(call.out, net, callback, chosen, settings.steps, settings.save_steps)
     run.say('preparing the texts')
     job = Job(net, tokenizer, call.texts, call.others, settings, call.progress)
+    call.about |= _how(job.settings, call.settings.epochs) | job.texts
+    job.repeats = run_settings(call.what, job.settings, call.alf)
     if isinstance(call.model, tuple): call.job = job
     return job
 
@@ -261,7 +278,7 @@ def _run(call, run, callback, checkpoint, done, resumes):
     t0, out, job = time.perf_counter(), call.out, _job(call, run, callback, done)
     s = job.settings
     if resumes: check_base(job, RunLog(out))
-    run.model, run.speak = job.net, lambda prompt: continuation(job.net, job.tokenizer, prompt)
+    run.model, run.speak = job.net, job.speak
     run.say('measuring before training')
     bar = _Bar(callback, disable=not call.progress)
     trainer = _trainer(job, out, callback, [] if resumes else measure_before(job), bar, run)
@@ -306,6 +323,7 @@ class _Call:
     alf:dict            # arguments of `ALFCallback`
     progress:bool
     about:dict          # for the log
+    what:dict           # model, data, column, other: as they were given
     job:object=None     # of a model that was given
 
     def callback(self):
@@ -337,15 +355,28 @@ def _settings(kwargs, model):
     own = {f.name: kwargs[f.name] for f in fields(FinetuneSettings) if f.name in kwargs}
     rest = {k: v for k,v in kwargs.items() if k not in own}
     if model is None and 'config' not in rest and rest.get('full_lr') is None: rest['full_lr'] = FULL_LR
-    return FinetuneSettings(**own), rest
+    s = FinetuneSettings(**own)
+    for t in s.report_to:
+        if t not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to={t!r} is no tracker that Trainer knows; known are"
+                             f" {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+    return s, rest
+
+# %% ../../nbs/10_app/07_finetune.ipynb #cd57c965
+def _check_resume(call):
+    "Is there something to go on with? The steps of its epochs are those that it was begun with"
+    if not call.out.is_dir(): raise ValueError(f"nothing to resume: there is no folder '{call.out}'")
+    with RunLock(call.out, 'finetune()'):
+        call.settings = _as_begun(call.settings, call.out)
+        resume_point(call.out, call.settings.steps)
 
 # %% ../../nbs/10_app/07_finetune.ipynb #160b57b6
 @delegates(FinetuneSettings, keep=True)
 def finetune(
     model=None, # hub id, folder, or (model, tokenizer); None: SmolLM2-135M-Instruct
-    data=None, # text file, folder, .jsonl, .csv, or the name of a dataset; None: the Python language reference
+    data=None, # texts or chats: file, folder, dataset or its name, list; None: the Python language reference
     out='runs/demo', # run folder
-    column:str|None=None, # column of the text in structured data
+    column:str|None=None, # column of structured data; default that of a chat, else of text
     other=None, # text to measure forgetting on, as `data`; default a sample of GSM8K
     resume:bool=False, # continue from the last checkpoint in `out`
     progress:bool=True, # show bars
@@ -356,15 +387,14 @@ def finetune(
     check_alone('finetune()')
     given = dict(model=model, data=data, out=out, column=column, other=other, **kwargs, live=live or None)
     s, kwargs = _settings(kwargs, model)
-    out = output_folder(out)
-    about = _about(model, data, other, column, given)
-    call = _Call(model, (), (), out, s, kwargs, progress and not live, about)
+    texts, about = _read(data, other, column, s), _about(model, data, other, column, given)
+    what = dict(model=model, data=data, column=column, other=other)
+    call = _Call(model, *texts, Path(out), s, kwargs, progress and not live, about, what)
     callback, net = call.callback(), model[0] if isinstance(model, tuple) else None
     if net is not None: refuse_beside(net)
     elif live: load_config(model)       # a name that leads nowhere is refused here, not in the background
-    with RunLock(out, 'finetune()'):
-        if resume: resume_point(out, s.steps)
-        call.texts, call.others = _read(data, other, column, s)
+    if resume: _check_resume(call)
+    out = output_folder(out)
     if not live: return _do(call, _Alone(), resume)
     run = BackgroundRun(callback, out, lambda run, resumes: _do(call, run, resumes), net, resume)
     run.line = about['resume']

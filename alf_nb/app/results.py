@@ -53,8 +53,8 @@ def keep_results(
     out:Path # of the run
 ):
     "Move what the run before has left aside"
-    names = [n for n in ('delta', 'summary.json', 'report.html') if (out/n).exists()]
-    if not names: return
+    names = [n for n in ('delta', 'summary.json', 'report.html', 'run.yaml') if (out/n).exists()]
+    if not names or names == ['run.yaml']: return
     run = delta_metadata(out/'delta').get('run_id') or read_json(out/'summary.json').get('run_id')
     where = set_aside(out, names, run if isinstance(run, str) else 'unknown')
     warnings.warn(

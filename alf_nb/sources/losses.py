@@ -121,10 +121,11 @@ def continuation(
     model,               # causal language model
     tokenizer,           # of the model
     prompt:str,          # not empty
-    n_tokens:int=40      # at most so many new tokens; fewer where the model ends the text
+    n_tokens:int=40,     # at most so many new tokens; fewer where the model ends the text
+    special:bool=True    # put the tokenizer's own tokens in front? A chat template has written them
 )->str:                  # the new text only
     "How the model goes on after `prompt`, taking the likeliest token each time"
-    enc = tokenizer(prompt, return_tensors='pt').to(_device(model))
+    enc = tokenizer(prompt, add_special_tokens=special, return_tensors='pt').to(_device(model))
     ids = enc['input_ids']
     if not prompt or not ids.numel(): raise ValueError("the prompt is empty; give the model a few words to go on from")
     with _evaluating(model), warnings.catch_warnings():

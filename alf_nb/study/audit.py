@@ -260,7 +260,7 @@ def audit_signals(
     length:int=128,      # tokens of a row made from texts
     collate=None,        # rows → batch; None: by kind
     loss=model_loss,    # loss(model, batch) → scalar tensor
-    progress:bool=True,  # show a bar, and first how long it will take?
+    progress:bool=True,  # show a bar, and how long it takes?
     **kwargs             # fields of `AuditSettings`
 )->SignalAudit:
     "Measure how useful units are, and which signal knows it; the model is left as it was"
