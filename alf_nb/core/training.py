@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/01_core/training.html.md"""
 # %% auto #0
 __all__ = ['STEPS', 'RUN_FILE', 'FinetuneSettings', 'in_steps', 'run_settings', 'write_run_file', 'read_run_file']
 
-# %% ../../nbs/01_core/20_training.ipynb #52d45f09
+# %% ../../nbs/01_core/20_training.ipynb #0dcbbc21
 import difflib, math, os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +15,9 @@ from .check import learning_rate, number, whole
 from .config import SETTINGS
 from .files import write_whole
 
-# %% ../../nbs/01_core/20_training.ipynb #751d0d22
+# %% ../../nbs/01_core/20_training.ipynb #46a6040a
+STEPS = 120     # optimizer steps, where nothing is said
+
 def _check_settings(s):
     for k in ('steps', 'batch_size', 'grad_accum', 'length', 'eval_blocks'): whole(k, getattr(s, k), 1)
     whole('attention', s.attention, 0, why='it is a number of passages, or 0')
@@ -23,11 +25,10 @@ def _check_settings(s):
     if s.lr is not None: learning_rate('lr', s.lr)
     if s.epochs is None: return
     number('epochs', s.epochs, 0, 1e6, 'it is how often all rows are seen, above 0', above=True)
-    if s.steps != STEPS: raise ValueError(f"steps={s.steps} and epochs={s.epochs} both say how long it trains: give one")
+    if s.steps != STEPS:
+        raise ValueError(f"steps={s.steps} and epochs={s.epochs} both say how long it trains: give one")
 
-# %% ../../nbs/01_core/20_training.ipynb #6bd13d7f
-STEPS = 120     # optimizer steps, where nothing is said
-
+# %% ../../nbs/01_core/20_training.ipynb #b1c3af77
 @dataclass(frozen=True)
 class FinetuneSettings:
     "How `finetune` trains and measures."
@@ -45,14 +46,16 @@ class FinetuneSettings:
     bf16:bool|None=None
     seed:int=0           # decides split, order, draws: the same seed gives the same result
     save_steps:int=0     # checkpoint every so many steps, 0: none
-    # steps between two looks at the held-out loss and a sample while it trains; 0: before and after, and where layers
-    # are selected anew when live
+    # steps between two looks at the held-out loss and a sample while it trains; 0: none, but when live where layers are
+    # selected anew
     eval_every:int=0
     attention:int=0      # held-out passages for the change of attention, such as 16; 6 or more give intervals, 0: none
-    report_to:tuple=()   # trackers beside our log, such as wandb, tensorboard or trackio
-    def __post_init__(self): _check_settings(self)
+    report_to:tuple=()   # trackers beside our log: wandb, tensorboard, trackio
+    def __post_init__(self):
+        if isinstance(self.report_to, str): object.__setattr__(self, 'report_to', (self.report_to,))
+        _check_settings(self)
 
-# %% ../../nbs/01_core/20_training.ipynb #49262e1f
+# %% ../../nbs/01_core/20_training.ipynb #b7ed9073
 def in_steps(
     s:FinetuneSettings,
     n_rows:int # to train on
@@ -62,7 +65,7 @@ def in_steps(
     per_epoch = math.ceil(math.ceil(n_rows/s.batch_size)/s.grad_accum)
     return replace(s, steps=max(1, math.ceil(s.epochs*per_epoch)), epochs=None)
 
-# %% ../../nbs/01_core/20_training.ipynb #cffc97b0
+# %% ../../nbs/01_core/20_training.ipynb #62e553ce
 RUN_FILE = 'run.yaml'
 _WHAT = ('model', 'data', 'column', 'other')
 _NOT_SAVED = '<given in Python'
@@ -76,6 +79,7 @@ def _writable(v):
     if isinstance(v, (list, tuple)) and all(isinstance(x, (bool, int, float, str)) for x in v): return list(v)
     return f"{_NOT_SAVED}: {type(v).__name__}>"
 
+# %% ../../nbs/01_core/20_training.ipynb #b89972e7
 def run_settings(
     what:dict,             # model, data, column, other: as `finetune` was given them
     settings:FinetuneSettings,
@@ -87,6 +91,7 @@ def run_settings(
     found = named | asdict(settings) | {k: _writable(v) for k,v in alf.items()}
     return {k: list(v) if isinstance(v, tuple) else v for k,v in found.items() if v is not None and v != ()}
 
+# %% ../../nbs/01_core/20_training.ipynb #ea24157a
 def write_run_file(
     path,       # file to write
     found:dict  # what `run_settings` returned
@@ -96,7 +101,7 @@ def write_run_file(
     head = f"# This run again: alf finetune --config {RUN_FILE} --out ANOTHER_FOLDER\n"
     write_whole(Path(path), head + yaml.safe_dump(found, sort_keys=False, allow_unicode=True))
 
-# %% ../../nbs/01_core/20_training.ipynb #8fd58bce
+# %% ../../nbs/01_core/20_training.ipynb #b9264da2
 def _check_names(path, found):
     known = (*_WHAT, 'out', 'preset', *(f.name for f in fields(FinetuneSettings)), *SETTINGS)
     for k in found:
@@ -105,6 +110,7 @@ def _check_names(path, found):
         raise ValueError(f"{path} has the setting {k!r}, which finetune does not know; {'close' if close else 'known'}:"
                          f" {', '.join(close or known)}")
 
+# %% ../../nbs/01_core/20_training.ipynb #a946def2
 def read_run_file(
     path # YAML of arguments of `finetune`
 )->dict:
