@@ -74,7 +74,7 @@ def test_a_run_of_another_process(tmp_path, view):
     log.write('run_begin', step=0, units=fake_units(2), config={}, max_steps=10)
     log.write('log', step=3, loss=1., seconds_per_step=2.)
     d = view(tmp_path)
-    assert words(d) == ('running', 'Unfinished') and d.pause.layout.display == 'none'
+    assert words(d) == ('running', 'Training') and d.pause.layout.display == 'none'
     log.write('pause', step=3)
     d.follower.update()
     d.at_once()
@@ -90,7 +90,7 @@ def test_going_silent_is_noticed_without_an_event(tmp_path, view, monkeypatch):
     log = RunLog(tmp_path)
     log.write('run_begin', step=0, units=fake_units(2), config={}, max_steps=10)
     d = view(tmp_path)
-    assert 'Unfinished' in d.what.value
+    assert 'another process' in d.what.value
     real = time.time
     monkeypatch.setattr(time, 'time', lambda: real() + 100)
     wait_for(lambda: 'Interrupted' in d.what.value)

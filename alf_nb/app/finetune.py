@@ -111,7 +111,6 @@ def _arguments(job, out):
         save_total_limit=2,
     )
 
-# %% ../../nbs/10_app/07_finetune.ipynb #0d74f6f1
 def _trainer(job, out, callback, opening, bar, run):
     "A Trainer of the job; `opening`: events to write when it begins anew"
     callback.on_probe = bar.probing
@@ -245,7 +244,7 @@ def _about(model, data, other, column, given):
 def _how(s, epochs):
     "What the log tells of a training, beside the settings of ALF; `epochs`: as it was asked for"
     known = dict(lr=float(s.lr), lr_schedule='cosine', optimizer='AdamW', batch_size=s.batch_size,
-                 grad_accum=s.grad_accum, length=s.length, epochs=epochs, repeat=f'alf finetune --config {RUN_FILE}')
+                 grad_accum=s.grad_accum, length=s.length, epochs=epochs, command=f'alf finetune --config {RUN_FILE}')
     return {k: v for k,v in known.items() if v is not None}
 
 # %% ../../nbs/10_app/07_finetune.ipynb #3254911f

@@ -15,9 +15,8 @@ from ..core.format import human_bytes, human_count, human_time, num, percent
 from ..core.shift import AttentionShift
 from ..core.runlog import read_once
 from .attention import shift_section
-from .charts import MOST_SHOWN, drawn_layers, layer_map, loss_chart, memory_chart, role_maps
-from .html import data_table, note, section, settings_table, tag, tile, warning, whole_page
-from .lines import trend
+from .charts import MOST_SHOWN, averaged, drawn_layers, layer_map, loss_chart, memory_chart, role_maps
+from .html import data_table, flat, note, section, settings_table, tag, tile, warning, whole_page
 from .run_state import state_of
 from .summary import change, continuation, eval_name, passed_over, share_of_full, summarize
 
@@ -30,7 +29,7 @@ def _gain(s, train):
     if a is not None and b is not None:
         ppl = _arrow(s['domain_perplexity_before'], s['domain_perplexity_after'], 2)
         return f": held-out loss {_arrow(a, b)}, perplexity {ppl}"
-    return f": training loss {_arrow(train[0], train[-1])} in {s['steps']} steps" if train else ''
+    return f": training loss {_arrow(*train)} in {s['steps']} steps" if train[0] is not None else ''
 
 def _forgot(s):
     a, b = s['other_loss_before'], s['other_loss_after']
@@ -60,8 +59,8 @@ def _loss_card(s, k):
 
 def _loss_cards(s, train):
     if s['evals']: return [_loss_card(s, k) for k in s['evals'][:2]]
-    if not train: return []
-    big = f'<small>{num(train[0])} →</small> {num(train[-1])}'
+    if train[0] is None: return []
+    big = f'<small>{num(train[0])} →</small> {num(train[1])}'
     return [_card('Training loss', big, 'averaged; nothing was held out')]
 
 # %% ../../nbs/07_report/12_page.ipynb #b2c2ed03
@@ -131,23 +130,67 @@ def _attention(state):
         return note('The attention that was recorded cannot be read.')
 
 # %% ../../nbs/07_report/12_page.ipynb #be66a925
+def _between(p):
+    "How it went on while it trained"
+    told = [tag('p', f'at step {step}', cls='sample-head') + tag('p', escape(continuation(p['prompt'], t)), cls='sample')
+            for step, t in p['during']]
+    n = f"{len(told)} time{'s'*(len(told) > 1)}"
+    return tag('details', tag('summary', f'Continued while it trained, {n}'), *told) if told else ''
+
 def _sample(p):
     "A prompt, continued before and after"
+    if p['before'] is None and p['after'] is None:
+        return tag('p', tag('span', escape(p['prompt']), cls='prompt'), cls='sample') + _between(p)
     def side(when):
         head = tag('p', when, cls='sample-head')
         if p[when] is None: return tag('div', head, tag('p', 'not recorded', cls='sample'))
         prompt, text = tag('span', escape(p['prompt']), cls='prompt'), escape(continuation(p['prompt'], p[when]))
         return tag('div', head, tag('p', f'{prompt} {text}', cls=f'sample {when}'))
-    return tag('div', side('before'), side('after'), cls='two')
+    return tag('div', side('before'), side('after'), cls='two') + _between(p)
 
 # %% ../../nbs/07_report/12_page.ipynb #4ab366eb
+_WORDS = {
+    'policy.policy': 'policy', 'policy.budget': 'budget, share of the parameters', 'policy.threshold': 'threshold, least importance',
+    'policy.strata': 'bands of the depth that share the budget', 'policy.explore': 'share drawn by lot',
+    'policy.hysteresis': 'lead that a newcomer needs', 'policy.pin': 'always trains', 'policy.ban': 'never trains',
+    'policy.seed': 'seed of draws', 'policy.cost_aware': 'counts what a step costs', 'freeze_bottom': 'share of the depth frozen from the bottom',
+    'interval': 'steps between selections', 'measure_every': 'steps between measurements', 'unit': 'unit of choice',
+    'start': 'first selection by', 'select_until': 'selects until this share of the steps', 'offload': 'state of what is frozen',
+    'meter_steps': 'metered steps before a selection', 'masters': 'fp32 copies of what trains', 'check': 'on NaN or infinity',
+    'quantize_frozen': 'bits of what stays frozen', 'full_lr': 'learning rate of full fine-tuning', 'memory': 'memory to fit into',
+    'reprobe_batches': 'batches of a later probe', 'warm_up': 'steps before the first selection',
+}
+
+def _in_words(d):
+    "Settings under the names that people know; what is not set is left out"
+    known = {_WORDS.get(k, k.replace('policy.', '').replace('_', ' ')): v for k, v in flat(d) if k != 'presumed'}
+    return {k: v for k, v in known.items() if v not in ('null', '[]', '{}')}
+
+def _code(text): return tag('pre', tag('code', escape(text)))
+
+def _reproduce(state, s):
+    "The call, and what data and training were"
+    about = state.about
+    if not about: return ''
+    shown = {k: v for k, v in about.items() if k not in ('call', 'resume', 'load', 'command')}
+    known = dict(model=s['model'], steps=s['max_steps'], seed=s['seed']) | shown
+    calls = [_code(str(about[k])) for k in ('command', 'call') if about.get(k)]
+    return ''.join(calls) + settings_table({k.replace('_', ' '): v for k, v in known.items() if v is not None}, 'Data and training')
+
+def _use(log, state):
+    "How the result is loaded; empty: there is no delta"
+    if not any(e.get('path') == 'delta' for e in state.events('save')): return ''
+    load = state.about.get('load')
+    model = f'model, tokenizer = {load}' if load else '# model: the one that the run began with, untrained'
+    return _code(f"from alf_nb.all import apply_delta, load_model\n\n{model}\napply_delta(model, {str(log.dir/'delta')!r})")
+
 def _settings(state, s):
     "Settings of the run, versions and place; empty without a beginning"
     if not state.begin: return ''
     place = dict(model=s['model'], device=s['device'], run=s['run_id'], begun=s['date'],
                  process_memory_peak=human_bytes(s['rss_bytes_peak']))
     known = s['versions'] | {k: v for k, v in place.items() if v}
-    tables = settings_table(state.config, 'Settings of the run'), settings_table(known, 'Versions and place')
+    tables = settings_table(_in_words(state.config), 'Settings of the run'), settings_table(known, 'Versions and place')
     return tag('div', *tables, cls='two')
 
 # %% ../../nbs/07_report/12_page.ipynb #7da261f5
@@ -231,6 +274,8 @@ def _sections(log, state, s):
     yield 'In its own words', ''.join(map(_sample, s['samples'])), (
         'The same prompt, continued by the model before and after.')
     yield 'Selections', _selection_table(state.events('select')), ''
+    yield 'Use', _use(log, state), 'The delta turns the model that the run began with into the tuned one, bit for bit.'
+    yield 'Reproduce', _reproduce(state, s), 'The same call, data and seed give the same result.'
     yield 'Settings', _settings(state, s), ''
 
 # %% ../../nbs/07_report/12_page.ipynb #76423fa5
@@ -240,7 +285,7 @@ def report_html(
     "The report as one page of HTML"
     log = read_once(run)
     s, state = summarize(log), state_of(log)
-    train = [v for v in trend(state.series('log', 'loss')[1]) if v is not None]
+    train = averaged(state)
     written = (f"Written by alf_nb {escape(str(s['versions'].get('alf_nb', '')))} from the run log of"
                f" {tag('code', escape(s['run']))}. A dash means not measured.")
     parts = ''.join(section(*x) for x in _sections(log, state, s))

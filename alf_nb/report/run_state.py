@@ -103,6 +103,11 @@ def n_total(self:RunState)->int:
     return self.begin.get('n_total') or sum(self.sizes.values())
 
 @patch(as_prop=True)
+def run_id(self:RunState)->str|None:
+    "Of the run; None: it has not begun"
+    return self.begin.get('run_id')
+
+@patch(as_prop=True)
 def max_steps(self:RunState)->int|None:
     "Steps that the run was to make; None: unknown"
     return self.begin.get('max_steps')
@@ -245,13 +250,23 @@ def mean_importance(
     return [v/top if v is not None and top else v for v in out]
 
 # %% ../../nbs/07_report/01_run_state.ipynb #50181665
+def _is_aside(e): return e.get('when') in ('during', 'asked')
+
+@patch(as_prop=True)
+def aside_s(self:RunState)->float:
+    "Seconds of looking at held-out texts and answering prompts while it trained; no part of a step"
+    return sum(e.get('wall_s') or 0. for k in ('eval', 'sample') for e in self.events(k) if _is_aside(e))
+
 def _ticks(state):
     "(step, seconds so far) for each event"
     kinds = ('run_begin', 'probe', 'measure', 'select', 'log', 'pause', 'unpause', 'resume', 'run_end')
-    ts = sorted((e['t'], e.get('step', 0), k) for k in kinds for e in state.events(k) if e.get('t') is not None)
+    known = [(e, k, 0.) for k in kinds for e in state.events(k)]
+    # a look at held-out texts between two steps, or an answer, is no training
+    known += [(e, k, e.get('wall_s') or 0.) for k in ('eval', 'sample') for e in state.events(k) if _is_aside(e)]
+    ts = sorted((e['t'], e.get('step', 0), k, aside) for e, k, aside in known if e.get('t') is not None)
     out, spent = [], 0.
-    for (a, _, _), (b, step, k) in zip(ts, ts[1:]):
-        if k not in ('unpause', 'resume', 'run_begin'): spent += b-a
+    for (a, *_), (b, step, k, aside) in zip(ts, ts[1:]):
+        if k not in ('unpause', 'resume', 'run_begin'): spent += max(0., b-a-aside)
         out.append((step, spent))
     return out
 

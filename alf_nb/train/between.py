@@ -33,8 +33,9 @@ def note_reached(run):
     run.nothing_reached = not run.reach.note(run.selection.names, has_gradient)
 
 def _scale_bases(scheduler, by):
-    "Scale what a scheduler, and those inside it, begin from"
-    if bases := getattr(scheduler, 'base_lrs', None): scheduler.base_lrs = [lr*by for lr in bases]
+    "Scale what a scheduler, and those inside it, begin from, and what they told last"
+    for name in ('base_lrs', '_last_lr'):
+        if rates := getattr(scheduler, name, None): setattr(scheduler, name, [lr*by for lr in rates])
     for s in getattr(scheduler, '_schedulers', ()): _scale_bases(s, by)
 
 def _take_factor(run, step):

@@ -66,16 +66,16 @@ def stand(self:Gate,
 ):
     "Answer what was asked, and wait while training is held"
     self.answer()
-    if self.go.is_set() or self.ending or self.saving: return
+    self.held = not (self.go.is_set() or self.ending or self.saving)
+    if not self.held: return
     run,t0 = self.alf.run,time.perf_counter()
     run.journal.event('pause', step)
-    self.held = True
     while not self.go.wait(.05) and threading.main_thread().is_alive():
         take_request(run, step)
         self.answer()
         if self.saving and not saved: break
-        self.saving = False
-    self.held = False
+        if saved: self.saving = False
+    self.held = self.saving and not saved and not self.ending      # it goes on behind the checkpoint
     run.journal.event('unpause', step, paused_s=time.perf_counter()-t0)
     run.forget_pause()
 

@@ -16,18 +16,19 @@ from ..core.foreign import escape
 from ..core.runlog import RunLog, runs_nearby
 from ..core.events import effective_events
 from ..core.system import in_kernel
-from ..report.html import Html, theme_css
+from ..report.html import Html, note, tag, theme_css
 from ..report.run_state import RunState
 from .parts import all_widgets, put, show
 
 # %% ../../nbs/08_widgets/02_base.ipynb #acb17e7f
 class LogReader:
-    "Reads what a run log gains, and keeps the state of its last run."
+    "Reads what a run log gains, and keeps the state of its runs."
     def __init__(self,
         log # `RunLog` or path of a run
     ):
         self.log = RunLog(log.path if isinstance(log, RunLog) else log)   # its own place in the file
         self.state, self.version, self.events, self._lock = RunState(), 0, [], threading.Lock()
+        self.earlier = {}       # run id → state of a run before the last one
 
     def update(self)->bool: # did anything happen?
         "Read what is new"
@@ -36,11 +37,19 @@ class LogReader:
             if not new: return False
             self.events += new
             if any(e['event'] in ('run_begin', 'resume') for e in new):
-                self.state = RunState((effective_events(self.events) or [()])[-1])
+                *before, last = effective_events(self.events) or [()]
+                self.state, self.earlier = RunState(last), {s.run_id: s for s in map(RunState, before)}
             else:
                 for e in new: self.state.add(e)
             self.version += 1
             return True
+
+    def state_of(self,
+        run_id # of the run; None: one that has not begun
+    )->RunState:
+        "What is known of one run of the log"
+        if run_id is not None and self.state.run_id == run_id: return self.state
+        return self.earlier.get(run_id) or RunState()
 
 # %% ../../nbs/08_widgets/02_base.ipynb #44eef459
 _readers, _readers_lock = weakref.WeakValueDictionary(), threading.Lock()
@@ -148,7 +157,7 @@ class View(HasTraits):
         self.error, self.box = W.HTML('', layout=dict(display='none', width='100%')), W.VBox(layout=dict(width='100%'))
         for name in ('alf', 'alf-view'): self.box.add_class(name)
         self._on, self._parts, self._displays = [_counts_places(self)], [], []
-        self._drawn, self._seen, self._due = None, False, {}
+        self._drawn, self._seen, self._due, self._nothing = None, False, {}, RunState()
         self._changed, self._kept, self._stale = time.monotonic(), 0., False
         self.box._view_count = 0        # asks the front end to count the places where this box is shown
     def __repr__(self): return self.one_line()
@@ -176,8 +185,12 @@ def one_line(self:View)->str:
 # %% ../../nbs/08_widgets/02_base.ipynb #992f2845
 @patch(as_prop=True)
 def state(self:View)->RunState:
-    "What is known of the run"
-    return self.follower.state if self.follower else RunState()
+    "What is known of the run: of the one that is controlled, else of the newest in the log"
+    if not self.follower: return RunState()
+    if not hasattr(self.control, 'run_id'): return self.follower.state
+    found = self.follower.state_of(self.control.run_id)
+    if not found.begin: found = self._nothing
+    return found
 
 @patch(as_prop=True)
 def status(self:View)->str:
@@ -329,7 +342,22 @@ def hold(self:View,
 
 # %% ../../nbs/08_widgets/02_base.ipynb #82072299
 # the place of widgets whose kernel is gone
-_gone = '.jp-OutputArea-child:not(:has(.alf-view)):has(+ .jp-OutputArea-child .alf-still) { display:none }'
+_gone = (
+    '.jp-OutputArea-child:not(:has(.alf-view)):has(+ .jp-OutputArea-child .alf-still) { display:none }'
+    # a kernel that was restarted while the page was open leaves its widgets, each with a broken icon
+    ' .jp-OutputArea-child:has(.alf-view.jupyter-widgets-disconnected) { display:none }'
+    ' .jp-OutputArea:has(.alf-view.jupyter-widgets-disconnected) .alf-still { display:block !important }'
+    ' .alf-still .alf-gone { display:none }'
+    ' .jp-OutputArea:has(.alf-view.jupyter-widgets-disconnected) .alf-gone { display:block }'
+)
+
+def _as_of(view):
+    "When a picture was drawn of what goes on since, and how to see it alive"
+    if view.log is None: return ''
+    again = tag('code', escape(f"{type(view).__name__}({str(view.log.dir)!r})"))
+    when = note(f"As of {time.strftime('%d %b %Y, %H:%M')}; {again} shows what the run has done since.") if view.goes_on else ''
+    gone = f'The kernel that this view belongs to is gone. Import it again and run {again} in a cell to see the run.'
+    return when + tag('p', gone, cls='warning alf-gone', role='note')
 
 @patch
 def picture(self:View)->Html:
@@ -341,7 +369,7 @@ def still_bundle(
 )->dict: # MIME type → text
     "The still picture, hidden while the widgets are there"
     with view.lock:
-        page = f'<style>{_gone}</style>{view.picture()._repr_html_()}'
+        page = f'<style>{_gone}</style>{Html(_as_of(view) + view.static_html())._repr_html_()}'
         return {'text/plain': repr(view), 'text/html': f'<div class="alf-still alf-still-{view.box_id}">{page}</div>'}
 
 def _live_bundle(view):

@@ -1,0 +1,104 @@
+"""A run of `finetune(live=True)` as a person steers it: a prompt while it is paused, another learning rate, a checkpoint,
+stop and resume, stop without saving, and what is left when the kernel is gone."""
+import re
+
+START = """
+import time, warnings; warnings.simplefilter('ignore')
+from pathlib import Path
+import alf_nb.app.finetune as app
+from alf_nb.all import *
+from alf_nb.demo import demo_model, demo_tokenizer
+app._Bar.on_step_begin = lambda *args, **kw: time.sleep(.05)
+text = Path('text.txt')
+text.write_text('\\n\\n'.join(f'The cat follows the dog, and {i} times {i} is {i*i}, says the sun.' for i in range(200)))
+def live(out, steps=2000, **kw):
+    net = demo_model(), demo_tokenizer()
+    return finetune(net, text, out, other=text, steps=steps, length=32, eval_blocks=4, lr=1e-2, interval=20, bf16=False,
+                    live=True, **kw)
+"""
+
+
+def ask(nb, i, timeout=30):
+    "Run the cell and return its one-line answer"
+    nb.run(i, timeout=timeout)
+    said = nb.cell(i).locator(".jp-OutputArea-output").last.inner_text().strip()
+    assert "Traceback" not in said, said
+    return said
+
+
+def test_a_prompt_a_rate_a_checkpoint_a_stop_and_a_resume(notebook, shot):
+    nb = notebook(
+        START + "run = live('steered')",
+        "dash = TrainingDashboard(run); dash",
+        "run.status, run.step",
+        "run.log.events('scale_lr')[-1]['factor'], len(list(Path('steered').glob('checkpoint-*/alf/state.json')))",
+        "sorted(p.name for p in Path('steered').iterdir() if p.is_dir() and p.name == 'delta'), run.status, run.line[:40]",
+        "run.status, run.alive, run.error",
+    )
+    nb.run(0, timeout=120)
+    nb.run(1)
+    cell = nb.cell(1)
+    button = lambda name: cell.get_by_role("button", name=re.compile(rf"\b{name}$"))
+    see = lambda text, timeout=60_000: cell.get_by_text(re.compile(text)).first.wait_for(timeout=timeout)
+    button("Pause").wait_for(timeout=60_000)
+    cell.get_by_text(re.compile(r"at step (2|4|6)0")).first.wait_for(timeout=60_000)     # a sample at a selection
+    shot(nb, "live_running", 1)
+    button("Pause").click()
+    button("Resume").wait_for(timeout=20_000)
+    button("Try & steer").click()
+    cell.get_by_placeholder("The beginning of a text").fill("The cat")
+    cell.get_by_placeholder("The beginning of a text").blur()
+    button("Try it").click()
+    held = eval(ask(nb, 2))
+    cell.locator("[role=status] .sample").filter(has_text="The cat").first.wait_for(timeout=30_000)
+    rate = cell.locator(".widget-text input[type=number]").first
+    rate.fill("0.5")
+    rate.press("Enter")
+    button("Set").click()
+    see(r"× 0\.5 since step \d+")
+    button("Save").click()
+    see("Paused")
+    assert eval(ask(nb, 2)) == held and held[0] == "paused"
+    assert ask(nb, 3) == "(0.5, 1)"
+    shot(nb, "live_steering", 1)
+    button("Stop").click()
+    see("can be taken up from")
+    assert "['delta'], 'stopped', 'finetune((model, tokenizer)" in ask(nb, 4).replace('"', "'")
+    shot(nb, "live_stopped", 1)
+    button("Resume").click()
+    button("Pause").wait_for(timeout=60_000)
+    assert ask(nb, 5) == "('running', True, None)"
+    shot(nb, "live_resumed", 1)
+    button("Stop").click()
+    see("can be taken up from")
+
+
+def test_stop_without_saving_and_a_kernel_that_is_gone(notebook, shot):
+    nb = notebook(
+        START + "run = live('discarded')",
+        "TrainingDashboard(run)",
+        "run.status, Path('discarded/delta').exists(), Path('discarded/report.html').exists()",
+        "other = live('gone'); TrainingDashboard(other)",
+    )
+    nb.run(0, timeout=120)
+    nb.run(1)
+    cell = nb.cell(1)
+    button = lambda name: cell.get_by_role("button", name=re.compile(rf"\b{name}$"))
+    button("Pause").wait_for(timeout=60_000)
+    button("Try & steer").click()
+    button("Stop without saving").click()
+    button("No, go on").click()
+    button("Stop without saving").click()
+    button("Yes, keep nothing").click()
+    cell.get_by_text(re.compile("nothing of it is kept")).first.wait_for(timeout=60_000)
+    for _ in range(100):
+        if ask(nb, 2) == "('stopped', False, True)": break
+        nb.page.wait_for_timeout(300)
+    assert ask(nb, 2) == "('stopped', False, True)"
+    shot(nb, "live_discarded", 1)
+    nb.run(3)
+    cell = nb.cell(3)
+    cell.get_by_text(re.compile(r"step \d+ of 2000")).first.wait_for(timeout=60_000)
+    nb.restart()
+    nb.page.wait_for_timeout(3000)
+    shot(nb, "kernel_gone", 3)
