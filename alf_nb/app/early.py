@@ -44,6 +44,7 @@ def _check_model(model):
     path = Path(model).expanduser()
     if model.startswith(('.', '~', '/')) and not path.exists(): raise FileNotFoundError(f"no model folder {model!r}")
 
+# %% ../../nbs/10_app/09_early.ipynb #f6568a3b
 def check_finetune(
     a:dict # arguments of `finetune`
 ):

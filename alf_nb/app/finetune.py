@@ -14,7 +14,7 @@ require_versions('torch', 'transformers', 'accelerate')
 if in_kernel(): wait_briefly()      # before torch is loaded
 
 # %% ../../nbs/10_app/07_finetune.ipynb #d72359fb
-import json, time
+import json, shlex, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from traceback import format_exception
@@ -241,10 +241,10 @@ def _about(model, data, other, column, given):
     return {k: v for k,v in known.items() if v is not None}
 
 # %% ../../nbs/10_app/07_finetune.ipynb #a8e336c9
-def _how(s, epochs):
+def _how(s, epochs, out):
     "What the log tells of a training, beside the settings of ALF; `epochs`: as it was asked for"
     known = dict(lr=float(s.lr), lr_schedule='cosine', optimizer='AdamW', batch_size=s.batch_size,
-                 grad_accum=s.grad_accum, length=s.length, epochs=epochs, command=f'alf finetune --config {RUN_FILE}')
+                 grad_accum=s.grad_accum, length=s.length, epochs=epochs, command=shlex.join(['alf', 'finetune', '--config', f'{out}/{RUN_FILE}', '--out', f'{out}-again']))
     return {k: v for k,v in known.items() if v is not None}
 
 # %% ../../nbs/10_app/07_finetune.ipynb #3254911f
@@ -260,7 +260,7 @@ def _job(call, run, callback, done):
     if not done: check_plan(call.out, net, callback, chosen, settings.steps, settings.save_steps)
     run.say('preparing the texts')
     job = Job(net, tokenizer, call.texts, call.others, settings, call.progress)
-    call.about |= _how(job.settings, call.settings.epochs) | job.texts
+    call.about |= _how(job.settings, call.settings.epochs, call.out) | job.texts
     job.repeats = run_settings(call.what, job.settings, call.alf)
     if isinstance(call.model, tuple): call.job = job
     return job

@@ -16,6 +16,7 @@ import time
 import hashlib, warnings
 from dataclasses import replace
 from pathlib import Path
+from fastcore.basics import patch
 from transformers import TrainerCallback
 from .results import has_event
 from ..core.rates import FULL_LR, suggested_lr
@@ -72,10 +73,9 @@ class Job:
     "The model of a run, and the texts that it learns from and is measured on"
     def __init__(self, net, tokenizer, texts, others, settings, progress):
         self.net, self.tokenizer, self.progress = net, tokenizer, progress
-        s = settings
-        learnt, held = holdout_split(texts, seed=s.seed)
-        self.train, *sets = (token_rows(t, tokenizer, s.length) for t in (learnt, held, others))
-        s = self.settings = in_steps(s, len(self.train))
+        learnt, held = holdout_split(texts, seed=settings.seed)
+        self.train, *sets = (token_rows(t, tokenizer, settings.length) for t in (learnt, held, others))
+        s = self.settings = in_steps(settings, len(self.train))
         domain, other = (b.select(range(min(s.eval_blocks, len(b)))) for b in sets)
         self.sets = dict(domain=domain, other=other)
         self.bf16 = wants_autocast(net) if s.bf16 is None else s.bf16
@@ -87,11 +87,15 @@ class Job:
         self.seen = _snapshot(net, tokenizer, held, s)
         self.base = fingerprint(net, name=getattr(net.config, '_name_or_path', '') or type(net).__name__)
 
-    def speak(self, prompt):
-        "How the model goes on, or answers in a chat"
-        if self.before is None: return continuation(self.net, self.tokenizer, prompt)
-        asked = Chat([*self.before, dict(role='user', content=prompt)])
-        return continuation(self.net, self.tokenizer, chat_text(asked, self.tokenizer, prompt=True), special=False)
+# %% ../../nbs/10_app/06_job.ipynb #8a47c195
+@patch
+def speak(self:Job,
+    prompt:str # not empty
+)->str:        # the new text only
+    "How the model goes on, or answers in a chat"
+    if self.before is None: return continuation(self.net, self.tokenizer, prompt)
+    asked = Chat([*self.before, dict(role='user', content=prompt)])
+    return continuation(self.net, self.tokenizer, chat_text(asked, self.tokenizer, prompt=True), special=False)
 
 # %% ../../nbs/10_app/06_job.ipynb #b4f4515b
 def _losses(job, when, names):

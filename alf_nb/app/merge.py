@@ -31,6 +31,7 @@ def _merged(run, base, progress):
     except ValueError as e: raise ValueError(f"the delta in '{where}' cannot be put on this base: {e}") from e
     return model, tokenizer
 
+# %% ../../nbs/10_app/11_merge.ipynb #7eb4bbe6
 def merge(
     run,               # folder of a run or its delta, or of a PEFT adapter
     out,               # folder to write, new or empty

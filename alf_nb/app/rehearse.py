@@ -57,6 +57,7 @@ def _memory(job, n):
             ('gradients and AdamW state', n*(12 + 4*half)),
             ('most in use, with a step', used + n*(8 + 4*half))]
 
+# %% ../../nbs/10_app/12_rehearse.ipynb #c84a7fbf
 def _plan_lines(job, names, n, step_s, out):
     s, total = job.settings, sum(p.numel() for p in job.net.parameters())
     epochs = s.steps*s.batch_size*s.grad_accum/len(job.train)

@@ -42,6 +42,7 @@ def _held_out(state):
     for e in state.events('eval'): found.setdefault(e.get('name') or 'eval', []).append(e.get('loss'))
     return [(f'loss, {eval_name(k)}', ' → '.join(num(v) for v in v[-5:])) for k,v in found.items()]
 
+# %% ../../nbs/10_app/10_watch.ipynb #4c11c430
 def _chosen(state):
     "What trains now: its share, and how many units of which layers"
     if not state.selections: return []
@@ -68,6 +69,7 @@ def run_text(
     head = f"{state.begin.get('model') or Path(log.dir).name} · {log.status}"
     return visible('\n'.join([head, *(f'{k:22}{v}' for k,v in rows)]))
 
+# %% ../../nbs/10_app/10_watch.ipynb #43ddc3f9
 def watch(
     run,              # folder of a run
     every:float=1.,   # seconds between two looks

@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/01_core/training.html.md"""
 # %% auto #0
 __all__ = ['STEPS', 'RUN_FILE', 'FinetuneSettings', 'in_steps', 'run_settings', 'write_run_file', 'read_run_file']
 
-# %% ../../nbs/01_core/20_training.ipynb #0dcbbc21
+# %% ../../nbs/01_core/20_training.ipynb #10728c1e
 import difflib, math, os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from .check import learning_rate, number, whole
 from .config import SETTINGS
 from .files import write_whole
 
-# %% ../../nbs/01_core/20_training.ipynb #46a6040a
+# %% ../../nbs/01_core/20_training.ipynb #f6ba29e1
 STEPS = 120     # optimizer steps, where nothing is said
 
 def _check_settings(s):
@@ -28,34 +28,37 @@ def _check_settings(s):
     if s.steps != STEPS:
         raise ValueError(f"steps={s.steps} and epochs={s.epochs} both say how long it trains: give one")
 
-# %% ../../nbs/01_core/20_training.ipynb #b1c3af77
+# %% ../../nbs/01_core/20_training.ipynb #3e55aefc
 @dataclass(frozen=True)
-class FinetuneSettings:
-    "How `finetune` trains and measures."
+class _Training:
+    "How it trains."
     steps:int=120        # optimizer steps
     epochs:float|None=None # how often all rows are seen, instead of `steps`
-    # peak learning rate, cosine schedule; default what `suggested_lr` says of the share that trains: 4e-4 for a
-    # quarter, from full_lr, or else from 1.32e-4, which suits SmolLM2-135M; larger models take less
+    # peak learning rate, cosine schedule; default what `suggested_lr` says of the share that trains, from full_lr or
+    # else 1.32e-4, which suits SmolLM2-135M; larger models take less
     lr:float|None=None
     batch_size:int=3     # rows at once
     grad_accum:int=1     # batches whose gradients are added up for one step
     length:int=256       # tokens per row; a chat is a row of its own, and has at most so many
-    eval_blocks:int=24   # held-out rows of each kind that losses are measured on
-    prompt:str|None=None # beginning of the sample continuation, or what is asked in a chat; default a held-out one
     # bf16 autocast; default where it is faster, or where weights are in 16 bits; False: the model is loaded in fp32
     bf16:bool|None=None
     seed:int=0           # decides split, order, draws: the same seed gives the same result
     save_steps:int=0     # checkpoint every so many steps, 0: none
-    # steps between two looks at the held-out loss and a sample while it trains; 0: none, but when live where layers are
-    # selected anew
-    eval_every:int=0
-    attention:int=0      # held-out passages for the change of attention, such as 16; 6 or more give intervals, 0: none
     report_to:tuple=()   # trackers beside our log: wandb, tensorboard, trackio
+
+# %% ../../nbs/01_core/20_training.ipynb #805b530e
+@dataclass(frozen=True)
+class FinetuneSettings(_Training):
+    "How `finetune` trains and measures."
+    eval_blocks:int=24   # held-out rows of each kind that losses are measured on
+    eval_every:int=0     # steps between held-out losses; 0: before and after, and at selections when live
+    prompt:str|None=None # beginning of the sample continuation, or what is asked in a chat; default a held-out one
+    attention:int=0      # held-out passages for the change of attention, such as 16; 6 or more give intervals, 0: none
     def __post_init__(self):
         if isinstance(self.report_to, str): object.__setattr__(self, 'report_to', (self.report_to,))
         _check_settings(self)
 
-# %% ../../nbs/01_core/20_training.ipynb #b7ed9073
+# %% ../../nbs/01_core/20_training.ipynb #85e2006f
 def in_steps(
     s:FinetuneSettings,
     n_rows:int # to train on
@@ -65,7 +68,7 @@ def in_steps(
     per_epoch = math.ceil(math.ceil(n_rows/s.batch_size)/s.grad_accum)
     return replace(s, steps=max(1, math.ceil(s.epochs*per_epoch)), epochs=None)
 
-# %% ../../nbs/01_core/20_training.ipynb #62e553ce
+# %% ../../nbs/01_core/20_training.ipynb #688c0d9b
 RUN_FILE = 'run.yaml'
 _WHAT = ('model', 'data', 'column', 'other')
 _NOT_SAVED = '<given in Python'
@@ -79,7 +82,7 @@ def _writable(v):
     if isinstance(v, (list, tuple)) and all(isinstance(x, (bool, int, float, str)) for x in v): return list(v)
     return f"{_NOT_SAVED}: {type(v).__name__}>"
 
-# %% ../../nbs/01_core/20_training.ipynb #b89972e7
+# %% ../../nbs/01_core/20_training.ipynb #a4cd075b
 def run_settings(
     what:dict,             # model, data, column, other: as `finetune` was given them
     settings:FinetuneSettings,
@@ -91,7 +94,7 @@ def run_settings(
     found = named | asdict(settings) | {k: _writable(v) for k,v in alf.items()}
     return {k: list(v) if isinstance(v, tuple) else v for k,v in found.items() if v is not None and v != ()}
 
-# %% ../../nbs/01_core/20_training.ipynb #ea24157a
+# %% ../../nbs/01_core/20_training.ipynb #b5e23b52
 def write_run_file(
     path,       # file to write
     found:dict  # what `run_settings` returned
@@ -101,7 +104,7 @@ def write_run_file(
     head = f"# This run again: alf finetune --config {RUN_FILE} --out ANOTHER_FOLDER\n"
     write_whole(Path(path), head + yaml.safe_dump(found, sort_keys=False, allow_unicode=True))
 
-# %% ../../nbs/01_core/20_training.ipynb #b9264da2
+# %% ../../nbs/01_core/20_training.ipynb #0b26a788
 def _check_names(path, found):
     known = (*_WHAT, 'out', 'preset', *(f.name for f in fields(FinetuneSettings)), *SETTINGS)
     for k in found:
@@ -110,7 +113,7 @@ def _check_names(path, found):
         raise ValueError(f"{path} has the setting {k!r}, which finetune does not know; {'close' if close else 'known'}:"
                          f" {', '.join(close or known)}")
 
-# %% ../../nbs/01_core/20_training.ipynb #a946def2
+# %% ../../nbs/01_core/20_training.ipynb #0736df05
 def read_run_file(
     path # YAML of arguments of `finetune`
 )->dict:

@@ -254,7 +254,7 @@ def audit_signals(
     model=None,
     # rows with labels for the model; or texts, as `load_texts` takes them; None: the Python language reference
     data=None,
-    names=None,          # units to audit, instead of a sample
+    names=None,          # units to audit; None: a sample
     tokenizer=None,      # of the model, where data are texts
     column:str=None,     # column of texts in a table
     length:int=128,      # tokens of a row made from texts
