@@ -60,8 +60,8 @@ def _push_options(p):
 def _push(a):
     from alf_nb.app.publish import push_delta
     run = Path(a.pop('run'))
-    whole = (run/'delta').is_dir()
-    print(push_delta(run/'delta' if whole else run, run=run if whole else None, private=not a.pop('public'), **a))
+    delta, log = (run/'delta', run) if (run/'delta').is_dir() else (run, None)
+    print(push_delta(delta, run=log, private=not a.pop('public'), **a))
 
 # %% ../../nbs/10_app/13_commands.ipynb #23e91709
 RUN_COMMANDS = dict(      # command → what adds its options, what runs it, one line, more

@@ -23,9 +23,11 @@ def check_place(
     "Refuse a folder that cannot be written to, or has nothing to resume; nothing is made"
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f"out='{out}' is a file; give a folder for the run")
-    if resume and not (out/'events.jsonl').is_file(): raise ValueError(f"nothing to resume: there is no run in '{out}'")
+    if resume and not (out/'events.jsonl').is_file():
+        raise ValueError(f"nothing to resume: there is no run in '{out}'")
     there = next((p for p in (out, *out.absolute().parents) if p.exists()), Path('/'))
-    if not os.access(there, os.W_OK): raise OSError(f"cannot write to the output folder {out}: no permission for {there}")
+    if not os.access(there, os.W_OK):
+        raise OSError(f"cannot write to the output folder {out}: no permission for {there}")
 
 # %% ../../nbs/10_app/09_early.ipynb #50dc665f
 _READ_EARLY = 64 << 20     # bytes of a file; a larger one takes longer to read than torch to load
@@ -45,12 +47,14 @@ def _check_model(model):
     if model.startswith(('.', '~', '/')) and not path.exists(): raise FileNotFoundError(f"no model folder {model!r}")
 
 # %% ../../nbs/10_app/09_early.ipynb #f6568a3b
+_NO_SETTINGS = 'model', 'data', 'other', 'column', 'out', 'resume'
+
 def check_finetune(
     a:dict # arguments of `finetune`
 ):
     "Refuse bad settings and files, before torch is loaded and before anything is written"
     own = {f.name for f in fields(FinetuneSettings)}
-    rest = {k: v for k,v in a.items() if k not in own and k not in ('model', 'data', 'other', 'column', 'out', 'resume')}
+    rest = {k: v for k,v in a.items() if k not in own and k not in _NO_SETTINGS}
     FinetuneSettings(**{k: v for k,v in a.items() if k in own})
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')        # the callback says it

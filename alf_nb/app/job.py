@@ -44,6 +44,11 @@ def _prompt(texts):
         if len(words := t.split()) > 25: return ' '.join(words[:25])
     return ' '.join(texts[0].split()[:25])
 
+def _before_question(text):
+    "The system message of a chat, in a list; None: it is no chat"
+    if not isinstance(text, Chat): return None
+    return [m for m in text.messages[:1] if m['role'] == 'system']
+
 def _digest(texts):
     h = hashlib.sha256()
     for t in texts: h.update(t.encode() + b'\0')
@@ -80,9 +85,7 @@ class Job:
         self.sets = dict(domain=domain, other=other)
         self.bf16 = wants_autocast(net) if s.bf16 is None else s.bf16
         self.texts = dict(texts=told(texts), rows=len(self.train), data_sha256=_digest(texts))
-        # what comes before the question in a chat; None: these are no chats
-        first = held[0].messages[0] if isinstance(held[0], Chat) else None
-        self.before = first and [first]*(first['role'] == 'system')
+        self.before = _before_question(held[0])
         self.prompt = s.prompt if s.prompt is not None else _prompt(held)
         self.seen = _snapshot(net, tokenizer, held, s)
         self.base = fingerprint(net, name=getattr(net.config, '_name_or_path', '') or type(net).__name__)

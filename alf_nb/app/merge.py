@@ -22,7 +22,8 @@ from ..sources.models import load_model
 def _merged(run, base, progress):
     "The tuned model as whole weights, and its tokenizer"
     kind, where = tuned_kind(run)
-    if kind == 'model': raise ValueError(f"'{run}' is a whole model already; a run, a delta or an adapter can be merged")
+    if kind == 'model':
+        raise ValueError(f"'{run}' is a whole model already; a run, a delta or an adapter can be merged")
     if kind == 'adapter':
         model, tokenizer = load_tuned(run, base, progress)
         return model.merge_and_unload(), tokenizer
