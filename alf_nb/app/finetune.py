@@ -111,6 +111,7 @@ def _arguments(job, out):
         save_total_limit=2,
     )
 
+# %% ../../nbs/10_app/07_finetune.ipynb #bf17c06f
 def _trainer(job, out, callback, opening, bar, run):
     "A Trainer of the job; `opening`: events to write when it begins anew"
     callback.on_probe = bar.probing
@@ -230,11 +231,15 @@ def _read(data, other, column, settings):
     texts = load_texts(data, column)
     return texts, load_texts(other, column) if other is not None else unrelated_texts()
 
-def _about(model, data, other, column, given):
+def _named(v, default):
+    if v is None: return default
+    return str(v) if isinstance(v, (str, Path)) else type(v).__name__
+
+def _about(given):
     "What the log tells of a call, beside the settings of ALF"
-    named = lambda v, default: default if v is None else str(v) if isinstance(v, (str, Path)) else type(v).__name__
+    model, data, other, column = (given[k] for k in ('model', 'data', 'other', 'column'))
     known = dict(
-        data=named(data, 'the Python language reference'), unrelated=named(other, 'GSM8K, a sample'), column=column,
+        data=_named(data, 'the Python language reference'), unrelated=_named(other, 'GSM8K, a sample'), column=column,
         call=_line(dict(given)), resume=_line(dict(given) | dict(resume=True)),
     )
     if not isinstance(model, tuple): known['load'] = f"load_model({'' if model is None else repr(str(model))})"
@@ -243,8 +248,9 @@ def _about(model, data, other, column, given):
 # %% ../../nbs/10_app/07_finetune.ipynb #a8e336c9
 def _how(s, epochs, out):
     "What the log tells of a training, beside the settings of ALF; `epochs`: as it was asked for"
+    again = ['alf', 'finetune', '--config', f'{out}/{RUN_FILE}', '--out', f'{out}-again']
     known = dict(lr=float(s.lr), lr_schedule='cosine', optimizer='AdamW', batch_size=s.batch_size,
-                 grad_accum=s.grad_accum, length=s.length, epochs=epochs, command=shlex.join(['alf', 'finetune', '--config', f'{out}/{RUN_FILE}', '--out', f'{out}-again']))
+                 grad_accum=s.grad_accum, length=s.length, epochs=epochs, command=shlex.join(again))
     return {k: v for k,v in known.items() if v is not None}
 
 # %% ../../nbs/10_app/07_finetune.ipynb #3254911f
@@ -266,6 +272,14 @@ def _job(call, run, callback, done):
     return job
 
 # %% ../../nbs/10_app/07_finetune.ipynb #fbf443bf
+def _keep(job, out, metadata, run, t0):
+    "The delta first, then what is measured. Returns the summary"
+    run.say('saving the delta')
+    _save(job, out, metadata)
+    run.say('measuring after training')
+    return _write(job, out, metadata, t0)
+
+# %% ../../nbs/10_app/07_finetune.ipynb #c0ebea3c
 def _run(call, run, callback, checkpoint, done, resumes):
     "From a model to the summary"
     t0, out, job = time.perf_counter(), call.out, _job(call, run, callback, done)
@@ -283,34 +297,33 @@ def _run(call, run, callback, checkpoint, done, resumes):
         try: made = _train(job, trainer, checkpoint, out, callback, metadata, run)
         finally: bar.close()
         run_id = callback.run.run_id
-    if made < s.steps and not run.keeps: summary = _discard(job, out, made, t0)
-    else:
-        metadata = dict(run_id=run_id, **metadata | dict(steps=made))
-        run.say('saving the delta')
-        _save(job, out, metadata)
-        run.say('measuring after training')
-        summary = _write(job, out, metadata, t0)
+    kept = made == s.steps or run.keeps
+    metadata = dict(run_id=run_id, **metadata | dict(steps=made))
+    summary = _keep(job, out, metadata, run, t0) if kept else _discard(job, out, made, t0)
     join_columns(job.net)
     return summary
 
 # %% ../../nbs/10_app/07_finetune.ipynb #9951e134
+def _is_plain(v):
+    if isinstance(v, (list, tuple)): return all(map(_is_plain, v))
+    return v is None or isinstance(v, (str, int, float))
+
 def _shown(name, v):
     "An argument as code; what is no plain value is called by its name"
     if isinstance(v, Path): v = str(v)
-    plain = lambda v: v is None or isinstance(v, (str, int, float)) or isinstance(v, (list, tuple)) and all(map(plain, v))
-    return repr(v) if plain(v) and len(repr(v)) <= 200 else f'({name}, tokenizer)' if isinstance(v, tuple) else name
+    if _is_plain(v) and len(repr(v)) <= 200: return repr(v)
+    return f'({name}, tokenizer)' if isinstance(v, tuple) else name
 
 def _line(given):
     "The call of `finetune` as a line of Python"
     bare = [_shown(k, given.pop(k, None)) for k in ('model', 'data', 'out')]
     return f"finetune({', '.join([*bare, *(f'{k}={_shown(k, v)}' for k,v in given.items() if v is not None)])})"
 
+# %% ../../nbs/10_app/07_finetune.ipynb #f7af8524
 @dataclass
 class _Call:
     "What `finetune` was asked for."
     model:object
-    texts:list
-    others:list
     out:Path
     settings:FinetuneSettings
     alf:dict            # arguments of `ALFCallback`
@@ -318,6 +331,8 @@ class _Call:
     about:dict          # for the log
     what:dict           # model, data, column, other: as they were given
     job:object=None     # of a model that was given
+    texts:tuple=()
+    others:tuple=()
 
     def callback(self):
         "A callback of its own for every training"
@@ -332,10 +347,35 @@ class _Alone:
     def say(self, activity): pass
     def train(self, trainer, checkpoint=None): return trainer.train(resume_from_checkpoint=checkpoint)
 
+def _check_resume(call):
+    "Is there something to go on with? Its epochs are the steps that it was begun with"
+    if not call.out.is_dir(): raise ValueError(f"nothing to resume: there is no folder '{call.out}'")
+    with RunLock(call.out, 'finetune()'):
+        call.settings = as_begun(call.settings, call.out)
+        resume_point(call.out, call.settings.steps)
+
+def _check(call, resume, live):
+    "What can be refused before a model is loaded is refused now, and the texts are read; then the folder is made"
+    call.callback()
+    if isinstance(call.model, tuple): refuse_beside(call.model[0])
+    elif live: load_config(call.model)      # a name that leads nowhere
+    if resume: _check_resume(call)
+    call.texts, call.others = _read(*(call.what[k] for k in ('data', 'other', 'column')), call.settings)
+    output_folder(call.out)
+
+def _start(call, resume):
+    "The same in the background"
+    net = call.model[0] if isinstance(call.model, tuple) else None
+    run = BackgroundRun(call.callback(), call.out, lambda run, resumes: _do(call, run, resumes), net, resume)
+    run.line = call.about['resume']
+    return start(run)
+
+# %% ../../nbs/10_app/07_finetune.ipynb #122278d2
 def _do(call, run, resumes):
     "The whole job: the same in the foreground and in the background"
     callback = run.callback = call.callback()
     with RunLock(call.out, 'finetune()'):
+        if resumes: call.settings = as_begun(call.settings, call.out)
         checkpoint, done = resume_point(call.out, call.settings.steps) if resumes else (None, None)
         try: return _run(call, run, callback, checkpoint, done, resumes)
         except Exception as e:
@@ -358,40 +398,23 @@ def settings_of(
                              f" {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
     return s, rest
 
-# %% ../../nbs/10_app/07_finetune.ipynb #cd57c965
-def _check_resume(call):
-    "Is there something to go on with? The steps of its epochs are those that it was begun with"
-    if not call.out.is_dir(): raise ValueError(f"nothing to resume: there is no folder '{call.out}'")
-    with RunLock(call.out, 'finetune()'):
-        call.settings = as_begun(call.settings, call.out)
-        resume_point(call.out, call.settings.steps)
-
 # %% ../../nbs/10_app/07_finetune.ipynb #160b57b6
 @delegates(FinetuneSettings, keep=True)
 def finetune(
     model=None, # hub id, folder, or (model, tokenizer); None: SmolLM2-135M-Instruct
-    data=None, # texts or chats: file, folder, dataset or its name, list; None: the Python language reference
+    data=None, # texts or chats: file, folder, dataset, list; None: the Python language reference
     out='runs/demo', # run folder
     column:str|None=None, # column of structured data; default that of a chat, else of text
     other=None, # text to measure forgetting on, as `data`; default a sample of GSM8K
     resume:bool=False, # continue from the last checkpoint in `out`
     progress:bool=True, # show bars
-    live:bool=False, # return at once a run that goes on in the background, for dashboards and pickers?
+    live:bool=False, # return a run that goes on in the background?
     **kwargs # fields of `FinetuneSettings`, and arguments of `ALFCallback`
-): # the summary, a dict; when live a `BackgroundRun`, whose `result` it becomes
+): # the summary; live: a `BackgroundRun`, whose `result` it becomes
     "Fine-tune with ALF; writes log, summary, report and delta to `out`"
     check_alone('finetune()')
     given = dict(model=model, data=data, out=out, column=column, other=other, **kwargs, live=live or None)
-    s, kwargs = settings_of(kwargs, model)
-    texts, about = _read(data, other, column, s), _about(model, data, other, column, given)
-    what = dict(model=model, data=data, column=column, other=other)
-    call = _Call(model, *texts, Path(out), s, kwargs, progress and not live, about, what)
-    callback, net = call.callback(), model[0] if isinstance(model, tuple) else None
-    if net is not None: refuse_beside(net)
-    elif live: load_config(model)       # a name that leads nowhere is refused here, not in the background
-    if resume: _check_resume(call)
-    out = output_folder(out)
-    if not live: return _do(call, _Alone(), resume)
-    run = BackgroundRun(callback, out, lambda run, resumes: _do(call, run, resumes), net, resume)
-    run.line = about['resume']
-    return start(run)
+    what = {k: given[k] for k in ('model', 'data', 'column', 'other')}
+    call = _Call(model, Path(out), *settings_of(kwargs, model), progress and not live, _about(given), what)
+    _check(call, resume, live)
+    return _start(call, resume) if live else _do(call, _Alone(), resume)

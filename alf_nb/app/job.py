@@ -139,12 +139,13 @@ def _timed(f, *args):
     e = f(*args)
     return e | dict(wall_s=time.perf_counter()-t0)
 
+# %% ../../nbs/10_app/06_job.ipynb #c23e003f
 class Looks(TrainerCallback):
     "Held-out loss and a sample while it trains."
     def __init__(self,
         job:Job,
         alf,                 # `ALFCallback` of the run
-        at_selections:bool=False, # wherever layers are selected anew?
+        at_selections:bool=False, # also wherever layers are selected anew?
         say=None             # called with a word of what is done now
     ):
         self.job,self.alf,self.at_selections,self.say = job,alf,at_selections,say or (lambda activity: None)
@@ -155,7 +156,8 @@ class Looks(TrainerCallback):
         if step >= state.max_steps or not (anew or every and step % every == 0): return
         self.say('measuring the held-out loss')
         with same_draws(), same_modules(self.job.net):
-            told = [_timed(lambda: next(_losses(self.job, 'during', ['domain']))), _timed(_sample, self.job, 'during')]
+            loss = _timed(lambda: next(_losses(self.job, 'during', ['domain'])))
+            told = loss, _timed(_sample, self.job, 'during')
         for e in told: self.alf.run.journal.event(step=step, **e)
         self.alf.run.forget_pause()
         self.say('training')

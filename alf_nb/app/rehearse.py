@@ -65,7 +65,7 @@ def _plan_lines(job, names, n, step_s, out):
     yield 'rows', f"{len(job.train):,} to train on, {len(job.sets['domain'])} held out; at most {s.length} tokens each"
     yield 'trains first', f"{percent(n/total)} of {human_count(total)} parameters, {len(names)} units"
     yield 'learning rate', f"{s.lr:g}, cosine"
-    yield 'steps', f"{s.steps:,} of {s.batch_size*s.grad_accum} rows, which is {epochs:.2g} epochs"
+    yield 'steps', f"{s.steps:,}, of {s.batch_size*s.grad_accum} rows each: {epochs:.2g} epochs"
     yield 'time', f"about {human_time(s.steps*step_s)}, {human_time(step_s)} a step; measuring and choosing come to it"
     for k,v in _memory(job, n): yield f'memory, {k}', human_bytes(v)
     yield 'would write', f"{out}: run log, delta, report, summary, run.yaml"

@@ -162,16 +162,16 @@ _FIELDS = dict(
     rate=dict(number='lr of_all suggested', share='share', text='message'),
     probe=dict(signals='signals', number='wall_s loss', count='batches'),
     meter=dict(signals='signals', number='wall_s', count='steps'),
+    fit=dict(share='budget', number='memory total batch length'),
+    scale_lr=dict(number='factor learning_rate'),
     slow=dict(text='message', number='seconds_per_step best_s'),
     measure=dict(signals='signals', number='wall_s sum_lr steps', numbers='ages'),
     select=dict(texts='names entered left', name='reason policy', share='share', text='signal', numbers='scores ages'))
 
 # %% ../../nbs/01_core/11_events.ipynb #f4436111
 _FIELDS |= dict(
-    fit=dict(share='budget', number='memory total batch length'),
     choose=dict(table='policy', flag='now'),
     jump=dict(text='unit'),
-    scale_lr=dict(number='factor learning_rate'),
     freeze=dict(texts='units'),
     not_measured=dict(texts='units', text='why message', number='steps'),
     left_out=dict(texts='units', text='why message'),

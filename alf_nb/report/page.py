@@ -132,8 +132,8 @@ def _attention(state):
 # %% ../../nbs/07_report/12_page.ipynb #be66a925
 def _between(p):
     "How it went on while it trained"
-    told = [tag('p', f'at step {step}', cls='sample-head') + tag('p', escape(continuation(p['prompt'], t)), cls='sample')
-            for step, t in p['during']]
+    words = lambda text: tag('p', escape(continuation(p['prompt'], text)), cls='sample')
+    told = [tag('p', f'at step {step}', cls='sample-head') + words(text) for step, text in p['during']]
     n = f"{len(told)} time{'s'*(len(told) > 1)}"
     return tag('details', tag('summary', f'Continued while it trained, {n}'), *told) if told else ''
 
@@ -150,17 +150,20 @@ def _sample(p):
 
 # %% ../../nbs/07_report/12_page.ipynb #4ab366eb
 _WORDS = {
-    'policy.policy': 'policy', 'policy.budget': 'budget, share of the parameters', 'policy.threshold': 'threshold, least importance',
-    'policy.strata': 'bands of the depth that share the budget', 'policy.explore': 'share drawn by lot',
-    'policy.hysteresis': 'lead that a newcomer needs', 'policy.pin': 'always trains', 'policy.ban': 'never trains',
-    'policy.seed': 'seed of draws', 'policy.cost_aware': 'counts what a step costs', 'freeze_bottom': 'share of the depth frozen from the bottom',
+    'policy.policy': 'policy', 'policy.budget': 'budget, share of the parameters',
+    'policy.threshold': 'threshold, least importance', 'policy.strata': 'bands of the depth that share the budget',
+    'policy.explore': 'share drawn by lot', 'policy.hysteresis': 'lead that a newcomer needs',
+    'policy.pin': 'always trains', 'policy.ban': 'never trains', 'policy.seed': 'seed of draws',
+    'policy.cost_aware': 'counts what a step costs', 'freeze_bottom': 'share of the depth frozen from the bottom',
     'interval': 'steps between selections', 'measure_every': 'steps between measurements', 'unit': 'unit of choice',
-    'start': 'first selection by', 'select_until': 'selects until this share of the steps', 'offload': 'state of what is frozen',
-    'meter_steps': 'metered steps before a selection', 'masters': 'fp32 copies of what trains', 'check': 'on NaN or infinity',
-    'quantize_frozen': 'bits of what stays frozen', 'full_lr': 'learning rate of full fine-tuning', 'memory': 'memory to fit into',
+    'start': 'first selection by', 'select_until': 'selects until this share of the steps',
+    'offload': 'state of what is frozen', 'meter_steps': 'metered steps before a selection',
+    'masters': 'fp32 copies of what trains', 'check': 'on NaN or infinity', 'memory': 'memory to fit into',
+    'quantize_frozen': 'bits of what stays frozen', 'full_lr': 'learning rate of full fine-tuning',
     'reprobe_batches': 'batches of a later probe', 'warm_up': 'steps before the first selection',
 }
 
+# %% ../../nbs/07_report/12_page.ipynb #1817b9bc
 def _in_words(d):
     "Settings under the names that people know; what is not set is left out"
     known = {_WORDS.get(k, k.replace('policy.', '').replace('_', ' ')): v for k, v in flat(d) if k != 'presumed'}
@@ -175,14 +178,17 @@ def _reproduce(state, s):
     shown = {k: v for k, v in about.items() if k not in ('call', 'resume', 'load', 'command')}
     known = dict(model=s['model'], steps=s['max_steps'], seed=s['seed']) | shown
     calls = [_code(str(about[k])) for k in ('command', 'call') if about.get(k)]
-    return ''.join(calls) + settings_table({k.replace('_', ' '): v for k, v in known.items() if v is not None}, 'Data and training')
+    named = {k.replace('_', ' '): v for k, v in known.items() if v is not None}
+    return ''.join(calls) + settings_table(named, 'Data and training')
 
+# %% ../../nbs/07_report/12_page.ipynb #5bff29c8
 def _use(log, state):
     "How the result is loaded; empty: there is no delta"
     if not any(e.get('path') == 'delta' for e in state.events('save')): return ''
     load = state.about.get('load')
     model = f'model, tokenizer = {load}' if load else '# model: the one that the run began with, untrained'
-    return _code(f"from alf_nb.all import apply_delta, load_model\n\n{model}\napply_delta(model, {str(log.dir/'delta')!r})")
+    apply = f"apply_delta(model, {str(log.dir/'delta')!r})"
+    return _code(f"from alf_nb.all import apply_delta, load_model\n\n{model}\n{apply}")
 
 def _settings(state, s):
     "Settings of the run, versions and place; empty without a beginning"
@@ -207,6 +213,7 @@ def _ended(s, state):
     if state.events('discard'): return f'Stopped {where}, without saving: what it learnt is not kept.'
     return f'Stopped {where}.{_go_on(state)}'
 
+# %% ../../nbs/07_report/12_page.ipynb #9c7e2888
 def _warnings(s, state):
     "What to know before the figures are believed"
     out = []

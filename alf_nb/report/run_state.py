@@ -128,6 +128,7 @@ def resume_line(self:RunState)->str:
     "The call that takes the run up again; empty: it cannot be, or nobody knows"
     return str(self.about.get('resume') or '') if self.checkpoint else ''
 
+# %% ../../nbs/07_report/01_run_state.ipynb #133c54f8
 @patch(as_prop=True)
 def signals(self:RunState)->list:
     "Signals that were measured"
@@ -270,6 +271,7 @@ def _ticks(state):
         out.append((step, spent))
     return out
 
+# %% ../../nbs/07_report/01_run_state.ipynb #8fcf2712
 @patch
 def clock(self:RunState)->dict: # step → seconds
     "Seconds of training until each step was done"

@@ -42,6 +42,7 @@ def _before_and_after(losses):
             out |= {f'{name}_loss_{when}': loss, f'{name}_perplexity_{when}': perplexity(loss)}
     return out
 
+# %% ../../nbs/07_report/08_summary.ipynb #d2e93fe1
 def _samples(state):
     "Continuations of each prompt: before, after, and (step, text) of those between them"
     out = {}
@@ -225,9 +226,10 @@ def _cost_lines(s):
         'process memory, peak': human_bytes(s['rss_bytes_peak']),
         'measuring and choosing': f"{percent(s['importance_overhead_share'])} of the time",
     }
-    if s['aside_s']: rows['looks at held-out texts'] = f"{human_time(s['aside_s'])} between steps, beside the time above"
+    if s['aside_s']: rows['looks at held-out texts'] = f"{human_time(s['aside_s'])} beside the time above"
     return [f'{a:32}{b}' for a, b in rows.items()]
 
+# %% ../../nbs/07_report/08_summary.ipynb #508aa794
 def summary_table(
     summary:dict # what `summarize` returned
 )->str:

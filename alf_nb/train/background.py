@@ -30,7 +30,8 @@ from .trainer import ALFCallback, release
 def _callback_of(trainer):
     found = [c for c in trainer.callback_handler.callbacks if isinstance(c, ALFCallback)]
     if len(found) == 1: return found[0]
-    raise ValueError(f"this trainer has {len(found)} ALFCallbacks: give it one, Trainer(…, callbacks=[ALFCallback(…)])")
+    n = len(found)
+    raise ValueError(f"this trainer has {n} ALFCallbacks: give it one, Trainer(…, callbacks=[ALFCallback(…)])")
 
 def _newest(trainer, callback):
     "The newest whole checkpoint of the newest run"
@@ -61,7 +62,8 @@ def _reset(run, resumes):
     run.step,run.activity,run._status,run._seen = 0,'starting','starting',False
     run._earlier,run._resumes = run.callback.run,resumes
     run._run_id = newest_run(run.log.dir) if resumes else None
-    run._gate,run._over,run._cancelled,run._pid = Gate(functools.partial(_report, run)),threading.Event(),False,os.getpid()
+    run._gate,run._over = Gate(functools.partial(_report, run)),threading.Event()
+    run._cancelled,run._pid = False,os.getpid()
     # a script waits for it, a kernel may be restarted
     run.thread = threading.Thread(target=_do, args=(run, torch.get_num_threads()), name='alf_nb training',
                                   daemon=in_kernel())
@@ -74,6 +76,7 @@ def _report(run, state):
 class Stopped(Exception):
     "It was to end before training began."
 
+# %% ../../nbs/06_train/23_background.ipynb #4157cffe
 @patch
 def say(self:BackgroundRun,
     activity:str # what it does now, such as `loading the model`
@@ -147,6 +150,7 @@ def _end(run):
     run._over.set()
     if run in AT_WORK: AT_WORK.remove(run)
 
+# %% ../../nbs/06_train/23_background.ipynb #ae27e38b
 def _do(run, n_threads):
     "What the thread does"
     try:
@@ -186,6 +190,7 @@ def train(self:BackgroundRun,
         callbacks.remove(gate)
         callbacks += loud
 
+# %% ../../nbs/06_train/23_background.ipynb #0bdfcf2c
 def _probing(run, done, total): run.activity = 'training' if done == total else f'probing {done}/{total}'
 
 # %% ../../nbs/06_train/23_background.ipynb #a8ede0e8
@@ -240,8 +245,8 @@ def train_in_background(
     given = [_newest(trainer, callback) if newest else resume_from_checkpoint]
     def work(run, resumes):
         # taken up again later, it goes on from what it saved last
-        checkpoint = given.pop() if given else _newest(trainer, callback) if resumes else None
-        return run.train(trainer, checkpoint)
+        if given: return run.train(trainer, given.pop())
+        return run.train(trainer, _newest(trainer, callback) if resumes else None)
     run = BackgroundRun(callback, callback.out or trainer.args.output_dir, work, trainer.model, given[0] is not None)
     run.trainer,run.line = trainer,'train_in_background(trainer, resume_from_checkpoint=True)'
     return start(run)
@@ -344,6 +349,7 @@ def scale_lr(self:BackgroundRun,
     _must_live(self, 'change the learning rate')
     return self.callback.scale_lr(factor)
 
+# %% ../../nbs/06_train/23_background.ipynb #11954643
 @patch
 def ask(self:BackgroundRun,
     prompt:str # the beginning of a text

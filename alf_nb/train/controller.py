@@ -11,7 +11,6 @@ __all__ = ['ALFController', 'settings', 'write_begin', 'figures']
 import math, time, uuid, warnings
 from dataclasses import replace
 from fastcore.basics import patch
-from ..core.check import is_number, refuse
 from ..core.config import MOVED
 from ..core.system import Slowdown, peak_rss_bytes, versions
 from ..kernels.plan import compile_kernels
@@ -350,20 +349,6 @@ def choose(self:ALFController,
         if not now: check_selections_left(self)
         return wish
     return self.requests.put(make, now)
-
-@patch
-def scale_lr(self:ALFController,
-    factor:float # above 0; 1: as scheduled
-)->float:
-    "Ask for a factor on the schedule of the learning rate; taken between two steps"
-    if not is_number(factor) or not .001 <= factor <= 1000:
-        refuse('factor', factor, 'it is on the schedule of the learning rate, 0.001 to 1000; 1: as scheduled')
-    if self.scheduler is None:
-        raise RuntimeError("no scheduler is known here: a loop of your own sets its learning rates itself")
-    if self.engine.n_processes > 1:
-        raise RuntimeError("a factor asked for in one process would not reach the others: give learning_rate=")
-    self.wished_factor = float(factor)
-    return self.wished_factor
 
 
 # %% ../../nbs/06_train/14_controller.ipynb #ec54585d

@@ -26,6 +26,7 @@ def _keep_state(*states):
     for s in states:
         if kept := dict(getattr(s, '__dict__', {})): s.__dict__ = kept
 
+# %% ../../nbs/06_train/22_gate.ipynb #3863c56a
 class Gate(TrainerCallback):
     "Holds, saves, asks or ends a training between two steps."
     def __init__(self,
@@ -51,14 +52,16 @@ class Gate(TrainerCallback):
         elif self.saving: control.should_save = True
         self.saving = False
 
-    def on_save(self, args, state, control, **kw):
-        "A pause goes on behind a checkpoint"
-        if state.global_step >= state.max_steps: return
-        self.saving = False
-        if not self.ending: self.stand(state.global_step, saved=True)
-        if self.ending: control.should_training_stop = True
 
 # %% ../../nbs/06_train/22_gate.ipynb #9a1c0009
+@patch
+def on_save(self:Gate, args, state, control, **kw):
+    "A pause goes on behind a checkpoint"
+    if state.global_step >= state.max_steps: return
+    self.saving = False
+    if not self.ending: self.stand(state.global_step, saved=True)
+    if self.ending: control.should_training_stop = True
+
 @patch
 def stand(self:Gate,
     step:int, # steps made

@@ -29,6 +29,7 @@ from ..model.optim import find_ddp
 from ..model.shards import is_sharded, set_up_shards
 
 # %% ../../nbs/06_train/19_trainer.ipynb #a1f0c0de
+from .between import ask_factor
 from .beside import is_busy, others, refuse_beside
 from .choosing import make_columns, one_target
 from .choosing import preview as preview_of
@@ -116,9 +117,9 @@ def scale_lr(self:ALFCallback,
 )->float:
     "Ask for another learning rate while training, a factor on its schedule; taken between two steps"
     if not self.training: raise RuntimeError("nothing trains: give learning_rate to the Trainer")
-    return self.run.scale_lr(factor)
+    return ask_factor(self.run, factor)
 
-
+# %% ../../nbs/06_train/19_trainer.ipynb #109e521f
 @patch
 def summary(self:ALFCallback)->dict:
     "Figures of the run so far"
@@ -180,20 +181,20 @@ def leave_trainer(self:ALFCallback):
     if self.training: self.run.leave()
     release(self)
 
+# %% ../../nbs/06_train/19_trainer.ipynb #4f4ada0a
 def release(alf):
     "Others may write into the folders of `alf` again"
     while alf._locks: alf._locks.pop().release()
 
 # %% ../../nbs/06_train/19_trainer.ipynb #3e9b2265
 @patch
-def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, lr_scheduler=None,
-                   train_dataloader=None, **kw):
+def on_train_begin(self:ALFCallback, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kw):
     "Choose the first selection, or continue the one of the checkpoint"
     refuse_beside(model, callbacks=[self])
     # Trainer may have made a new callback of the one it was given
     found = [t for t in _trainers() if self in _ours_of(t)]
     if self._trainer is None and found: self.meet_trainer(found[-1])
-    try: _begin(self, args, state, model, optimizer, lr_scheduler, train_dataloader)
+    try: _begin(self, args, state, model, optimizer, lr_scheduler, kw.get('train_dataloader'))
     except BaseException:
         release(self)
         raise
@@ -225,12 +226,14 @@ def about_of(given, args):
     "What the settings of ALF do not say: how it trains, and what is `given` of model, data and the call"
     known = dict(
         learning_rate=args.learning_rate, schedule=getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type),
-        warmup_steps=args.warmup_steps, weight_decay=args.weight_decay, batch_size=args.per_device_train_batch_size, processes=args.world_size,
+        warmup_steps=args.warmup_steps, weight_decay=args.weight_decay, batch_size=args.per_device_train_batch_size,
+        processes=args.world_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         optimizer=str(getattr(args.optim, 'value', args.optim)),
     )
     return known | given
 
+# %% ../../nbs/06_train/19_trainer.ipynb #e19d689d
 def _controller(alf, args, state, model, optimizer, source, ddp):
     "An `ALFController` of a Trainer"
     main,fp16 = state.is_world_process_zero,bool(getattr(args, 'fp16', False))

@@ -16,9 +16,9 @@ from ..core.foreign import escape
 from ..core.runlog import RunLog, runs_nearby
 from ..core.events import effective_events
 from ..core.system import in_kernel
-from ..report.html import Html, note, tag, theme_css
+from ..report.html import Html, theme_css
 from ..report.run_state import RunState
-from .parts import all_widgets, put, show
+from .parts import GONE, all_widgets, as_of, put, show
 
 # %% ../../nbs/08_widgets/02_base.ipynb #acb17e7f
 class LogReader:
@@ -44,14 +44,16 @@ class LogReader:
             self.version += 1
             return True
 
-    def state_of(self,
-        run_id # of the run; None: one that has not begun
-    )->RunState:
-        "What is known of one run of the log"
-        if run_id is not None and self.state.run_id == run_id: return self.state
-        return self.earlier.get(run_id) or RunState()
 
 # %% ../../nbs/08_widgets/02_base.ipynb #44eef459
+@patch
+def state_of(self:LogReader,
+    run_id # of the run; None: one that has not begun
+)->RunState:
+    "What is known of one run of the log"
+    if run_id is not None and self.state.run_id == run_id: return self.state
+    return self.earlier.get(run_id) or RunState()
+
 _readers, _readers_lock = weakref.WeakValueDictionary(), threading.Lock()
 
 def follow(
@@ -341,24 +343,6 @@ def hold(self:View,
     return view
 
 # %% ../../nbs/08_widgets/02_base.ipynb #82072299
-# the place of widgets whose kernel is gone
-_gone = (
-    '.jp-OutputArea-child:not(:has(.alf-view)):has(+ .jp-OutputArea-child .alf-still) { display:none }'
-    # a kernel that was restarted while the page was open leaves its widgets, each with a broken icon
-    ' .jp-OutputArea-child:has(.alf-view.jupyter-widgets-disconnected) { display:none }'
-    ' .jp-OutputArea:has(.alf-view.jupyter-widgets-disconnected) .alf-still { display:block !important }'
-    ' .alf-still .alf-gone { display:none }'
-    ' .jp-OutputArea:has(.alf-view.jupyter-widgets-disconnected) .alf-gone { display:block }'
-)
-
-def _as_of(view):
-    "When a picture was drawn of what goes on since, and how to see it alive"
-    if view.log is None: return ''
-    again = tag('code', escape(f"{type(view).__name__}({str(view.log.dir)!r})"))
-    when = note(f"As of {time.strftime('%d %b %Y, %H:%M')}; {again} shows what the run has done since.") if view.goes_on else ''
-    gone = f'The kernel that this view belongs to is gone. Import it again and run {again} in a cell to see the run.'
-    return when + tag('p', gone, cls='warning alf-gone', role='note')
-
 @patch
 def picture(self:View)->Html:
     "The still picture, with its style"
@@ -369,7 +353,7 @@ def still_bundle(
 )->dict: # MIME type → text
     "The still picture, hidden while the widgets are there"
     with view.lock:
-        page = f'<style>{_gone}</style>{Html(_as_of(view) + view.static_html())._repr_html_()}'
+        page = f'<style>{GONE}</style>{Html(as_of(view) + view.static_html())._repr_html_()}'
         return {'text/plain': repr(view), 'text/html': f'<div class="alf-still alf-still-{view.box_id}">{page}</div>'}
 
 def _live_bundle(view):

@@ -10,6 +10,7 @@ __all__ = ['last_line', 'TrainingDashboard']
 # %% ../../nbs/08_widgets/07_dashboard.ipynb #e95d54f1
 import re
 from datetime import datetime, timezone
+from pathlib import PurePath
 import ipywidgets as W
 from fastcore.basics import patch
 from ..core.foreign import escape
@@ -42,6 +43,12 @@ def _when(t):
     return datetime.fromtimestamp(t, timezone.utc).strftime('%Y-%m-%d %H:%M:%S UTC')
 
 # %% ../../nbs/08_widgets/07_dashboard.ipynb #25be801a
+def _toggle_button(says, icon): return W.ToggleButton(description=says, icon=icon, layout=dict(width='120px'))
+
+def _button(says, icon, tooltip, **kw):
+    return W.Button(description=says, icon=icon, tooltip=tooltip, layout=dict(width='110px'), **kw)
+
+# %% ../../nbs/08_widgets/07_dashboard.ipynb #3a07283f
 class TrainingDashboard(View):
     "A run at a glance, with its controls."
     def __init__(self,
@@ -53,14 +60,11 @@ class TrainingDashboard(View):
         self.said, self.words = html(), html()
         self.curve = html(flex='3 1 420px', width='auto', min_width='0')
         self.side = html(flex='2 1 270px', width='auto', min_width='0')
-        wide = dict(width='110px')
-        self.pause = W.Button(description='Pause', icon='pause', layout=wide)
-        self.stop = W.Button(description='Stop', icon='stop', button_style='warning', layout=wide,
-                             tooltip='End training, and keep what was learnt')
-        self.save = W.Button(description='Save', icon='save', layout=wide, tooltip='Write a checkpoint now')
-        self.more = W.ToggleButton(description='Try & steer', icon='comment', layout=dict(width='120px'))
+        self.pause = _button('Pause', 'pause', 'Hold training after the step under way')
+        self.stop = _button('Stop', 'stop', 'End training, and keep what was learnt', button_style='warning')
+        self.save = _button('Save', 'save', 'Write a checkpoint now')
+        self.more, self.choose = _toggle_button('Try & steer', 'comment'), _toggle_button('Threshold', 'sliders')
         self.steering = self.hold(Steering(self.control or self.log))
-        self.choose = W.ToggleButton(description='Threshold', icon='sliders', layout=dict(width='120px'))
         self.map, self.picker_box = self.hold(SelectionMap(self.control or self.log)), W.VBox(layout=dict(width='100%'))
         _arrange(self)
 
@@ -92,16 +96,17 @@ def _go_on(d):
     place = getattr(control, 'checkpoint', None) if control is not None else s.checkpoint
     if not place: return ' ' + tag('span', 'It left no checkpoint to go on from.')
     line = str(getattr(control, 'line', '') or s.resume_line)
-    press = 'press Resume, or run ' if getattr(control, 'checkpoint', None) else 'run ' if line else ''
-    name = escape(re.split(r'[/\\]', str(place))[-1])
-    return f" It can be taken up from {tag('b', name)}{': ' + press + tag('code', escape(line)) if line else ''}"
+    press = 'press Resume, or run' if getattr(control, 'checkpoint', None) else 'run'
+    how = f": {press} {tag('code', escape(line))}" if line else ''
+    return f" It can be taken up from {tag('b', escape(PurePath(str(place)).name))}{how}"
 
 def _less_memory(said):
     "What helps where memory ran out"
     if not re.search(r'out of memory|^MemoryError|cannot allocate', said, re.I): return ''
-    return '<br>' + tag('span', 'Less memory: a smaller <code>batch_size=</code>, <code>length=</code> or'
-                                ' <code>budget=</code>; <code>quantize_frozen=4</code> keeps what stays frozen in 4 bits.')
+    return ('<br>Less memory: a smaller <code>batch_size=</code>, <code>length=</code> or <code>budget=</code>;'
+            ' <code>quantize_frozen=4</code> keeps what stays frozen in 4 bits.')
 
+# %% ../../nbs/08_widgets/07_dashboard.ipynb #d0bb1165
 def _failure(d):
     s, error = d.state, getattr(d.control, 'error', None)
     said = s.error or 'no message was logged'
@@ -195,6 +200,7 @@ def _time_tile(s, goes_on):
     if not (s.max_steps and secs and goes_on): return tile('time', _small(spent), f'{s.step} steps')
     return tile('time left', _small(human_time((s.max_steps - s.step)*secs)), f'{spent} so far')
 
+# %% ../../nbs/08_widgets/07_dashboard.ipynb #7b7c303a
 def _share_tile(s, goes_on):
     now, able = s.selections[-1] if s.selections else None, sum(u.eligible for u in s.units)
     name, which = 'trains now' if goes_on else 'trained last', 'nothing was selected yet'
@@ -205,7 +211,8 @@ def _share_tile(s, goes_on):
 def _state_tile(s, goes_on):
     "What training keeps now, or its peak when it is over"
     mem = (s.events('memory') or [None])[-1]
-    state = None if mem is None else state_bytes(mem) if goes_on else costs(s)['state_bytes_peak']
+    peak = None if goes_on else costs(s)['state_bytes_peak']
+    state = state_bytes(mem) if goes_on and mem else peak
     of_full = share_of_full(state, full_state_bytes(s)) or 'gradients, optimizer, references'
     return tile('training state' if goes_on else 'training state, peak', human_bytes(state), of_full)
 
@@ -347,6 +354,7 @@ def static_html(self:TrainingDashboard):
     words = latest_sample(self.state) + self.steering.static_html()
     return _what(self) + _said(self) + _bar(self) + _tiles(self) + charts + words + self.map.static_html()
 
+# %% ../../nbs/08_widgets/07_dashboard.ipynb #e41b6a8b
 @patch
 def one_line(self:TrainingDashboard)->str:
     head, s = self.happening()[1], self.state

@@ -33,6 +33,7 @@ def latest_sample(
     cells = [tag('div', note(when(e)), tag('p', _said(prompt, e['text']), cls='sample')) for e in shown]
     return tag('div', *cells, cls='alf-pair')
 
+# %% ../../nbs/08_widgets/06_steering.ipynb #19d199c7
 def _asked(state):
     "Prompts that were tried, with their answers"
     told = [e for e in state.events('sample') if e.get('when') == 'asked' and e.get('text') is not None]
@@ -41,6 +42,14 @@ def _asked(state):
     return ''.join(map(line, reversed(told[-5:])))
 
 # %% ../../nbs/08_widgets/06_steering.ipynb #5a1c0008
+def _rate_parts():
+    "A factor, a button that asks for it, and what was asked for last"
+    factor = W.BoundedFloatText(value=1., min=.01, max=100., step=.1, description='learning rate ×',
+                                style=dict(description_width='initial'), layout=dict(width='230px'))
+    set_ = W.Button(description='Set', icon='check', layout=dict(width='80px'))
+    return factor, set_, html(width='auto', flex='1 1 160px')
+
+# %% ../../nbs/08_widgets/06_steering.ipynb #d278f6ef
 class Steering(View):
     "Asks a run that trains: a prompt, a learning rate, an end without saving."
     def __init__(self,
@@ -52,15 +61,13 @@ class Steering(View):
         self.prompt = W.Textarea(placeholder='The beginning of a text', rows=2, layout=wide)
         self.ask = W.Button(description='Try it', icon='comment', layout=dict(width='110px'))
         self.answer = html()
-        self.factor = W.BoundedFloatText(value=1., min=.01, max=100., step=.1, description='learning rate ×',
-                                         style=dict(description_width='initial'), layout=dict(width='230px'))
-        self.set = W.Button(description='Set', icon='check', layout=dict(width='80px'))
-        self.rate = html(width='auto', flex='1 1 160px')
+        self.factor, self.set, self.rate = _rate_parts()
         self.discard = W.Button(description='Stop without saving', icon='trash', layout=dict(width='180px'))
         self.sure = W.Button(description='Yes, keep nothing', button_style='danger', layout=dict(width='150px'))
         self.no = W.Button(description='No, go on', layout=dict(width='100px'))
         _arrange(self)
 
+# %% ../../nbs/08_widgets/06_steering.ipynb #cffdce41
 def _arrange(v):
     "Connect the buttons, and put all in its place"
     v.on(v.ask, lambda b: _ask(v))
@@ -122,6 +129,7 @@ def draw(self:Steering):
     for b in (self.factor, self.set, self.discard, self.sure): put(b, disabled=not trains)
     put(self.rate, value=_rate(self.state))
 
+# %% ../../nbs/08_widgets/06_steering.ipynb #6492d762
 @patch
 def static_html(self:Steering)->str:
     told = _asked(self.state)
