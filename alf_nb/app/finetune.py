@@ -14,7 +14,7 @@ require_versions('torch', 'transformers', 'accelerate')
 if in_kernel(): wait_briefly()      # before torch is loaded
 
 # %% ../../nbs/10_app/07_finetune.ipynb #d72359fb
-import json, shlex, time
+import json, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from traceback import format_exception
@@ -36,7 +36,9 @@ from ..core.files import write_whole
 from ..core.lock import RunLock
 from ..core.rates import FULL_LR
 from ..core.runlog import RunLog
-from ..core.training import FinetuneSettings, RUN_FILE, run_settings, write_run_file
+from ..core.training import FinetuneSettings, RUN_FILE, about_call, about_training, run_settings, write_run_file
+
+# %% ../../nbs/10_app/07_finetune.ipynb #e1d27b96
 from ..model.columns import join_columns
 from ..model.shards import check_alone
 from ..report.page import write_report
@@ -231,28 +233,6 @@ def _read(data, other, column, settings):
     texts = load_texts(data, column)
     return texts, load_texts(other, column) if other is not None else unrelated_texts()
 
-def _named(v, default):
-    if v is None: return default
-    return str(v) if isinstance(v, (str, Path)) else type(v).__name__
-
-def _about(given):
-    "What the log tells of a call, beside the settings of ALF"
-    model, data, other, column = (given[k] for k in ('model', 'data', 'other', 'column'))
-    known = dict(
-        data=_named(data, 'the Python language reference'), unrelated=_named(other, 'GSM8K, a sample'), column=column,
-        call=_line(dict(given)), resume=_line(dict(given) | dict(resume=True)),
-    )
-    if not isinstance(model, tuple): known['load'] = f"load_model({'' if model is None else repr(str(model))})"
-    return {k: v for k,v in known.items() if v is not None}
-
-# %% ../../nbs/10_app/07_finetune.ipynb #a8e336c9
-def _how(s, epochs, out):
-    "What the log tells of a training, beside the settings of ALF; `epochs`: as it was asked for"
-    again = ['alf', 'finetune', '--config', f'{out}/{RUN_FILE}', '--out', f'{out}-again']
-    known = dict(lr=float(s.lr), lr_schedule='cosine', optimizer='AdamW', batch_size=s.batch_size,
-                 grad_accum=s.grad_accum, length=s.length, epochs=epochs, command=shlex.join(again))
-    return {k: v for k,v in known.items() if v is not None}
-
 # %% ../../nbs/10_app/07_finetune.ipynb #3254911f
 def _job(call, run, callback, done):
     "The model with its texts; of a model that was given, what was measured before it trained is kept"
@@ -266,7 +246,7 @@ def _job(call, run, callback, done):
     if not done: check_plan(call.out, net, callback, chosen, settings.steps, settings.save_steps)
     run.say('preparing the texts')
     job = Job(net, tokenizer, call.texts, call.others, settings, call.progress)
-    call.about |= _how(job.settings, call.settings.epochs, call.out) | job.texts
+    call.about |= about_training(job.settings, call.settings.epochs, call.out) | job.texts
     job.repeats = run_settings(call.what, job.settings, call.alf)
     if isinstance(call.model, tuple): call.job = job
     return job
@@ -302,22 +282,6 @@ def _run(call, run, callback, checkpoint, done, resumes):
     summary = _keep(job, out, metadata, run, t0) if kept else _discard(job, out, made, t0)
     join_columns(job.net)
     return summary
-
-# %% ../../nbs/10_app/07_finetune.ipynb #9951e134
-def _is_plain(v):
-    if isinstance(v, (list, tuple)): return all(map(_is_plain, v))
-    return v is None or isinstance(v, (str, int, float))
-
-def _shown(name, v):
-    "An argument as code; what is no plain value is called by its name"
-    if isinstance(v, Path): v = str(v)
-    if _is_plain(v) and len(repr(v)) <= 200: return repr(v)
-    return f'({name}, tokenizer)' if isinstance(v, tuple) else name
-
-def _line(given):
-    "The call of `finetune` as a line of Python"
-    bare = [_shown(k, given.pop(k, None)) for k in ('model', 'data', 'out')]
-    return f"finetune({', '.join([*bare, *(f'{k}={_shown(k, v)}' for k,v in given.items() if v is not None)])})"
 
 # %% ../../nbs/10_app/07_finetune.ipynb #f7af8524
 @dataclass
@@ -363,6 +327,7 @@ def _check(call, resume, live):
     call.texts, call.others = _read(*(call.what[k] for k in ('data', 'other', 'column')), call.settings)
     output_folder(call.out)
 
+# %% ../../nbs/10_app/07_finetune.ipynb #645134a2
 def _start(call, resume):
     "The same in the background"
     net = call.model[0] if isinstance(call.model, tuple) else None
@@ -402,7 +367,7 @@ def settings_of(
 @delegates(FinetuneSettings, keep=True)
 def finetune(
     model=None, # hub id, folder, or (model, tokenizer); None: SmolLM2-135M-Instruct
-    data=None, # texts or chats: file, folder, dataset, list; None: the Python language reference
+    data=None, # texts or chats: file, folder, dataset; None: the Python language reference
     out='runs/demo', # run folder
     column:str|None=None, # column of structured data; default that of a chat, else of text
     other=None, # text to measure forgetting on, as `data`; default a sample of GSM8K
@@ -414,7 +379,6 @@ def finetune(
     "Fine-tune with ALF; writes log, summary, report and delta to `out`"
     check_alone('finetune()')
     given = dict(model=model, data=data, out=out, column=column, other=other, **kwargs, live=live or None)
-    what = {k: given[k] for k in ('model', 'data', 'column', 'other')}
-    call = _Call(model, Path(out), *settings_of(kwargs, model), progress and not live, _about(given), what)
+    call = _Call(model, Path(out), *settings_of(kwargs, model), progress and not live, about_call(given), given)
     _check(call, resume, live)
     return _start(call, resume) if live else _do(call, _Alone(), resume)
