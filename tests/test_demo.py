@@ -55,7 +55,7 @@ def test_the_command_fine_tunes_a_real_model(by_command):
     assert s['domain_loss_after'] < s['domain_loss_before'] - .01
     assert 0 < s['trainable_share_peak'] <= .25
     assert s['state_bytes_peak'] <= .35*12*s['n_total']
-    assert {p.name for p in out.iterdir()} == {'delta', 'events.jsonl', 'report.html', 'summary.json'}
+    assert {p.name for p in out.iterdir()} == {'delta', 'events.jsonl', 'report.html', 'run.yaml', 'summary.json'}
     for word in ('before', 'after', 'loss', 'perplexity', 'trainable', 'step'): assert word in res.stdout.lower(), word
     assert 'loss' in res.stderr and '4/4' in res.stderr        # the progress bar
 

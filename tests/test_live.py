@@ -49,7 +49,7 @@ def same(a, b): return all(map(torch.equal, a, b))
 def left(out): return sorted(p.name for p in out.iterdir() if not p.name.startswith("checkpoint"))
 
 
-ALL = ["delta", "events.jsonl", "report.html", "summary.json"]
+ALL = ["delta", "events.jsonl", "report.html", "run.yaml", "summary.json"]
 
 
 def test_live_is_the_blocking_run_bit_for_bit(tmp_path, text):

@@ -39,12 +39,15 @@ def _arguments(node):
     defaults = [None]*(len(plain)-len(node.args.defaults)) + node.args.defaults
     return [(a.arg, a.annotation, d, a.lineno, (d or a).end_lineno) for a,d in zip(plain, defaults) if a.arg != 'self']
 
-def _parameters(node):
+def _parameters(node, tree):
+    "Of a function, or of a class with its bases in the same module"
     if isinstance(node, ast.FunctionDef): return _arguments(node)
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == '__init__'), None)
     if init is not None: return _arguments(init)
+    bases = {ast.unparse(b) for b in node.bases}
+    known = [p for n in tree.body if isinstance(n, ast.ClassDef) and n.name in bases for p in _parameters(n, tree)]
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
-    return [(n.target.id, n.annotation, n.value, n.lineno, n.end_lineno) for n in fields]
+    return known + [(n.target.id, n.annotation, n.value, n.lineno, n.end_lineno) for n in fields]
 
 # %% ../../nbs/10_app/08_options.ipynb #81ef2903
 _TYPES = dict(int=int, float=float, bool=bool, str=str)
@@ -79,7 +82,7 @@ def options_of(
     kinds = (ast.FunctionDef, ast.ClassDef)
     node = next(n for n in tree.body if isinstance(n, kinds) and n.name == name)
     res = {}
-    for arg, annotation, default, first, last in _parameters(node):
+    for arg, annotation, default, first, last in _parameters(node, tree):
         value = _literal(default)
         res[arg] = Option(arg, _kind(annotation, value), value, _comment(comments, alone, first, last).replace('`', ''))
     return res

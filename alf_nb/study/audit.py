@@ -22,9 +22,10 @@ from ..model.layers import Layers, partition_layers
 from ..core.format import human_time
 from ..signals.probe import model_loss, probe_gradients
 from ..signals.tracker import prior_scores
-from ..sources.blocks import holdout_split, token_blocks
+from ..sources.blocks import holdout_split
 from ..sources.losses import wants_autocast
 from ..sources.models import given_model
+from ..sources.templates import pad_rows, token_rows
 from ..sources.texts import load_texts
 from .bench import Bench, change_rates, losses_after, sample_units, untouched
 from .verdict import SignalAudit, agree
@@ -67,6 +68,8 @@ def _are_rows(data):
     if data is None or isinstance(data, str) or not hasattr(data, '__len__') or not len(data): return False
     return not isinstance(data[0], str)
 
+def _collate(data): return default_data_collator if _are_rows(data) else pad_rows
+
 def _prepare(model, data, tokenizer, column, length, seed, n_held, bf16=None):
     "Model, rows to train on, rows held out"
     if not isinstance(model, torch.nn.Module): model, tokenizer = given_model(model, bf16, False)
@@ -76,7 +79,7 @@ def _prepare(model, data, tokenizer, column, length, seed, n_held, bf16=None):
         return model, [data[i] for i in order[n_held:]], [data[i] for i in order[:n_held]]
     if tokenizer is None:
         raise ValueError("texts need the model's tokenizer: give tokenizer=, or (model, tokenizer) as the model")
-    train, held = (token_blocks(t, tokenizer, length) for t in holdout_split(load_texts(data, column), seed=seed))
+    train, held = (token_rows(t, tokenizer, length) for t in holdout_split(load_texts(data, column), seed=seed))
     return model, list(train), list(held)[:n_held]
 
 # %% ../../nbs/09_study/09_audit.ipynb #630c920f
@@ -251,18 +254,18 @@ def audit_signals(
     model=None,
     # rows with labels for the model; or texts, as `load_texts` takes them; None: the Python language reference
     data=None,
-    names=None,          # units to audit, instead of a sample
+    names=None,          # units to audit; None: a sample
     tokenizer=None,      # of the model, where data are texts
     column:str=None,     # column of texts in a table
     length:int=128,      # tokens of a row made from texts
-    collate=default_data_collator, # rows → batch
+    collate=None,        # rows → batch; None: by kind
     loss=model_loss,    # loss(model, batch) → scalar tensor
-    progress:bool=True,  # show a bar, and first how long it will take?
+    progress:bool=True,  # show a bar, and how long it takes?
     **kwargs             # fields of `AuditSettings`
 )->SignalAudit:
     "Measure how useful units are, and which signal knows it; the model is left as it was"
     s = AuditSettings(**kwargs)
     whole('length', length, 2)
     model, train, held = _prepare(model, data, tokenizer, column, length, s.seed, s.eval_batches*s.batch_size, s.bf16)
-    plan = _plan(model, train, held, names, collate, loss, s)
+    plan = _plan(model, train, held, names, collate or _collate(data), loss, s)
     return _audit(plan, _measure(plan, progress))

@@ -19,9 +19,10 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
-from ..sources.blocks import holdout_split, token_blocks
+from ..sources.blocks import holdout_split
 from ..sources.losses import wants_autocast
 from ..sources.models import given_model
+from ..sources.templates import pad_rows, token_rows
 from ..sources.texts import load_texts, unrelated_texts
 
 # %% ../../nbs/09_study/10_task.ipynb #7ad91874
@@ -83,6 +84,10 @@ def key(self:Task)->str:
     return f"{self.name}|{self.data}|b{self.batch_size}|{h.hexdigest()[:8]}"
 
 # %% ../../nbs/09_study/10_task.ipynb #48d8b32a
+def _weight(labels):
+    "What the mean loss of a batch counts: rows with one label, or tokens to predict"
+    return len(labels) if labels.dim() != 2 else int((labels[:, 1:] != -100).sum())
+
 def _hits(labels, logits):
     "(rows with one label, those of them that the model sorts rightly)"
     if labels.dim() != 1 or labels.is_floating_point(): return 0, 0
@@ -105,7 +110,7 @@ def evaluate(self:Task,
         for b in batches:
             b = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k,v in b.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16): out = model(**b)
-            k, (sorted_, hits) = len(b['labels']), _hits(b['labels'], out.logits)
+            k, (sorted_, hits) = _weight(b['labels']), _hits(b['labels'], out.logits)
             n, total = n+k, total+float(out.loss)*k
             labelled, right = labelled+sorted_, right+hits
     finally: model.train(was)
@@ -118,8 +123,8 @@ def _data_name(data):
 
 def _text_rows(texts, others, tokenizer, length, eval_blocks):
     "Rows to train on, held out, and unrelated"
-    train, held = (token_blocks(t, tokenizer, length) for t in holdout_split(texts))
-    unrelated = token_blocks(others, tokenizer, length)
+    train, held = (token_rows(t, tokenizer, length) for t in holdout_split(texts))
+    unrelated = token_rows(others, tokenizer, length)
     return train, *(b.select(range(min(eval_blocks, len(b)))) for b in (held, unrelated))
 
 # %% ../../nbs/09_study/10_task.ipynb #2ba4aa97
@@ -129,17 +134,17 @@ def text_task(
     other=None, # unrelated text; default GSM8K
     column:str=None, # of the text in structured data
     batch_size:int=3, # sequences per step
-    length:int=256, # tokens of each
+    length:int=256, # tokens of each, of a chat at most
     eval_blocks:int=24, # held out, of each kind
     name:str=None, # of the model, in tables
     data_name:str=None, # of the data
     bf16:bool=None, # bf16 autocast; default where it pays; False: all in fp32
     progress:bool=True # show bars?
 )->Task:
-    "A causal language model and a text; the split is the same for every seed"
+    "A causal language model and texts or chats; the split is the same for every seed"
     texts = load_texts(data, column)
     others = load_texts(other, column) if other is not None else unrelated_texts()
     net, tokenizer = given_model(model, bf16, progress)
     rows = _text_rows(texts, others, tokenizer, length, eval_blocks)
     name = name or Path(getattr(net.config, '_name_or_path', '') or type(net).__name__).name
-    return Task(net, *rows, name, data_name or _data_name(data), batch_size=batch_size, bf16=bf16)
+    return Task(net, *rows, name, data_name or _data_name(data), pad_rows, batch_size, bf16)
