@@ -75,7 +75,8 @@ def test_steered_at_random_is_replayed_exactly(tmp_path):
     while run.alive:
         try:
             run.choose(
-                **rng.choice([dict(budget=rng.uniform(0.1, 0.5)), dict(threshold=rng.uniform(0, 0.9))]), now=rng.random() < 0.3
+                **rng.choice([dict(budget=rng.uniform(0.1, 0.5)), dict(threshold=rng.uniform(0, 0.9))]),
+                now=rng.random() < 0.3,
             )
         except RuntimeError: pass       # not begun yet, over, or no re-selection is left
         time.sleep(rng.random()*.05)
