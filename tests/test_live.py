@@ -1,7 +1,7 @@
 """`finetune(…, live=True)`: the same run as the blocking one, in the background, with delta, card, summary and report
 at every end."""
 import json
-import time
+import re
 import warnings
 
 import pytest
@@ -13,6 +13,8 @@ from alf_nb.core.runlog import RunLog
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.model.delta import apply_delta, read_delta
 from alf_nb.train.trainer import ALFCallback
+from alf_nb.widgets.base import still_bundle
+from alf_nb.widgets.dashboard import TrainingDashboard
 
 warnings.simplefilter("ignore", FutureWarning)
 STEPS = 12
@@ -185,6 +187,9 @@ def test_a_failure_before_the_first_step_is_not_told_of_the_run_before(tmp_path,
     with pytest.raises(ValueError, match="no.such.unit"): run.wait()
     assert run.status == "failed" and run.run_id is None
     assert RunLog(tmp_path).status == "complete" and not RunLog(tmp_path).events("error")
+    d = TrainingDashboard(run)          # follows its own run, not the one before it in the folder
+    assert d.state.step == 0 and "no.such.unit" in d.what.value and f"step {STEPS}" not in d.progress.value
+    d.close()
 
 
 def test_a_checkpoint_now_also_while_it_waits(tmp_path, text):
@@ -213,6 +218,16 @@ def test_a_prompt_is_answered_between_two_steps_and_changes_nothing(tmp_path, te
     assert RunLog(tmp_path/"run").events("sample", when="asked")[0]["text"] == said
     assert same(weights(plain[0]), weights(net[0]))
     with pytest.raises(RuntimeError, match="cannot ask: this run is complete"): run.ask("The cat")
+
+
+def test_a_picture_of_what_goes_on_says_when_it_was_drawn(tmp_path, text):
+    run = held(text, tmp_path)
+    d = TrainingDashboard(run)
+    assert re.search(r"as of \d\d \w+ \d{4}, \d\d:\d\d;", still_bundle(d)["text/html"])
+    run.stop(save=False)
+    run.wait()
+    assert " as of " not in still_bundle(d)["text/html"]
+    d.close()
 
 
 class Later(ALFCallback):

@@ -87,6 +87,7 @@ GONE = (
     ' .jp-OutputArea:has(.alf-view.jupyter-widgets-disconnected) .alf-still .alf-gone { display:block }'
 )
 
+# %% ../../nbs/08_widgets/01_parts.ipynb #767c19a0
 def as_of(
     view # a `View`
 )->str:
@@ -95,7 +96,7 @@ def as_of(
     again = tag('code', escape(f"{type(view).__name__}({str(view.log.dir)!r})"))
     when = f" as of {time.strftime('%d %b %Y, %H:%M')}" if view.goes_on else ''
     here = tag('p', f'The run{when}; {again} in a cell shows what it has done since.', cls='note alf-as-of')
-    gone = f'The kernel of this view is gone; it shows the run{when}. To see it again, import it and run {again} in a cell.'
+    gone = f'The kernel of this view is gone; it shows the run{when}. To see more, import it and run {again} in a cell.'
     return (here if when else '') + tag('p', gone, cls='warning alf-gone', role='note')
 
 # %% ../../nbs/08_widgets/01_parts.ipynb #2da1a9eb
