@@ -167,7 +167,8 @@ def run_unit(
     usual:str       # without a run
 )->str:
     "The unit that a run chooses"
-    return state.config.get('unit') or usual
+    unit = state.config.get('unit')
+    return unit if unit in ('matrix', 'block', 'columns') else usual
 
 # %% ../../nbs/08_widgets/03_choice.ipynb #02baede1
 ADAMW_BYTES = 12    # gradient 4, two moments 8: fp32
