@@ -7,7 +7,7 @@ Docs: https://example.github.io/alf_nb/07_report/grid.html.md"""
 # %% auto #0
 __all__ = ['UnitGrid', 'Told', 'Cell', 'number_text', 'tell', 'cell_classes', 'grid_legend']
 
-# %% ../../nbs/07_report/06_grid.ipynb #5bb89752
+# %% ../../nbs/07_report/06_grid.ipynb #32de04bc
 from typing import NamedTuple
 from fastcore.basics import patch
 from ..core.foreign import escape
@@ -15,7 +15,7 @@ from ..core.records import by_layer, mean_over_parameters
 from .html import key_list, legend_key, tag
 from .maps import names_px
 
-# %% ../../nbs/07_report/06_grid.ipynb #19e37941
+# %% ../../nbs/07_report/06_grid.ipynb #46af9bc5
 class UnitGrid:
     "Units by layer and role; cells are counted row by row."
     def __init__(self,
@@ -37,7 +37,7 @@ def at(self:UnitGrid,
     columns = range(len(self.columns)) if column < 0 else [column]
     return [u for r in rows for c in columns for u in self.cells[r*len(self.columns) + c]]
 
-# %% ../../nbs/07_report/06_grid.ipynb #afd573ba
+# %% ../../nbs/07_report/06_grid.ipynb #435f2558
 class Told(NamedTuple):
     "What is to be told of units."
     value:dict={}      # unit name → number, or None
@@ -46,6 +46,7 @@ class Told(NamedTuple):
     pin:frozenset=frozenset()  # names that train whatever the policy says
     ban:frozenset=frozenset()  # names that never train
     now:frozenset=frozenset()  # names that train now
+    raw:bool=False     # are the numbers raw scores?
 
 class Cell(NamedTuple):
     "What a cell shows."
@@ -56,17 +57,18 @@ class Cell(NamedTuple):
     now:bool           # does any of its units train now?
 
 def number_text(
-    v:float # of any size
+    v:float,  # 0–1; a raw score is of any size
+    raw=False # is it a raw score?
 )->str:
-    "A number in four characters or so: `.82` from 0 to 1, two digits of others"
-    if not 0 <= v <= 1 or 0 < v < .005: return f'{v:.1g}'.replace('e-0', 'e-').replace('e+0', 'e')
+    "A number in four characters or so: `.82`, and `3e-7` of a raw score that is small or large"
+    if raw and not (.005 <= v <= 1 or v == 0): return f'{v:.0e}'.replace('e-0', 'e-').replace('e+0', 'e')
     return f'{v:.2f}'.removeprefix('0')
 
+# %% ../../nbs/07_report/06_grid.ipynb #0805772e
 def _rule(names, told):
     if names <= told.pin: return 'pin'
     return 'ban' if names <= told.ban else ''
 
-# %% ../../nbs/07_report/06_grid.ipynb #70cc3890
 def tell(
     units,     # `UnitInfo`s of a cell
     told:Told
@@ -76,10 +78,10 @@ def tell(
     names = {u.name for u in units}
     value, shade = (mean_over_parameters(units, d) for d in (told.value, told.shade))
     rule, n = _rule(names, told), len(names & told.on)
-    text = number_text(value) if value is not None else rule or '–'
+    text = number_text(value, told.raw) if value is not None else rule or '–'
     return Cell(shade, text, 2 if n == len(names) else min(n, 1), rule, bool(names & told.now))
 
-# %% ../../nbs/07_report/06_grid.ipynb #2dace277
+# %% ../../nbs/07_report/06_grid.ipynb #c2c08336
 def cell_classes(
     c:Cell # None: there is no unit
 )->str:
@@ -94,7 +96,7 @@ def _td(c):
     words = escape(c.text) if not c.rule or c.text == c.rule else f'{escape(c.text)} {c.rule}'
     return tag('td', tag('b', words) if c.on == 2 else words, cls=cell_classes(c) or None, style=style)
 
-# %% ../../nbs/07_report/06_grid.ipynb #7c0fe4bf
+# %% ../../nbs/07_report/06_grid.ipynb #4a1f5e68
 @patch
 def table(self:UnitGrid,
     told:Told,
@@ -113,7 +115,7 @@ def table(self:UnitGrid,
     inside = tag('table', *parts, cls='alf-grid', style=style)
     return tag('div', inside, cls='alf-gridbox', tabindex=0, role='region', aria_label=caption)
 
-# %% ../../nbs/07_report/06_grid.ipynb #2491b265
+# %% ../../nbs/07_report/06_grid.ipynb #9d1d9d5b
 def grid_legend(
     what:str,        # the number in a cell, text
     trains:str=''    # what a bar below a cell means, text; empty: there is none

@@ -119,7 +119,7 @@ def told_of(
     on, now = (frozenset(s.names) if s else frozenset() for s in (choice.selection, c.actual))
     value = c.scores.values if raw else choice.importance
     shade = eligible_importance(c.scores, c.units) if raw else value
-    return Told(value, shade, on, choice.pinned, choice.banned, now)
+    return Told(value, shade, on, choice.pinned, choice.banned, now, raw)
 
 def _pattern(patterns, name, units): return next(p for p in patterns if name in match_units(p, units))
 
@@ -167,7 +167,8 @@ def run_unit(
     usual:str       # without a run
 )->str:
     "The unit that a run chooses"
-    return state.config.get('unit') or usual
+    unit = state.config.get('unit')
+    return unit if unit in ('matrix', 'block', 'columns') else usual
 
 # %% ../../nbs/08_widgets/03_choice.ipynb #02baede1
 ADAMW_BYTES = 12    # gradient 4, two moments 8: fp32

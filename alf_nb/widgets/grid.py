@@ -15,6 +15,7 @@ require_versions('anywidget')
 import anywidget
 from fastcore.basics import patch
 from traitlets import Dict, List, Unicode
+from ..core.foreign import visible
 from ..report.grid import Told, UnitGrid, cell_classes, tell
 from ..report.maps import names_px
 
@@ -190,7 +191,8 @@ def show(self:GridWidget,
 ):
     "Draw these units"
     empty = [i for i, us in enumerate(grid.cells) if not us]
-    shape = dict(rows=grid.rows, columns=grid.columns, empty=empty, left=names_px(grid.rows))
+    rows, columns = (list(map(visible, names)) for names in (grid.rows, grid.columns))
+    shape = dict(rows=rows, columns=columns, empty=empty, left=names_px(grid.rows))
     with self.hold_sync():
         self.grid = grid
         if shape != self.shape: self.shape = shape
