@@ -69,6 +69,8 @@ def choose(self:ThresholdPolicy, candidates):
     why = f"{candidates.scores.signal} importance ≥ {self.threshold:g}{kinds}"
     if names or candidates.pinned: return names, why
     best = next(iter(imp))
+    # a run that goes on is not ended by scores that moved
+    if candidates.current: return [best], f"no {why}: the highest alone, at {imp[best]:.3g}"
     raise ValueError(
         f"threshold={self.threshold:g} is reached by no unit: the highest, {best}, has importance {imp[best]:.3g}"
     )
