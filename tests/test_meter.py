@@ -187,6 +187,25 @@ def run(tmp_path, model=None, steps=24, batches=None, **settings):
     return [json.loads(l) for l in (tmp_path/'events.jsonl').read_text().splitlines()], hooks
 
 
+def test_what_is_asked_for_at_once_holds_while_a_meter_looks(tmp_path):
+    "Another lot is drawn, within what was asked for; what is not urgent waits until the start is over"
+    torch.manual_seed(0)
+    model = demo_model()
+    batches, optimizer = batches_for(model, 8), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with ALFLoop(model, optimizer, batches, max_steps=12, out=tmp_path, budget=.4, warm_up=6, interval=0) as alf:
+        first = alf.selection
+        for i in range(12):
+            if i == 2: alf.choose(budget=.2, now=True)
+            if i == 4: alf.choose(budget=.3)
+            if i == 3: at_once = alf.selection
+            if i == 5: waiting = alf.selection
+            model(**batches[i % 8]).loss.backward()
+            alf.step()
+        last = alf.selection
+    assert .2 < first.share <= .4 and at_once.share <= .2 and at_once.step == 3 and 'by lot' in at_once.reason
+    assert waiting == at_once and .2 < last.share <= .3 and last.step == 6
+
+
 def test_a_run_meters_chooses_and_says_so(tmp_path):
     "By lot while nothing is known; no probe, no references, and no hook on other steps"
     events, hooks = run(tmp_path, signal='agreement', interval=8, warm_up=4, meter_steps=2, budget=.3)

@@ -147,7 +147,8 @@ def _is_unit(u):
         named = all(isinstance(u[k], str) for k in ('name', 'layer', 'role')) and u['kind'] in KINDS
         counted = all(u[k] is not None and _is_count(u[k]) for k in ('n_params', 'depth'))
         shaped = all(type(n) is int for s in u.get('shapes', ()) for n in s)
-        return named and counted and shaped and isinstance(u.get('eligible', True), bool)
+        placed = isinstance(u.get('eligible', True), bool) and isinstance(u.get('tower', ''), str)
+        return named and counted and shaped and placed
     except (KeyError, TypeError): return False
 
 def _is_units(v): return isinstance(v, list) and all(map(_is_unit, v)) and len({u['name'] for u in v}) == len(v)

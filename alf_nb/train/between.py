@@ -88,6 +88,7 @@ def count_reached(run, step):
 def take_request(run, step):
     "Put what was asked for in force, and select if it is time or was asked for"
     _take_factor(run, step)
+    now = False
     if (asked := run.requests.take()) is not None:
         policy,now = asked
         use_policy(run, policy)
@@ -95,8 +96,9 @@ def take_request(run, step):
         tell(run, policy, step, now=now)
     count_reached(run, step)
     due = run.schedule.due(step) and run.selected_at != step
-    # a start that needs steps is finished first
-    free = step < run.max_steps and run.schedule.starting(step) is None
+    # a start that needs steps is finished first; while a meter looks, another lot may be drawn
+    starts = run.schedule.starting(step) is not None and not (now and run.config.start == 'meter')
+    free = step < run.max_steps and not starts
     if due or run.again and free:
         run.again,run.selected_at = False,step
         select(run, step, probe=due)
