@@ -30,7 +30,7 @@ DEEP = json.loads("[" * 500 + "]" * 500)
 FREE = {"selection.reason"}  # any text will do
 SIGNED = {"config.seed", "config.policy.seed", "policy.seed"}  # whole numbers of any size and sign
 MAYBE = {"config.interval"}  # None is a value of it
-RUN = dict(budget=0.2, interval=2, measure_every=1, select_until=1.0, hysteresis=0.0)
+RUN = dict(budget=0.2, interval=2, measure_every=1, select_until=1.0, hysteresis=0.0, freeze_bottom=0.0)
 SETTINGS = {
     "default": {},
     "device": dict(references="device"),

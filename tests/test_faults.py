@@ -349,7 +349,7 @@ def test_empty_batches_in_the_probe_are_left_out(tmp_path):
     data = [r for i, r in enumerate(rows) if i % 8] + masked(rows[:8])
     with pytest.warns(UserWarning, match="batch(es)? of the probe left out.*all labels masked"): _probe_only(data)
     with pytest.raises(ValueError, match=r"at least 2, got 0; 8 batches of the probe left out"):
-        make(tmp_path, alf(), data=masked(rows)).train()
+        make(tmp_path, alf(preset="probe"), data=masked(rows)).train()
 
 
 def _probe_only(data):

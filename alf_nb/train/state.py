@@ -245,6 +245,17 @@ class State(_Optimizer, _Body, _Head):
             raise ValueError(f"ALF state of version {shown(d.get('version'))}, this alf_nb reads 1")
         return _typed(cls, d, '', known or {})
 
+def _odd_meter(s):
+    "A run that meters has a sum, and no other has"
+    metered = s.config['start'] == 'meter'
+    if metered != (s.meter is not None):
+        yield f"meter is {'missing' if metered else 'there'}, and the run starts by {s.config['start']!r}"
+
+def _odd_reach(reach, n):
+    if {len(reach.dry), len(reach.out)} != {n}: yield f"reach.dry and reach.out are not of {n} units"
+    if any(map(_doubled, (reach.got, reach.window, reach.away))): yield "reach has a name twice"
+
+
 # %% ../../nbs/06_train/01_state.ipynb #c0aff721
 def _doubled(names): return len(set(names)) < len(names)
 
@@ -258,10 +269,9 @@ def misfits(s:State, units, rates_of, n_rates):
     trains = set(s.selection.names)
     if both := [n for n in s.banned if n in trains]: yield f"banned has {both[0]}, which trains"
     if any(map(_doubled, (s.banned, s.optimizer, s.made_up))): yield "banned, optimizer or made_up has a name twice"
-    n = len(rates_of)
-    if {len(s.reach.dry), len(s.reach.out)} != {n}: yield f"reach.dry and reach.out are not of {n} units"
-    if any(map(_doubled, (s.reach.got, s.reach.window, s.reach.away))): yield "reach has a name twice"
+    yield from _odd_reach(s.reach, len(rates_of))
     if s.made_up and s.made_up != s.optimizer: yield "made_up and optimizer differ"
+    yield from _odd_meter(s)
     if (signal := Policy.from_dict(s.policy).signal) not in (None, s.config['signal']):
         yield f"policy chooses by {signal}, and the run measures {s.config['signal']}"
 
