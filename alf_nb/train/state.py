@@ -245,6 +245,7 @@ class State(_Optimizer, _Body, _Head):
             raise ValueError(f"ALF state of version {shown(d.get('version'))}, this alf_nb reads 1")
         return _typed(cls, d, '', known or {})
 
+# %% ../../nbs/06_train/01_state.ipynb #7f10c2d9
 def _odd_meter(s):
     "A run that meters has a sum, and no other has"
     metered = s.config['start'] == 'meter'
@@ -254,7 +255,6 @@ def _odd_meter(s):
 def _odd_reach(reach, n):
     if {len(reach.dry), len(reach.out)} != {n}: yield f"reach.dry and reach.out are not of {n} units"
     if any(map(_doubled, (reach.got, reach.window, reach.away))): yield "reach has a name twice"
-
 
 # %% ../../nbs/06_train/01_state.ipynb #c0aff721
 def _doubled(names): return len(set(names)) < len(names)
