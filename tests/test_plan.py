@@ -88,7 +88,7 @@ def test_packed_weights_are_those_of_bitsandbytes():
 
 
 def test_a_model_loaded_in_4_bits_needs_no_16_bit_weights_first():
-    ways = {w.name: w for w in plan(demo_model(blocks=4), batch=2, length=32, budgets=(.1,)).ways}
+    ways = {w.name: w for w in plan(demo_model(blocks=4), batch=2, length=32, budgets=(.1,), probe=True).ways}
     first, loaded = ways['alf 10 %, 4-bit rest'], ways['alf 10 %, loaded in 4 bits']
     assert loaded.probe == 0 < first.probe and loaded.total < first.total and loaded.weights == first.weights
 

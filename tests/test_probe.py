@@ -542,6 +542,7 @@ def test_a_part_that_is_kept_in_eval_mode_stays_in_it():
         torch.optim.SGD(model.parameters(), lr=0.1),
         [collate(ROWS[:4]), collate(ROWS[4:8])],
         4,
+        preset="probe",
         budget=0.4,
         loss=lambda m, b: m(b["input_ids"], labels=b["labels"]).loss,
     )

@@ -116,7 +116,8 @@ def test_a_checkpoint_is_one_of_transformers(trained):
     loaded = load(out/"checkpoint-8")
     now, want = loaded.state_dict(), trainer.model.state_dict()
     assert now.keys() == want.keys() and all(torch.equal(now[k], want[k]) for k in want)
-    assert torch.equal(logits(loaded), logits(trainer.model))
+    # to bf16: some CPUs multiply packed weights that were just loaded by another kernel
+    torch.testing.assert_close(logits(loaded), logits(trainer.model), atol=.05, rtol=0)
 
 
 def test_a_delta_is_that_of_the_base(trained, folder, tmp_path):
