@@ -19,12 +19,10 @@ from .records import KINDS, Record
 
 # %% ../../nbs/01_core/09_config.ipynb #8759caee
 PRESETS = {
-    # exact gradients of a few batches before the first step and at each selection: a tenth of a short run; every role in
-    # every third of the depth with its share
+    # exact gradients of a few batches, a tenth of a short run; every role in every third of the depth with its share
     'default': dict(signal='gain', strata=3),
-    # the default by its own name
-    'probe': dict(signal='gain', strata=3),
-    # measured in the steps of training, under 1 % of a run; the backward pass ends above the lowest fifth of the blocks
+    'probe': dict(signal='gain', strata=3),     # the same, by its own name
+    # measured in the steps of training, under 1 % of a run; the backward pass ends above the lowest fifth
     'meter': dict(signal='agreement', strata=3, freeze_bottom=.2),
     # the same strata and depth, drawn by lot, once: nothing is measured
     'short': dict(

@@ -114,9 +114,13 @@ _ALF = (
     alf_method('alf', "ALF's default: gain, matrices, every role in every third of the depth with its share,"
                " re-selected"),
     alf_method('alf-probed', 'the same by its own name, whatever the default is: the preset `probe`', **_probed),
-    alf_method('alf-metered', 'matrices on whose gradient batches agree, by a meter, in the same strata above the lowest'
-               ' fifth of the blocks: the preset `meter`', preset='meter'),
+    alf_method('alf-metered', 'matrices on whose gradient batches agree, by a meter, in the same strata above the'
+               ' lowest fifth of the blocks: the preset `meter`', preset='meter'),
     alf_method('alf-unstratified', 'the same, but the highest gain of all, wherever it is', **_anywhere),
+)
+
+# %% ../../nbs/09_study/11_methods.ipynb #5e0b7a31
+_ALF += (
     alf_method('alf-static', 'matrices by gain before the first step, kept to the end', interval=0, **_anywhere),
     alf_method('alf-once', 'matrices by a gain of two batches, kept to the end, the lowest fifth of the blocks left'
                ' out', **_once),
