@@ -56,7 +56,8 @@ def test_the_sidebar_leads_everywhere_in_order(site):
     links = re.findall(r'href="\.?/?([\w./-]+\.html)"', nav)
     assert set(links) >= {p.as_posix() for p, _ in made.values()}
     tutorials = [
-        p.as_posix() for rel, (p, _) in sorted(made.items(), key=lambda kv: kv[0].name) if rel.parts[0] == 'tutorials'
+        p.as_posix() for _, p in sorted((int(rel.name.split('_')[0]), p) for rel, (p, _) in made.items()
+                                        if rel.parts[0] == 'tutorials')
     ]
     assert [l for l in links if l.startswith('tutorials/')] == tutorials
     places = [links.index(l) for l in ('index.html', tutorials[0], 'speed.html', '01_core/records.html')]
