@@ -67,13 +67,14 @@ SHOWS = (
 
 
 def classes():
-    "Every class of the package that shows itself"
+    "Every class that shows itself as HTML or Markdown; a widget of its own writes text nodes in the page"
+    from ipywidgets import DOMWidget
     found = set()
     for m in pkgutil.walk_packages(alf_nb.__path__, "alf_nb."):
         if m.name.endswith("_modidx"): continue
         for c in vars(importlib.import_module(m.name)).values():
-            if isinstance(c, type) and c.__module__.startswith("alf_nb") and any(hasattr(c, s) for s in SHOWS):
-                found.add(c)
+            ours = isinstance(c, type) and c.__module__.startswith("alf_nb") and not issubclass(c, DOMWidget)
+            if ours and any(hasattr(c, s) for s in SHOWS): found.add(c)
     return {c.__name__: c for c in sorted(found, key=lambda c: c.__name__)}
 
 
@@ -251,6 +252,11 @@ def a_dashboard(folder, evil):
     return TrainingDashboard(RunLog(a_run(folder, evil)))
 
 
+def a_steering(folder, evil):
+    from alf_nb.widgets.steering import Steering
+    return Steering(RunLog(a_run(folder, evil)))
+
+
 def a_viewer(folder, evil):
     from alf_nb.widgets.attention import AttentionViewer
     maps = np.full((2, 2, 3, 3), 1/3)
@@ -323,6 +329,7 @@ MAKERS = dict(
     ThresholdPicker=a_picker,
     SelectionMap=a_map,
     TrainingDashboard=a_dashboard,
+    Steering=a_steering,
     AttentionViewer=a_viewer,
     CompareView=several_runs,
 )
