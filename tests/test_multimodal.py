@@ -8,8 +8,8 @@ import pytest, torch, transformers as tf
 from transformers.trainer_callback import PrinterCallback
 
 from alf_nb.core.config import ALFConfig
-from alf_nb.core.policies import BudgetPolicy, StaticPolicy, strata_of
-from alf_nb.core.policy import match_units
+from alf_nb.core.policies import BudgetPolicy, StaticPolicy
+from alf_nb.core.policy import match_units, strata_of
 from alf_nb.core.records import Scores, by_tower
 from alf_nb.core.runlog import RunLog
 from alf_nb.model.delta import apply_delta, save_delta
