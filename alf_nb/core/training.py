@@ -35,8 +35,8 @@ class _Training:
     "How it trains."
     steps:int=120        # optimizer steps
     epochs:float|None=None # how often all rows are seen, instead of `steps`
-    # peak learning rate, cosine schedule; default what `suggested_lr` says of the share that trains, from full_lr or
-    # else 1.32e-4, which suits SmolLM2-135M; larger models take less
+    # peak learning rate, cosine schedule; default what `suggested_lr` says of the share that trains: 4e-4 for a
+    # quarter, from full_lr, or else from 1.32e-4, which suits SmolLM2-135M; larger models take less
     lr:float|None=None
     batch_size:int=3     # rows at once
     grad_accum:int=1     # batches whose gradients are added up for one step
