@@ -17,9 +17,14 @@ TURNS = {'alf-metered': "alf by a meter (`preset='meter'`)", 'lot-top80': 'as ma
 STEPS = 136     # of the control by lot: the time of every method in turns.jsonl
 
 
+def lines(name):
+    "Rows of a result file"
+    return [json.loads(l) for l in (RESULTS/name).read_text(encoding='utf-8').splitlines()]
+
+
 def last(name):
     "The newest row of a result file"
-    return json.loads((RESULTS/name).read_text(encoding='utf-8').splitlines()[-1])
+    return lines(name)[-1]
 
 
 def under_the_clock():
@@ -49,11 +54,6 @@ def methods():
         forgets = sum(rows[method]['forgetting'] for rows in domains.values())/len(domains)
         lines.append(f'| {name} | {state} | {step} | {losses} | {forgets:+.3f} |')
     return Markdown('\n'.join(lines))
-
-
-def lines(name):
-    "Rows of a result file"
-    return [json.loads(l) for l in (RESULTS/name).read_text(encoding='utf-8').splitlines()]
 
 
 def at_equal_time():

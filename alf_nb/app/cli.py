@@ -1,4 +1,4 @@
-"""`alf finetune`, `alf audit`, `alf attention`, `alf compare`, `alf plan`, `alf report`, `alf watch`, `alf merge`, `alf push`: the same jobs from a terminal.
+"""The command `alf`: the same jobs from a terminal.
 
 Docs: https://example.github.io/alf_nb/10_app/cli.html.md"""
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from .. import __version__
 from .commands import LIGHT, RUN_COMMANDS, quiet_transformers
 from .early import check_finetune
-from .options import add_option, options_of
+from .options import add_option, add_options, options_of
 from ..core.config import PARTS, PRESETS, SIGNALS, VALUES
 from ..core.files import write_whole
 from ..core.foreign import visible
@@ -43,11 +43,8 @@ _HOW = dict(                                               # beyond what a signa
 
 # %% ../../nbs/10_app/14_cli.ipynb #020a21b4
 def _add(parser, where, names, **defaults):
-    "Put options of a function or class into a parser; `defaults`: other ones than its own"
-    found = options_of(*where)
-    for n in names.split():
-        other = dict(default=defaults[n]) if n in defaults else {}
-        add_option(parser, found[n], **_HOW.get(n, {}) | other)
+    "Put options of a function or class into a parser, each as `_HOW` says; `defaults`: other ones than its own"
+    add_options(parser, where, names, _HOW, **defaults)
 
 # %% ../../nbs/10_app/14_cli.ipynb #59856ce8
 def _what(parser, *names):

@@ -9,7 +9,7 @@ __all__ = ['LIGHT', 'RUN_COMMANDS', 'quiet_transformers']
 
 # %% ../../nbs/10_app/13_commands.ipynb #c480c967
 from pathlib import Path
-from .options import add_option, options_of
+from .options import add_options, options_of
 
 # %% ../../nbs/10_app/13_commands.ipynb #b4e037bf
 LIGHT = 'report', 'watch'       # commands that need no torch
@@ -20,10 +20,6 @@ def quiet_transformers():
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
 
-def _add(parser, module, name, options):
-    "Options of a function of ours"
-    found = options_of(module, name)
-    for n in options.split(): add_option(parser, found[n])
 
 def _report_options(p): p.add_argument('run', help='run folder with events.jsonl')
 
@@ -34,16 +30,16 @@ def _report(a):
 # %% ../../nbs/10_app/13_commands.ipynb #080fb5b6
 def _watch_options(p):
     p.add_argument('run', metavar='RUN', help='run folder with events.jsonl')
-    _add(p, 'app.watch', 'watch', 'every once')
+    add_options(p, ('app.watch', 'watch'), 'every once')
 
 def _watch(a):
     from alf_nb.app.watch import watch
     watch(**a)
 
 def _merge_options(p):
-    p.add_argument('run', metavar='RUN', help=options_of('app.merge', 'merge')['run'].help)
-    p.add_argument('out', metavar='OUT', help=options_of('app.merge', 'merge')['out'].help)
-    _add(p, 'app.merge', 'merge', 'base')
+    found = options_of('app.merge', 'merge')
+    for n in ('run', 'out'): p.add_argument(n, metavar=n.upper(), help=found[n].help)
+    add_options(p, ('app.merge', 'merge'), 'base')
 
 def _merge(a):
     quiet_transformers()
@@ -54,7 +50,7 @@ def _push_options(p):
     p.add_argument('run', metavar='RUN', help='folder of a run that has ended, or of a delta')
     p.add_argument('repo_id', metavar='REPO', help='where to, such as me/my-delta')
     p.add_argument('--public', action='store_true', help='a repository that is made now may be seen by everybody')
-    _add(p, 'app.publish', 'card_text', 'license language')
+    add_options(p, ('app.publish', 'card_text'), 'license language')
 
 # %% ../../nbs/10_app/13_commands.ipynb #7a2c2105
 def _push(a):

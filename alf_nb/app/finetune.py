@@ -45,7 +45,7 @@ from ..report.page import write_report
 from ..report.summary import summarize
 from ..sources.models import given_model, load_config
 from ..sources.templates import pad_rows
-from ..sources.texts import check_text, load_texts, unrelated_texts
+from ..sources.texts import check_text, texts_and_unrelated
 from ..train.background import BackgroundRun, start
 from ..train.beside import refuse_beside
 from ..train.trainer import ALFCallback
@@ -230,8 +230,7 @@ def _note_failure(out, callback, e):
 def _read(data, other, column, settings):
     "Texts and unrelated texts; what is no text is refused before a model is loaded"
     if settings.prompt is not None: check_text(settings.prompt, 'the prompt')
-    texts = load_texts(data, column)
-    return texts, load_texts(other, column) if other is not None else unrelated_texts()
+    return texts_and_unrelated(data, other, column)
 
 # %% ../../nbs/10_app/07_finetune.ipynb #3254911f
 def _job(call, run, callback, done):
@@ -311,19 +310,18 @@ class _Alone:
     def say(self, activity): pass
     def train(self, trainer, checkpoint=None): return trainer.train(resume_from_checkpoint=checkpoint)
 
-def _check_resume(call):
-    "Is there something to go on with? Its epochs are the steps that it was begun with"
+def _check_resume(call, live):
+    "Is there something to go on with? Where the call waits, the checkpoint itself is looked at when it is taken up"
     if not call.out.is_dir(): raise ValueError(f"nothing to resume: there is no folder '{call.out}'")
-    with RunLock(call.out, 'finetune()'):
-        call.settings = as_begun(call.settings, call.out)
-        resume_point(call.out, call.settings.steps)
+    if not live: return
+    with RunLock(call.out, 'finetune()'): resume_point(call.out, as_begun(call.settings, call.out).steps)
 
 def _check(call, resume, live):
     "What can be refused before a model is loaded is refused now, and the texts are read; then the folder is made"
     call.callback()
     if isinstance(call.model, tuple): refuse_beside(call.model[0])
     elif live: load_config(call.model)      # a name that leads nowhere
-    if resume: _check_resume(call)
+    if resume: _check_resume(call, live)
     call.texts, call.others = _read(*(call.what[k] for k in ('data', 'other', 'column')), call.settings)
     output_folder(call.out)
 

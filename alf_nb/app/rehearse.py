@@ -21,7 +21,7 @@ from ..core.system import peak_rss_bytes
 from ..model.layers import partition_layers
 from ..sources.models import given_model
 from ..sources.templates import pad_rows
-from ..sources.texts import load_texts, unrelated_texts
+from ..sources.texts import texts_and_unrelated
 from ..train.trainer import ALFCallback
 
 # %% ../../nbs/10_app/12_rehearse.ipynb #3ee9c22a
@@ -82,8 +82,7 @@ def rehearse(
 )->str:
     "What `finetune` would do with these arguments, and about what it takes; nothing is written, nothing learnt"
     s, alf = settings_of(kwargs, model)
-    texts = load_texts(data, column)
-    others = load_texts(other, column) if other is not None else unrelated_texts()
+    texts, others = texts_and_unrelated(data, other, column)
     net, tokenizer = given_model(model, s.bf16, progress)
     if torch.cuda.is_available(): net.to('cuda')
     callback = ALFCallback(seed=s.seed, out=str(out), **alf)

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..core.checkpoints import find_checkpoint, newest_run, set_aside, why_no_checkpoint
 from ..core.foreign import read_plain
 from ..core.runlog import RunLog
+from ..core.training import RUN_FILE
 from ..model.delta import read_delta
 from ..train.controller import figures
 from ..train.state import RunTotals
@@ -54,8 +55,8 @@ def keep_results(
     out:Path # of the run
 ):
     "Move what the run before has left aside"
-    names = [n for n in ('delta', 'summary.json', 'report.html', 'run.yaml') if (out/n).exists()]
-    if not names or names == ['run.yaml']: return
+    names = [n for n in ('delta', 'summary.json', 'report.html', RUN_FILE) if (out/n).exists()]
+    if not names or names == [RUN_FILE]: return
     run = delta_metadata(out/'delta').get('run_id') or read_json(out/'summary.json').get('run_id')
     where = set_aside(out, names, run if isinstance(run, str) else 'unknown')
     warnings.warn(

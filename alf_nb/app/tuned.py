@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from ..core.foreign import odd_inside
 from ..model.delta import apply_delta
-from ..sources.hub import first_line, hub_client
+from ..core.foreign import first_line
+from ..sources.hub import hub_client
 from ..sources.models import check_causal, load_model
 
 # %% ../../nbs/10_app/03_tuned.ipynb #bd2eb9bd

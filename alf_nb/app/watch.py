@@ -62,7 +62,7 @@ def run_text(
     losses = [v for v in state.series('log', 'loss')[1] if v is not None]
     memory = state.events('memory')
     rows = [('', _progress(state))]
-    if losses: rows.append(('training loss', f"{num(trend(losses)[-1])}  {_spark(trend(losses))}"))
+    if losses: rows.append(('training loss', f"{num((smooth := trend(losses))[-1])}  {_spark(smooth)}"))
     rows += _held_out(state) + _chosen(state)
     if memory: rows.append(('training state', human_bytes(state_bytes(memory[-1]))))
     if state.error: rows.append(('error', state.error))
@@ -77,8 +77,8 @@ def watch(
 ):
     "Show a run in the terminal until it ends"
     log, screen = RunLog(run), sys.stdout.isatty()
-    if not Path(log.path).is_file(): raise FileNotFoundError(f"no run in {str(run)!r}: it has no events.jsonl")
+    if not log.path.is_file(): raise FileNotFoundError(f"no run in {str(run)!r}: it has no events.jsonl")
     while True:
-        print(('\033[H\033[2J' if screen else '') + run_text(RunLog(run)), flush=True)
-        if once or not screen or RunLog(run).status != 'unfinished': return
+        print(('\033[H\033[2J' if screen else '') + run_text(log), flush=True)
+        if once or not screen or log.status != 'unfinished': return
         time.sleep(every)

@@ -164,6 +164,8 @@ _WORDS = {
 }
 
 # %% ../../nbs/07_report/12_page.ipynb #1817b9bc
+_WORDS |= {'lr': 'learning rate', 'lr_schedule': 'its schedule', 'grad_accum': 'batches of a step'}
+
 def _in_words(d):
     "Settings under the names that people know; what is not set is left out"
     known = {_WORDS.get(k, k.replace('policy.', '').replace('_', ' ')): v for k, v in flat(d) if k != 'presumed'}
@@ -178,7 +180,7 @@ def _reproduce(state, s):
     shown = {k: v for k, v in about.items() if k not in ('call', 'resume', 'load', 'command')}
     known = dict(model=s['model'], steps=s['max_steps'], seed=s['seed']) | shown
     calls = [_code(str(about[k])) for k in ('command', 'call') if about.get(k)]
-    named = {k.replace('_', ' '): v for k, v in known.items() if v is not None}
+    named = {_WORDS.get(k, k.replace('_', ' ')): v for k, v in known.items() if v is not None}
     return ''.join(calls) + settings_table(named, 'Data and training')
 
 # %% ../../nbs/07_report/12_page.ipynb #5bff29c8

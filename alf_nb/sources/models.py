@@ -16,7 +16,8 @@ import os
 from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from .hub import first_line, hub_client, hub_reachable
+from ..core.foreign import first_line
+from .hub import hub_client, hub_reachable
 from .packaged import HOW_TO_INSTALL, MINILM, SMOLLM2, can_read, from_gguf, gguf_file
 from .packaged import package_folder, packaged_model, rename_model
 

@@ -14,6 +14,7 @@ require_versions('torch', 'transformers')
 # %% ../../nbs/02_sources/07_templates.ipynb #ca172a3d
 import re, warnings
 import torch
+from ..core.foreign import first_line
 from .blocks import token_blocks
 from .chats import Chat
 
@@ -44,8 +45,8 @@ def chat_text(
             chat.messages[:n], tools=chat.tools, chat_template=chat_template(tokenizer, chat.tools), tokenize=False,
             add_generation_prompt=prompt)
     except Exception as e:       # templates raise what they like
-        why = str(e).strip().split('\n')[0]
-        raise ValueError(f"the chat template of this model refuses a chat, {str(chat)[:60]!r}: {why}") from e
+        said = str(chat)[:60]
+        raise ValueError(f"the chat template of this model refuses a chat, {said!r}: {first_line(e)}") from e
 
 # %% ../../nbs/02_sources/07_templates.ipynb #d5d38645
 def _span(chat, tokenizer, i, whole):

@@ -16,7 +16,7 @@ import json
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
-from ..core.policy import match_units
+from ..core.policy import names_of_all
 from ..model.layers import partition_layers
 from ..core.config import PRESETS, ALFConfig
 from ..core.rates import rates_around
@@ -82,7 +82,7 @@ def _freeze_low(share):
         layers = partition_layers(model, 'block')
         blocks = [u.name for u in layers.units if u.kind == 'block']
         low = blocks[:round(share*len(blocks))] + [u.name for u in layers.units if u.kind == 'embedding']
-        pinned = {n for p in task.pin for n in match_units(p, layers.units)}
+        pinned = set(names_of_all(task.pin, layers.units))
         for n in set(low) - pinned:
             for p in layers.params(n): p.requires_grad_(False)
         return model
@@ -95,7 +95,7 @@ def _adapter(**kw):
         try: from peft import LoraConfig, get_peft_model
         except ImportError: raise ImportError("LoRA needs the package peft: pip install peft") from None
         layers = partition_layers(model)
-        units = [n for p in task.pin for n in match_units(p, layers.units)]
+        units = names_of_all(task.pin, layers.units)
         pinned = {k.rsplit('.', 1)[0] for n in units for k in layers.named_params(n)}
         head = getattr(model, 'get_output_embeddings', lambda: None)()
         linear = [n for n,m in model.named_modules() if type(m) is torch.nn.Linear and m is not head]

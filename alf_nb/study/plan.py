@@ -21,7 +21,7 @@ from ..model.dry_run import FAKE, hollow
 from ..model.fit import MARGIN, room
 from ..model.needs import Held, Needs, Sizer
 from ..model.stacks import Places
-from ..sources.hub import first_line
+from ..core.foreign import first_line
 from ..sources.models import load_config
 from .estimate import SHAPES
 

@@ -23,7 +23,7 @@ from ..sources.blocks import holdout_split
 from ..sources.losses import wants_autocast
 from ..sources.models import given_model
 from ..sources.templates import pad_rows, token_rows
-from ..sources.texts import load_texts, unrelated_texts
+from ..sources.texts import texts_and_unrelated
 
 # %% ../../nbs/09_study/10_task.ipynb #7ad91874
 def _check_rows(rows, use):
@@ -142,8 +142,7 @@ def text_task(
     progress:bool=True # show bars?
 )->Task:
     "A causal language model and texts or chats; the split is the same for every seed"
-    texts = load_texts(data, column)
-    others = load_texts(other, column) if other is not None else unrelated_texts()
+    texts, others = texts_and_unrelated(data, other, column)
     net, tokenizer = given_model(model, bf16, progress)
     rows = _text_rows(texts, others, tokenizer, length, eval_blocks)
     name = name or Path(getattr(net.config, '_name_or_path', '') or type(net).__name__).name

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from ..core.config import PROBED
 from ..core.policies import make_policy, with_target
-from ..core.policy import find_units, make_candidates, match_units
+from ..core.policy import find_units, make_candidates, match_units, names_of_all
 from ..core.records import Scores, Selection
 from ..model.columns import column_layers, join_columns, split_columns
 from ..model.fit import Search, largest_budget
@@ -33,7 +33,7 @@ def without_bottom(
     units   # `UnitInfo` of every unit
 ):          # a `Policy`
     "`policy` with the bottom of the model banned, unless it is pinned"
-    pinned = {n for p in policy.pin for n in match_units(p, units)}
+    pinned = set(names_of_all(policy.pin, units))
     kept = {u.layer for u in units if u.name in pinned}
     low = [u for u in units if u.name in bottom and u.eligible and u.name not in pinned]
     below = dict.fromkeys(u.name if u.layer in kept else u.layer for u in low)
@@ -48,7 +48,7 @@ def make_columns(
     join_columns(model)
     if config.unit != 'columns': return
     layers = partition_layers(model)
-    pinned = layers.share(n for p in config.policy.pin for n in match_units(p, layers.units))
+    pinned = layers.share(names_of_all(config.policy.pin, layers.units))
     split_columns(model, config.policy.budget - pinned, config.freeze_bottom, config.seed)
 
 def _check_split(model):
@@ -261,7 +261,7 @@ def without(
 ):          # a `Policy`
     "`policy` with `banned` banned, and not pinned"
     if not banned: return policy
-    pin = dict.fromkeys(n for p in policy.pin for n in match_units(p, units) if n not in banned)
+    pin = dict.fromkeys(n for n in names_of_all(policy.pin, units) if n not in banned)
     out = [u.name for u in units if u.name in banned]
     return replace(policy, pin=tuple(pin), ban=tuple(dict.fromkeys((*policy.ban, *out))))
 

@@ -9,7 +9,7 @@ __all__ = ['FROZEN', 'TRAINS', 'add_hooks', 'thaw', 'note_frozen', 'check_alone'
 
 # %% ../../nbs/06_train/03_marks.ipynb #fc1d2ba9
 import warnings, weakref
-from ..core.policy import match_units
+from ..core.policy import names_of_all
 from ..model.shards import reshard
 from ..model.tree import is_packed
 
@@ -85,7 +85,7 @@ def warn_of_new_head(
     policy  # the `Policy` of the run
 ):
     "A classifier's head is usually new, and new weights that stay frozen stay random"
-    meant = {n for pattern in (*policy.pin, *policy.ban) for n in match_units(pattern, units)}
+    meant = set(names_of_all((*policy.pin, *policy.ban), units))
     heads = [u.name for u in units if u.kind == 'head' and not u.eligible and u.name not in meant]
     if heads and all(getattr(m, 'get_output_embeddings', lambda: None)() is None for m in model.modules()):
         warnings.warn(

@@ -225,10 +225,10 @@ def _begin(alf, args, state, model, optimizer, scheduler, loader):
 def about_of(given, args):
     "What the settings of ALF do not say: how it trains, and what is `given` of model, data and the call"
     known = dict(
-        learning_rate=args.learning_rate, schedule=getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type),
+        lr=args.learning_rate, lr_schedule=getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type),
         warmup_steps=args.warmup_steps, weight_decay=args.weight_decay, batch_size=args.per_device_train_batch_size,
         processes=args.world_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        grad_accum=args.gradient_accumulation_steps,
         optimizer=str(getattr(args.optim, 'value', args.optim)),
     )
     return known | given

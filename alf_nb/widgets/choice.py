@@ -1,4 +1,4 @@
-"""The policy that trains, asked with another threshold or budget, or with other pins and bans: now, before a run, or at a step that is over.
+"""The policy that trains, asked with another threshold, budget, pins or bans: now, before a run, or at a past step.
 
 Docs: https://example.github.io/alf_nb/08_widgets/choice.html.md"""
 
@@ -11,12 +11,12 @@ __all__ = ['ADAMW_BYTES', 'Context', 'context_now', 'context_at', 'Choice', 'cho
 
 # %% ../../nbs/08_widgets/03_choice.ipynb #28e94b0f
 from typing import NamedTuple
-from ..core.config import ALFConfig
+from ..core.config import VALUES, ALFConfig
 from ..core.foreign import escape
 from ..core.format import few, human_bytes, human_count, human_time, num, percent
 from ..core.policies import BudgetPolicy, ThresholdPolicy, budget_for_threshold, policy_importance, step_cost
 from ..core.policies import threshold_for_budget
-from ..core.policy import Policy, make_candidates, match_units
+from ..core.policy import Policy, make_candidates, match_units, names_of_all
 from ..core.records import Scores, Selection
 from ..report.grid import Told
 from ..report.html import status_line, tag, tile
@@ -75,7 +75,7 @@ def _stand(c, policy):
     "Where units stand by the rule of a policy, and what is pinned and banned; nothing where these contradict"
     try:
         b = make_candidates(c.scores, c.units, policy.pin, policy.ban, c.step, c.current)
-        banned = frozenset(n for p in policy.ban for n in match_units(p, c.units))
+        banned = frozenset(names_of_all(policy.ban, c.units))
     except ValueError: return {}
     return dict(importance=policy_importance(policy, b), pinned=frozenset(u.name for u in b.pinned), banned=banned)
 
@@ -168,7 +168,7 @@ def run_unit(
 )->str:
     "The unit that a run chooses"
     unit = state.config.get('unit')
-    return unit if unit in ('matrix', 'block', 'columns') else usual
+    return unit if unit in VALUES['unit'] else usual
 
 # %% ../../nbs/08_widgets/03_choice.ipynb #02baede1
 ADAMW_BYTES = 12    # gradient 4, two moments 8: fp32

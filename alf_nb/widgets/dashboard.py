@@ -188,9 +188,9 @@ def _loss_tile(s):
     first, now = averaged(s)
     return tile('loss, averaged', num(now), 'not logged yet' if now is None else f'{num(first)} at first')
 
-def _speed_tile(s, goes_on):
-    "The speed now, or of the whole run when it is over"
-    of = s.recent if goes_on else costs(s).get
+def _speed_tile(s, over):
+    "The speed now, or of the whole run: what it took when it is over"
+    of = over.get if over else s.recent
     per_step, tokens = human_time(of('seconds_per_step')), of('tokens_per_second')
     if tokens: return tile('speed', f'{tokens:.0f} <small>tokens/s</small>', f'{per_step} per step')
     return tile('speed', f'{per_step} <small>per step</small>')
@@ -208,13 +208,13 @@ def _share_tile(s, goes_on):
     return tile(name, percent(now.share if now else None), which)
 
 # %% ../../nbs/08_widgets/09_dashboard.ipynb #86b01542
-def _state_tile(s, goes_on):
+def _state_tile(s, over):
     "What training keeps now, or its peak when it is over"
     mem = (s.events('memory') or [None])[-1]
-    peak = None if goes_on else costs(s)['state_bytes_peak']
-    state = state_bytes(mem) if goes_on and mem else peak
+    now = state_bytes(mem) if mem else None
+    state = over['state_bytes_peak'] if over else now
     of_full = share_of_full(state, full_state_bytes(s)) or 'gradients, optimizer, references'
-    return tile('training state' if goes_on else 'training state, peak', human_bytes(state), of_full)
+    return tile('training state, peak' if over else 'training state', human_bytes(state), of_full)
 
 # %% ../../nbs/08_widgets/09_dashboard.ipynb #11997abf
 def _held_out(s):
@@ -230,9 +230,10 @@ def _held_out_tile(s):
     return tile('held-out loss', num(last['loss']), start if len(found) > 1 else f"at step {first.get('step', 0)}")
 
 def _tiles(d):
-    s = d.state
-    tiles = (_loss_tile(s), _speed_tile(s, d.goes_on), _time_tile(s, d.goes_on), _share_tile(s, d.goes_on),
-             _state_tile(s, d.goes_on), _held_out_tile(s))
+    s, goes_on = d.state, d.goes_on
+    over = None if goes_on else costs(s)
+    tiles = (_loss_tile(s), _speed_tile(s, over), _time_tile(s, goes_on), _share_tile(s, goes_on),
+             _state_tile(s, over), _held_out_tile(s))
     return tag('dl', *tiles, cls='alf-tiles six')
 
 # %% ../../nbs/08_widgets/09_dashboard.ipynb #1d6255ce

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from fastcore.basics import patch
 from ..core.config import ALFConfig
 from ..core.policies import BudgetPolicy
-from ..core.policy import Policy, match_units
+from ..core.policy import Policy, match_units, names_of_all
 
 # %% ../../nbs/08_widgets/04_edits.ipynb #6ba26a27
 def _meanings(units):
@@ -57,7 +57,7 @@ def rules_of(
     units   # `UnitInfo` of every unit
 )->tuple:   # names of the pinned, of the banned
     "What is said by hand"
-    return tuple({n for p in ps for n in match_units(p, units)} for ps in (policy.pin, policy.ban))
+    return tuple(set(names_of_all(ps, units)) for ps in (policy.pin, policy.ban))
 
 def rule_of(
     names, # of units
@@ -76,7 +76,8 @@ def with_rule(
     rule:str # `pin`, `ban`, `free`, or `next`: what follows on the one they share
 )->Policy:
     "The policy with these units pinned, banned or left to it"
-    names, (pin, ban) = set(names), rules_of(policy, units)
+    names, was = set(names), rules_of(policy, units)
+    pin, ban = was
     if rule == 'next': rule = NEXT[rule_of(names, pin, ban)]
     layers = {u.layer for u in units if u.name in names}
     # banned with their layer, though no policy would choose them
@@ -86,7 +87,6 @@ def with_rule(
     if rule == 'ban': ban |= names
     idle = {u.name for u in units if not u.eligible} - pin
     kept = lambda new, old, was, also=(): old if new == was else patterns_for(new, units, also)
-    was = rules_of(policy, units)
     return replace(policy, pin=kept(pin, policy.pin, was[0]), ban=kept(ban, policy.ban, was[1], idle))
 
 # %% ../../nbs/08_widgets/04_edits.ipynb #9a03a806

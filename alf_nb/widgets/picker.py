@@ -332,11 +332,9 @@ def _stops(p):
     if p.live or not options: options.append(('now', -1))
     if list(p.step.options) == options: return
     last, keep = p.step.value == p.step.options[-1][1], p.step.value
-    p._busy = True
-    try:
+    with _quietly(p):
         p.step.options = options
         p.step.value = options[-1][1] if last or keep >= len(options) else keep
-    finally: p._busy = False
 
 # %% ../../nbs/08_widgets/06_picker.ipynb #deedf664
 def _draw_actions(p):

@@ -147,6 +147,13 @@ class Notebook:
         self.page.keyboard.press("Shift+Enter")
         if wait: self.wait_done(i, timeout)
 
+    def ask(self, i, timeout=60):
+        "Run the cell and return its last output"
+        self.run(i, timeout=timeout)
+        said = self.cell(i).locator(".jp-OutputArea-output").last.inner_text().strip()
+        assert "Traceback" not in said, said
+        return said
+
     def wait_done(self, i, timeout=60):
         self.page.wait_for_function(
             "i => /^\\[\\d+\\]:$/.test(document.querySelectorAll('.jp-Notebook"

@@ -19,29 +19,30 @@ def live(out, steps=2000, **kw):
 """
 
 
-def ask(nb, i, timeout=90):
-    "Run the cell and return its one-line answer"
-    nb.run(i, timeout=timeout)
-    said = nb.cell(i).locator(".jp-OutputArea-output").last.inner_text().strip()
-    assert "Traceback" not in said, said
-    return said
+def ask(nb, i, timeout=90): return nb.ask(i, timeout)
+
+
+def dashboard_of(notebook, out, *cells):
+    "Start a run, and its dashboard in the second cell: the notebook, that cell, and its buttons by name"
+    nb = notebook(START + f"run = live({out!r})", "TrainingDashboard(run)", *cells)
+    nb.run(0, timeout=120)
+    nb.run(1)
+    cell = nb.cell(1)
+    button = lambda name: cell.get_by_role("button", name=re.compile(rf"\b{name}$"))
+    button("Pause").wait_for(timeout=60_000)
+    return nb, cell, button
 
 
 def test_a_prompt_a_rate_a_checkpoint_a_stop_and_a_resume(notebook, shot):
-    nb = notebook(
-        START + "run = live('steered')",
-        "dash = TrainingDashboard(run); dash",
+    nb, cell, button = dashboard_of(
+        notebook,
+        "steered",
         "run.status, run.step",
         "run.log.events('scale_lr')[-1]['factor'], len(list(Path('steered').glob('checkpoint-*/alf/state.json')))",
         "[p.name for p in Path('steered').glob('delta')], run.status, run.line[:40]",
         "run.status, run.alive, run.error",
     )
-    nb.run(0, timeout=120)
-    nb.run(1)
-    cell = nb.cell(1)
-    button = lambda name: cell.get_by_role("button", name=re.compile(rf"\b{name}$"))
     see = lambda text, timeout=60_000: cell.get_by_text(re.compile(text)).first.wait_for(timeout=timeout)
-    button("Pause").wait_for(timeout=60_000)
     cell.get_by_text(re.compile(r"at step \d+0\b")).first.wait_for(timeout=60_000)     # a sample at a selection
     shot(nb, "live_running", 1)
     button("Pause").click()
@@ -75,17 +76,12 @@ def test_a_prompt_a_rate_a_checkpoint_a_stop_and_a_resume(notebook, shot):
 
 
 def test_stop_without_saving_and_a_kernel_that_is_gone(notebook, shot):
-    nb = notebook(
-        START + "run = live('discarded')",
-        "TrainingDashboard(run)",
+    nb, cell, button = dashboard_of(
+        notebook,
+        "discarded",
         "run.status, Path('discarded/delta').exists(), Path('discarded/report.html').exists()",
         "other = live('gone'); TrainingDashboard(other)",
     )
-    nb.run(0, timeout=120)
-    nb.run(1)
-    cell = nb.cell(1)
-    button = lambda name: cell.get_by_role("button", name=re.compile(rf"\b{name}$"))
-    button("Pause").wait_for(timeout=60_000)
     button("Try & steer").click()
     button("Stop without saving").click()
     button("No, go on").click()

@@ -35,12 +35,7 @@ picker
 """
 
 
-def ask(nb, i, timeout=60):
-    "Run the cell and return its last output"
-    nb.run(i, timeout=timeout)
-    said = nb.cell(i).locator(".jp-OutputArea-output").last.inner_text().strip()
-    assert "Traceback" not in said, said
-    return said
+def ask(nb, i, timeout=60): return nb.ask(i, timeout)
 
 
 def button(nb, i, name): return nb.cell(i).get_by_role("grid").get_by_role("button", name=name)

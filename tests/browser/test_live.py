@@ -24,12 +24,7 @@ def share(step=None): return round(run.callback.selection.share, 3)
 """
 
 
-def ask(nb, i, timeout=20):
-    "Run the cell and return its one-line answer"
-    nb.run(i, timeout=timeout)
-    said = nb.cell(i).locator(".jp-OutputArea-output").last.inner_text().strip()
-    assert "Traceback" not in said, said
-    return said
+def ask(nb, i, timeout=20): return nb.ask(i, timeout)
 
 
 def said(nb, i, pattern): return nb.cell(i).locator("[role=status]").filter(has_text=re.compile(pattern)).first
