@@ -94,6 +94,11 @@ def test_ci_runs_the_command_of_the_readme():
     if (root/'README.md').exists(): assert 'make demo' in read('README.md') and 'make test' in read('README.md')
 
 
+def test_no_two_files_of_tests_have_one_name():
+    names = [p.name for p in (root/'tests').rglob('test_*.py')]
+    assert len(set(names)) == len(names), "pytest cannot collect two modules of one name in folders without packages"
+
+
 def test_nothing_of_one_machine_is_written_down():
     "No registry, no address, no path of a home directory in what sets the project up"
     for name in (

@@ -38,7 +38,7 @@ def test_a_prompt_a_rate_a_checkpoint_a_stop_and_a_resume(notebook, shot):
         notebook,
         "steered",
         "run.status, run.step",
-        "run.log.events('scale_lr')[-1]['factor'], len(list(Path('steered').glob('checkpoint-*/alf/state.json')))",
+        "run.log.events('scale_lr')[-1]['factor'], Path(f'steered/checkpoint-{run.step}/alf/state.json').is_file()",
         "[p.name for p in Path('steered').glob('delta')], run.status, run.line[:40]",
         "run.status, run.alive, run.error",
     )
@@ -58,10 +58,11 @@ def test_a_prompt_a_rate_a_checkpoint_a_stop_and_a_resume(notebook, shot):
     rate.press("Enter")
     button("Set").click()
     see(r"× 0\.5 since step \d+")
+    assert ask(nb, 3) == "(0.5, False)"
     button("Save").click()
     see("Paused")
     assert eval(ask(nb, 2)) == held and held[0] == "paused"
-    assert ask(nb, 3) == "(0.5, 1)"
+    assert ask(nb, 3) == "(0.5, True)"
     shot(nb, "live_steering", 1)
     button("Stop").click()
     see("can be taken up from")
