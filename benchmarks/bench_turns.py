@@ -28,7 +28,7 @@ SIZE = 2, 192
 # seconds of a step, the control's are 1: results/columns_step.jsonl, one thread, 2026-11-26; a meter and the callback
 # add 0.02 (results/meter.jsonl, results/profile.jsonl)
 RELATIVE = {'lot-top80': 1., 'lora': 1.38, 'full': 1.71, 'columns': 1.18, 'columns-top80': 1.06, 'columns-grad': 1.18,
-            'alf-metered': 1.02, 'alf-deep': 1.13}
+            'alf': 1.02, 'alf-deep': 1.13}
 
 
 def by_gradient(model, task):
@@ -48,13 +48,13 @@ WAYS = {
         (alf_method('lot-top80', 'drawn by lot in the same strata: the control', selects=False, preset='short'), 4e-4),
         (METHODS['lora'], 2e-3),
         (METHODS['full'], 1e-4),
-        (METHODS['alf-metered'], 4e-4),
+        (METHODS['alf'], 4e-4),
         (METHODS['columns'], 1.6e-3),
         (alf_method('columns-top80', 'a tenth, as columns of every matrix above the lowest fifth', selects=False,
                     unit='columns', budget=.1, freeze_bottom=.2), 1.6e-3),
         (Method('columns-grad', 'a tenth, as the columns of every matrix with the largest gradient', (1.6e-3,),
                 prepare=by_gradient), 1.6e-3),
-        (alf_method('alf-deep', 'the same from every depth', preset='meter', freeze_bottom=0.), 4e-4),
+        (alf_method('alf-deep', 'the default from every depth', freeze_bottom=0.), 4e-4),
     )
 }
 

@@ -11,9 +11,9 @@ from alf_nb.core.format import num, percent
 
 RESULTS = Path(__file__).resolve().parent/'results'
 SECONDS = 150
-METHODS = {'full': 'full fine-tuning', 'lora': 'LoRA (PEFT)', 'alf-probed': '**alf**, the default',
-           'random-stratified': 'as many, drawn by lot', 'lisa': 'LISA'}
-TURNS = {'alf-metered': "alf by a meter (`preset='meter'`)", 'lot-top80': 'as many by lot', 'lora': 'LoRA'}
+METHODS = {'full': 'full fine-tuning', 'lora': 'LoRA (PEFT)', 'alf-probed': "**alf** with probes (`preset='probe'`)",
+           'random-stratified': "**alf** by lot (`preset='short'`)", 'lisa': 'LISA'}
+TURNS = {'alf': 'the default, which meters,', 'lot-top80': 'as many by lot', 'lora': 'LoRA'}
 STEPS = 136     # of the control by lot: the time of every method in turns.jsonl
 
 
@@ -64,8 +64,8 @@ def at_equal_time():
     return {k: of for k, of in sorted(found.items()) if TURNS.keys() <= of.keys()}
 
 
-def metered():
-    "What a meter reached beside its control and LoRA, at equal time"
+def default():
+    "What the default reached beside its control and LoRA, at equal time"
     rows, means = at_equal_time(), []
     for data in dict.fromkeys(d for d, _ in rows):
         runs = [of for (d, _), of in rows.items() if d == data]
@@ -79,13 +79,12 @@ def points():
     demo, live = last('demo.jsonl'), last('live.jsonl')
     state, budget = demo['state_bytes_peak']/demo['state_bytes_full'], percent(demo['trainable_share_peak'])
     delta, model = (f'{b/1e6:,.0f} MB' for b in (demo['delta_bytes'], 4*demo['n_total']))
-    gaps = [of['alf-metered'] - of['lot-top80'] for of in at_equal_time().values()]
+    gaps = [of['alf'] - of['lot-top80'] for of in at_equal_time().values()]
     return Markdown('\n'.join([
         f"- **Watch and change what learns, while it trains.** A move of the threshold is answered in "
         f"{live['p50_ms']:.0f} ms.",
-        f"- **A third of the training state.** {budget} of the parameters train, {state:.2f} of the bytes that "
-        f"gradients and AdamW take for all, measured with reference weights; the default no longer keeps them. The"
-        f" budget holds at every step.",
+        f"- **A quarter of the training state.** {budget} of the parameters train, with {state:.2f} of the bytes that "
+        f"gradients and AdamW take for all. The budget holds at every step.",
         f"- **A small exact result.** A delta of {delta} instead of a model of {model}; killed and resumed equals "
         f"uninterrupted, bit for bit.",
         f"- **Honest answers.** `alf compare` asks *your* data whether choosing helps. Here a measured choice does not "

@@ -34,7 +34,7 @@ class Drawn(Dataset):
 
 
 def trained(folder, memory=MEMORY, resume=None, model=None, data=None, how={}, **settings):
-    alf = ALFCallback(memory=memory, **settings)
+    alf = ALFCallback(**dict(preset='probe', memory=memory) | settings)
     t = small_trainer(folder, alf, model=model, data=data, **how)
     t.train(resume_from_checkpoint=resume)
     return t, alf
@@ -78,6 +78,12 @@ def test_what_a_step_is_decides(tmp_path, memory, common, more, smaller):
     trained(tmp_path/'other', memory, **common | more)
     a, b = fit_of(tmp_path/'plain')['budget'], fit_of(tmp_path/'other')['budget']
     assert b < a if smaller else b > a
+
+
+def test_a_meter_needs_less_than_a_probe(tmp_path):
+    trained(tmp_path/'probe')
+    trained(tmp_path/'meter', preset='default')
+    assert fit_of(tmp_path/'meter')['budget'] > fit_of(tmp_path/'probe')['budget']
 
 
 def test_16_bit_weights_leave_more_room(tmp_path):

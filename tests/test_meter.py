@@ -192,8 +192,7 @@ def test_what_is_asked_for_at_once_holds_while_a_meter_looks(tmp_path):
     torch.manual_seed(0)
     model = demo_model()
     batches, optimizer = batches_for(model, 8), torch.optim.AdamW(model.parameters(), lr=1e-3)
-    with ALFLoop(model, optimizer, batches, max_steps=12, out=tmp_path, preset='meter', budget=.4, warm_up=6,
-                 interval=0) as alf:
+    with ALFLoop(model, optimizer, batches, max_steps=12, out=tmp_path, budget=.4, warm_up=6, interval=0) as alf:
         first = alf.selection
         for i in range(12):
             if i == 2: alf.choose(budget=.2, now=True)

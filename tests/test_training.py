@@ -281,7 +281,7 @@ def test_same_seed_same_run_and_other_seed_other_run(tmp_path):
     [
         (dict(preset="probe", interval=8, references="device"), set()),
         (dict(preset="probe", interval=8), set()),
-        (dict(preset="meter", interval=0, warm_up=2), {1, 2}),
+        (dict(interval=0, warm_up=2), {1, 2}),
     ],
     ids=["device", "none", "meter"],
 )

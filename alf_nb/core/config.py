@@ -19,11 +19,11 @@ from .records import KINDS, Record
 
 # %% ../../nbs/01_core/09_config.ipynb #8759caee
 PRESETS = {
-    # exact gradients of a few batches, a tenth of a short run; every role in every third of the depth with its share
-    'default': dict(signal='gain', strata=3),
-    'probe': dict(signal='gain', strata=3),     # the same, by its own name
-    # measured in the steps of training, under 1 % of a run; the backward pass ends above the lowest fifth
-    'meter': dict(signal='agreement', strata=3, freeze_bottom=.2),
+    # measured in the steps of training, under 1 % of a run; every role in every third of the depth with its share; the
+    # backward pass ends above the lowest fifth (benchmarks/LOG.md)
+    'default': dict(signal='agreement', strata=3, freeze_bottom=.2),
+    # exact gradients of a few batches at each selection, a tenth of a short run
+    'probe': dict(signal='gain', strata=3),
     # the same strata and depth, drawn by lot, once: nothing is measured
     'short': dict(
         policy=dict(policy='static', where='random', budget=.25, strata=3), freeze_bottom=.2, interval=0,
@@ -61,7 +61,7 @@ def _default_policy(): return BudgetPolicy(strata=3)
 class _What(Record):
     "What may train."
     policy:Policy=field(default_factory=_default_policy) # the choice: a `Policy`, a key of `POLICIES`, or a dict
-    signal:str='gain'           # which signal is importance, one of `SIGNALS`
+    signal:str='agreement'      # which signal is importance, one of `SIGNALS`
     # 'matrix': weight matrices; 'block': whole blocks; 'columns': some input columns of every matrix
     unit:str='matrix'
     kinds:tuple=('matrix', 'block', 'adapter') # kinds of units a policy may choose, of `KINDS`
@@ -381,7 +381,7 @@ def from_args(cls:ALFConfig,
     policy = make_policy(policy, options, args.get('seed', 0), args.get('interval'))
     own = {k: args[k] for k in OWN if k in args} | dict(policy=policy)
     own |= {} if 'pin' in given else dict(presumed=PRESETS[preset].get('pin', ()))
-    own['signal'] = given.get('signal') or policy.signal or args.get('signal', 'gain')
+    own['signal'] = given.get('signal') or policy.signal or args.get('signal', 'agreement')
     own.setdefault('interval', getattr(policy, 'interval', None))
     config = cls(**own)
     _warn_of_the_idle(config, given)

@@ -153,7 +153,7 @@ ASSUMPTIONS |= dict(
     ),
     importance=(
         "`preset='probe'`: a window every 10 steps, a probe of 8 batches at the start and of 2 at each re-selection;"
-        " the fewer steps a run has, the more they weigh. `preset='meter'` has neither."
+        " the fewer steps a run has, the more they weigh. The default meters instead, in steps of training."
     ),
     device="One device, nothing sharded, nothing off-loaded; allocator, libraries and fragmentation are not counted.",
 )

@@ -111,12 +111,10 @@ _once = dict(interval=0, probe_batches=2, references='none', freeze_bottom=.2, *
 
 _FULL = Method('full', 'every parameter trains', rates_around(1))
 _ALF = (
-    alf_method('alf', "ALF's default: gain, matrices, every role in every third of the depth with its share,"
-               " re-selected"),
-    alf_method('alf-probed', 'the same by its own name, whatever the default is: the preset `probe`', strata=3,
-               **_probed),
-    alf_method('alf-metered', 'matrices on whose gradient batches agree, by a meter, in the same strata above the'
-               ' lowest fifth of the blocks: the preset `meter`', preset='meter'),
+    alf_method('alf', "ALF's default: matrices on whose gradient batches agree, by a meter, every role in every third"
+               " of the depth with its share, the lowest fifth of the blocks left out, re-selected"),
+    alf_method('alf-probed', 'matrices by gain, measured by probes, every role in every third of the depth with its'
+               " share, re-selected: ALF's preset `probe`", **_probed),
     alf_method('alf-unstratified', 'the same, but the highest gain of all, wherever it is', **_anywhere),
 )
 

@@ -199,8 +199,8 @@ ASSUMPTIONS = dict(
         " after the choice; of a model loaded in 4 bits `unpack` gives back what is to train, and nothing is measured."
     ),
     probe=(
-        "ALF's gradient probe keeps the activations of all units, one gradient and a sign for each parameter; it is"
-        " part of what is there at once. With a 4-bit rest it is made before anything is packed."
+        "Only with `probe=True`, as `preset='probe'` does: the gradient probe keeps the activations of all units, one"
+        " gradient and a sign for each parameter. With a 4-bit rest it is made before anything is packed."
     ),
 )
 
@@ -255,7 +255,7 @@ def plan(
     device:str='cuda', # where it trains: `cuda` or `cpu`
     budgets=(.25, .1), # fractions of the parameters that ALF trains
     references:str='none', # where ALF's references live: `device`, `8bit`, `host` or `none`
-    probe:bool=True,   # does ALF probe gradients, as its default signal does?
+    probe:bool=False,  # does ALF probe gradients, as `preset='probe'` does?
     rank:int=16        # of LoRA
 )->Plan:
     "Which ways of training fit"
