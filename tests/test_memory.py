@@ -61,7 +61,8 @@ def test_looking_for_it_changes_nothing_else(tmp_path, make):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         t, alf = trained(tmp_path/'memory', data=make())
-        again = small_trainer(tmp_path/'budget', ALFCallback(budget=fit_of(tmp_path/'memory')['budget']), data=make())
+        budget = fit_of(tmp_path/'memory')['budget']
+        again = small_trainer(tmp_path/'budget', ALFCallback(preset='probe', budget=budget), data=make())
         again.train()
     assert losses(t) == losses(again) and same(weights(t), weights(again))
 
@@ -174,7 +175,7 @@ def test_under_lightning(tmp_path):
         def configure_optimizers(self): return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     rows = [{k: torch.as_tensor(v) for k,v in r.items()} for r in demo_dataset()]
-    alf = lightning_callback(out=tmp_path, memory=MEMORY)
+    alf = lightning_callback(out=tmp_path, preset='probe', memory=MEMORY)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         L.Trainer(max_steps=2, accelerator='cpu', devices=1, callbacks=[alf], logger=False, enable_checkpointing=False,
@@ -186,6 +187,7 @@ def test_under_lightning(tmp_path):
 
 @pytest.mark.parametrize('settings', [dict(), dict(signal='rate'), dict(pin='block.0')], ids=str)
 def test_a_preview_shows_the_budget_that_is_found(tmp_path, settings):
+    settings = dict(preset='probe') | settings
     alf = ALFCallback(memory=MEMORY, **settings)
     chosen = alf.preview(demo_model(), batch=4, length=32)
     trained(tmp_path, **settings)

@@ -213,7 +213,7 @@ class Vandal(TrainerCallback):
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
 def test_a_step_that_is_undone_is_an_error(tmp_path, references, optim):
     name = "block.1.mlp.up_proj"
-    one = ALFCallback(budget=.5, pin=name, measure_every=3, references=references)
+    one = ALFCallback(preset="probe", budget=.5, pin=name, measure_every=3, references=references)
     with pytest.raises(RuntimeError, match=f"selected unit {name} did not move at step 3: .* above rounding"):
         train(tmp_path, one, Vandal(one, name), optim=optim)
 
@@ -452,7 +452,7 @@ def test_a_pinned_unit_stays_and_is_said(tmp_path):
 
 def test_a_probe_that_reaches_a_unit_takes_it_back(tmp_path):
     "Ten probe batches reach it not, a later probe does"
-    one = ALFCallback(budget=1., kinds=KINDS, strata=0, interval=10, measure_every=5, select_until=1.)
+    one = ALFCallback(preset="probe", budget=1., kinds=KINDS, strata=0, interval=10, measure_every=5, select_until=1.)
     model = Skips(lambda step: step >= 40)
     t, said = train(tmp_path, one, model=model, data=numbers(), steps=60)
     name = next(n for n in one.run.names if "sometimes" in n)
@@ -520,7 +520,7 @@ class Poison(TrainerCallback):
 
 @pytest.mark.parametrize("check", ["warn", "off"])
 def test_nan_weights_end_no_run_that_is_to_go_on(tmp_path, check):
-    one = ALFCallback(budget=.3, interval=4, measure_every=2, check=check)
+    one = ALFCallback(preset="probe", budget=.3, interval=4, measure_every=2, check=check)
     t, said = train(tmp_path, one, Poison(one, 5), steps=14)
     skipped = [w for w in said if "is skipped" in w]
     assert (
@@ -536,10 +536,10 @@ def test_nan_weights_end_no_run_that_is_to_go_on(tmp_path, check):
 def test_nan_weights_from_the_start_are_named(tmp_path, check):
     model = demo_model()
     with torch.no_grad(): model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    t, said = train(tmp_path, ALFCallback(budget=.3, check=check), model=model, steps=3)
+    t, said = train(tmp_path, ALFCallback(preset="probe", budget=.3, check=check), model=model, steps=3)
     assert t.state.global_step == 3 and any("weights of block.0.mlp.up_proj hold NaN" in w for w in said)
     with pytest.raises(ValueError, match="weights of block.0.mlp.up_proj hold NaN"):
-        train(tmp_path/"raise", ALFCallback(budget=.3), model=demo_model_with_nan(), steps=3)
+        train(tmp_path/"raise", ALFCallback(preset="probe", budget=.3), model=demo_model_with_nan(), steps=3)
 
 
 def demo_model_with_nan():
@@ -552,12 +552,32 @@ def test_a_loss_that_is_nan_is_not_blamed_on_labels(tmp_path):
     class Odd(Trainer):
         def compute_loss(self, *a, **kw): return super().compute_loss(*a, **kw)*float("nan")
     with pytest.raises(ValueError, match="look at the data, the loss and its dtype") as e:
-        train(tmp_path, ALFCallback(budget=.3), kind=Odd)
+        train(tmp_path, ALFCallback(preset="probe", budget=.3), kind=Odd)
     assert "mask" not in str(e.value)
 
 
 def test_masked_labels_are_named_where_they_are_to_blame(tmp_path):
     data = [dict(r, labels=[-100]*len(r["input_ids"])) for r in demo_dataset(32)]
-    with pytest.raises(ValueError, match="all labels masked"): train(tmp_path, ALFCallback(budget=.3), data=data)
-    t, said = train(tmp_path/"warn", ALFCallback(budget=.3, check="warn"), data=data, steps=3)
+    with pytest.raises(ValueError, match="all labels masked"): train(tmp_path, ALFCallback(preset="probe", budget=.3), data=data)
+    t, said = train(tmp_path/"warn", ALFCallback(preset="probe", budget=.3, check="warn"), data=data, steps=3)
     assert t.state.global_step == 3 and any("all labels masked" in w for w in said)
+
+
+def test_a_meter_names_weights_that_hold_nan(tmp_path):
+    said = r"weights of block.0.mlp.up_proj hold NaN or infinity before step 1: load the model anew"
+    with pytest.raises(RuntimeError, match=said): train(tmp_path, ALFCallback(budget=.3), model=demo_model_with_nan())
+    t, warned = train(tmp_path/"warn", ALFCallback(budget=.3, check="warn"), model=demo_model_with_nan(), steps=3)
+    assert t.state.global_step == 3 and any("hold NaN or infinity before step 1" in w for w in warned)
+
+
+def test_a_meter_names_gradients_that_are_not_finite(tmp_path):
+    class Odd(Trainer):
+        def compute_loss(self, *a, **kw): return super().compute_loss(*a, **kw)*float("nan")
+    said = "after step 2: the gradients of step 1 were so already: look at the data"
+    with pytest.raises(RuntimeError, match=said): train(tmp_path, ALFCallback(budget=.3), kind=Odd)
+
+
+def test_where_there_is_nothing_to_learn_from_it_is_said(tmp_path):
+    data = [dict(r, labels=[-100]*len(r["input_ids"])) for r in demo_dataset(32)]
+    t, said = train(tmp_path, ALFCallback(budget=.3), data=data)
+    assert t.state.global_step == 12 and any("the gradient is exactly 0" in w and "masked" in w for w in said)

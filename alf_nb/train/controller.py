@@ -222,7 +222,7 @@ def before_optimizer_step(self:ALFController,
 ):
     "Gradients are there: at the end of a window, how far did the units move?"
     c = self.config
-    end_metered(self)
+    end_metered(self, step)
     self.measuring = step % c.measure_every == 0 or step == self.max_steps or self.schedule.due(step)
     self.guards.check_place(replaced=self.measuring)                # before the optimizer mixes dtypes
     if self.new_state or self.measuring: self.grad_bytes = gradient_bytes(self.layers.model)

@@ -110,6 +110,7 @@ class Guards:
         self.jumped = set()
         self.sharded = False    # does every process hold a piece of the weights?
         self.stepped = False    # has the optimizer made the step it was asked for?
+        self.odd_step = None    # the first of which gradients were seen that are not finite
 
 @patch
 def check_frozen(self:Guards):
@@ -117,15 +118,29 @@ def check_frozen(self:Guards):
     self.journal.watch(lambda: (self.frozen.check(), check_state(self.layers, self.optimizer)))
 
 # %% ../../nbs/06_train/06_guards.ipynb #98a68bb9
+_LOOK_AT = "look at the data (are all labels of a batch masked, -100?), the loss and its dtype"
+
+def _and_more(units): return units[0] + (f" and {len(units)-1} more units" if len(units) > 1 else '')
+
 @patch
 def check_finite(self:Guards, norms, step):
-    "No unit that trains may hold NaN or infinity"
+    "No unit that trains may hold NaN or infinity; gradients that did before are told as the reason"
     if not norms.bad: return
-    more = f" (and {len(norms.bad)-1} more units)" if len(norms.bad) > 1 else ''
-    self.journal.found(
-        f"weights of {norms.bad[0]} hold NaN or infinity after step {step}{more}: lower the learning rate, or ban the"
-        " unit"
-    )
+    why = "lower the learning rate, or ban the unit"
+    if self.odd_step is not None: why = f"the gradients of step {self.odd_step} were so already: {_LOOK_AT}"
+    self.journal.found(f"weights of {_and_more(norms.bad)} hold NaN or infinity after step {step}: {why}")
+
+# %% ../../nbs/06_train/06_guards.ipynb #5c0d77e1
+@patch
+def say_odd_gradients(self:Guards,
+    bad,     # units whose weights hold NaN or infinity before the step
+    step:int # whose gradients do
+):
+    "A step has gradients that are not finite, and the optimizer has not made it yet"
+    if bad: return self.journal.found(f"weights of {_and_more(bad)} hold NaN or infinity before step {step}: load the"
+                                      " model anew")
+    if self.odd_step is None: self.odd_step = step
+    self.journal.once('odd', f"the gradients of step {step} are NaN or infinite: {_LOOK_AT}")
 
 # %% ../../nbs/06_train/06_guards.ipynb #a5dbb03a
 @patch
@@ -221,7 +236,7 @@ _NO_GRADIENT = (
     "no gradient reached {them}: skipped by chance, an expert without tokens, a part that these batches do not use, or"
     " weights in no loss"
 )
-_ZERO = "the gradient is exactly 0: no reward or error to learn from, or a detached input"
+_ZERO = "the gradient is exactly 0: no reward or error to learn from (all labels masked, -100?), or a detached input"
 
 def _rounded_away(params, lr, sure):
     "Are steps of this size smaller than the weights show, in words? None: they are not"

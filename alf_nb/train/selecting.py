@@ -155,11 +155,14 @@ def watch(run, step):
     if run.schedule.metered(step+1, run.config.meter_steps): run.meter.arm()
     else: run.meter.remove()
 
-def end_metered(run):
-    "Behind the backward pass: add up what was seen"
+def end_metered(run, step):
+    "Behind the backward pass of a step: add up what was seen"
     if run.meter is None or not run.meter.armed: return
     scaler = getattr(run.optimizer, 'scaler', None)     # of accelerate, in fp16
-    run.meter.end_step(scaler.get_scale() if scaler is not None else 1.)
+    finite = run.meter.end_step(scaler.get_scale() if scaler is not None else 1.)
+    # fp16's scaler overflows on purpose; 'freeze' looks at every gradient by itself
+    if finite or scaler is not None or run.config.check == 'freeze': return
+    run.guards.say_odd_gradients(run.nonfinite.in_weights(list(run.layers)), step)
 
 # %% ../../nbs/06_train/11_selecting.ipynb #50ebf701
 _NOT_PASSED = (
