@@ -134,6 +134,17 @@ def test_a_merged_model_is_the_tuned_one(run, work, tmp_path):
     assert not [n for n in os.listdir(tmp_path) if n.startswith('.')]
 
 
+def test_a_merged_model_may_keep_more_of_its_base(run, tmp_path):
+    assert main(['merge', str(run), str(tmp_path/'half'), '--scale', '.5']) == 0
+    merge(run, tmp_path/'none', scale=0)
+    merge(run, tmp_path/'whole')
+    load = lambda name: AutoModelForCausalLM.from_pretrained(tmp_path/name).state_dict()
+    none, half, whole = map(load, ("none", "half", "whole"))
+    moved = [k for k in none if not torch.equal(none[k], whole[k])]
+    assert moved
+    for k in none: torch.testing.assert_close(half[k], (none[k] + whole[k])/2)
+
+
 def test_nothing_is_merged_over(run, tmp_path):
     (tmp_path/'there').mkdir()
     (tmp_path/'there'/'mine.txt').write_text('mine')

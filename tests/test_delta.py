@@ -172,6 +172,45 @@ def test_applying_twice_or_after_half_is_fine(saved):
     apply_delta(m, path)
     assert bits(m) == bits(trained)
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_scale_lies_between_base_and_tuned(dtype, tmp_path):
+    base, tuned, half = small().to(dtype), small().to(dtype), small().to(dtype)
+    with torch.no_grad(): tuned.a.weight += torch.randn(2, 3).to(dtype)
+    save_delta(tuned, base, tmp_path/'d')
+    apply_delta(half, tmp_path/'d', scale=.25)
+    want = (.75*base.a.weight.double() + .25*tuned.a.weight.double()).to(dtype)
+    torch.testing.assert_close(half.a.weight.data, want.data, rtol=torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(half.b.weight, base.b.weight)
+    untouched = small().to(dtype)
+    apply_delta(untouched, tmp_path/'d', scale=0)
+    assert bits(untouched) == bits(base)
+    # from the tuned model the base is not known
+    for model in (half, tuned):
+        before = bits(model)
+        with pytest.raises(ValueError, match="'a.weight' are not the base's"):
+            apply_delta(model, tmp_path/'d', scale=.5, strict=False)
+        assert bits(model) == before
+    with pytest.raises(ValueError, match='scale=1.5'): apply_delta(base, tmp_path/'d', scale=1.5)
+
+
+def test_a_scale_leaves_no_integer_between_two(tmp_path):
+    class Counted(Small):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('n', torch.tensor(3))
+    torch.manual_seed(0)
+    tuned = Counted()
+    base = fingerprint(tuned)
+    fresh = Counted()
+    fresh.load_state_dict(tuned.state_dict())
+    tuned.n.fill_(8)
+    with torch.no_grad(): tuned.b.bias += 1
+    save_delta(tuned, base, tmp_path/'d')
+    at = fresh.b.bias.item()
+    apply_delta(fresh, tmp_path/'d', scale=.5)
+    assert fresh.n == 8 and fresh.b.bias.item() == pytest.approx(at + .5)
+
+
 def test_every_damaged_byte_is_refused(saved):
     path,_ = saved
     file = path/'delta.safetensors'

@@ -39,7 +39,7 @@ def _watch(a):
 def _merge_options(p):
     found = options_of('app.merge', 'merge')
     for n in ('run', 'out'): p.add_argument(n, metavar=n.upper(), help=found[n].help)
-    add_options(p, ('app.merge', 'merge'), 'base')
+    add_options(p, ('app.merge', 'merge'), 'base scale')
 
 def _merge(a):
     quiet_transformers()

@@ -19,16 +19,18 @@ from ..model.delta import apply_delta, read_delta
 from ..sources.models import load_model
 
 # %% ../../nbs/10_app/11_merge.ipynb #3027f5d1
-def _merged(run, base, progress):
+def _merged(run, base, scale, progress):
     "The tuned model as whole weights, and its tokenizer"
     kind, where = tuned_kind(run)
     if kind == 'model':
         raise ValueError(f"'{run}' is a whole model already; a run, a delta or an adapter can be merged")
+    if kind == 'adapter' and scale != 1:
+        raise ValueError(f"scale={scale} is of a delta, and '{where}' is an adapter: set its lora_alpha")
     if kind == 'adapter':
         model, tokenizer = load_tuned(run, base, progress)
         return model.merge_and_unload(), tokenizer
     model, tokenizer = load_model(read_delta(where).base if base is None else base, progress=progress)
-    try: apply_delta(model, where)
+    try: apply_delta(model, where, scale=scale)
     except ValueError as e: raise ValueError(f"the delta in '{where}' cannot be put on this base: {e}") from e
     return model, tokenizer
 
@@ -37,13 +39,14 @@ def merge(
     run,               # folder of a run or its delta, or of a PEFT adapter
     out,               # folder to write, new or empty
     base=None,         # what it belongs to, as for `load_model`; None: what the delta says, of an adapter the default
+    scale:float=1.,    # how far to go from the base, 0, to the tuned model, 1: less learnt, less forgotten
     progress:bool=False # show progress bars?
 )->Path:
     "Write the tuned model as a folder that `from_pretrained` loads, with its tokenizer"
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"'{out}' is there, and not an empty folder: nothing is overwritten, give another one")
-    model, tokenizer = _merged(run, base, progress)
+    model, tokenizer = _merged(run, base, scale, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
     try:

@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 from torch import nn
 from .. import __version__
+from ..core.check import fraction
 from ..core.files import write_whole
 from ..core.format import few
 from .columns import column_layers
 from ..core.foreign import md_code, md_text, open_plain
 from ..core.records import Record
-from .fingerprint import BaseFingerprint, DTYPE_NAMES, TORCH_DTYPES, fingerprint
 from .quantize import BITS, pack, packed_weights
 from .tree import clean_path
-from .fingerprint import canonical_json, describe_tensors, packed_since, plain_model, raw_bytes
-from .fingerprint import state_tensors
+from .fingerprint import BaseFingerprint, DTYPE_NAMES, TORCH_DTYPES, canonical_json, describe_tensors
+from .fingerprint import fingerprint, move_towards, packed_since, plain_model, raw_bytes, state_tensors
 
 # %% ../../nbs/03_model/15_delta.ipynb #d3d8b107
 _FORMAT,_MAX_HEADER = 1,64 << 20
@@ -269,7 +269,6 @@ def _plain_values(metadata):
     try: return json.loads(json.dumps(metadata or {}, allow_nan=False))
     except (TypeError, ValueError) as e: raise ValueError(f"metadata must be plain JSON values: {e}") from None
 
-# %% ../../nbs/03_model/15_delta.ipynb #d5ad9c7f
 def _check_module(model, who):
     if not isinstance(model, nn.Module): raise ValueError(f"{who} takes a torch module; got {type(model).__name__}")
 
@@ -328,6 +327,13 @@ def _completed(data, tensors, info, path):
 
 def _some(names): return few(list(map(repr, names)))
 
+def _pack_as(model, bits):
+    "Pack the weights that were packed while the delta was trained"
+    if not bits: return
+    model = plain_model(model)
+    trains = [p for k,p in model.named_parameters() if clean_path(k) not in bits]
+    pack(model, trains, next(iter(bits.values())))
+
 # %% ../../nbs/03_model/15_delta.ipynb #8135e62d
 def _refuse_other_layout(tensors, want, who):
     "Error unless the model has the tensors of the base, with their dtypes and shapes"
@@ -343,47 +349,47 @@ def _refuse_other_layout(tensors, want, who):
                 " the dtype and sizes it was trained from"
             )
 
+def _read_for(tensors, file):
+    "(description, tensors of the file), if its base has the layout of `tensors`; that bounds what is read"
+    with open_plain(file) as f:
+        info,start = _read_info(f, file)
+        _refuse_other_layout(tensors, info['base'], f"base {info['base_name']!r}")
+        return info, _read_tensors(f, start, info, file)
+
 # %% ../../nbs/03_model/15_delta.ipynb #aaa92234
-def _refuse_other_values(tensors, info, who, strict):
+def _refuse_other_values(tensors, info, strict, scale):
     "Error unless the model has the values of the base; not `strict`: at least where the delta replaces none"
-    want,new = info['base'],info['changed']
-    now = describe_tensors({k:t for k,t in tensors.items() if strict or k not in new})
+    want,new,who = info['base'],info['changed'],f"base {info['base_name']!r}"
+    now = describe_tensors({k:t for k,t in tensors.items() if strict or scale != 1 or k not in new})
     kept = [k for k in now if k not in new and now[k] != want[k]]
     if kept: raise ValueError(f"wrong base: {_some(kept)} differ from {who}, which this delta was made for")
+    if scale != 1 and (moved := [k for k in now if k in new and now[k][2] != want[k][2]]):
+        raise ValueError(f"scale={scale} goes from the base to the tuned model, and {_some(moved)} are not the base's:"
+                         " load the base anew")
     if differ := [k for k in now if k in new and now[k][2] not in (want[k][2], new[k])]:
         raise ValueError(
             f"wrong base: {_some(differ)} differ from {who}. These the delta would replace, all others match: if they"
             " were drawn at random (a fresh head, fresh adapters), strict=False accepts them"
         )
 
-# %% ../../nbs/03_model/15_delta.ipynb #78f6277d
-def _pack_as(model, bits):
-    "Pack the weights that were packed while the delta was trained"
-    if not bits: return
-    model = plain_model(model)
-    trains = [p for k,p in model.named_parameters() if clean_path(k) not in bits]
-    pack(model, trains, next(iter(bits.values())))
-
 # %% ../../nbs/03_model/15_delta.ipynb #9a4d0050
 def apply_delta(
     model:nn.Module,    # the base, as it was before training
     path,               # folder of the delta
     strict:bool=True,   # must the tensors that get replaced be the base's, too?
-    packed:bool=False   # hold the rest in 4 or 8 bits, where it was trained so?
+    packed:bool=False,  # hold the rest in 4 or 8 bits, where it was trained so?
+    scale:float=1.      # how far to go from the base, 0, to the tuned model, 1
 )->Delta:
-    "Turn the base into the trained model, bit by bit; change nothing unless everything fits"
+    """Turn the base into the trained model, bit by bit; change nothing unless everything fits. `scale` below 1 gives
+    some of what was learnt back for what the base knew (WiSE-FT, https://arxiv.org/abs/2109.01903)"""
     _check_module(model, 'apply_delta')
+    fraction('scale', scale)
     file,tensors = _file(path),state_tensors(model)[0]
-    with open_plain(file) as f:
-        info,start = _read_info(f, file)
-        who = f"base {info['base_name']!r}"
-        # before reading: bounds what is read by the size of the model
-        _refuse_other_layout(tensors, info['base'], who)
-        data = _read_tensors(f, start, info, file)
-    _refuse_other_values(tensors, info, who, strict)
+    info,data = _read_for(tensors, file)
+    _refuse_other_values(tensors, info, strict, scale)
     data = _completed(data, tensors, info, file)
     with torch.no_grad():
-        for k,t in data.items(): tensors[k].copy_(t)
+        for k,t in data.items(): move_towards(tensors[k], t, scale)
         for m in column_layers(model).values(): m.take()
     if packed: _pack_as(model, info.get('packed', {}))
     return _delta(file.parent, info, file.stat().st_size)
