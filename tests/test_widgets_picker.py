@@ -348,7 +348,7 @@ def test_readouts_say_what_the_records_say(picker):
     assert 'training state' in p.tiles.value and 'beside weights and activations' in p.tiles.value
     sel, n = p.selection, sum(u.n_params for u in units if u.name in p.selection)
     assert f'>{len(sel)} <small>of 210<' in p.tiles.value and f'{sel.share*100:.1f} %' in p.tiles.value
-    assert f'{n*ADAMW_BYTES/1024**2:.3g} MB' in p.tiles.value and 'AdamW' in p.tiles.value
+    assert f'{n*ADAMW_BYTES/1e6:.3g} MB' in p.tiles.value and 'AdamW' in p.tiles.value
     assert f'× {step_cost(units, sel.names):.2f}' in p.tiles.value
 
 

@@ -258,9 +258,9 @@ def stairs(
 
 # %% ../../nbs/07_report/09_charts.ipynb #b571ce39
 def _unit(top):
-    "(1024 to a power, its name) that suits a number of bytes"
-    i = min(4, max(0, int(math.log(top, 1024))))
-    return 1024**i, ('B', 'KB', 'MB', 'GB', 'TB')[i]
+    "(1000 to a power, its name) that suits a number of bytes"
+    i = min(4, max(0, int(math.log(top, 1000))))
+    return 1000**i, ('B', 'KB', 'MB', 'GB', 'TB')[i]
 
 def _stack_of(k, name, c, events, x, end, of, last):
     "One kind of state as an area"

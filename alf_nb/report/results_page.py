@@ -97,7 +97,7 @@ def plot(self:PolicyComparison)->Html:
     "Loss against steps, time, tokens, memory and forgetting"
     def megabytes(m):
         state = m.mean('state_bytes_peak')
-        return None if state is None else state/2**20
+        return None if state is None else state/1e6
     pictures = {
         'Held-out loss by step': _curves(self, 0, 'steps'),
         'by time': _curves(self, 1, 'seconds'),
