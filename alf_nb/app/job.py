@@ -93,12 +93,14 @@ class Job:
 # %% ../../nbs/10_app/06_job.ipynb #8a47c195
 @patch
 def speak(self:Job,
-    prompt:str # not empty
-)->str:        # the new text only
+    prompt:str,     # not empty
+    n_tokens:int=40 # at most so many new tokens
+)->str:             # the new text only
     "How the model goes on, or answers in a chat"
-    if self.before is None: return continuation(self.net, self.tokenizer, prompt)
+    if self.before is None: return continuation(self.net, self.tokenizer, prompt, n_tokens)
     asked = Chat([*self.before, dict(role='user', content=prompt)])
-    return continuation(self.net, self.tokenizer, chat_text(asked, self.tokenizer, prompt=True), special=False)
+    written = chat_text(asked, self.tokenizer, prompt=True)
+    return continuation(self.net, self.tokenizer, written, n_tokens, special=False)
 
 # %% ../../nbs/10_app/06_job.ipynb #b4f4515b
 def _losses(job, when, names):
@@ -109,8 +111,11 @@ def _losses(job, when, names):
                                      progress=title)
         yield dict(event='eval', name=n, when=when, loss=loss, tokens=tokens)
 
+_GLIMPSE = 24     # new tokens of a sample while it trains: training waits for each of them
+
 def _sample(job, when):
-    return dict(event='sample', when=when, prompt=job.prompt, text=job.speak(job.prompt))
+    text = job.speak(job.prompt, *([_GLIMPSE] if when == 'during' else []))
+    return dict(event='sample', when=when, prompt=job.prompt, text=text)
 
 def measure_before(
     job:Job
