@@ -105,7 +105,7 @@ def test_a_sample_at_a_selection_costs_one_pass_over_one_token_for_each_that_com
 
 
 def test_the_bar_tells_the_time_of_steps_that_train_and_says_when_it_measures(tmp_path, text, monkeypatch):
-    seen, since, probing, end = [], [], app._Bar.probing, app._Bar.on_step_end
+    seen, since, probing, end = [], [], app.Bar.probing, app.Bar.on_step_end
 
     def slow(bar, done, total):
         since.append(time.monotonic())
@@ -115,8 +115,8 @@ def test_the_bar_tells_the_time_of_steps_that_train_and_says_when_it_measures(tm
     def step(bar, *args, **kw):
         end(bar, *args, **kw)
         seen.append((bar.left_s, time.monotonic()-since[0], bar.bar.desc))
-    monkeypatch.setattr(app._Bar, "probing", slow)
-    monkeypatch.setattr(app._Bar, "on_step_end", step)
+    monkeypatch.setattr(app.Bar, "probing", slow)
+    monkeypatch.setattr(app.Bar, "on_step_end", step)
     job(text, tmp_path/"probe", progress=True, start="probe")
     left, gone, _ = seen[0]                         # behind a probe of some seconds, and one step
     assert gone > 3 and left < gone*(STEPS-1)/2 and seen[-1][0] == 0

@@ -15,28 +15,23 @@ if in_kernel(): wait_briefly()      # before torch is loaded
 
 # %% ../../nbs/10_app/07_finetune.ipynb #d72359fb
 import json, time
-from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import median
 from traceback import format_exception
 import torch
-from fastcore.basics import patch
 from fastcore.meta import delegates
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 # %% ../../nbs/10_app/07_finetune.ipynb #2bd44798
 from .disk import bytes_of, check_plan, check_room, full_error, output_folder, save_anywhere
-from .job import Job, Looks, check_base, load_weights, measure_after, measure_before
+from .job import Bar, Job, Looks, check_base, load_weights, measure_after, measure_before
 from .job import previewed
 from .publish import write_card
 from .results import as_begun, delta_metadata, has_event, keep_results, last_figures, read_json, resume_point
 from ..core.checkpoints import find_checkpoint, newest_run
 from ..core.files import write_whole
-from ..core.format import human_time, percent
 from ..core.lock import RunLock
 from ..core.rates import FULL_LR
 from ..core.runlog import RunLog
@@ -54,49 +49,6 @@ from ..train.background import BackgroundRun, start
 from ..train.beside import refuse_beside
 from ..train.trainer import ALFCallback
 from ..core.system import peak_rss_bytes
-
-# %% ../../nbs/10_app/07_finetune.ipynb #be8169e9
-class _Bar(TrainerCallback):
-    "Progress bar with loss, trainable share and the time that is left, as steps take it in which nothing is measured"
-    def __init__(self, alf, disable=False):
-        self.alf, self.disable, self.bar, self.loss, self.measures = alf, disable, None, None, False
-        self.took = deque(maxlen=50)    # seconds
-
-    def open(self, total, done=0):
-        if self.bar is not None: return
-        shape = '{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]'
-        self.bar = tqdm(total=total, initial=done, desc='training', disable=self.disable, dynamic_ncols=True,
-                        bar_format=shape)
-
-    def say(self, doing): self.bar and self.bar.set_description_str(doing)
-    def probing(self, done, total): self.say('training' if done == total else f'measuring {done}/{total}')
-    def on_log(self, args, state, control, logs=None, **kw): self.loss = (logs or {}).get('loss', self.loss)
-    def on_train_begin(self, args, state, control, **kw): self.look_ahead()
-    def close(self): self.bar and self.bar.close()
-
-# %% ../../nbs/10_app/07_finetune.ipynb #be8169ea
-@patch
-def look_ahead(self:_Bar):
-    "Is something measured in the next step?"
-    meter = self.alf.run.meter
-    self.measures = meter is not None and meter.armed
-    self.say('measuring' if self.measures else 'training')
-
-@patch(as_prop=True)
-def left_s(self:_Bar)->float|None:
-    "Seconds that the steps ahead take; None: no step has only trained yet"
-    return median(self.took)*(self.bar.total-self.bar.n) if self.took else None
-
-@patch
-def on_step_end(self:_Bar, args, state, control, **kw):
-    self.open(state.max_steps, state.global_step-1)
-    self.bar.update(1)
-    if not self.measures: self.took.append(self.alf.run.step_s[-1])
-    self.look_ahead()
-    loss = f"loss {self.loss:.3f}, " if self.loss is not None else ''
-    left = f", {human_time(self.left_s)} left" if self.left_s else ''
-    self.bar.set_postfix_str(f"{loss}trains {percent(self.alf.selection.share)}{left}")
-
 
 # %% ../../nbs/10_app/07_finetune.ipynb #5d1c6cdd
 class _Opening(TrainerCallback):
@@ -290,7 +242,7 @@ def _run(call, run, callback, checkpoint, done, resumes):
     if resumes: check_base(job, RunLog(out))
     run.model, run.speak = job.net, job.speak
     run.say('measuring before training')
-    bar = _Bar(callback, disable=not call.progress)
+    bar = Bar(callback, disable=not call.progress)
     trainer = _trainer(job, out, callback, [] if resumes else measure_before(job), bar, run)
     made, metadata = s.steps, dict(steps=s.steps, seed=s.seed)
     run.say('preparing the training')

@@ -149,7 +149,8 @@ def _shift_table(shift):
     few = [] if shift.low else ["", "Too few texts for intervals: give at least 6."]
     head = (f"**Attention {md_text(shift.name)}: {md_text(shift.n_texts)} texts, {shift.n_tokens:,} tokens,"
             f" {layers} layers × {heads} heads**")
-    columns = f"| attention | before | after | change | {percent(shift.level, 0)} interval | heads with more | with less |"
+    level = percent(shift.level, 0)
+    columns = f"| attention | before | after | change | {level} interval | heads with more | with less |"
     rows = [f"| {' | '.join(r)} |" for r in shift.table()]
     sentences = [f"- {s}" for s in shift.said()]
     return '\n'.join([head, "", columns, "|---|---|---|---|---|---|---|", *rows, "", *sentences, *few])
@@ -200,6 +201,6 @@ def _comparison_table(comparison):
         "|---|---|" + "---|"*len(comparison),
         *rows,
         "",
-        f"In bold: the {percent(first.level, 0)} interval does not hold 0. Heads: those whose change stands out among all"
-        " heads.",
+        f"In bold: the {percent(first.level, 0)} interval does not hold 0. Heads: those whose change stands out among"
+        " all heads.",
     ])

@@ -153,7 +153,8 @@ def _numbers(shift, first):
     "The table of one model with its intervals, or of several side by side"
     head = ['attention', 'before', *getattr(shift, 'shifts', ())]
     if shift is first:
-        head = ['attention', 'before', 'after', 'change', f'{percent(first.level, 0)} interval', 'heads with more', 'with less']
+        between = f'{percent(first.level, 0)} interval'
+        head = ['attention', 'before', 'after', 'change', between, 'heads with more', 'with less']
     layers, heads = first.shape
     caption = f"Mean over {layers} layers × {heads} heads, {first.n_texts} texts, {first.n_tokens:,} tokens"
     rows = [[escape(r[0]), *(_bold(c, 'strong') for c in r[1:])] for r in shift.table()]

@@ -226,6 +226,7 @@ def _standing(state, scores):
     except ValueError: return {}
     return policy_importance(policy, able)
 
+# %% ../../nbs/07_report/09_charts.ipynb #bebeb9aa
 def _importance_table(state, roles, scores, left):
     cells, on = _newest_cells(roles, _standing(state, scores), set(state.selections[-1].names))
     raw, _ = _newest_cells(roles, scores.values, ())
@@ -247,6 +248,7 @@ def _line_hints(roles, bands):
     told = lambda u, row: f'{u.name}: trained in {percent(sum(row)/len(row), 0)} of the steps'
     return {r: list(map(told, us, bands[r])) for r, us in roles.items()}
 
+# %% ../../nbs/07_report/09_charts.ipynb #85fb16e6
 def role_maps(
     run # folder of a run, or its `RunLog`
 )->Html:

@@ -201,6 +201,12 @@ def trained_map(
     if not selections: return [[0.]*max(1, min(columns, steps)) for _ in groups]
     return step_map([trained_share(groups, s) for s in selections], [s.step for s in selections], steps, columns)
 
+# %% ../../nbs/07_report/05_maps.ipynb #7444cef5
+def _band(name, rows, px, hints):
+    "A small map beside its name"
+    plot = tag('div', map_images(rows), hover_rows(hints), cls='alf-plot', style=f'--h:{max(6, len(rows)*px):.0f}px')
+    return tag('div', tag('span', escape(str(name)), title=str(name)), plot, cls='alf-band')
+
 # %% ../../nbs/07_report/05_maps.ipynb #7444cef6
 def band_map(
     bands:dict,     # name → rows of values 0–1
@@ -214,14 +220,10 @@ def band_map(
 )->Html:
     "A small map per name, one above the other"
     px = max(.8, min(6, 420/(sum(map(len, bands.values())) or 1)))
-    def band(name, tower, rows):
-        inside = map_images(rows) + hover_rows((hints or {}).get(name))
-        plot = tag('div', inside, cls='alf-plot', style=f'--h:{max(6, len(rows)*px):.0f}px')
-        short = _short(name, tower)
-        return tag('div', tag('span', escape(str(short)), title=str(short)), plot, cls='alf-band')
     foot = tag('div', '<div></div>', x_axis(*x_range), tag('div', escape(x_name), cls='alf-name'), cls='alf-chart')
-    items, parts = list(bands.items()), []
-    for t, a, b in _stretches(towers, len(items)): parts += _heading(t) + [band(k, t, r) for k, r in items[a:b]]
+    items, parts, hints = list(bands.items()), [], hints or {}
+    for t, a, b in _stretches(towers, len(items)):
+        parts += _heading(t) + [_band(_short(k, t), r, px, hints.get(k)) for k, r in items[a:b]]
     body = tag('div', *parts, foot, role='img', aria_label=label)
     return Html(tag('figure', legend, body, cls='alf-fig', style=f'--left:{left}px'))
 

@@ -187,6 +187,7 @@ _FED = dict(pixel_values='an image model', input_features='a speech model', inpu
 
 def _named(task): return getattr(modeling_auto, f'MODEL_FOR_{task}_MAPPING_NAMES')
 
+# %% ../../nbs/02_sources/03_models.ipynb #d6ba8a35
 def _not_text(model):
     "What a model is that does not read text alone, and what it is called; None: it may read text"
     if isinstance(model, tuple):

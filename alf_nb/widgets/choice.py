@@ -187,6 +187,7 @@ def _memory_tile(state, needed, beside):
     told = f'training state {human_bytes(needed)}; weights, activations and the rest as measured{more}'
     return tile('memory needed', human_bytes(needed + beside) + of, told)
 
+# %% ../../nbs/08_widgets/03_choice.ipynb #02baede3
 def _state_tile(state, c, selection):
     n, per, beside = sum(u.n_params for u in _would_train(c, selection)), state.bytes_per_param, state.bytes_beside
     if per and beside is not None: return _memory_tile(state, round(n*per), beside)
@@ -195,6 +196,7 @@ def _state_tile(state, c, selection):
     why = f'{ADAMW_BYTES + kept} B per weight, AdamW; {_BESIDE}'
     return tile('training state', human_bytes(n*(ADAMW_BYTES+kept)), why)
 
+# %% ../../nbs/08_widgets/03_choice.ipynb #02baede2
 def _time_tile(state, c, selection):
     try: cost = step_cost(c.units, selection.names)
     except ValueError: return tile('predicted time per step', '–', 'unknown')

@@ -100,6 +100,7 @@ def _row_names(names, n, row):
                           style=f'top:{100*(i+.5)/n:.1f}%')
     return ''.join(map(label, shown))
 
+# %% ../../nbs/08_widgets/10_heads.ipynb #48e382db
 def _column_names(names, n):
     every = max(1, -(-n*14//230))
     label = lambda i: tag('span', escape(str(names[i])[:12]), cls='up', style=f'left:{100*(i+.5)/n:.1f}%')
@@ -112,6 +113,7 @@ def _cells(m, names, most, signed):
     line = lambda i: tag('i', *(tag('u', title=told(i, j), tabindex=-1) for j in range(len(m))))
     return tag('div', *map(line, range(len(m))), cls='alf-hover cells')
 
+# %% ../../nbs/08_widgets/10_heads.ipynb #48e382dc
 def square_map(
     m,             # [n, n], 0–1; a difference −1–1
     label:str,     # the map in words

@@ -137,7 +137,8 @@ for name in ('a-run-with-the-long-name-that-people-give-to-runs', 'another-run-w
     with RunLog(name) as log:
         log.write('run_begin', step=0, run_id=name, model='tiny', device='cpu', units=[], max_steps=40,
                   config=dict(policy=dict(policy='budget', budget=.25), signal='gain', seed=len(name)))
-        for s in range(1, 41): log.write('log', step=s, loss=2+math.exp(-s/9), seconds_per_step=1., tokens_per_second=9.)
+        for s in range(1, 41):
+            log.write('log', step=s, loss=2+math.exp(-s/9), seconds_per_step=1., tokens_per_second=9.)
         for k in ('domain', 'other'): log.write('eval', step=40, name=k, when='after', loss=2.)
 CompareView(['a-run-with-the-long-name-that-people-give-to-runs', 'another-run-with-a-name-that-does-not-end-soon'])
 """
