@@ -103,7 +103,7 @@ def _row_names(names, n, row):
 # %% ../../nbs/08_widgets/10_heads.ipynb #48e382db
 def _column_names(names, n):
     every = max(1, -(-n*14//230))
-    label = lambda i: tag('span', escape(str(names[i])[:12]), cls='up', style=f'left:{100*(i+.5)/n:.1f}%')
+    label = lambda i: tag('span', escape(str(names[i])[:12]), style=f'left:{100*(i+.5)/n:.1f}%')
     return ''.join(map(label, range(0, n, every)))
 
 def _cells(m, names, most, signed):

@@ -174,6 +174,6 @@ def test_a_click_on_an_attention_map_tells_pair_and_weight(notebook, shot):
     cell.click()
     said = cell.evaluate("e => getComputedStyle(e, '::after').content").strip('"')
     assert said == cell.get_attribute("title") and said.startswith("sat → cat: 0.")
-    names = nb.cell(1).locator(".alf-sq .alf-x .up").all_inner_texts()
+    names = nb.cell(1).locator(".alf-sq:not(.over) .alf-x span").all_inner_texts()
     assert names[:8] == "the cat sat on the mat and slept".split()
     shot(nb, "attention_clicked", 1)
