@@ -64,8 +64,8 @@ def test_the_command_fine_tunes_a_real_model(by_command):
 def test_a_script_that_is_killed_and_a_notebook_that_goes_on_give_the_same(by_command, tmp_path):
     "Killed behind the checkpoint of step 2, in which a selection is new"
     kill = (
-        "from transformers import TrainerCallback\nimport alf_nb.app.finetune as f, os\nclass Kill(f._Bar):\n    def"
-        " on_step_end(self, args, state, control, **kw):\n        if state.global_step == 3: os._exit(9)\nf._Bar ="
+        "from transformers import TrainerCallback\nimport alf_nb.app.finetune as f, os\nclass Kill(f.Bar):\n    def"
+        " on_step_end(self, args, state, control, **kw):\n        if state.global_step == 3: os._exit(9)\nf.Bar ="
         " Kill\n"
     )
     script = kill + call(tmp_path/'run', save_steps=2)

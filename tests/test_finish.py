@@ -122,7 +122,7 @@ def states(folder, run):
 
     def hook(event, args):
         if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"): look()
-    on_step_end, write = finetuning._Bar.on_step_end, RunLog.write
+    on_step_end, write = finetuning.Bar.on_step_end, RunLog.write
 
     def last(self, args, state, control, **kw):
         on_step_end(self, args, state, control, **kw)
@@ -133,12 +133,12 @@ def states(folder, run):
         write(self, *args, **kw)
         look()
     sys.addaudithook(lambda event, args: HOOK and HOOK[0](event, args))
-    finetuning._Bar.on_step_end, RunLog.write = last, writes
+    finetuning.Bar.on_step_end, RunLog.write = last, writes
     HOOK.append(hook)
     try: run()
     finally:
         HOOK.clear()
-        finetuning._Bar.on_step_end, RunLog.write = on_step_end, write
+        finetuning.Bar.on_step_end, RunLog.write = on_step_end, write
     return kept
 
 
@@ -284,13 +284,13 @@ def test_a_second_run_in_a_folder_keeps_what_the_first_one_left(tmp_path, notes)
 @pytest.mark.parametrize("save_steps", [0, 3])
 def test_a_second_run_that_dies_does_not_go_on_from_the_first(tmp_path, notes, monkeypatch, save_steps):
     job(notes, tmp_path, save_steps=2)
-    first, on_step_end = RunLog(tmp_path).begin["run_id"], finetuning._Bar.on_step_end
+    first, on_step_end = RunLog(tmp_path).begin["run_id"], finetuning.Bar.on_step_end
 
     def die(self, args, state, control, **kw):
         if state.global_step == 5: raise KeyboardInterrupt
-    monkeypatch.setattr(finetuning._Bar, "on_step_end", die)
+    monkeypatch.setattr(finetuning.Bar, "on_step_end", die)
     with pytest.raises(KeyboardInterrupt): job(notes, tmp_path, steps=8, save_steps=save_steps)
-    monkeypatch.setattr(finetuning._Bar, "on_step_end", on_step_end)
+    monkeypatch.setattr(finetuning.Bar, "on_step_end", on_step_end)
     second = RunLog(tmp_path).begin["run_id"]
     assert second != first
     if save_steps:
@@ -333,14 +333,14 @@ def pad(log, page=4096):
 
 
 def full_at(monkeypatch, fill, step, left):
-    on_step_end = finetuning._Bar.on_step_end
+    on_step_end = finetuning.Bar.on_step_end
 
     def later(self, args, state, control, **kw):
         on_step_end(self, args, state, control, **kw)
         if state.global_step != step: return
         if not left: pad(Path(args.output_dir)/"events.jsonl")
         fill(left)
-    monkeypatch.setattr(finetuning._Bar, "on_step_end", later)
+    monkeypatch.setattr(finetuning.Bar, "on_step_end", later)
 
 
 def test_a_disk_that_is_full_at_the_delta_loses_no_training(tmp_path, notes, disk, monkeypatch):

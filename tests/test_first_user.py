@@ -1,6 +1,9 @@
 """What a first user tried and found broken: other optimizers, the Trainer's own loss, a start that keeps to pins,
 bans and budget, a batch size that Trainer finds."""
+import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from transformers.optimization import Adafactor
 from transformers.trainer_callback import PrinterCallback
 
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
+from alf_nb.model.delta import apply_delta
+from alf_nb.sources.models import load_model
 from alf_nb.train.loop import ALFLoop
 from alf_nb.core.policy import Policy
 from alf_nb.report.summary import summarize
@@ -148,6 +153,24 @@ def test_dpo_trainer(tmp_path):
     assert [p["step"] for p in probes] == [0, 3] and probes[0]["loss"] == pytest.approx(.6931, abs=1e-3)
     each = logs[0]["num_tokens"]
     assert logs[-1]["num_tokens"] < 8*each, "batches of the probe are not training"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
+def test_the_recipe_for_preference_pairs_runs_as_it_is_written(tmp_path, monkeypatch):
+    tutorial = json.loads((Path(__file__).parents[1]/"nbs"/"tutorials"/"5_your_own.ipynb").read_text(encoding="utf-8"))
+    text = "\n".join("".join(c["source"]) for c in tutorial["cells"] if c["cell_type"] == "markdown")
+    recipe, = re.findall(r"```python\n(.*?DPOTrainer.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    demo_model(blocks=2).save_pretrained("runs/your_own/model")
+    demo_tokenizer().save_pretrained("runs/your_own/model")
+    known = {}
+    exec("from alf_nb.all import *\n" + recipe, known)
+    log = RunLog("runs/your_own/dpo")
+    assert log.status == "complete" and [s.step for s in log.selections()][0] == 0 and len(log.selections()) > 1
+    losses = [v for v in log.series("log", "loss")[1] if v is not None]
+    fresh = load_model("runs/your_own/model", progress=False)[0]
+    apply_delta(fresh, "runs/your_own/dpo/delta")
+    assert losses and all(map(torch.equal, fresh.state_dict().values(), known["model"].state_dict().values()))
 
 
 def test_a_batch_size_that_trainer_finds_is_the_probes_too(tmp_path):

@@ -2,18 +2,22 @@
 at every end."""
 import json
 import re
+import time
 import warnings
 
 import pytest
 import torch
 from live_run import wait_for
+from transformers import LlavaConfig, ViTConfig, WhisperConfig
 
+from alf_nb.app import finetune as app
 from alf_nb.app.finetune import finetune
 from alf_nb.core.runlog import RunLog
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.model.delta import apply_delta, read_delta
 from alf_nb.train.trainer import ALFCallback
 from alf_nb.widgets.base import still_bundle
+from alf_nb.widgets.compare import CompareView
 from alf_nb.widgets.dashboard import TrainingDashboard
 
 warnings.simplefilter("ignore", FutureWarning)
@@ -80,6 +84,78 @@ def test_it_is_looked_at_where_layers_are_selected_anew(tmp_path, text):
     assert {e["name"] for e in looks} == {"domain"} and all(e["wall_s"] > 0 for e in looks)
     tokens = {e["tokens"] for e in log.events("eval", name="domain")}
     assert len(tokens) == 1         # the same blocks as before and after
+    assert all(0 < e["used_bytes"] < e["device_bytes"] for e in log.events("memory"))
+
+
+def test_a_sample_at_a_selection_costs_one_pass_over_one_token_for_each_that_comes(tmp_path, text):
+    net, seen = (demo_model(), demo_tokenizer()), []
+    net[0].config.use_cache = False                 # as gradient checkpointing leaves it
+
+    def look(module, args, kw):
+        ids = kw.get("input_ids")
+        if not module.training and len(ids) == 1: seen.append((ids.shape[1], torch.is_grad_enabled()))
+    net[0].register_forward_pre_hook(look, with_kwargs=True)
+    run = job(text, tmp_path, net, live=True, batch_size=2)
+    run.wait()
+    n = len(RunLog(tmp_path).events("sample", when="during"))
+    starts = [i for i, (wide, _) in enumerate(seen) if wide > 1] + [len(seen)]
+    passes = [b-a for a, b in zip(starts, starts[1:]) if b-a > 1]
+    assert n > 1 and len(passes) == n + 2 and not any(grad for _, grad in seen)
+    assert max(passes[1:-1]) <= 24 and max(passes) <= 40
+
+
+def test_the_bar_tells_the_time_of_steps_that_train_and_says_when_it_measures(tmp_path, text, monkeypatch):
+    seen, since, probing, end = [], [], app.Bar.probing, app.Bar.on_step_end
+
+    def slow(bar, done, total):
+        since.append(time.monotonic())
+        time.sleep(1)
+        probing(bar, done, total)
+
+    def step(bar, *args, **kw):
+        end(bar, *args, **kw)
+        seen.append((bar.left_s, time.monotonic()-since[0], bar.bar.desc))
+    monkeypatch.setattr(app.Bar, "probing", slow)
+    monkeypatch.setattr(app.Bar, "on_step_end", step)
+    job(text, tmp_path/"probe", progress=True, start="probe")
+    left, gone, _ = seen[0]                         # behind a probe of some seconds, and one step
+    assert gone > 3 and left < gone*(STEPS-1)/2 and seen[-1][0] == 0
+    seen.clear()
+    job(text, tmp_path/"meter", progress=True, start="meter")
+    measured = [left is None for left, *_ in seen]
+    assert measured[0] and not measured[-1] and {desc for *_, desc in seen} == {"training", "measuring"}
+
+
+def test_two_runs_at_once_side_by_side(tmp_path, text):
+    runs = [held(text, tmp_path/n, seed=i) for i, n in enumerate("ab")]
+    v = CompareView(runs)
+    assert v.names == ["a", "b"] and v.status == ("paused", "paused") and v.live
+    steps = lambda: [int(n) for n in re.findall(r"</th>.*?<td>(\d+)</td>", v.table.value)]
+    before = steps()
+    for run in runs: run.resume()
+    wait_for(lambda: v.table.value.count("complete") == 2 and steps() == [STEPS, STEPS], 120)
+    assert max(before) < STEPS and not v.live and not v.error.value
+    assert [r.result["steps"] for r in runs] == [STEPS, STEPS] and len(v.states[0].series("log", "loss")[0]) > 1
+    v.close()
+
+
+def test_a_new_run_in_a_folder_does_not_show_the_one_before(tmp_path, text):
+    job(text, tmp_path/"a")
+    run = job(text, tmp_path/"a", live=True)
+    v = CompareView([run])
+    if run.run_id is None: assert v.states[0].step == 0 and v.status == ("starting",)
+    run.wait()
+    v.close()
+
+
+@pytest.mark.parametrize("config,what", [(ViTConfig, "an image model"), (WhisperConfig, "a speech model"),
+                                         (LlavaConfig, "a vision-language model")])
+@pytest.mark.parametrize("live", [False, True])
+def test_a_model_that_does_not_read_text_is_refused_before_anything_is_done(tmp_path, config, what, live):
+    config().save_pretrained(tmp_path/"model")
+    with pytest.raises(ValueError, match=f"is {what}, and finetune.. takes causal language models.*ALFCallback"):
+        finetune(str(tmp_path/"model"), tmp_path/"no text here", tmp_path/"run", live=live)
+    assert not (tmp_path/"run").exists()
 
 
 def test_eval_every_looks_without_being_live(tmp_path, text):

@@ -399,7 +399,7 @@ def test_settings_are_checked():
                       (dict(cache_prefix='much', freeze_bottom=.5), 'a memory such as'),
                       (dict(eval_prefix=2, freeze_bottom=.5), 'True or False')):
         with pytest.raises(ValueError, match=match): ALFConfig.from_args(**kw)
-    assert ALFConfig.from_args(cache_prefix='2GB', freeze_bottom=.5).cache_prefix == 2 << 30
+    assert ALFConfig.from_args(cache_prefix='2GB', freeze_bottom=.5).cache_prefix == 2*10**9
     assert ALFConfig.from_dict(ALFConfig.from_args(cache_prefix=True, freeze_bottom=.5).to_dict()).cache_prefix is True
 
 

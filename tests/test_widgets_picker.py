@@ -1,11 +1,11 @@
 "The threshold picker, driven as a front end drives it: before a run, beside one that lives, and on a recorded one."
-import random, re, sys, threading, time
+import json, random, re, sys, threading, time
 
 import ipywidgets as W
 import pytest
 import traitlets
 
-from alf_nb.core.format import human_time
+from alf_nb.core.format import human_bytes, human_time
 from alf_nb.core.config import ALFConfig
 from alf_nb.core.policies import BudgetPolicy, FullPolicy, LISAPolicy, ThresholdPolicy, budget_for_threshold
 from alf_nb.core.policies import step_cost, threshold_for_budget
@@ -348,8 +348,31 @@ def test_readouts_say_what_the_records_say(picker):
     assert 'training state' in p.tiles.value and 'beside weights and activations' in p.tiles.value
     sel, n = p.selection, sum(u.n_params for u in units if u.name in p.selection)
     assert f'>{len(sel)} <small>of 210<' in p.tiles.value and f'{sel.share*100:.1f} %' in p.tiles.value
-    assert f'{n*ADAMW_BYTES/1024**2:.3g} MB' in p.tiles.value and 'AdamW' in p.tiles.value
+    assert f'{n*ADAMW_BYTES/1e6:.3g} MB' in p.tiles.value and 'AdamW' in p.tiles.value
     assert f'× {step_cost(units, sel.names):.2f}' in p.tiles.value
+
+
+def test_memory_is_all_of_it_where_the_run_measured_it(tmp_path, picker):
+    fake_run(tmp_path/'r', blocks=4, steps=20)
+    path = tmp_path/'r'/'events.jsonl'
+    def measured(**more):
+        events = [json.loads(l) for l in path.read_text().splitlines()]
+        events = [e | more if e['event'] == 'memory' else e for e in events]
+        path.write_text(''.join(json.dumps(e) + '\n' for e in events))
+        return picker(tmp_path/'r', budget=.1)
+    p = measured(used_bytes=3*10**9, device_bytes=16*10**9)
+    state = [sum(e[f'{k}_bytes'] for k in ('grad', 'optimizer', 'reference')) for e in p.state.events('memory')]
+    needed = round(sum(u.n_params for u in p.state.units if u.name in p.selection)*p.state.bytes_per_param)
+    assert f'{human_bytes(3*10**9 - max(state) + needed)} <small>of 16 GB<' in p.tiles.value
+    assert f'training state {human_bytes(needed)};' in p.tiles.value and 'more than there is' not in p.tiles.value
+    assert 'more than there is' in measured(device_bytes=2*10**9).tiles.value
+
+
+def test_the_button_copies_what_the_field_shows(picker):
+    p = picker(scores=scores, units=units)
+    for form in ('Python', 'JSON', 'command line'):
+        p.form.value = form
+        assert p.clip.text == p.text.value != ''
 
 
 def test_what_selects_nothing_is_said(picker):

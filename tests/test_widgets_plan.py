@@ -7,7 +7,7 @@ import pytest
 from alf_nb.widgets.parts import all_widgets
 from alf_nb.widgets.plan import PlanView, memory_sizes, plan_table
 
-GB = 1 << 30
+GB = 10**9
 
 
 class Plan(SimpleNamespace):

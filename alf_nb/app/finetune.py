@@ -20,14 +20,13 @@ from pathlib import Path
 from traceback import format_exception
 import torch
 from fastcore.meta import delegates
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 # %% ../../nbs/10_app/07_finetune.ipynb #2bd44798
 from .disk import bytes_of, check_plan, check_room, full_error, output_folder, save_anywhere
-from .job import Job, Looks, check_base, load_weights, measure_after, measure_before
+from .job import Bar, Job, Looks, check_base, load_weights, measure_after, measure_before
 from .job import previewed
 from .publish import write_card
 from .results import as_begun, delta_metadata, has_event, keep_results, last_figures, read_json, resume_point
@@ -43,36 +42,13 @@ from ..model.columns import join_columns
 from ..model.shards import check_alone
 from ..report.page import write_report
 from ..report.summary import summarize
-from ..sources.models import given_model, load_config
+from ..sources.models import check_text_model, given_model, load_config
 from ..sources.templates import pad_rows
 from ..sources.texts import check_text, texts_and_unrelated
 from ..train.background import BackgroundRun, start
 from ..train.beside import refuse_beside
 from ..train.trainer import ALFCallback
 from ..core.system import peak_rss_bytes
-
-# %% ../../nbs/10_app/07_finetune.ipynb #be8169e9
-class _Bar(TrainerCallback):
-    "Progress bar with loss and trainable share"
-    def __init__(self, alf, disable=False): self.alf, self.disable, self.bar, self.loss = alf, disable, None, None
-
-    def open(self, total, done=0):
-        if self.bar is not None: return
-        self.bar = tqdm(total=total, initial=done, unit='step', desc='training', disable=self.disable,
-                        dynamic_ncols=True)
-
-    def probing(self, done, total):
-        self.bar and self.bar.set_description_str('training' if done == total else f'probing {done}/{total}')
-
-    def on_log(self, args, state, control, logs=None, **kw): self.loss = (logs or {}).get('loss', self.loss)
-
-    def on_step_end(self, args, state, control, **kw):
-        self.open(state.max_steps, state.global_step-1)
-        self.bar.update(1)
-        loss = f"loss {self.loss:.3f}, " if self.loss is not None else ''
-        self.bar.set_postfix_str(f"{loss}trains {self.alf.selection.share:.1%}")
-
-    def close(self): self.bar and self.bar.close()
 
 # %% ../../nbs/10_app/07_finetune.ipynb #5d1c6cdd
 class _Opening(TrainerCallback):
@@ -266,7 +242,7 @@ def _run(call, run, callback, checkpoint, done, resumes):
     if resumes: check_base(job, RunLog(out))
     run.model, run.speak = job.net, job.speak
     run.say('measuring before training')
-    bar = _Bar(callback, disable=not call.progress)
+    bar = Bar(callback, disable=not call.progress)
     trainer = _trainer(job, out, callback, [] if resumes else measure_before(job), bar, run)
     made, metadata = s.steps, dict(steps=s.steps, seed=s.seed)
     run.say('preparing the training')
@@ -321,6 +297,7 @@ def _check(call, resume, live):
     call.callback()
     if isinstance(call.model, tuple): refuse_beside(call.model[0])
     elif live: load_config(call.model)      # a name that leads nowhere
+    if call.model is not None: check_text_model(call.model)
     if resume: _check_resume(call, live)
     call.texts, call.others = _read(*(call.what[k] for k in ('data', 'other', 'column')), call.settings)
     output_folder(call.out)

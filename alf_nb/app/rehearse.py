@@ -19,7 +19,7 @@ from .job import Job, previewed
 from ..core.format import human_bytes, human_count, human_time, percent
 from ..core.system import peak_rss_bytes
 from ..model.layers import partition_layers
-from ..sources.models import given_model
+from ..sources.models import check_text_model, given_model
 from ..sources.templates import pad_rows
 from ..sources.texts import texts_and_unrelated
 from ..train.trainer import ALFCallback
@@ -82,6 +82,7 @@ def rehearse(
 )->str:
     "What `finetune` would do with these arguments, and about what it takes; nothing is written, nothing learnt"
     s, alf = settings_of(kwargs, model)
+    if model is not None: check_text_model(model)
     texts, others = texts_and_unrelated(data, other, column)
     net, tokenizer = given_model(model, s.bf16, progress)
     if torch.cuda.is_available(): net.to('cuda')

@@ -113,16 +113,16 @@ def known(
     raise ValueError(f"unknown {what} {key!r}; {plural or what + 's'} are {', '.join(names)}{hint}")
 
 # %% ../../nbs/01_core/01_check.ipynb #6d75d285
-_MEMORY = re.compile(r'(\d+\.?\d*|\.\d+)\s*([KMGT])?(?:I?B)?', re.I)
+_MEMORY = re.compile(r'(\d+\.?\d*|\.\d+)\s*([KMGT])?(I?)B?', re.I)
 
 def memory_bytes(
     name:str, # the setting
-    value     # `'16GB'`, `'12 GiB'`, `'800M'`, or a number of bytes
+    value     # `'16GB'` (GB: 10⁹), `'12 GiB'` (GiB: 2³⁰), `'800M'`, or a number of bytes
 )->int:
     "Bytes of a memory, at least 1."
     why = "it is a memory such as '16GB', '12 GiB' or a number of bytes"
     found = _MEMORY.fullmatch(value.strip()) if isinstance(value, str) else None
-    if found: n = float(found[1]) * 1024**' KMGT'.index((found[2] or ' ').upper())
+    if found: n = float(found[1]) * (1024 if found[3] else 1000)**' KMGT'.index((found[2] or ' ').upper())
     elif is_number(value) and math.isfinite(value): n = value
     else: refuse(name, value, why)
     if n < 1: refuse(name, value, why)

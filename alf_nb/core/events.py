@@ -178,7 +178,8 @@ _FIELDS |= dict(
     left_out=dict(texts='units', text='why message'),
     skip=dict(text='message'),
     log=dict(number='loss learning_rate grad_norm epoch seconds_per_step tokens_per_second'),
-    memory=dict(number='grad_bytes optimizer_bytes reference_bytes master_bytes parked_bytes rss_bytes'),
+    memory=dict(number='grad_bytes optimizer_bytes reference_bytes master_bytes parked_bytes rss_bytes used_bytes'
+                       ' device_bytes'),
     eval=dict(name='name when', number='loss tokens wall_s', numbers='metrics'),
     sample=dict(text='when prompt text', number='wall_s'),
     pack=dict(count='bits modules', number='bytes_before bytes_after'),

@@ -16,9 +16,9 @@ def _short(n, base, most, units):
     return n, units[-1]
 
 def human_bytes(n)->str:
-    "Bytes as B, KB, MB, GB (powers of 1024); `–` when unknown"
+    "Bytes as B, KB, MB, GB (powers of 1000); `–` when unknown"
     if n is None: return '–'
-    n, unit = _short(n, 1024, 1000, ('B', 'KB', 'MB', 'GB', 'TB'))
+    n, unit = _short(n, 1000, 999.5, ('B', 'KB', 'MB', 'GB', 'TB'))
     return f'{n:.0f} {unit}' if unit == 'B' or abs(n) >= 100 else f'{n:.3g} {unit}'
 
 def human_count(n)->str:

@@ -12,6 +12,7 @@ import json, math
 from dataclasses import MISSING, dataclass, field, fields, asdict
 from fastcore.basics import patch
 from .foreign import md_code, md_text
+from .format import percent
 
 # %% ../../nbs/01_core/05_records.ipynb #aeef218e
 def _check_fields(cls, d):
@@ -204,6 +205,6 @@ class Selection(Record):
     def _repr_markdown_(self):
         shown = ', '.join(md_code(n) for n in self.names[:8]) + (f' … and {len(self)-8} more' if len(self) > 8 else '')
         return (
-            f"**{len(self)} units, {self.share:.1%} of the parameters** from step {md_text(self.step)}"
+            f"**{len(self)} units, {percent(self.share)} of the parameters** from step {md_text(self.step)}"
             f" ({md_text(self.policy)}: {md_text(self.reason)})\n\n{shown}"
         )

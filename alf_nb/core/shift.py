@@ -11,6 +11,7 @@ __all__ = ['AttentionShift', 'AttentionComparison']
 from dataclasses import dataclass, field, fields
 from fastcore.basics import patch
 from .foreign import md_text
+from .format import percent
 from .records import Record
 
 # %% ../../nbs/01_core/17_shift.ipynb #630cfe0c
@@ -148,7 +149,8 @@ def _shift_table(shift):
     few = [] if shift.low else ["", "Too few texts for intervals: give at least 6."]
     head = (f"**Attention {md_text(shift.name)}: {md_text(shift.n_texts)} texts, {shift.n_tokens:,} tokens,"
             f" {layers} layers × {heads} heads**")
-    columns = f"| attention | before | after | change | {shift.level:.0%} interval | heads with more | with less |"
+    level = percent(shift.level, 0)
+    columns = f"| attention | before | after | change | {level} interval | heads with more | with less |"
     rows = [f"| {' | '.join(r)} |" for r in shift.table()]
     sentences = [f"- {s}" for s in shift.said()]
     return '\n'.join([head, "", columns, "|---|---|---|---|---|---|---|", *rows, "", *sentences, *few])
@@ -199,6 +201,6 @@ def _comparison_table(comparison):
         "|---|---|" + "---|"*len(comparison),
         *rows,
         "",
-        f"In bold: the {first.level:.0%} interval does not hold 0. Heads: those whose change stands out among all"
-        " heads.",
+        f"In bold: the {percent(first.level, 0)} interval does not hold 0. Heads: those whose change stands out among"
+        " all heads.",
     ])

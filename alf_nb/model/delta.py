@@ -20,7 +20,7 @@ from torch import nn
 from .. import __version__
 from ..core.check import fraction
 from ..core.files import write_whole
-from ..core.format import few
+from ..core.format import few, percent
 from .columns import column_layers
 from ..core.foreign import md_code, md_text, open_plain
 from ..core.records import Record
@@ -138,7 +138,7 @@ class Delta(Record):
 
 # %% ../../nbs/03_model/15_delta.ipynb #a2c507a8
 def _delta_markdown(self):
-    size = f"{self.n_bytes:,} bytes instead of {self.model_bytes:,} ({self.share:.1%})"
+    size = f"{self.n_bytes:,} bytes instead of {self.model_bytes:,} ({percent(self.share)})"
     n = md_text(self.n_tensors)
     return f"**{len(self)} of {n} tensors changed**: {size}, for base {md_code(self.base)}"
 

@@ -19,6 +19,7 @@ from itertools import groupby
 from fastcore.basics import patch
 from torch import nn
 from ..core.foreign import md_text
+from ..core.format import percent
 from ..core.records import KINDS, UnitInfo
 from .stacks import Places
 from .tree import clean_path, could_train, is_composite, join_path, shape_of
@@ -320,14 +321,13 @@ def _fold(rows):
     return res
 
 def _layers_markdown(self):
-    rows = []
+    rows,whole = [],sum(u.n_params for u in self.units)
     for layer,names in self.by_layer.items():
         us = [self[n] for n in names]
         kinds = ', '.join(f'{n} {k}' for k,n in Counter(u.kind for u in us).items())
         rows.append((layer, kinds, sum(u.n_params for u in us), sum(u.eligible for u in us)))
     lines = [
-        f"| {md_text(name)} | {kinds} | {n:,}{' each' if k > 1 else ''} | {k*n/sum(u.n_params for u in self.units):.1%}"
-        f" | {k*e} |"
+        f"| {md_text(name)} | {kinds} | {n:,}{' each' if k > 1 else ''} | {percent(k*n/whole)} | {k*e} |"
         for name, k, kinds, n, e in _fold(rows)
     ]
     return '\n'.join([f"**{len(self)} units in {len(rows)} layers, {self.total:,} parameters that can train**", '',

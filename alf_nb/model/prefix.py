@@ -13,6 +13,7 @@ from types import MethodType
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from ..core.format import human_bytes
 from .bottom import Bottom, Plan, row_numbers
 
 # %% ../../nbs/03_model/21_prefix.ipynb #2e6a260c
@@ -153,7 +154,6 @@ def _count(prefix, plan):
         " are changed as they are read, so that nothing is kept any more"
     )
 
-def _size(n): return f'{n/2**30:.3g} GiB' if n > 2**30 else f'{n/2**20:.3g} MiB'
 
 # %% ../../nbs/03_model/21_prefix.ipynb #b48013c6
 def _add(prefix, keys, parts):
@@ -169,10 +169,10 @@ def _say_full(prefix):
     if prefix.full: return
     prefix.full = True
     n,of = len(prefix.kept),f" of {prefix.rows:,}" if prefix.rows else ''
-    more = f"; all of them take about {_size(prefix.nbytes/n*prefix.rows)}" if n and prefix.rows else ''
+    more = f"; all of them take about {human_bytes(prefix.nbytes/n*prefix.rows)}" if n and prefix.rows else ''
     prefix.say(
-        f"cache_prefix: {n:,}{of} rows fill the {_size(prefix.limit)} that states may take, and the others are computed"
-        f" in every epoch, as without it{more}"
+        f"cache_prefix: {n:,}{of} rows fill the {human_bytes(prefix.limit)} that states may take, and the others are"
+        f" computed in every epoch, as without it{more}"
     )
 
 # %% ../../nbs/03_model/21_prefix.ipynb #3871a0ea

@@ -11,6 +11,7 @@ __all__ = ['index_labels', 'square_figure', 'head_hints', 'shift_map', 'summariz
 from pathlib import Path
 from ..core.files import write_whole
 from ..core.foreign import escape
+from ..core.format import percent
 from ..core.shift import AttentionShift
 from .html import Html, data_table, key_list, legend_key, note, section, tag, whole_page
 from .png import map_images
@@ -36,11 +37,12 @@ def square_figure(
     x,          # HTML of the labels below
     y,          # HTML of the labels at the left
     style:str,  # of the figure
-    cls='alf-sq over' # of the figure
+    cls='alf-sq over', # of the figure
+    role='img'  # `group` where something inside can be clicked
 )->Html:
     "Layers by heads in their box"
     parts = tag('div', y, cls='alf-y'), tag('div', inside, cls='alf-plot'), tag('div', x, cls='alf-x') if x else ''
-    chart = tag('div', *parts, cls='alf-chart', role='img', aria_label=label)
+    chart = tag('div', *parts, cls='alf-chart', role=role, aria_label=label)
     return Html(tag('figure', tag('figcaption', caption), chart, cls=cls, style=style))
 
 # %% ../../nbs/07_report/11_attention.ipynb #59144ba1
@@ -151,7 +153,8 @@ def _numbers(shift, first):
     "The table of one model with its intervals, or of several side by side"
     head = ['attention', 'before', *getattr(shift, 'shifts', ())]
     if shift is first:
-        head = ['attention', 'before', 'after', 'change', f'{first.level:.0%} interval', 'heads with more', 'with less']
+        between = f'{percent(first.level, 0)} interval'
+        head = ['attention', 'before', 'after', 'change', between, 'heads with more', 'with less']
     layers, heads = first.shape
     caption = f"Mean over {layers} layers × {heads} heads, {first.n_texts} texts, {first.n_tokens:,} tokens"
     rows = [[escape(r[0]), *(_bold(c, 'strong') for c in r[1:])] for r in shift.table()]
@@ -161,7 +164,7 @@ def _numbers(shift, first):
 def _remark(shifts, words):
     "What a dot means, and which words are central"
     chance = ('A dot: the change of this head stands out among all heads; the chance of any false dot in a map is'
-              f' {1-shifts[0].level:.0%}.')
+              f' {percent(1-shifts[0].level, 0)}.')
     out = chance if any(s.low for s in shifts) else 'Too few texts for intervals: give at least 6.'
     if not words: return out
     such = escape(', '.join(map(str, words[:12])))

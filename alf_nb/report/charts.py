@@ -11,7 +11,10 @@ __all__ = ['MOST_SHOWN', 'held_out', 'loss_lines', 'held_out_lines', 'rate_chart
 
 # %% ../../nbs/07_report/09_charts.ipynb #b5cb031b
 import math
+from ..core.config import ALFConfig
 from ..core.format import human_bytes, num, percent
+from ..core.policies import policy_importance
+from ..core.policy import Policy, make_candidates
 from .html import Html, note, tag
 from .lines import first_and_last, line_chart, short, trend
 from .maps import SideBars, band_legend, band_map, cell_table, headed, heat_map, names_px, ramp_legend
@@ -216,20 +219,36 @@ def _newest_cells(roles, importance, now):
     return cells, on
 
 # %% ../../nbs/07_report/09_charts.ipynb #bebeb9a9
+def _standing(state, scores):
+    "Where units stand by the rule of the policy in force, 0–1; where its pins and bans contradict, nothing"
+    policy = Policy.from_dict(state.policy) if state.policy else ALFConfig().policy
+    try: able = make_candidates(scores, state.units, policy.pin, policy.ban, state.step, state.selections[-1].names)
+    except ValueError: return {}
+    return policy_importance(policy, able)
+
+# %% ../../nbs/07_report/09_charts.ipynb #bebeb9aa
 def _importance_table(state, roles, scores, left):
-    cells, on = _newest_cells(roles, scores.scaled, set(state.selections[-1].names))
+    cells, on = _newest_cells(roles, _standing(state, scores), set(state.selections[-1].names))
+    raw, _ = _newest_cells(roles, scores.values, ())
     shown = {u.name for us in roles.values() for u in us}
     layers = list(dict.fromkeys(u.layer for u in state.units if u.name in shown))
     if len(layers) > MOST_SHOWN:
-        return note(f'The score of every matrix is not drawn: {len(layers):,} layers would not fit on a page.')
+        return note(f'The importance of every matrix is not drawn: {len(layers):,} layers would not fit on a page.')
     def hint(r, l):
-        known = 'unknown' if cells[r, l] is None else num(cells[r, l], 2)
-        return f"{l} {r}: score {known}" + (', selected' if (r, l) in on else '')
-    said = (f'Newest value of the signal {scores.signal}, 0–1; stronger colour is more; a dot: in the last'
-            ' selection. Columns are layers, first to last.')
-    return '<h3>Score of every matrix</h3>' + cell_table(cells, list(roles), layers, said, on, hint, left)
+        known = f'importance {num(cells[r, l], 2)}, ' if cells[r, l] is not None else ''
+        score = 'unknown' if raw[r, l] is None else f'{raw[r, l]:.3g}'
+        return f"{l} {r}: {known}{scores.signal} {score}" + (', selected' if (r, l) in on else '')
+    said = (f'Where each stands among its kind by the newest values of the signal {scores.signal}, 0–1: the stronger'
+            ' the colour, the higher; a dot: in the last selection. Columns are layers, first to last.')
+    return '<h3>Importance of every matrix</h3>' + cell_table(cells, list(roles), layers, said, on, hint, left)
 
 # %% ../../nbs/07_report/09_charts.ipynb #85fb16e5
+def _line_hints(roles, bands):
+    "The name of every line, and how long it trained"
+    told = lambda u, row: f'{u.name}: trained in {percent(sum(row)/len(row), 0)} of the steps'
+    return {r: list(map(told, us, bands[r])) for r, us in roles.items()}
+
+# %% ../../nbs/07_report/09_charts.ipynb #85fb16e6
 def role_maps(
     run # folder of a run, or its `RunLog`
 )->Html:
@@ -243,7 +262,8 @@ def role_maps(
     share = {r: sum(map(sum, rows))/sum(map(len, rows)) for r, rows in bands.items()}
     told = ', '.join(f'{r} {percent(v, 0)}' for r, v in share.items())
     label = f'Which matrices trained, by step. Share of unit-steps: {told}'
-    out = band_map(bands, label, (0, max(steps, 1)), left, legend=band_legend(), towers=towers)
+    hints = _line_hints(roles, bands)
+    out = band_map(bands, label, (0, max(steps, 1)), left, band_legend(), towers=towers, hints=hints)
     shown = _by_role(u for us in roles.values() for u in us)
     return Html(out + (_importance_table(state, shown, scores, left) if scores.known else ''))
 
@@ -258,9 +278,9 @@ def stairs(
 
 # %% ../../nbs/07_report/09_charts.ipynb #b571ce39
 def _unit(top):
-    "(1024 to a power, its name) that suits a number of bytes"
-    i = min(4, max(0, int(math.log(top, 1024))))
-    return 1024**i, ('B', 'KB', 'MB', 'GB', 'TB')[i]
+    "(1000 to a power, its name) that suits a number of bytes"
+    i = min(4, max(0, int(math.log(top, 1000))))
+    return 1000**i, ('B', 'KB', 'MB', 'GB', 'TB')[i]
 
 def _stack_of(k, name, c, events, x, end, of, last):
     "One kind of state as an area"

@@ -43,12 +43,21 @@ def _row_px(n):
     "Height of a row so that the map is about 380 px high"
     return max(3, min(22 if n > 8 else 34, 380//max(n, 1)))
 
-def _row_names(names, px, h):
+def _row_names(names, px, h, best=None):
+    "As many names as there is room for; that of row `best` always"
     need = max(1, -(-15//px))
     every = next((e for e in (1, 2, 5, 10, 20, 50, 100) if e >= need), need)
-    top = lambda i: f'top:{100*(i+.5)/len(names):.2f}%'
-    shown = [(i, m) for i, m in enumerate(names) if i % every == 0]
-    return tag('div', *(tag('span', escape(str(m)), cls='row', style=top(i)) for i, m in shown), cls='alf-y', style=h)
+    near = lambda i: best is not None and 0 < abs(i-best) < need
+    shown = [i for i in range(len(names)) if i == best or i % every == 0 and not near(i)]
+    def name(i):
+        cls = 'row best' if i == best else 'row'
+        return tag('span', escape(str(names[i])), cls=cls, style=f'top:{100*(i+.5)/len(names):.2f}%')
+    return tag('div', *map(name, shown), cls='alf-y', style=h)
+
+def _best(side):
+    "The row with the longest bar; None: there is none"
+    known = [(v, -i) for i, v in enumerate(side.values) if v] if side else []
+    return -max(known)[1] if known else None
 
 # %% ../../nbs/07_report/05_maps.ipynb #9b513f17
 def _short(name, tower): return '' if name == tower else name.removeprefix(f'{tower}.')
@@ -120,7 +129,8 @@ def _tower_rows(tower, names, drawn, side, hints, px):
     "Heading, names, map and bars of the rows of a tower"
     h, hover = f'--h:{len(names)*px}px' if tower else None, hover_rows(hints)
     plot = tag('div', drawn, hover, cls='alf-plot', style=h)
-    return [*_heading(tower), _row_names(names, px, h), plot, *([_side_plot(side, hover, h)] if side else [])]
+    bars = [_side_plot(side, hover, h)] if side else []
+    return [*_heading(tower), _row_names(names, px, h, _best(side)), plot, *bars]
 
 def _lines_at(marks, x_range):
     x0, x1 = x_range
@@ -191,6 +201,12 @@ def trained_map(
     if not selections: return [[0.]*max(1, min(columns, steps)) for _ in groups]
     return step_map([trained_share(groups, s) for s in selections], [s.step for s in selections], steps, columns)
 
+# %% ../../nbs/07_report/05_maps.ipynb #7444cef5
+def _band(name, rows, px, hints):
+    "A small map beside its name"
+    plot = tag('div', map_images(rows), hover_rows(hints), cls='alf-plot', style=f'--h:{max(6, len(rows)*px):.0f}px')
+    return tag('div', tag('span', escape(str(name)), title=str(name)), plot, cls='alf-band')
+
 # %% ../../nbs/07_report/05_maps.ipynb #7444cef6
 def band_map(
     bands:dict,     # name → rows of values 0–1
@@ -199,16 +215,15 @@ def band_map(
     left:int=92,    # px for the names
     legend='',      # HTML, as from `ramp_legend`
     x_name='step',  # words under the x axis
-    towers=None     # of each band, as from `headed`: a heading stands above each tower
+    towers=None,    # of each band, as from `headed`: a heading stands above each tower
+    hints=None      # name → words for each of its rows, under the pointer
 )->Html:
     "A small map per name, one above the other"
     px = max(.8, min(6, 420/(sum(map(len, bands.values())) or 1)))
-    def band(name, rows):
-        plot = tag('div', map_images(rows), cls='alf-plot', style=f'--h:{max(6, len(rows)*px):.0f}px')
-        return tag('div', tag('span', escape(str(name)), title=str(name)), plot, cls='alf-band')
     foot = tag('div', '<div></div>', x_axis(*x_range), tag('div', escape(x_name), cls='alf-name'), cls='alf-chart')
-    items, parts = list(bands.items()), []
-    for t, a, b in _stretches(towers, len(items)): parts += _heading(t) + [band(_short(k, t), r) for k, r in items[a:b]]
+    items, parts, hints = list(bands.items()), [], hints or {}
+    for t, a, b in _stretches(towers, len(items)):
+        parts += _heading(t) + [_band(_short(k, t), r, px, hints.get(k)) for k, r in items[a:b]]
     body = tag('div', *parts, foot, role='img', aria_label=label)
     return Html(tag('figure', legend, body, cls='alf-fig', style=f'--left:{left}px'))
 

@@ -196,8 +196,8 @@ def _settings(state, s):
     "Settings of the run, versions and place; empty without a beginning"
     if not state.begin: return ''
     place = dict(model=s['model'], device=s['device'], run=s['run_id'], begun=s['date'],
-                 process_memory_peak=human_bytes(s['rss_bytes_peak']))
-    known = s['versions'] | {k: v for k, v in place.items() if v}
+                 memory_of_the_process=human_bytes(s['rss_bytes_peak']))
+    known = s['versions'] | {k.replace('_', ' '): v for k, v in place.items() if v}
     tables = settings_table(_in_words(state.config), 'Settings of the run'), settings_table(known, 'Versions and place')
     return tag('div', *tables, cls='two')
 
@@ -268,7 +268,8 @@ def _figures(log, state, s):
         ' step. Bars: how important the layer is by the newest measurement, grey where nothing of it trains now.'
         + _never(state) + _unread(state))
     yield 'Which matrices learnt', role_maps(log), (
-        'One band for each kind of matrix; within a band each line is a layer, the one nearest to the input on top.')
+        'One band for each kind of matrix; within a band each line is a layer, the one nearest to the input on top;'
+        ' under the pointer it has its name.')
     yield 'Memory', memory_chart(log), (
         f'What training keeps beside the weights: {kept}. Parked state waits in host memory for its unit to come back,'
         ' and does not count on the device.')

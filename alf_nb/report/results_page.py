@@ -97,7 +97,7 @@ def plot(self:PolicyComparison)->Html:
     "Loss against steps, time, tokens, memory and forgetting"
     def megabytes(m):
         state = m.mean('state_bytes_peak')
-        return None if state is None else state/2**20
+        return None if state is None else state/1e6
     pictures = {
         'Held-out loss by step': _curves(self, 0, 'steps'),
         'by time': _curves(self, 1, 'seconds'),
@@ -117,8 +117,8 @@ def _mean_cells(maps, layers):
     # None has the colour of what is frozen
     cells = {(k, l): share(v[l]) or None for k, v in maps.items() for l in layers if v.get(l)}
     hint = lambda m, l: f'{l}, {m}: {percent(cells[m, l] or 0, 0)} of it trained on average'
-    said = ('How much of each layer trained, on average over the run; darker or brighter is more. Columns are layers,'
-            ' first to last.')
+    said = ('How much of each layer trained, on average over the run; the stronger the colour, the more. Columns are'
+            ' layers, first to last.')
     return cell_table(cells, list(maps), layers, said, hint=hint, left=names_px(maps))
 
 # %% ../../nbs/07_report/14_results_page.ipynb #e23c7f8d

@@ -351,6 +351,13 @@ def bytes_per_param(self:RunState)->float|None:
     return next(bytes_of_trained(self), None)
 
 @patch(as_prop=True)
+def bytes_beside(self:RunState)->int|None:
+    "Weights, activations and all else: the most in use but for the largest training state; None: not measured"
+    events = self.events('memory')
+    used = events[-1].get('used_bytes') if events else None
+    return max(0, used - max(map(state_bytes, events))) if used else None
+
+@patch(as_prop=True)
 def seconds_per_full_step(self:RunState)->float|None:
     "Seconds that a step would take if everything trained; None: no step was timed yet"
     xs, ys = self.series('log', 'seconds_per_step')

@@ -113,8 +113,10 @@ def evaluate_loss(
 def _greedy(model, tokenizer, n_tokens):
     "Always the likeliest token, whatever the model's own settings ask for"
     eos = getattr(getattr(model, 'generation_config', None), 'eos_token_id', None)
-    return GenerationConfig(do_sample=False, max_new_tokens=n_tokens, pad_token_id=tokenizer.pad_token_id,
-                            eos_token_id=eos if eos is not None else tokenizer.eos_token_id)
+    # a cache, also where checkpoints have turned that of training off: one pass over one token for each that comes
+    ends = eos if eos is not None else tokenizer.eos_token_id
+    return GenerationConfig(do_sample=False, max_new_tokens=n_tokens, use_cache=True, eos_token_id=ends,
+                            pad_token_id=tokenizer.pad_token_id)
 
 # %% ../../nbs/02_sources/08_losses.ipynb #ab905829
 def continuation(

@@ -119,7 +119,8 @@ def _words(v):
 def _legend(v):
     items = [f"no weight{legend_key('ramp')}all of it"]
     if v.after is not None: items.append(f"less{legend_key('ramp signed')}more than before")
-    return key_list([*items, 'rows attend to columns'])
+    more = ['click a cell for its weight'] if len(v.tokens) <= 24 else []
+    return key_list([*items, 'rows attend to columns', *more])
 
 # %% ../../nbs/08_widgets/11_attention.ipynb #cf53fc26
 def _row_px(n_layers): return max(9, min(26, 300//n_layers))

@@ -179,13 +179,24 @@ def _would_train(c, selection):
 
 _BESIDE = 'beside weights and activations'
 
+def _memory_tile(state, needed, beside):
+    "All memory: the state of what would train, and the rest as it was measured"
+    has = state.events('memory')[-1].get('device_bytes')
+    of = f" <small>of {human_bytes(has)}</small>" if has else ''
+    more = ', <b>more than there is</b>' if has and needed+beside > has else ''
+    told = f'training state {human_bytes(needed)}; weights, activations and the rest as measured{more}'
+    return tile('memory needed', human_bytes(needed + beside) + of, told)
+
+# %% ../../nbs/08_widgets/03_choice.ipynb #02baede3
 def _state_tile(state, c, selection):
-    n, per = sum(u.n_params for u in _would_train(c, selection)), state.bytes_per_param
+    n, per, beside = sum(u.n_params for u in _would_train(c, selection)), state.bytes_per_param, state.bytes_beside
+    if per and beside is not None: return _memory_tile(state, round(n*per), beside)
     if per: return tile('training state', human_bytes(n*per), f'{per:.3g} B per weight, measured; {_BESIDE}')
     kept = 4 if state.config.get('references') == 'device' else 0
     why = f'{ADAMW_BYTES + kept} B per weight, AdamW; {_BESIDE}'
     return tile('training state', human_bytes(n*(ADAMW_BYTES+kept)), why)
 
+# %% ../../nbs/08_widgets/03_choice.ipynb #02baede2
 def _time_tile(state, c, selection):
     try: cost = step_cost(c.units, selection.names)
     except ValueError: return tile('predicted time per step', '–', 'unknown')

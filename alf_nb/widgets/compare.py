@@ -116,7 +116,9 @@ class CompareView(View):
 @patch(as_prop=True)
 def states(self:CompareView)->list:
     "What is known of each run"
-    return [f.state for f in self.follower.followers]
+    def of(follower, control):
+        return follower.state_of(control.run_id) if hasattr(control, 'run_id') else follower.state
+    return list(map(of, self.follower.followers, self.controls))
 
 def _alive(control, state):
     if hasattr(control, 'alive'): return bool(control.alive)

@@ -100,23 +100,40 @@ def _row_names(names, n, row):
                           style=f'top:{100*(i+.5)/n:.1f}%')
     return ''.join(map(label, shown))
 
+# %% ../../nbs/08_widgets/10_heads.ipynb #48e382db
+def _column_names(names, n):
+    every = max(1, -(-n*14//230))
+    label = lambda i: tag('span', escape(str(names[i])[:12]), style=f'left:{100*(i+.5)/n:.1f}%')
+    return ''.join(map(label, range(0, n, every)))
+
+def _cells(m, names, most, signed):
+    "A cell for each pair of tokens, which tells pair and weight under the pointer and when it is clicked"
+    told = lambda i, j: f"{names[i]} → {names[j]}: {m[i, j]:{'+' if signed else ''}.3f}"
+    if not names or len(m) > most: return ''
+    line = lambda i: tag('i', *(tag('u', title=told(i, j), tabindex=-1) for j in range(len(m))))
+    return tag('div', *map(line, range(len(m))), cls='alf-hover cells')
+
+# %% ../../nbs/08_widgets/10_heads.ipynb #48e382dc
 def square_map(
     m,             # [n, n], 0–1; a difference −1–1
     label:str,     # the map in words
     title:str='',  # above it
-    names=None,    # one per row
+    names=None,    # one per row and column
     signed=False,  # a difference?
     row:int=None,  # row that stands out
-    hints=None,    # words for each row
-    most:int=64    # cells in a row at most
+    hints=None,    # words for each row, where there are too many cells to tell of each
+    most:int=64,   # cells in a row at most
+    clicked:int=24 # cells in a row at most that can be clicked
 )->Html:
     "Attention of each token (rows) to each token (columns)"
     n = len(m)
     over = '' if row is None else picked(0, row, n, 1, n, n)
     image = map_images(_levels(pool(np.asarray(m), most), signed), signed=signed)
     y = _row_names(names, n, row) if names else ''
+    x, cells = _column_names(names, n) if names else '', _cells(m, names, clicked, signed)
     style = f'--left:{74 if names else 0}px'
-    return square_figure(image + over + hover_rows(hints), title, label, '', y, style, 'alf-sq')
+    inside = image + over + (cells or hover_rows(hints))
+    return square_figure(inside, title, label, x, y, style, 'alf-sq', 'group' if cells else 'img')
 
 # %% ../../nbs/08_widgets/10_heads.ipynb #db158f3f
 class _Grid:

@@ -25,7 +25,7 @@ from .base import View
 from .choice import Choice, Context, Request, answer_text, choice_text, choice_tiles, choose, context_at
 from .choice import context_now, linked, n_units, request_text, run_unit, taken, told_of, unit_facts
 from .edits import FORMS, History, as_text, with_rule
-from .grid import GridWidget
+from .grid import CopyButton, GridWidget
 from .parts import Pair, html, menu, put, row, show
 
 # %% ../../nbs/08_widgets/06_picker.ipynb #66b97c44
@@ -99,7 +99,8 @@ def _outputs(p):
     p.actions = row(p.apply, p.apply_now, p.request, align_items='center', display='none')
     p.form = menu('copy as', FORMS, '210px', '62px')
     p.text = W.Textarea(layout=dict(flex='1 1 320px', width='auto', height='58px'))
-    p.copy = row(p.form, p.text, align_items='flex-start')
+    p.clip = CopyButton(layout=dict(width='auto'))
+    p.copy = row(p.form, p.text, p.clip, align_items='flex-start')
 
 # %% ../../nbs/08_widgets/06_picker.ipynb #78a39769
 def _connect(p):
@@ -281,7 +282,7 @@ def _drawn(p):
 
 def _label(p, grid, what):
     n = len(p.selection) if p.selection else 0
-    share = f", {p.selection.share:.1%} of the parameters" if n else ''
+    share = f", {percent(p.selection.share)} of the parameters" if n else ''
     return f"{what} of {len(grid.units)} units by layer and role. {n} would train{share}"
 
 # %% ../../nbs/08_widgets/06_picker.ipynb #0eab07a2
@@ -347,7 +348,9 @@ def _draw_actions(p):
     put(p.undo, disabled=not p._history.at)
     put(p.redo, disabled=p._history.at >= len(p._history.past) - 1)
     put(p.request, value=answer_text(p.state, p._sent, p.live))
-    put(p.text, value=as_text(p.policy, p.form.value, run_unit(p.state, p._unit)) if p.policy else '')
+    text = as_text(p.policy, p.form.value, run_unit(p.state, p._unit)) if p.policy else ''
+    put(p.text, value=text)
+    put(p.clip, text=text)
 
 # %% ../../nbs/08_widgets/06_picker.ipynb #3a67e244
 @patch(as_prop=True)

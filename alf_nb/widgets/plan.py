@@ -17,15 +17,14 @@ from .base import View
 from .parts import html, put
 
 # %% ../../nbs/08_widgets/13_plan.ipynb #a48b14f3
-_GB = 1 << 30
-
 def memory_sizes(
     least:int,  # bytes of the cheapest way
     most:int,   # of the dearest
     given=None  # a memory that has to be among them
 )->list:
     "Bytes of memories to choose from, the smallest first"
-    usual = {k << n for k in (2, 3) for n in range(9, 48)} | {40*_GB, 80*_GB}
+    usual = {(k << n)*unit//2 for unit in (10**3, 10**6, 10**9, 10**12) for k in (2, 3) for n in range(10)}
+    usual |= {40*10**9, 80*10**9}
     above = min((s for s in usual if s >= 1.2*most), default=most)
     below = max((s for s in usual if s < least), default=least)
     return sorted({s for s in usual if below <= s <= above} | ({given} if given else set()))

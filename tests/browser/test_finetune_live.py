@@ -8,7 +8,7 @@ from pathlib import Path
 import alf_nb.app.finetune as app
 from alf_nb.all import *
 from alf_nb.demo import demo_model, demo_tokenizer
-app._Bar.on_step_begin = lambda *args, **kw: time.sleep(.05)
+app.Bar.on_step_begin = lambda *args, **kw: time.sleep(.05)
 text = Path('text.txt')
 says = 'The cat follows the dog, and {} times {} is {}, says the sun.'
 text.write_text('\\n\\n'.join(says.format(i, i, i*i) for i in range(200)))

@@ -113,3 +113,67 @@ def test_it_is_readable_wide_narrow_and_dark(notebook, shot, blocks):
             shot(nb, f"grid_{blocks}_{theme.lower()}_{width}", 0)
     nb.theme("Light")
     nb.page.set_viewport_size(dict(width=1280, height=1500))
+
+
+def test_copy_puts_the_settings_on_the_clipboard(notebook, context):
+    nb = notebook(BIG % 4, "")
+    nb.run(0)
+    nb.cell(0).get_by_role("grid").wait_for(timeout=20_000)
+    text = nb.cell(0).locator("textarea").input_value()
+    nb.cell(0).get_by_role("button", name="Copy", exact=True).click()
+    nb.cell(0).locator(".alf-copy [role=status]").filter(has_text="copied").wait_for(timeout=10_000)
+    nb.cell(1).locator(".jp-InputArea-editor").click()
+    nb.page.keyboard.press("Control+V")
+    nb.page.wait_for_timeout(300)
+    assert "ALFCallback(" in text and nb.source(1).strip() == text.strip()
+
+
+COMPARE = """
+import math
+from alf_nb.core.runlog import RunLog
+from alf_nb.widgets.attention import AttentionViewer
+from alf_nb.widgets.compare import CompareView
+for name in ('a-run-with-the-long-name-that-people-give-to-runs', 'another-run-with-a-name-that-does-not-end-soon'):
+    with RunLog(name) as log:
+        log.write('run_begin', step=0, run_id=name, model='tiny', device='cpu', units=[], max_steps=40,
+                  config=dict(policy=dict(policy='budget', budget=.25), signal='gain', seed=len(name)))
+        for s in range(1, 41):
+            log.write('log', step=s, loss=2+math.exp(-s/9), seconds_per_step=1., tokens_per_second=9.)
+        for k in ('domain', 'other'): log.write('eval', step=40, name=k, when='after', loss=2.)
+CompareView(['a-run-with-the-long-name-that-people-give-to-runs', 'another-run-with-a-name-that-does-not-end-soon'])
+"""
+ATTEND = """
+import numpy as np
+rows = lambda seed: np.random.default_rng(seed).dirichlet([.3]*8, (2, 2, 8))
+AttentionViewer(rows(0), rows(1), 'the cat sat on the mat and slept'.split())
+"""
+
+
+def test_nothing_is_wider_than_its_cell_in_a_narrow_window(notebook, shot):
+    nb = notebook(COMPARE, ATTEND)
+    nb.page.set_viewport_size(dict(width=700, height=1400))
+    for i in 0, 1:
+        nb.run(i)
+        view = nb.cell(i).locator(".alf-view").first
+        view.wait_for(timeout=20_000)
+        nb.page.wait_for_timeout(1000)
+        box, cell = view.bounding_box(), nb.cell(i).locator(".jp-OutputArea").first.bounding_box()
+        assert box["x"] + box["width"] <= cell["x"] + cell["width"] + 1, (box, cell)
+        wide = nb.cell(i).locator(".jp-OutputArea-output").first.evaluate("e => [e.scrollWidth, e.clientWidth]")
+        assert wide[0] <= wide[1] + 1, wide
+        shot(nb, f"narrow_{i}", i)
+
+
+def test_a_click_on_an_attention_map_tells_pair_and_weight(notebook, shot):
+    nb = notebook(COMPARE, ATTEND, "rows(0)[0, 0, 2, 1], AttentionViewer(rows(0), None, 'the cat sat on the mat and"
+                           " slept'.split()).at")
+    nb.run(0)
+    nb.run(1)
+    cell = nb.cell(1).locator(".cells u[title^='sat → cat: ']").last
+    cell.wait_for(timeout=20_000)
+    cell.click()
+    said = cell.evaluate("e => getComputedStyle(e, '::after').content").strip('"')
+    assert said == cell.get_attribute("title") and said.startswith("sat → cat: 0.")
+    names = nb.cell(1).locator(".alf-sq:not(.over) .alf-x span").all_inner_texts()
+    assert names[:8] == "the cat sat on the mat and slept".split()
+    shot(nb, "attention_clicked", 1)
