@@ -42,7 +42,9 @@ PRESETS |= {
     'badam': dict(policy='badam', unit='block', interval=50, offload='none', select_until=1.),
     # GRASS, https://arxiv.org/abs/2604.07808: blocks drawn by mean gradient norm, state off-loaded
     'grass': dict(policy='grass', unit='block', signal='grad_norm', interval=50, offload='full', select_until=1.),
+    # the upper blocks, once: nothing is measured
     'static-top': dict(policy=dict(policy='static', where='last'), unit='block', interval=0),
+    # everything trains
     'full': dict(policy='full', kinds=KINDS, interval=0, select_until=1.),
 }
 
