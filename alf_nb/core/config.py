@@ -25,9 +25,7 @@ PRESETS = {
     # exact gradients of a few batches at each selection, a tenth of a short run
     'probe': dict(signal='gain', strata=3),
     # the same strata and depth, drawn by lot, once: nothing is measured
-    'short': dict(
-        policy=dict(policy='static', where='random', budget=.25, strata=3), freeze_bottom=.2, interval=0,
-    ),
+    'short': dict(policy=dict(policy='static', where='random', budget=.25, strata=3), freeze_bottom=.2, interval=0),
     # J. Y. Lee, Adaptive Layer-wise Fine-tuning: importance is the change rate, first measured within the budget
     'paper': dict(budget=.25, signal='rate', unit='block', start='rotate', warm_up=16, explore=.1),
 }
