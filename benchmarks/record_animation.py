@@ -87,7 +87,7 @@ def middle(locator):
 def play(film, cell):
     "Watch, drag the budget, apply, watch, pause"
     button = lambda name: cell.get_by_role('button', name=re.compile(rf'\b{name}$')).first
-    cell.get_by_text(re.compile(r'^Training$')).first.wait_for(timeout=900_000)
+    cell.get_by_text(re.compile(r'^Training$')).first.wait_for()
     watch(film, cell, 10)
     handle = cell.locator('.noUi-handle').nth(1)        # the budget's
     move(film, middle(handle))
@@ -135,15 +135,18 @@ def develop(folder, out):
 def record(folder, steps, length):
     lab_root = Path(tempfile.mkdtemp(prefix='animation-'))
     cells = [nbformat.v4.new_code_cell(s) for s in (SETUP.format(steps=steps, length=length), SHOW, 'run.stop()')]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), lab_root/'run.ipynb')
+    kernel = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), lab_root/'run.ipynb')
     with jupyterlab(lab_root) as base, browser() as context:
         nb = Notebook(context, base, 'run.ipynb')
+        nb.page.set_default_timeout(120_000)
         nb.page.set_viewport_size(dict(width=WIDE, height=HIGH + 400))
         nb.command('application:toggle-left-area')
         nb.run(0, timeout=600)
-        nb.run(1)
+        nb.run(1, timeout=300)
         cell = nb.cell(1)
-        cell.locator('.noUi-handle').nth(1).wait_for(timeout=600_000)
+        nb.page.screenshot(path=folder/'window.png')
+        cell.locator('.noUi-handle').nth(1).wait_for()
         nb.page.evaluate(POINTER)
         cell.locator('.jp-OutputArea').first.scroll_into_view_if_needed()
         nb.page.wait_for_timeout(1000)

@@ -29,7 +29,7 @@ def test_nothing_of_colab_has_to_be_upgraded():
     needs = [Requirement(r) for r in config["DEFAULT"]["requirements"].split()]
     has = listed()
     found = [r for r in needs if canonicalize_name(r.name) in has]
-    assert {"torch", "transformers", "datasets", "accelerate", "numpy", "ipywidgets", "anywidget"} <= {r.name for r in found}
+    assert {"torch", "transformers", "datasets", "numpy", "ipywidgets", "anywidget"} <= {r.name for r in found}
     for r in found: assert r.specifier.contains(has[canonicalize_name(r.name)]), f"{r}, but Colab has {has[r.name]}"
 
 

@@ -17,7 +17,7 @@ def plain(output):
     "The output without what needs a kernel"
     if 'data' not in output: return output
     data = {k: v for k, v in output['data'].items() if k != WIDGET}
-    return output | dict(data=data, metadata={}) if data else None
+    return nbformat.from_dict(output | dict(data=data, metadata={})) if data else None
 
 
 def keep(old, new):
@@ -25,7 +25,9 @@ def keep(old, new):
     for a, b in zip(old.cells, new.cells):
         found = [o for o in map(plain, b.get('outputs', [])) if o and o.get('name') != 'stderr']
         if not found or not (a['outputs'] or any('text/html' in o.get('data', {}) for o in found)): continue
-        a['outputs'] = [o | dict(execution_count=None) if 'execution_count' in o else o for o in found]
+        for o in found:
+            if 'execution_count' in o: o['execution_count'] = None
+        a['outputs'] = found
     return old
 
 
