@@ -89,11 +89,11 @@ def play(film, cell):
     button = lambda name: cell.get_by_role('button', name=re.compile(rf'\b{name}$')).first
     cell.get_by_text(re.compile(r'^Training$')).first.wait_for()
     watch(film, cell, 10)
-    handle = cell.locator('.noUi-handle').nth(1)        # the budget's
+    handle = cell.locator('.noUi-handle:visible').nth(1)        # the budget's
     move(film, middle(handle))
     film.page.mouse.down()
     x, y = film.at
-    track = cell.locator('.noUi-target').nth(1).bounding_box()
+    track = cell.locator('.noUi-target:visible').nth(1).bounding_box()
     goal = track['x'] + .55*track['width']
     for i in range(1, 13):
         film.page.mouse.move(x + (goal-x)*i/12, y)
@@ -146,7 +146,7 @@ def record(folder, steps, length):
         nb.run(1, timeout=300)
         cell = nb.cell(1)
         nb.page.screenshot(path=folder/'window.png')
-        cell.locator('.noUi-handle').nth(1).wait_for()
+        cell.locator('.noUi-handle:visible').nth(1).wait_for()
         nb.page.evaluate(POINTER)
         cell.locator('.jp-OutputArea').first.scroll_into_view_if_needed()
         nb.page.wait_for_timeout(1000)

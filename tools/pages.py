@@ -118,7 +118,7 @@ VIEWS = {
 def picture(nb, name):
     "The last still of a view that a notebook keeps; of any, in the notebook that makes the view"
     stills = [o.data for c in nb.cells for o in c.get('outputs', []) if 'text/html' in o.get('data', {})]
-    own = [d for d in stills if ''.join(d.get('text/plain', '')).startswith((name, '<Picture'))]
+    own = [d for d in stills if ''.join(d.get('text/plain', '')).startswith((name, '<Picture', '<Html'))]
     return ''.join(own[-1]['text/html']) if own else None
 
 

@@ -14,10 +14,11 @@ WIDGET = 'application/vnd.jupyter.widget-view+json'
 
 
 def plain(output):
-    "The output without what needs a kernel"
+    "The output without what needs a kernel; None if nothing is left but a name"
     if 'data' not in output: return output
     data = {k: v for k, v in output['data'].items() if k != WIDGET}
-    return nbformat.from_dict(output | dict(data=data, metadata={})) if data else None
+    if WIDGET in output['data'] and 'text/html' not in data: return None
+    return nbformat.from_dict(output | dict(data=data, metadata={}))
 
 
 def keep(old, new):
