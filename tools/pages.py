@@ -115,10 +115,12 @@ VIEWS = {
 }
 
 
-def picture(nb, name):
-    "The last still of a view that a notebook keeps; of any, in the notebook that makes the view"
-    stills = [o.data for c in nb.cells for o in c.get('outputs', []) if 'text/html' in o.get('data', {})]
-    own = [d for d in stills if ''.join(d.get('text/plain', '')).startswith((name, '<Picture', '<Html'))]
+def picture(path, name, made_here):
+    "The last still of a view that a notebook keeps; where the view is made, stills need no name"
+    if not path.exists(): return None
+    stills = [o.data for c in read_nb(path).cells for o in c.get('outputs', []) if 'text/html' in o.get('data', {})]
+    names = (name, '<Picture', '<Html') if made_here else name
+    own = [d for d in stills if ''.join(d.get('text/plain', '')).startswith(names)]
     return ''.join(own[-1]['text/html']) if own else None
 
 
@@ -126,8 +128,9 @@ def views_page(nbs):
     "Every view with its picture"
     cells = []
     for name, (place, kept, use) in VIEWS.items():
-        path = nbs/f'{kept}.ipynb'
-        still = path.exists() and picture(read_nb(path), name)
+        page_here = f'08_widgets/{place}'
+        stills = (picture(nbs/f'{p}.ipynb', name, p == page_here) for p in (kept, page_here))
+        still = next(filter(None, stills), None)
         if not still: continue
         text = f'## {name}\n\n{use} [More](08_widgets/{page_of(Path(place)).stem}.ipynb)'
         shown = new_output('display_data', {'text/html': still})
