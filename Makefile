@@ -10,7 +10,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WAIT    := $(if $(strip $(foreach k,OMP_WAIT_POLICY GOMP_SPINCOUNT KMP_BLOCKTIME,$(filter-out undefined,$(origin $(k))))),,GOMP_SPINCOUNT=10000)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all browser gpu bench-kernel bench-live bench-efficiency bench-long evidence mutants export lab docs lock matrix wheel clean
+.PHONY: help setup demo test test-all browser gpu bench-kernel bench-live bench-efficiency bench-long evidence mutants export lab docs colab address lock matrix wheel clean
 
 help:     ## what there is
 	@sed -n 's/^\([a-z][a-z-]*\):.*## */make \1 · /p' $(MAKEFILE_LIST)
@@ -78,6 +78,12 @@ lab: $(READY) ## open the first tutorial in JupyterLab
 
 docs: $(READY) ## build the documentation in _docs/; opens from disk, loads nothing from outside
 	@$(BIN)/python tools/docs.py
+
+colab:    ## the first two tutorials with the packages that Colab has; needs python3.13 and some gigabytes in build/
+	@$(or $(PYTHON),python3) tools/colab.py
+
+address:  ## whose repository this is, in every badge and link: make address OWNER=your-name
+	@$(or $(PYTHON),python3) tools/address.py $(OWNER)
 
 lock: ## resolve settings.ini anew into requirements.lock; needs python3.10 to python3.13
 	@$(or $(PYTHON),python3) tools/lock.py

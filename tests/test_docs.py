@@ -26,7 +26,8 @@ def text(site, page): return (site[0]/page).read_text(encoding='utf-8')
 
 def test_a_page_for_every_notebook(site):
     out, made = site
-    assert {root / 'nbs' / rel for rel in made} == {
+    written = {root/'nbs'/f'{n}.ipynb' for n in ('presets', 'views')}
+    assert {root / 'nbs' / rel for rel in made} - written == {
         p for p in (root / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts
     }
     for page, _ in made.values(): assert (out/page).stat().st_size > 2000, page
@@ -60,8 +61,89 @@ def test_the_sidebar_leads_everywhere_in_order(site):
                                         if rel.parts[0] == 'tutorials')
     ]
     assert [l for l in links if l.startswith('tutorials/')] == tutorials
-    places = [links.index(l) for l in ('index.html', tutorials[0], 'speed.html', '01_core/records.html')]
+    start, how_to = ('index.html', 'install.html', tutorials[0]), (tutorials[2], 'presets.html')
+    rest = 'views.html', 'evidence.html', 'api.html', '01_core/records.html'
+    places = [links.index(l) for l in (*start, *how_to, *rest)]
     assert places == sorted(places)
+
+
+def test_it_starts_with_start_how_to_views_and_api(site):
+    sections = re.findall(r'sidebar-item-section.*?menu-text">(.*?)</span>', text(site, 'index.html'))
+    assert [s for s in sections if s[0].isupper()] == ['Start', 'How-to', 'Views', 'Evidence', 'API']
+    bar = re.search(r'navbar-nav-scroll me-auto">(.*?)</ul>', text(site, '01_core/records.html'), re.S)[1]
+    assert re.findall(r'menu-text">(.*?)<', bar) == ['Start', 'How-to', 'Views', 'Evidence', 'API']
+
+
+def test_links_to_sources_lead_to_the_line(site):
+    links = [
+        m
+        for f in site[0].rglob('*.html')
+        for m in re.findall(r'href="[^"]*/blob/\w+/(alf_nb/[\w/]+\.py)(#[^"]*)?"', f.read_text(encoding='utf-8'))
+    ]
+    lines = {f: (root/f).read_text(encoding='utf-8').split('\n') for f, _ in links}
+    assert sum(bool(place) for _, place in links) > 900
+    for f, place in links:
+        if place: assert re.match(r'\s*(@|def |class |async def )', lines[f][int(place[2:]) - 1]), f'{f}{place}'
+
+
+def test_every_preset_is_listed_with_what_it_does(site):
+    from alf_nb.core.config import PRESETS
+    found = docs.pages.presets((root/'alf_nb'/'core'/'config.py').read_text(encoding='utf-8'))
+    assert list(found) == list(PRESETS) and all(len(does) > 20 for does, _ in found.values())
+    page = text(site, 'presets.html')
+    for name in PRESETS: assert f'<td><code>{name}</code></td>' in page, name
+
+
+def test_every_view_has_its_picture(site):
+    from alf_nb.widgets.base import View
+    for f in (root/'alf_nb'/'widgets').glob('[a-z]*.py'): importlib.import_module(f'alf_nb.widgets.{f.stem}')
+    page = text(site, 'views.html')
+    assert {v.__name__ for v in View.__subclasses__() if v.__module__.startswith('alf_nb')} == set(docs.pages.VIEWS)
+    for name in docs.pages.VIEWS:
+        section = re.search(rf'<h2[^>]*>{name}</h2>(.*?)(<h2|</main>)', page, re.S)
+        assert section and re.search('<svg|<img|<table', section[1]), name
+
+
+def test_the_evidence_begins_with_the_answer_and_folds_the_rest(site):
+    page = text(site, 'evidence.html')
+    body = page[page.index('<main'):]
+    heads = re.findall(r'<section id="([^"]+)" class="level2">', body)
+    assert heads[0] == 'the-answer' and '<table' in body[body.index(heads[0]):body.index(heads[1])]
+    shown = re.sub(r'<details class="fold">.*?</details>', '', body, flags=re.S)
+    assert shown.count('<table') <= 4 and shown.count('<svg') == 0
+    assert body.count('<table') > 20, "nothing is lost"
+
+
+SEARCHES = {
+    'chat template': '02_sources/templates.html',
+    'out of memory': 'tutorials/big_model.html#will-it-fit',
+    'resume': 'tutorials/your_own.html#when-it-is-killed',
+    'freeze layers': 'tutorials/choose_live.html#before-what-would-it-mean',
+    'lora': 'tutorials/compare.html',
+    '4 bit': 'tutorials/big_model.html#bits-for-what-stays',
+    'checkpoint': 'tutorials/your_own.html#when-it-is-killed',
+    'install': 'install.html',
+}
+
+
+def test_the_search_knows_the_words_that_people_use(site):
+    "In the page's own search, opened from disk"
+    spec = importlib.util.spec_from_file_location('lab', root/'tests'/'browser'/'lab.py')
+    lab = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lab)
+    if not lab.CHROMIUM or not importlib.util.find_spec('playwright'): pytest.skip("needs Playwright and Chromium")
+    with lab.browser() as context:
+        page = context.new_page()
+        page.goto((site[0]/'index.html').as_uri())
+        found = {}
+        for asked in SEARCHES:
+            page.locator('#quarto-search input').fill(asked)
+            page.wait_for_timeout(150)          # it waits that long before it looks
+            page.locator('.search-result').first.wait_for()
+            found[asked] = page.locator('.search-result').first.get_attribute('href').removeprefix('./')
+            page.locator('#quarto-search input').fill('')
+            page.locator('.search-result').first.wait_for(state='hidden')
+    assert found == SEARCHES
 
 
 def test_outputs_and_maths_are_shown(site):

@@ -1,5 +1,5 @@
 "What is written down twice says the same in both places."
-import configparser, json, re, sys
+import configparser, importlib.util, json, re, sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,19 @@ def test_settings_and_pyproject_agree(settings, pyproject):
     assert settings['lib_path'] == nbdev['lib_path'] and settings['tst_flags'].split() == nbdev['tst_flags']
     assert project['authors'] == [dict(name=settings['author'], email=settings['author_email'])]
     assert settings['version'] == alf_nb.__version__
+
+
+def test_one_owner_everywhere(settings):
+    "What tools/address.py writes: every file that names the repository names its owner"
+    spec = importlib.util.spec_from_file_location('address', root/'tools'/'address.py')
+    address = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(address)
+    owners = address.owners()
+    assert {'README.md', 'pyproject.toml', 'nbs/index.ipynb', 'alf_nb/all.py'} <= set(owners)
+    assert not [f'{f}: {found}' for f, found in owners.items() if found != {settings['user']}]
+    found = address.places(settings['repo'])
+    for url in (settings['git_url'], settings['doc_host'] + settings['doc_baseurl']):
+        assert found.sub('somebody', url) == url.replace(settings['user'], 'somebody')
 
 
 def test_the_citation_names_this_version(settings): assert f"\nversion: {settings['version']}\n" in read('CITATION.cff')

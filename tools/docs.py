@@ -1,17 +1,17 @@
 """Build the documentation site from the notebooks, offline: `python tools/docs.py [folder]`, default `_docs`.
 
 nbdev turns each notebook into a page, smalldocs lays the pages out as Quarto would, and this script does what neither
-does: it documents exported names without running
-notebooks, orders the sidebar, writes maths as MathML, and lets a page load nothing from outside. Any broken link is an
-error. Notebooks are not run: their stored outputs are shown.
+does: it documents exported names without running notebooks, writes maths as MathML, and lets a page load nothing from
+outside; `tools/pages.py` says which pages and words there are beside. Any broken link is an error. Notebooks are not
+run: their stored outputs are shown.
 """
-import configparser, html, importlib, operator, os, re, shutil, sys, tempfile
+import configparser, html, importlib, inspect, json, os, re, shutil, sys, tempfile
 from functools import reduce
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import yaml
+import nbformat, yaml
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from nbdev.process import Processor
 from nbdev.processors import FilterDefaults, exec_show_docs
@@ -19,13 +19,16 @@ from nbdev.showdoc import show_doc
 from nbformat.v4 import new_output
 
 root = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(root/'tools'))
+import pages
+from pages import page_of
 settings = configparser.ConfigParser(delimiters=['='])
 settings.read(root/'settings.ini', encoding='utf-8')
 settings = settings['DEFAULT']
 SITE = settings['doc_host']+settings['doc_baseurl']
 BLOB = f"{settings['git_url']}/blob/{settings['branch']}/{settings['nbs_path']}"
 # pictures of ours follow the theme that is switched on; a page opened from disk may not fetch the search index, but may
-# load it as a script
+# load it as a script; a link to what is folded opens it
 HEAD = """<script>\
 (f=>{f();new MutationObserver(f).observe(document.documentElement,{attributeFilter:['class']})})\
 (()=>document.documentElement.setAttribute('theme',\
@@ -33,7 +36,12 @@ document.documentElement.classList.contains('quarto-dark')?'dark':'light'));
 if(location.protocol==='file:'){const get=window.fetch;\
 window.fetch=(u,...a)=>!String(u).endsWith('search.json')?get(u,...a):\
 new Promise(r=>{const s=document.createElement('script');s.src=u+'.js';\
-s.onload=()=>r(new Response(JSON.stringify(window.searchIndex)));document.head.append(s)})}</script>"""
+s.onload=()=>r(new Response(JSON.stringify(window.searchIndex)));document.head.append(s)})}
+const unfold=()=>{const to=location.hash&&document.getElementById(decodeURIComponent(location.hash.slice(1)));
+if(to)for(let d=to.querySelector('details.fold')||to;d=d.closest('details.fold');d=d.parentElement)d.open=true;
+if(to)to.scrollIntoView()};
+addEventListener('hashchange',unfold);addEventListener('DOMContentLoaded',unfold)</script>"""
+FOLDED = 'evidence.html', 'costs.html'        # pages whose tables and charts open by a click
 BADGE = 'https://colab.research.google.com/assets/colab-badge.svg'
 
 
@@ -46,9 +54,10 @@ def notebooks(folder):
     )
 
 
-def page_of(rel):
-    "Where the page of a notebook goes: without its number, so that a link survives a new order"
-    return rel.with_name(re.sub(r'^\d+[a-z]?_', '', rel.name)).with_suffix('.html')
+def line_of(obj):
+    "Where a name is defined, as the end of a link to its file; empty for what has no line, such as a number"
+    try: return f'#L{inspect.getsourcelines(obj)[1]}'
+    except (TypeError, OSError): return ''
 
 
 class document_exports(Processor):
@@ -63,8 +72,9 @@ class document_exports(Processor):
     def cell(self, cell):
         if cell.cell_type != 'code' or not (m := re.search(r'^show_doc\(([\w.]+)\)$', cell.source, re.M)): return
         obj = reduce(getattr, m[1].split('.'), self.module)
-        doc = show_doc(obj.fget if isinstance(obj, property) else obj, name=m[1])
-        cell.outputs = [new_output('display_data', {'text/markdown': doc._repr_markdown_()})]
+        obj = obj.fget if isinstance(obj, property) else obj
+        doc = show_doc(obj, name=m[1])._repr_markdown_().replace('#LNone', line_of(obj))
+        cell.outputs = [new_output('display_data', {'text/markdown': doc})]
 
 
 class Pages(FilterDefaults):
@@ -88,6 +98,7 @@ def stage(nbs, folder):
         rel = src.relative_to(nbs)
         nb = read_nb(src)
         keep_introduction(nb)
+        if rel.name == 'evidence.ipynb': nb.cells[1:1] = pages.answer(read_nb(nbs/'index.ipynb'))
         Pages()(nb)
         nb.metadata.pop('widgets', None)
         for c in nb.cells:
@@ -104,24 +115,13 @@ def stage(nbs, folder):
     return made
 
 
-def number(rel):
-    "A notebook's own number, for its place among its neighbours"
-    found = re.match(r'(\d+)_', rel.name)
-    return int(found[1]) if found else 0
-
-
-def sidebar(made):
-    "Start, tutorials, evidence, and the folders of the package in the order in which they are read"
-    def entry(rel, text=None):
-        return dict(text=text or made[rel][1], href=made[rel][0].with_suffix('.ipynb').as_posix())
-    pages = [r for r in made if len(r.parts) == 1 and r.name not in ('index.ipynb', 'api.ipynb')]
-    tutorials = sorted((r for r in made if r.parts[0] == 'tutorials'), key=number)
-    sections = {'Tutorials': [entry(r, f'{number(r)} · {made[r][1]}') for r in tutorials]}
-    sections |= {'Evidence': list(map(entry, pages)), 'API': [entry(r) for r in made if r.name == 'api.ipynb']}
-    for folder in sorted({r.parts[0] for r in made if r.parts[0][0].isdigit()}):
-        sections[folder.partition('_')[2]] = [entry(r) for r in made if r.parts[0] == folder]
-    found = [dict(section=k, contents=v) for k, v in sections.items() if v]
-    return [dict(text='Start', href='index.ipynb'), *found]
+def write_pages(nbs, folder, made):
+    "Pages that are no notebooks of ours"
+    for name, nb in (('presets', pages.presets_page(root/settings['lib_path'])), ('views', pages.views_page(nbs))):
+        rel = Path(f'{name}.ipynb')
+        if rel in made: sys.exit(f"{rel} is a notebook, and a page that is made")
+        nbformat.write(nb, folder/rel)
+        made[rel] = page_of(rel), name.capitalize()
 
 
 def configure(nbs, folder, made):
@@ -135,13 +135,16 @@ def configure(nbs, folder, made):
         'repo-branch': settings['branch'],
         'repo-url': settings['git_url'],
         'llms-txt': True,
+        'navbar': dict(search=True, left=pages.navbar(made)),
     }
     page = {'include-in-header': [dict(text=HEAD)]}
     (folder / 'nbdev.yml').write_text(
         yaml.safe_dump(dict(project={'output-dir': '_docs'}, website=site, format=dict(html=page))), encoding='utf-8'
     )
     (folder / 'sidebar.yml').write_text(
-        yaml.safe_dump(dict(website=dict(sidebar=dict(contents=sidebar(made)))), sort_keys=False, allow_unicode=True),
+        yaml.safe_dump(
+            dict(website=dict(sidebar=dict(contents=pages.sidebar(made)))), sort_keys=False, allow_unicode=True
+        ),
         encoding='utf-8',
     )
 
@@ -187,10 +190,12 @@ def offline(out, made):
             return f'href="{Path(os.path.relpath(urls[url], here.parent)).as_posix()}{place}"'
         text = re.sub(r'<span class="math (inline|display)">(.*?)</span>', mathml, text, flags=re.S)
         text = re.sub(r'<(link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(</script>)?', '', text)
+        if here.as_posix() in FOLDED: text = pages.fold(text)
         f.write_text(re.sub(r'href="([^"]*)"', link, text), encoding='utf-8')
-    (out / 'search.json.js').write_text(
-        'window.searchIndex=' + (out / 'search.json').read_text(encoding='utf-8') + '\n', encoding='utf-8'
-    )
+    index = json.loads((out/'search.json').read_text(encoding='utf-8'))
+    index = json.dumps(pages.search_entries({p.as_posix(): t for p, t in made.values()}) + index, ensure_ascii=False)
+    (out/'search.json').write_text(index, encoding='utf-8')
+    (out/'search.json.js').write_text(f'window.searchIndex={index}\n', encoding='utf-8')
     for f in sorted(out.rglob('*.llms.md')):      # where the modules' docstrings say it is
         f.rename(f.with_name(f.name.replace('.llms.md', '.html.md')))
     for f in [*out.rglob('*.html.md'), out/'llms.txt']:
@@ -219,16 +224,27 @@ class _Tags(HTMLParser):
 def _css_urls(css): return re.findall(r'url\(\s*[\'"]?([^\'")]+)', css) + re.findall(r'@import\s+[\'"]([^\'"]+)', css)
 
 
+def unfound(out, ids):
+    "Results of the search that lead nowhere"
+    index = out/'search.json'
+    hits = [e['href'].partition('#') for e in json.loads(index.read_text(encoding='utf-8'))] if index.exists() else []
+    return [
+        f'the search leads to {p}{hash}{i}, which is not there'
+        for p,hash,i in hits
+        if p not in ids or i and i not in ids[p]
+    ]
+
+
 def problems(out):
     "Broken links and anchors inside the site, and everything a page would load from outside"
-    pages = {}
+    parsed = {}
     for f in out.rglob('*.html'):
-        pages[f] = t = _Tags()
+        parsed[f] = t = _Tags()
         text = f.read_text(encoding='utf-8')
         t.feed(text)
         t.loads += [u for css in re.findall(r'<style[^>]*>(.*?)</style>', text, re.S) for u in _css_urls(css)]
-    found = []
-    for f,t in sorted(pages.items()):
+    found = unfound(out, {f.relative_to(out).as_posix(): t.ids for f,t in parsed.items()})
+    for f,t in sorted(parsed.items()):
         where = f.relative_to(out).as_posix()
         for url in t.links + t.loads:
             parts = urlsplit(url)
@@ -238,7 +254,7 @@ def problems(out):
                 to = (f.parent/unquote(parts.path)).resolve() if parts.path else f
                 if to.is_dir(): to = to/'index.html'
                 if not to.exists(): found.append(f'{where}: broken link {url}')
-                elif parts.fragment and to in pages and unquote(parts.fragment) not in pages[to].ids:
+                elif parts.fragment and to in parsed and unquote(parts.fragment) not in parsed[to].ids:
                     found.append(f'{where}: no such place {url}')
     for f in out.rglob('*.css'):
         found += [
@@ -254,6 +270,7 @@ def build(out, nbs=root/'nbs'):
     with tempfile.TemporaryDirectory(prefix='docs-') as tmp:
         folder = Path(tmp)
         made = stage(nbs, folder)
+        write_pages(nbs, folder, made)
         configure(nbs, folder, made)
         site, wrong = render(folder)
         if (folder/'images').is_dir(): shutil.copytree(folder/'images', site/'images', dirs_exist_ok=True)

@@ -25,9 +25,7 @@ PRESETS = {
     # exact gradients of a few batches at each selection, a tenth of a short run
     'probe': dict(signal='gain', strata=3),
     # the same strata and depth, drawn by lot, once: nothing is measured
-    'short': dict(
-        policy=dict(policy='static', where='random', budget=.25, strata=3), freeze_bottom=.2, interval=0,
-    ),
+    'short': dict(policy=dict(policy='static', where='random', budget=.25, strata=3), freeze_bottom=.2, interval=0),
     # J. Y. Lee, Adaptive Layer-wise Fine-tuning: importance is the change rate, first measured within the budget
     'paper': dict(budget=.25, signal='rate', unit='block', start='rotate', warm_up=16, explore=.1),
 }
@@ -42,7 +40,9 @@ PRESETS |= {
     'badam': dict(policy='badam', unit='block', interval=50, offload='none', select_until=1.),
     # GRASS, https://arxiv.org/abs/2604.07808: blocks drawn by mean gradient norm, state off-loaded
     'grass': dict(policy='grass', unit='block', signal='grad_norm', interval=50, offload='full', select_until=1.),
+    # the upper blocks, once: nothing is measured
     'static-top': dict(policy=dict(policy='static', where='last'), unit='block', interval=0),
+    # everything trains
     'full': dict(policy='full', kinds=KINDS, interval=0, select_until=1.),
 }
 
