@@ -558,22 +558,23 @@ def test_a_loss_that_is_nan_is_not_blamed_on_labels(tmp_path):
 
 def test_masked_labels_are_named_where_they_are_to_blame(tmp_path):
     data = [dict(r, labels=[-100]*len(r["input_ids"])) for r in demo_dataset(32)]
-    with pytest.raises(ValueError, match="all labels masked"): train(tmp_path, ALFCallback(preset="probe", budget=.3), data=data)
+    with pytest.raises(ValueError, match="all labels masked"):
+        train(tmp_path, ALFCallback(preset="probe", budget=.3), data=data)
     t, said = train(tmp_path/"warn", ALFCallback(preset="probe", budget=.3, check="warn"), data=data, steps=3)
     assert t.state.global_step == 3 and any("all labels masked" in w for w in said)
 
 
 def test_a_meter_names_weights_that_hold_nan(tmp_path):
-    said = r"weights of block.0.mlp.up_proj hold NaN or infinity before step 1: load the model anew"
+    said = "weights of block.0.mlp.up_proj hold NaN or infinity after step 0: load the model anew"
     with pytest.raises(RuntimeError, match=said): train(tmp_path, ALFCallback(budget=.3), model=demo_model_with_nan())
     t, warned = train(tmp_path/"warn", ALFCallback(budget=.3, check="warn"), model=demo_model_with_nan(), steps=3)
-    assert t.state.global_step == 3 and any("hold NaN or infinity before step 1" in w for w in warned)
+    assert t.state.global_step == 3 and any("hold NaN or infinity after step 0" in w for w in warned)
 
 
 def test_a_meter_names_gradients_that_are_not_finite(tmp_path):
     class Odd(Trainer):
         def compute_loss(self, *a, **kw): return super().compute_loss(*a, **kw)*float("nan")
-    said = "after step 2: the gradients of step 1 were so already: look at the data"
+    said = "after step 1: the gradients of step 1 were so already: look at the data"
     with pytest.raises(RuntimeError, match=said): train(tmp_path, ALFCallback(budget=.3), kind=Odd)
 
 

@@ -120,15 +120,17 @@ def check_frozen(self:Guards):
 # %% ../../nbs/06_train/06_guards.ipynb #98a68bb9
 _LOOK_AT = "look at the data (are all labels of a batch masked, -100?), the loss and its dtype"
 
-def _and_more(units): return units[0] + (f" and {len(units)-1} more units" if len(units) > 1 else '')
+def _spoilt(bad, step, odd):
+    "What is said of units whose weights are not finite after a step; `odd`: the step whose gradients were not, or None"
+    more = f" and {len(bad)-1} more units" if len(bad) > 1 else ''
+    if odd is not None: why = f"the gradients of step {odd} were so already: {_LOOK_AT}"
+    else: why = "lower the learning rate, or ban the unit" if step else "load the model anew"
+    return f"weights of {bad[0]}{more} hold NaN or infinity after step {step}: {why}"
 
 @patch
 def check_finite(self:Guards, norms, step):
     "No unit that trains may hold NaN or infinity; gradients that did before are told as the reason"
-    if not norms.bad: return
-    why = "lower the learning rate, or ban the unit"
-    if self.odd_step is not None: why = f"the gradients of step {self.odd_step} were so already: {_LOOK_AT}"
-    self.journal.found(f"weights of {_and_more(norms.bad)} hold NaN or infinity after step {step}: {why}")
+    if norms.bad: self.journal.found(_spoilt(norms.bad, step, self.odd_step))
 
 # %% ../../nbs/06_train/06_guards.ipynb #5c0d77e1
 @patch
@@ -137,8 +139,7 @@ def say_odd_gradients(self:Guards,
     step:int # whose gradients do
 ):
     "A step has gradients that are not finite, and the optimizer has not made it yet"
-    if bad: return self.journal.found(f"weights of {_and_more(bad)} hold NaN or infinity before step {step}: load the"
-                                      " model anew")
+    if bad: return self.journal.found(_spoilt(bad, step-1, self.odd_step))
     if self.odd_step is None: self.odd_step = step
     self.journal.once('odd', f"the gradients of step {step} are NaN or infinite: {_LOOK_AT}")
 

@@ -149,6 +149,7 @@ def may_probe(run):
     "May this run probe?"
     return bool(unmetered(run)) if run.meter is not None else run.config.signal in PROBED
 
+# %% ../../nbs/06_train/11_selecting.ipynb #7a9e4c10
 def watch(run, step):
     "Before the first forward pass of the step after `step`: is it metered?"
     if run.meter is None: return
