@@ -122,10 +122,10 @@ _LOOK_AT = "look at the data (are all labels of a batch masked, -100?), the loss
 
 def _spoilt(bad, step, odd):
     "What is said of units whose weights are not finite after a step; `odd`: the step whose gradients were not, or None"
-    more = f" and {len(bad)-1} more units" if len(bad) > 1 else ''
+    more = f" (and {len(bad)-1} more units)" if len(bad) > 1 else ''
     if odd is not None: why = f"the gradients of step {odd} were so already: {_LOOK_AT}"
     else: why = "lower the learning rate, or ban the unit" if step else "load the model anew"
-    return f"weights of {bad[0]}{more} hold NaN or infinity after step {step}: {why}"
+    return f"weights of {bad[0]} hold NaN or infinity after step {step}{more}: {why}"
 
 @patch
 def check_finite(self:Guards, norms, step):
