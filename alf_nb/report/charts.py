@@ -220,9 +220,10 @@ def _newest_cells(roles, importance, now):
 
 # %% ../../nbs/07_report/09_charts.ipynb #bebeb9a9
 def _standing(state, scores):
-    "Where units stand by the rule of the policy in force, 0–1; where its pins and bans contradict, nothing"
-    policy = Policy.from_dict(state.policy) if state.policy else ALFConfig().policy
-    try: able = make_candidates(scores, state.units, policy.pin, policy.ban, state.step, state.selections[-1].names)
+    "Where units stand by the rule of the policy in force, 0–1; a policy that is unknown here or contradicts: nothing"
+    try:
+        policy = Policy.from_dict(state.policy) if state.policy else ALFConfig().policy
+        able = make_candidates(scores, state.units, policy.pin, policy.ban, state.step, state.selections[-1].names)
     except ValueError: return {}
     return policy_importance(policy, able)
 
