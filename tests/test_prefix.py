@@ -395,7 +395,7 @@ def test_a_block_that_sees_more_than_states_is_found_before_training(tmp_path):
 
 def test_settings_are_checked():
     for kw, match in ((dict(cache_prefix=True, freeze_bottom=0.), 'freeze_bottom=0 freezes none'),
-                      (dict(eval_prefix=True), 'eval_prefix is'),
+                      (dict(eval_prefix=True, freeze_bottom=0.), 'eval_prefix is'),
                       (dict(cache_prefix='much', freeze_bottom=.5), 'a memory such as'),
                       (dict(eval_prefix=2, freeze_bottom=.5), 'True or False')):
         with pytest.raises(ValueError, match=match): ALFConfig.from_args(**kw)
