@@ -114,7 +114,7 @@ _ALF = (
     alf_method('alf', "ALF's default: matrices on whose gradient batches agree, by a meter, every role in every third"
                " of the depth with its share, the lowest fifth of the blocks left out, re-selected"),
     alf_method('alf-probed', 'matrices by gain, measured by probes, every role in every third of the depth with its'
-               " share, re-selected: ALF's preset `probe`", **_probed),
+               " share, re-selected: ALF's preset `probe`", strata=3, **_probed),
     alf_method('alf-unstratified', 'the same, but the highest gain of all, wherever it is', **_anywhere),
 )
 
