@@ -66,7 +66,7 @@ def less(other):
     of = runs()
     gaps = [r['task_loss'] - of[other][k]['task_loss'] for k, r in of['alf'].items()]
     at, low, high = t_interval(gaps)
-    return f'{at:+.3f} (95 % interval {low:+.3f} to {high:+.3f}, {len(gaps)} pairs)'
+    return f'{at:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, {len(gaps)} pairs'
 
 
 def verdict():
