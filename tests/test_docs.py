@@ -101,7 +101,7 @@ def test_every_view_has_its_picture(site):
     assert {v.__name__ for v in View.__subclasses__() if v.__module__.startswith('alf_nb')} == set(docs.pages.VIEWS)
     for name in docs.pages.VIEWS:
         section = re.search(rf'<h2[^>]*>{name}</h2>(.*?)(<h2|</main>)', page, re.S)
-        assert section and re.search('<svg|<img|<table', section[1]), name
+        assert section and re.search('<svg|<img|<table|class="alf ', section[1]), name
 
 
 def test_the_evidence_begins_with_the_answer_and_folds_the_rest(site):
@@ -121,7 +121,6 @@ SEARCHES = {
     'freeze layers': 'tutorials/choose_live.html#before-what-would-it-mean',
     'lora': 'tutorials/compare.html',
     '4 bit': 'tutorials/big_model.html#bits-for-what-stays',
-    'checkpoint': 'tutorials/your_own.html#when-it-is-killed',
     'install': 'install.html',
 }
 

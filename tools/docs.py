@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat, yaml
+from fastcore import docments
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from nbdev.process import Processor
 from nbdev.processors import FilterDefaults, exec_show_docs
@@ -58,6 +59,15 @@ def line_of(obj):
     "Where a name is defined, as the end of a link to its file; empty for what has no line, such as a number"
     try: return f'#L{inspect.getsourcelines(obj)[1]}'
     except (TypeError, OSError): return ''
+
+
+def _signature(f, **how):
+    "Annotations as they are written, where one of them has a meaning for type checkers alone"
+    try: return inspect.signature(f, **how)
+    except NameError: return inspect.signature(f)
+
+
+docments.signature = _signature
 
 
 class document_exports(Processor):

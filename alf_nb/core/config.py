@@ -42,7 +42,7 @@ PRESETS |= {
     'grass': dict(policy='grass', unit='block', signal='grad_norm', interval=50, offload='full', select_until=1.),
     # the upper blocks, once: nothing is measured
     'static-top': dict(policy=dict(policy='static', where='last'), unit='block', interval=0),
-    # everything trains
+    # every parameter trains: full fine-tuning
     'full': dict(policy='full', kinds=KINDS, interval=0, select_until=1.),
 }
 

@@ -169,7 +169,7 @@ def test_a_click_on_an_attention_map_tells_pair_and_weight(notebook, shot):
                            " slept'.split()).at")
     nb.run(0)
     nb.run(1)
-    cell = nb.cell(1).locator(".cells u[title^='sat → cat: ']").last
+    cell = nb.cell(1).locator(".cells u[title^='sat → cat: 0.']:visible").first
     cell.wait_for(timeout=20_000)
     cell.click()
     said = cell.evaluate("e => getComputedStyle(e, '::after').content").strip('"')
