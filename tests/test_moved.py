@@ -582,3 +582,18 @@ def test_where_there_is_nothing_to_learn_from_it_is_said(tmp_path):
     data = [dict(r, labels=[-100]*len(r["input_ids"])) for r in demo_dataset(32)]
     t, said = train(tmp_path, ALFCallback(budget=.3), data=data)
     assert t.state.global_step == 12 and any("the gradient is exactly 0" in w and "masked" in w for w in said)
+
+
+def test_gradients_that_somebody_has_left_out_are_no_reason_later(tmp_path):
+    class Odd(Trainer):
+        def compute_loss(self, *a, **kw):
+            return super().compute_loss(*a, **kw)*(float("nan") if self.state.global_step == 0 else 1)
+
+    class LeaveOut(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
+            if state.global_step > 0: return
+            for p in model.parameters(): p.grad = None
+
+    one = ALFCallback(budget=.3, pin="block.1.mlp.up_proj", measure_every=2, interval=0)
+    with pytest.raises(RuntimeError, match=r"after step 10 \(and \d+ more units\): lower the learning rate"):
+        train(tmp_path, one, LeaveOut(), Poison(one, 9), kind=Odd)

@@ -129,8 +129,10 @@ def _spoilt(bad, step, odd):
 
 @patch
 def check_finite(self:Guards, norms, step):
-    "No unit that trains may hold NaN or infinity; gradients that did before are told as the reason"
-    if norms.bad: self.journal.found(_spoilt(norms.bad, step, self.odd_step))
+    "No unit that trains may hold NaN or infinity; gradients that did since the last look are told as the reason"
+    odd = self.odd_step if self.odd_step is not None and self.odd_step <= step else None
+    if norms.bad: self.journal.found(_spoilt(norms.bad, step, odd))
+    elif odd is not None: self.odd_step = None      # somebody has left that step out
 
 # %% ../../nbs/06_train/06_guards.ipynb #5c0d77e1
 @patch
