@@ -1,6 +1,6 @@
 """What the README quotes, from the committed results: `methods()` is its table, `verdict()` the sentence below it,
 `points()` its four bullets."""
-import json
+import functools, json
 from pathlib import Path
 
 from IPython.display import Markdown
@@ -25,6 +25,7 @@ def last(name):
     return lines(name)[-1]
 
 
+@functools.cache
 def runs():
     "method → (data, seed) → row, for the pairs that all methods have"
     found = {m: {} for m in METHODS}

@@ -1,17 +1,15 @@
 "The first tutorials with the versions of packages that Colab has, in an environment that `make colab` makes."
 import configparser
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from scripts import script
 
 root = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("colab_tool", root/"tools"/"colab.py")
-colab = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(colab)
+colab = script("tools/colab.py")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 

@@ -1,8 +1,9 @@
 "What is written down twice says the same in both places."
-import configparser, importlib.util, json, re, sys
+import configparser, json, re, sys
 from pathlib import Path
 
 import pytest
+from scripts import script
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -54,9 +55,7 @@ def test_settings_and_pyproject_agree(settings, pyproject):
 
 def test_one_owner_everywhere(settings):
     "What tools/address.py writes: every file that names the repository names its owner"
-    spec = importlib.util.spec_from_file_location('address', root/'tools'/'address.py')
-    address = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(address)
+    address = script('tools/address.py')
     owners = address.owners()
     assert {'README.md', 'pyproject.toml', 'nbs/index.ipynb', 'alf_nb/all.py'} <= set(owners)
     assert not [f'{f}: {found}' for f, found in owners.items() if found != {settings['user']}]

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from small_run import small_trainer
 
 from alf_nb.demo import demo_model
 from alf_nb.kernels.sketch import N_COLUMNS, random_signs
@@ -15,6 +16,10 @@ from alf_nb.sources.models import load_model
 from alf_nb.sources.texts import load_texts
 from alf_nb.train.loop import ALFLoop
 from alf_nb.core.config import ALFConfig
+from alf_nb.train.trainer import ALFCallback
+from alf_nb.report.summary import costs, wall_s
+from alf_nb.report.run_state import state_of
+from alf_nb.core.runlog import RunLog
 
 
 def batches_for(model, n=4, rows=2, length=24, seed=0):
@@ -265,3 +270,14 @@ def test_settings_that_contradict_are_refused():
     with pytest.raises(ValueError, match='meter_steps=1'): ALFConfig.from_args(signal='agreement', meter_steps=1)
     assert ALFConfig.from_args(signal='agreement', quantize_frozen=4).start == 'probe'
     assert N_COLUMNS == 4
+
+
+def test_a_run_that_is_not_over_tells_what_its_meter_took(tmp_path):
+    small_trainer(tmp_path/'whole', ALFCallback(budget=.3), max_steps=8).train()
+    log = RunLog(tmp_path/'whole')
+    (tmp_path/'cut').mkdir()
+    kept = [l for l in log.path.read_text(encoding='utf-8').splitlines() if '"run_end"' not in l]
+    (tmp_path/'cut'/log.path.name).write_text('\n'.join(kept) + '\n', encoding='utf-8')
+    took = [sum(e['wall_s'] for e in log.events(k)) for k in ('meter', 'measure')]
+    found = costs(state_of(tmp_path/'cut'))['importance_overhead_share']*wall_s(state_of(tmp_path/'cut'))
+    assert took[0] > 0 and found == pytest.approx(sum(took))

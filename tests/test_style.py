@@ -1,15 +1,13 @@
 "The code does not get denser: what tests/style.json counts may only fall (`python tools/style.py --write`)."
 import functools
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from scripts import script
 
 root = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location('style', root/'tools'/'style.py')
-style = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(style)
+style = script('tools/style.py')
 stock = functools.cache(style.stock)
 
 

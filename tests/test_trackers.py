@@ -50,7 +50,9 @@ def test_tensorboard(tmp_path, monkeypatch):
     assert found["train/alf/share"] == pytest.approx(want) and set(found["train/alf/n_units"]) == set(want)
     layers = {u.layer for u in RunLog(tmp_path).units}
     assert {k.rpartition("/")[2] for k in found if k.startswith("train/alf/trains/")} == layers
-    assert max(v[max(v)] for k, v in found.items() if k.startswith("train/alf/importance/")) == 1
+    # the prior, which is all that is known at first, tells of embeddings and head too
+    blocks = [v for k, v in found.items() if k.startswith("train/alf/importance/block.")]
+    assert len(blocks) == 4 and max(v[8] for v in blocks) == 1
     assert not any("alf" in k for h in t.state.log_history for k in h)
 
 

@@ -1,9 +1,10 @@
 """Which versions: what is too old is named before anything is imported, public signatures do not change unnoticed,
 and what `make matrix` tests is what settings.ini asks for."""
-import configparser, importlib.metadata, importlib.util, json, os, subprocess, sys
+import configparser, importlib.metadata, json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
+from scripts import script
 
 import alf_nb
 
@@ -13,11 +14,7 @@ config.read(root/'settings.ini', encoding='utf-8')
 settings = config['DEFAULT']
 
 
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, root/'tools'/f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(name): return script(f'tools/{name}.py')
 
 
 def least(package):

@@ -226,7 +226,8 @@ SEARCHED = {
 def search_entries(titles):
     "An entry of the search for each phrase, with the title of the page it leads to"
     return [
-        dict(objectID=f'{href}?{n}', href=href, title=titles[href.partition('#')[0]], section=phrase.strip(), text='')
+        dict(objectID=f'{href}?{n}', href=href, title=titles[href.partition('#')[0]], section=phrase.strip(),
+             text=phrase.strip())
         for n, (phrases, href) in enumerate(SEARCHED.items())
         if href.partition('#')[0] in titles
         for phrase in phrases.split(',')

@@ -286,6 +286,7 @@ class _Alone:
     def say(self, activity): pass
     def train(self, trainer, checkpoint=None): return trainer.train(resume_from_checkpoint=checkpoint)
 
+# %% ../../nbs/10_app/07_finetune.ipynb #5d1c6ce7
 def _check_resume(call, live):
     "Is there something to go on with? Where the call waits, the checkpoint itself is looked at when it is taken up"
     if not call.out.is_dir(): raise ValueError(f"nothing to resume: there is no folder '{call.out}'")
@@ -295,9 +296,10 @@ def _check_resume(call, live):
 def _check(call, resume, live):
     "What can be refused before a model is loaded is refused now, and the texts are read; then the folder is made"
     call.callback()
+    config = None
     if isinstance(call.model, tuple): refuse_beside(call.model[0])
-    elif live: load_config(call.model)      # a name that leads nowhere
-    if call.model is not None: check_text_model(call.model)
+    elif live: config = load_config(call.model)     # a name that leads nowhere
+    if call.model is not None: check_text_model(call.model, config)
     if resume: _check_resume(call, live)
     call.texts, call.others = _read(*(call.what[k] for k in ('data', 'other', 'column')), call.settings)
     output_folder(call.out)

@@ -24,9 +24,9 @@ def _merged(run, base, scale, progress):
     kind, where = tuned_kind(run)
     if kind == 'model':
         raise ValueError(f"'{run}' is a whole model already; a run, a delta or an adapter can be merged")
-    if kind == 'adapter' and scale != 1:
-        raise ValueError(f"scale={scale} is of a delta, and '{where}' is an adapter: set its lora_alpha")
     if kind == 'adapter':
+        if scale != 1:
+            raise ValueError(f"scale={scale} is of a delta, and '{where}' is an adapter: set its lora_alpha")
         model, tokenizer = load_tuned(run, base, progress)
         return model.merge_and_unload(), tokenizer
     model, tokenizer = load_model(read_delta(where).base if base is None else base, progress=progress)

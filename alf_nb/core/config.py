@@ -381,7 +381,7 @@ def from_args(cls:ALFConfig,
     policy = make_policy(policy, options, args.get('seed', 0), args.get('interval'))
     own = {k: args[k] for k in OWN if k in args} | dict(policy=policy)
     own |= {} if 'pin' in given else dict(presumed=PRESETS[preset].get('pin', ()))
-    own['signal'] = given.get('signal') or policy.signal or args.get('signal', 'agreement')
+    own['signal'] = given.get('signal') or policy.signal or args.get('signal', cls.signal)
     own.setdefault('interval', getattr(policy, 'interval', None))
     config = cls(**own)
     _warn_of_the_idle(config, given)

@@ -363,10 +363,12 @@ def _refuse_other_values(tensors, info, strict, scale):
     now = describe_tensors({k:t for k,t in tensors.items() if strict or scale != 1 or k not in new})
     kept = [k for k in now if k not in new and now[k] != want[k]]
     if kept: raise ValueError(f"wrong base: {_some(kept)} differ from {who}, which this delta was made for")
-    if scale != 1 and (moved := [k for k in now if k in new and now[k][2] != want[k][2]]):
-        raise ValueError(f"scale={scale} goes from the base to the tuned model, and {_some(moved)} are not the base's:"
+    known = lambda k: (want[k][2], new[k]) if scale == 1 else (want[k][2],)
+    differ = [k for k in now if k in new and now[k][2] not in known(k)]
+    if differ and scale != 1:
+        raise ValueError(f"scale={scale} goes from the base to the tuned model, and {_some(differ)} are not the base's:"
                          " load the base anew")
-    if differ := [k for k in now if k in new and now[k][2] not in (want[k][2], new[k])]:
+    if differ:
         raise ValueError(
             f"wrong base: {_some(differ)} differ from {who}. These the delta would replace, all others match: if they"
             " were drawn at random (a fresh head, fresh adapters), strict=False accepts them"

@@ -154,7 +154,6 @@ def _count(prefix, plan):
         " are changed as they are read, so that nothing is kept any more"
     )
 
-
 # %% ../../nbs/03_model/21_prefix.ipynb #b48013c6
 def _add(prefix, keys, parts):
     "Keep states of rows, as far as there is room"

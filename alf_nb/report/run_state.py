@@ -351,13 +351,6 @@ def bytes_per_param(self:RunState)->float|None:
     return next(bytes_of_trained(self), None)
 
 @patch(as_prop=True)
-def bytes_beside(self:RunState)->int|None:
-    "Weights, activations and all else: the most in use but for the largest training state; None: not measured"
-    events = self.events('memory')
-    used = events[-1].get('used_bytes') if events else None
-    return max(0, used - max(map(state_bytes, events))) if used else None
-
-@patch(as_prop=True)
 def seconds_per_full_step(self:RunState)->float|None:
     "Seconds that a step would take if everything trained; None: no step was timed yet"
     xs, ys = self.series('log', 'seconds_per_step')
@@ -368,6 +361,19 @@ def seconds_per_full_step(self:RunState)->float|None:
         if on.step not in costs: costs[on.step] = step_cost(self.units, on.names)
         found.append(y/costs[on.step])
     return median(found) if found else None
+
+# %% ../../nbs/07_report/01_run_state.ipynb #d78ff40a
+@patch(as_prop=True)
+def state_bytes_peak(self:RunState)->int|None:
+    "The largest training state; None: not measured yet"
+    return max(map(state_bytes, self.events('memory')), default=None)
+
+@patch(as_prop=True)
+def bytes_beside(self:RunState)->int|None:
+    "Weights, activations and all else: the most in use but for the largest training state; None: not measured"
+    events = self.events('memory')
+    used = events[-1].get('used_bytes') if events else None
+    return max(0, used - self.state_bytes_peak) if used else None
 
 # %% ../../nbs/07_report/01_run_state.ipynb #57a7e0f2
 def state_of(

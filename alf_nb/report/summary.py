@@ -18,7 +18,7 @@ from ..core.policies import POLICIES
 from ..core.records import Scores
 from ..core.runlog import read_once
 from ..core.events import number_or_none
-from .run_state import RunState, bytes_of_trained, state_bytes, state_of
+from .run_state import RunState, bytes_of_trained, state_of
 
 # %% ../../nbs/07_report/08_summary.ipynb #e08b8c33
 def perplexity(
@@ -126,13 +126,13 @@ def costs(
     end, seconds = _end(state), wall_s(state)
     pick = lambda k, otherwise: otherwise if end.get(k) is None else end[k]
     mean, peak = _shares(state)
-    importance = end.get('importance_s', _over(state, 'wall_s', ('probe', 'measure'), sum))
+    importance = end.get('importance_s', _over(state, 'wall_s', ('probe', 'meter', 'measure'), sum))
     return dict(
         trainable_share_mean=pick('trainable_share_mean', mean),
         trainable_share_peak=pick('trainable_share_peak', peak),
         seconds_per_step=_over(state, 'seconds_per_step', ('log',), statistics.fmean),
         tokens_per_second=_over(state, 'tokens_per_second', ('log',), statistics.fmean),
-        state_bytes_peak=pick('state_bytes_peak', max(map(state_bytes, state.events('memory')), default=None)),
+        state_bytes_peak=pick('state_bytes_peak', state.state_bytes_peak),
         state_bytes_full=full_state_bytes(state),
         rss_bytes_peak=pick('rss_bytes_peak', _over(state, 'rss_bytes', ('memory',), max)),
         importance_overhead_share=importance/seconds if importance is not None and seconds else None,

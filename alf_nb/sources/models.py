@@ -188,29 +188,28 @@ _FED = dict(pixel_values='an image model', input_features='a speech model', inpu
 def _named(task): return getattr(modeling_auto, f'MODEL_FOR_{task}_MAPPING_NAMES')
 
 # %% ../../nbs/02_sources/03_models.ipynb #d6ba8a35
-def _not_text(model):
+def _not_text(model, config):
     "What a model is that does not read text alone, and what it is called; None: it may read text"
     if isinstance(model, tuple):
         main = getattr(model[0], 'main_input_name', None)
         return (_FED[main], type(model[0]).__name__) if main in _FED else None
-    try: kind = load_config(model).model_type
+    try: kind = (config or load_config(model)).model_type
     except (OSError, ValueError, RuntimeError): return None     # who loads it says what is wrong
     what = next((what for task, what in _OF.items() if kind in _named(task)), None)
     # of some, transformers makes a causal language model as well
     if what == _OF['IMAGE_TEXT_TO_TEXT'] and kind in _named('CAUSAL_LM'): return None
     return what and (what, f'{model!r} ({kind})')
 
-
 # %% ../../nbs/02_sources/03_models.ipynb #d6ba8a33
 def check_text_model(
-    model # as for `given_model`
+    model,      # as for `given_model`
+    config=None # that of a named one, where it was read already
 ):
     "A ValueError where a model is known to be none of text"
-    if (found := _not_text(model)) is None: return
+    if (found := _not_text(model, config)) is None: return
     what, name = found
     raise ValueError(
         f"{name} is {what}, and finetune() takes causal language models. Train it in a transformers Trainer of your own"
         " with callbacks=[ALFCallback(budget=.25)], as the tutorial on images does: the picker, the views and deltas"
         " work there, too"
     )
-

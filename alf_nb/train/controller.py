@@ -28,7 +28,7 @@ from ..signals.windows import LearningRates, make_windows
 from .between import freeze_nonfinite, note_reached, say_blind, take_request
 from .choosing import PolicyRequests, check_selections_left, check_whole, names_of, one_target, partition
 from .choosing import requested
-from .engine import Engine, graphs_see_freezing, memory_in_use, warn_of_recompiling
+from .engine import Engine, graphs_see_freezing, warn_of_recompiling
 from .guards import Guards, Journal, say_rate
 from .marks import add_hooks, guard_allocators, note_frozen, thaw, warn_of_new_head
 from .nan import NonFinite
@@ -293,7 +293,7 @@ def _count_bytes(run, step):
         **(dict(master_bytes=run.masters.nbytes) if run.masters.on else {}),
         parked_bytes=run.offloaded.nbytes,
         rss_bytes=peak_rss_bytes(),
-        **memory_in_use(run.engine.device),
+        **run.engine.memory,
     )
 
 # %% ../../nbs/06_train/14_controller.ipynb #c056e96c

@@ -232,4 +232,3 @@ class CopyButton(anywidget.AnyWidget):
     "Puts its text on the clipboard."
     _esm = _COPY
     text = Unicode().tag(sync=True)
-
