@@ -1,6 +1,7 @@
 """The documentation site: built from the notebooks in a temporary folder, with every link working and nothing loaded
 from outside."""
 import importlib.util, json, re, shutil, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,22 +128,28 @@ SEARCHES = {
 }
 
 
-def test_the_search_knows_the_words_that_people_use(site):
-    "In the page's own search, opened from disk"
-    lab = script('tests/browser/lab.py')
-    if not lab.CHROMIUM or not importlib.util.find_spec('playwright'): pytest.skip("needs Playwright and Chromium")
+def found_first(lab, url):
+    "What people ask for → where the first answer of the page's own search leads"
     with lab.browser() as context:
         page = context.new_page()
-        page.goto((site[0]/'index.html').as_uri())
-        found = {}
+        page.goto(url)
+        box, first, found = page.locator('#quarto-search input'), page.locator('.search-result').first, {}
         for asked in SEARCHES:
-            page.locator('#quarto-search input').fill(asked)
+            box.fill(asked)
             page.wait_for_timeout(150)          # it waits that long before it looks
-            page.locator('.search-result').first.wait_for()
-            found[asked] = page.locator('.search-result').first.get_attribute('href').removeprefix('./')
-            page.locator('#quarto-search input').fill('')
-            page.locator('.search-result').first.wait_for(state='hidden')
-    assert found == SEARCHES
+            first.wait_for()
+            found[asked] = first.get_attribute('href').removeprefix('./')
+            box.fill('')
+            first.wait_for(state='hidden')
+    return found
+
+
+def test_the_search_knows_the_words_that_people_use(site):
+    "Opened from disk; in a thread of its own, as browser tests may keep their Playwright open in this process"
+    lab = script('tests/browser/lab.py')
+    if not lab.CHROMIUM or not importlib.util.find_spec('playwright'): pytest.skip("needs Playwright and Chromium")
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(found_first, lab, (site[0]/'index.html').as_uri()).result() == SEARCHES
 
 
 def test_outputs_and_maths_are_shown(site):

@@ -75,9 +75,11 @@ def test_by_keyboard(notebook):
     press = nb.page.keyboard.press
     for k in ("ArrowDown", "ArrowDown", "b"): press(k)                       # the head of block.1
     for k in ("ArrowRight", "ArrowDown", "ArrowRight", "p"): press(k)        # k_proj of block.2
-    for k in ("ArrowLeft", "Enter", "Enter", "f"): press(k)                  # q_proj of it: pinned, banned, free
-    button(nb, 0, "block.2 k_proj: importance unknown, pinned, would train").wait_for(timeout=10_000)
-    button(nb, 0, "block.2 q_proj: importance .").wait_for(timeout=10_000)
+    for k in ("ArrowLeft", "Enter", "Enter"): press(k)                       # q_proj of it: pinned, banned
+    button(nb, 0, "block.2 k_proj: importance unknown, pinned, would train").wait_for(timeout=20_000)
+    button(nb, 0, "block.2 q_proj: importance unknown, banned").wait_for(timeout=20_000)
+    press("f")                                                               # and free
+    button(nb, 0, "block.2 q_proj: importance .").wait_for(timeout=20_000)
     assert grid.locator("button[tabindex='0']").count() == 1
     focused = nb.page.evaluate("() => document.activeElement.getAttribute('aria-label')")
     assert focused.startswith("block.2 q_proj: importance .")
