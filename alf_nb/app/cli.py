@@ -30,7 +30,7 @@ _HOW = dict(                                               # beyond what a signa
     signal=dict(choices=SIGNALS),
     unit=dict(choices=VALUES['unit']),
     references=dict(choices=VALUES['references']),
-    rule=dict(choices=('steps', 'tokens', 'wall')),
+    rule=dict(choices=('steps', 'epochs', 'tokens', 'wall')),
     pin=_PATTERN,
     ban=_PATTERN,
     attention=dict(metavar='N'),

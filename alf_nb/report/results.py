@@ -20,11 +20,13 @@ from ..core.stats import t_interval
 # %% ../../nbs/07_report/13_results.ipynb #8f619224
 _NUMBERS = (
     'lr', 'task_loss', 'task_loss_before', 'other_loss', 'other_loss_before', 'steps', 'wall_s', 'importance_s',
-    'seconds_per_step', 'state_bytes_peak', 'trainable_share_peak', 'amount',
+    'seconds_per_step', 'state_bytes_peak', 'trainable_share_peak', 'amount', 'choice', 'task_score',
+    'task_score_before',
 )
-_TEXTS = 'settings', 'about', 'model', 'data', 'rule', 'device', 'data_order', 'error', 'date', 'commit'
+_TEXTS = 'settings', 'about', 'model', 'data', 'goal', 'rule', 'device', 'data_order', 'error', 'date', 'commit'
 _RULES = dict(      # rule of a comparison → its amount in words
     steps=lambda a: f'equal steps ({a:g})',
+    epochs=lambda a: f'equal epochs ({a:g})',
     tokens=lambda a: f'equal tokens ({human_count(a)})',
     wall=lambda a: f'equal wall-clock time ({human_time(a)} per run)',
 )
@@ -68,15 +70,19 @@ def _mean(rows, k):
     known = [r[k] for r in rows if r.get(k) is not None]
     return statistics.fmean(known) if known else None
 
+def _choice(r):
+    "What learning rates are chosen by, lower is better: the task's goal on its dev rows, else the loss"
+    return r['task_loss'] if r.get('choice') is None else r['choice']
+
 def _best_rate(good):
-    "The learning rate of the lowest loss; None: no run was completed"
+    "The learning rate that did best; None: no run was completed"
     rates, by_seed = {r['lr'] for r in good}, {}
     for r in good: by_seed.setdefault(r['seed'], []).append(r)
     grid = len(by_seed) > 1 and all(len(v) == len(rates) > 1 for v in by_seed.values())
     # the seed that tried the most rates; of equals the lowest
     first = good if grid else max((by_seed[s] for s in sorted(by_seed)), key=len, default=[])
-    loss = lambda v: _mean([r for r in first if r['lr'] == v], 'task_loss')
-    return min({r['lr'] for r in first}, key=loss, default=None), grid
+    mean = lambda v: statistics.fmean(_choice(r) for r in first if r['lr'] == v)
+    return min({r['lr'] for r in first}, key=mean, default=None), grid
 
 def _at_edge(rows, lr):
     "Is it the largest or smallest rate tried? Not where a larger one diverged"
@@ -86,17 +92,19 @@ def _at_edge(rows, lr):
 
 # %% ../../nbs/07_report/13_results.ipynb #addfe5aa
 class _Method:
-    "Runs of one method in one task"
-    def __init__(self, rows):
+    "Runs of one method in one task, ranked by the field `k`"
+    def __init__(self, rows, k='task_loss'):
         good = [r for r in rows if _good(r)]
         self.all, self.name, self.errors = rows, str(rows[-1]['method']), [r for r in rows if r.get('error')]
         self.lr, self.grid = _best_rate(good)
         self.runs = sorted((r for r in good if r['lr'] == self.lr), key=lambda r: r['seed'])
-        self.edge, self.loss = _at_edge(rows, self.lr), _mean(self.runs, 'task_loss')
+        self.edge, self.loss, self.k = _at_edge(rows, self.lr), _mean(self.runs, 'task_loss'), k
+        at = _mean(self.runs, k)
+        self.rank = at if at is None or k == 'task_loss' else -at
 
     def mean(self, k): return _mean(self.runs, k)
 
-    def losses(self): return [r['task_loss'] for r in self.runs]
+    def values(self): return [r[self.k] for r in self.runs if r.get(self.k) is not None]
 
     @property
     def forgetting(self):
@@ -126,7 +134,7 @@ def signed(
     if d is None: return '–'
     return f'{d[0]:+.3f}' if d[1] is None else f'{d[0]:+.3f} ({d[1]:+.3f} … {d[2]:+.3f})'
 
-def _won(d):
+def _told(d):
     "-1: lower, 1: higher, 0: not told apart, None: one seed"
     if d is None or d[1] is None: return None
     if d[2] < 0: return -1
@@ -137,11 +145,12 @@ def _best_form(forms):
     "Of those with as many seeds the first, which is the best"
     return max(forms, key=lambda m: len(m.runs), default=None)
 
-def _group(rows):
+def _group(rows, k):
     "Methods, the best first; one name with two settings is numbered"
     groups = {}
     for r in rows: groups.setdefault((str(r['method']), r.get('settings')), []).append(r)
-    methods = sorted(map(_Method, groups.values()), key=lambda m: (m.loss is None, m.loss, m.name))
+    found = (_Method(of, k) for of in groups.values())
+    methods = sorted(found, key=lambda m: (m.rank is None, m.rank, m.name))
     for i, m in enumerate(methods):
         n = sum(o.name == m.name for o in methods[:i])
         if n: m.name = f'{m.name} ({n+1})'
@@ -161,7 +170,9 @@ class PolicyComparison:
         if not self.rows: raise ValueError("no rows to compare")
         if len(tasks := {r['task'] for r in self.rows}) > 1:
             raise ValueError(f"rows of {len(tasks)} tasks: losses on different tasks do not compare")
-        self.methods = _group(self.rows)
+        self.goal = self.rows[-1].get('goal') or 'loss'      # what methods are ranked by
+        self.k = 'task_loss' if self.goal == 'loss' else 'task_score'
+        self.methods = _group(self.rows, self.k)
         self._forms = [m for m in self.methods if m.runs and (m.name == control or m.name.startswith(f'{control}-'))]
         self.control = _best_form(self._forms)
         self.baseline = next((m for m in self.methods if m.name == baseline and m.runs), None)
@@ -185,6 +196,11 @@ _SHARED = ('task', 'model', 'data', 'rule', 'amount', 'batch_size', 'length', 'b
 def task(self:PolicyComparison)->dict:
     "What all runs share"
     return {k: self.rows[-1].get(k) for k in _SHARED}
+
+@patch(as_prop=True)
+def reached(self:PolicyComparison)->str:
+    "What methods are ranked by, in words"
+    return 'task loss' if self.goal == 'loss' else self.goal
 
 def _in_words(task, unknown):
     "The rule of a task; of a rule that is not known here, what `unknown` is"
@@ -213,9 +229,9 @@ _CHOSEN = {
 # %% ../../nbs/07_report/13_results.ipynb #670e7f97
 def _against(m, o, what):
     "One method against another, in a sentence"
-    d = difference(m.runs, o.runs)
+    d = difference(m.runs, o.runs, m.k)
     if d is None: return f"{m.name} and {what} have no seed in common."
-    return f"{m.name} against {what}: {signed(d)}, {d[3]} seed{'s'*(d[3] > 1)}: {_AGAINST[_won(d)]}."
+    return f"{m.name} against {what}: {signed(d)}, {d[3]} seed{'s'*(d[3] > 1)}: {_AGAINST[_told(d)]}."
 
 def _selection_verdict(c, ranked):
     "Does choosing by measurement beat chance? A list of at most one sentence"
@@ -225,7 +241,8 @@ def _selection_verdict(c, ranked):
     matched = ((m, f) for m in choosing if (f := c.control_of(m)))
     m, same = next(matched, (choosing[0], None))
     chance, control = f"a random choice of {'the same' if same else 'another'} size", same or c.control
-    said = _CHOSEN[_won(difference(m.runs, control.runs))].format(chance)
+    told = _told(difference(m.runs, control.runs, c.k))
+    said = _CHOSEN[told and (told if c.goal == 'loss' else -told)].format(chance)
     return [f"Selection by measurement {said}. The best of it, {_against(m, control, control.name)}"]
 
 # %% ../../nbs/07_report/13_results.ipynb #753edf1b
@@ -235,8 +252,8 @@ def verdict(self:PolicyComparison)->list:
     ranked = [m for m in self if m.runs]
     if not ranked: return ['No run was completed.']
     best, n, rule = ranked[0], len(ranked[0].runs), _in_words(self.task, self.task['rule'])
-    loss = _interval(t_interval(best.losses()))
-    out = [f"Under {rule}, {best.name} has the lowest task loss: {loss}, {n} seed{'s'*(n > 1)}."]
+    at, most = _interval(t_interval(best.values())), 'lowest' if self.goal == 'loss' else 'highest'
+    out = [f"Under {rule}, {best.name} has the {most} {self.reached}: {at}, {n} seed{'s'*(n > 1)}."]
     if len(ranked) > 1: out.append(_against(best, ranked[1], f'the next ({ranked[1].name})'))
     out += _selection_verdict(self, ranked)
     if self.baseline and best is not self.baseline: out.append(_against(best, self.baseline, self.baseline.name))
@@ -282,17 +299,17 @@ def warnings(self:PolicyComparison)->list:
 # %% ../../nbs/07_report/13_results.ipynb #bb7a447e
 def _part(a, b): return a/b if a is not None and b else None
 
-def _less(m, other):
+def _less(m, other, k):
     "What is left of a method's loss when that of `other` is taken away; None: unknown, or it is that one"
-    return difference(m.runs, other.runs) if other and m is not other and m.runs else None
+    return difference(m.runs, other.runs, k) if other and m is not other and m.runs else None
 
 # %% ../../nbs/07_report/13_results.ipynb #7d4928b0
 def _figures(c, m):
     "What a table says of a method"
     full, state = c.baseline and c.baseline.mean('state_bytes_peak'), m.mean('state_bytes_peak')
     return dict(
-        method=m.name, lr=m.lr, edge=m.edge, seeds=len(m.runs), task_loss=t_interval(m.losses()) if m.runs else None,
-        minus_control=_less(m, c.control), minus_baseline=_less(m, c.baseline), forgetting=m.forgetting,
+        method=m.name, lr=m.lr, edge=m.edge, seeds=len(m.runs), reached=t_interval(m.values()) if m.values() else None,
+        minus_control=_less(m, c.control, c.k), minus_baseline=_less(m, c.baseline, c.k), forgetting=m.forgetting,
         share=m.mean('trainable_share_peak'), state=state, state_of_full=_part(state, full),
         seconds_per_step=m.mean('seconds_per_step'), steps=m.mean('steps'), wall_s=m.mean('wall_s'),
         importance_s=m.mean('importance_s'), errors=len(m.errors),
@@ -307,15 +324,15 @@ def table(self:PolicyComparison)->list:
 def _head(c):
     control = c.control.name if c.control else 'random'
     baseline = c.baseline.name if c.baseline else 'full'
-    return ['method', 'learning rate', 'seeds', 'task loss', f'less {control}', f'less {baseline}', 'forgetting',
+    return ['method', 'learning rate', 'seeds', c.reached, f'less {control}', f'less {baseline}', 'forgetting',
             'trains, peak', 'state, peak', f'of {baseline}', 's/step', 'steps', 'time', 'choosing']
 
 def _cells(r, n):
     "A method in text"
-    if r['task_loss'] is None: return [r['method'], *['–']*(n-2), f"{r['errors']} failed"]
+    if r['reached'] is None: return [r['method'], *['–']*(n-2), f"{r['errors']} failed"]
     forgot, edge = r['forgetting'], '†' if r['edge'] else ''
     return [
-        r['method'], f"{r['lr']:g}{edge}", str(r['seeds']), _interval(r['task_loss']),
+        r['method'], f"{r['lr']:g}{edge}", str(r['seeds']), _interval(r['reached']),
         signed(r['minus_control']), signed(r['minus_baseline']), '–' if forgot is None else f"{forgot:+.3f}",
         percent(r['share']), human_bytes(r['state']), num(r['state_of_full'], 2), num(r['seconds_per_step']),
         num(r['steps'], 0), human_time(r['wall_s']), percent(_part(r['importance_s'], r['wall_s'])),
@@ -333,10 +350,10 @@ def two_tables(
 
 # %% ../../nbs/07_report/13_results.ipynb #6caa8721
 HOW_TO_READ = (
-    "Losses are means over seeds with 95 % intervals (Student); lower is better. Differences are taken seed by seed."
+    "Means over seeds with 95 % intervals (Student); of losses lower is better. Differences are taken seed by seed."
     " Forgetting: how much the loss on unrelated text rose. State: gradients, optimizer and references at their peak."
-    " The learning rate is the one that did best on the held-out text with the first seed, so means are a little too"
-    " good, for every method alike. Each interval stands alone: of twenty true nulls one is expected to miss 0. †: at"
+    " The learning rate is the one that did best on held-out rows with the first seed; where the task has no test rows"
+    " of its own, means are a little too good, for every method alike. Each interval stands alone: of twenty true nulls one is expected to miss 0. †: at"
     " the edge of the rates tried."
 )
 BOLD = (0, 3)      # columns that are bold in the row of the best method: its name and its loss

@@ -78,15 +78,15 @@ def _labelled(picture, points, x_range, y_range):
 
 # %% ../../nbs/07_report/14_results_page.ipynb #c55c7393
 def _scatter(c, x, name, x_format, zero=True):
-    "Task loss against a figure of each method, a point per method"
+    "What was reached against a figure of each method, a point per method"
     at = _colours(c)
-    pts = [(m, x(m), m.loss) for m in at if x(m) is not None]
+    pts = [(m, x(m), m.mean(m.k)) for m in at if x(m) is not None]
     if not pts: return note(f'{escape(name)}: not recorded.')
     xs, ys = [v for _, v, _ in pts], [y for _, _, y in pts]
     lo = min(0, *xs) if zero else min(xs)
     wide, high = max(xs)-lo or 1, max(ys)-min(ys) or .1
     x_range, y_range = (lo-.04*wide, max(xs)+.06*wide), (min(ys)-.08*high, max(ys)+.12*high)
-    said = f'Task loss against {name}: ' + ', '.join(f'{m.name} {x_format(v)}, {num(y)}' for m, v, y in pts)
+    said = f'{c.reached.capitalize()} against {name}: ' + ', '.join(f'{m.name} {x_format(v)}, {num(y)}' for m, v, y in pts)
     series = [dict(name='', x=[v], y=[y], c=at[m], kind='dots') for m, v, y in pts]
     chart = line_chart(series, said, short, 260, x_range=x_range, y_range=y_range, x_name=name)
     return _labelled(chart, [(v, y, m.name) for m, v, y in pts], x_range, y_range)
