@@ -281,3 +281,18 @@ def test_a_run_that_is_not_over_tells_what_its_meter_took(tmp_path):
     took = [sum(e['wall_s'] for e in log.events(k)) for k in ('meter', 'measure')]
     found = costs(state_of(tmp_path/'cut'))['importance_overhead_share']*wall_s(state_of(tmp_path/'cut'))
     assert took[0] > 0 and found == pytest.approx(sum(took))
+
+
+@pytest.mark.parametrize('bottom', [0., .5])
+def test_nothing_reaches_what_may_never_train(tmp_path, bottom):
+    "Metered steps pass the lowest blocks that stay frozen no more than ordinary ones do"
+    trainer, passed = small_trainer(tmp_path, ALFCallback(budget=.2, freeze_bottom=bottom)), []
+    norm = trainer.model.model.layers[2].input_layernorm        # its input is what the second block gives
+    norm.register_forward_pre_hook(lambda m, args: passed.append(args[0].requires_grad))
+    trainer.train()
+    log = [json.loads(l) for l in RunLog(tmp_path).path.read_text(encoding='utf-8').splitlines()]
+    scores = [e['scores'] for e in log if e['event'] == 'select' and e.get('scores')][-1]
+    below = [n for n in scores if n.startswith(('block.0.', 'block.1.'))]
+    assert below and any(v is not None for n, v in scores.items() if n not in below)
+    if bottom: assert not any(passed) and not any(scores[n] is not None for n in below)
+    else: assert any(passed) and any(scores[n] is not None for n in below)

@@ -136,14 +136,19 @@ def _learn_from(run, found, names, step, t0):
     run.journal.event('probe', step, signals=signals, wall_s=wall, batches=found.batches, loss=found.loss)
 
 # %% ../../nbs/06_train/11_selecting.ipynb #eaae5a4f
+def _may_train(run):
+    "Units that a policy may choose; the lowest blocks that stay frozen are looked at by none, so nothing reaches down"
+    low = run.layers.bottom(run.config.freeze_bottom)
+    return [u.name for u in run.units if u.eligible and u.name not in low]
+
 def set_up_meter(run):
     "A meter, where one is asked for"
     if run.config.start != 'meter': return None
-    return Meter(run.layers, [u.name for u in run.units if u.eligible], run.config.seed)
+    return Meter(run.layers, _may_train(run), run.config.seed)
 
 def unmetered(run):
     "Units that may train and that the meter cannot look at"
-    return [u.name for u in run.units if u.eligible and u.name not in run.meter.modules]
+    return [n for n in _may_train(run) if n not in run.meter.modules]
 
 def may_probe(run):
     "May this run probe?"
