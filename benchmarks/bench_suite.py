@@ -11,6 +11,8 @@ results/suite.jsonl; what it holds is not run again.
 import argparse
 from pathlib import Path
 
+import torch
+from peft import ShiraConfig, get_peft_model
 from transformers.utils import logging as hf_logging
 
 from alf_nb.core.rates import rates_around
@@ -26,8 +28,6 @@ RESULTS = Path(__file__).parent/'results'/'suite.jsonl'
 
 def shira(model, task):
     "PEFT's SHiRA: as many single weights of every matrix as LoRA of rank 16 has parameters, drawn by lot"
-    import torch
-    from peft import ShiraConfig, get_peft_model
     layers = partition_layers(model)
     pinned = {k.rsplit('.', 1)[0] for n in names_of_all(task.pin, layers.units) for k in layers.named_params(n)}
     head = getattr(model, 'get_output_embeddings', lambda: None)()
@@ -43,10 +43,11 @@ WAYS = {m.name: m for m in (
            ' (https://arxiv.org/abs/2406.13175)', rates_around(.1), prepare=shira),
 )}
 # two each, for encoders: around the best of the chapters task (results/policies.jsonl)
-ENCODER = dict(full=(2e-4, 4e-4), lora=(1e-3, 2e-3), **dict.fromkeys(('random-stratified', 'alf', 'lisa'), (4e-4, 8e-4)),
-               **{'freeze-50': (2e-4, 4e-4), 'alf-10': (8e-4, 1.6e-3), 'shira': (1e-3, 2e-3)})
-DECODER_RATES = dict(full=(1e-4, 2e-4), lora=(1e-3, 2e-3), **dict.fromkeys(('random-stratified', 'alf', 'lisa'), (4e-4, 8e-4)),
-                     **{'freeze-50': (2e-4, 4e-4), 'alf-10': (8e-4, 1.6e-3), 'shira': (1e-3, 2e-3)})
+ENCODER_RATES = {
+    'full': (2e-4, 4e-4), 'lora': (1e-3, 2e-3), 'random-stratified': (4e-4, 8e-4), 'alf': (4e-4, 8e-4),
+    'freeze-50': (2e-4, 4e-4), 'lisa': (4e-4, 8e-4), 'alf-10': (8e-4, 1.6e-3), 'shira': (1e-3, 2e-3),
+}
+DECODER_RATES = ENCODER_RATES | {'full': (1e-4, 2e-4)}
 
 
 def main():
@@ -63,10 +64,12 @@ def main():
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     for name in a.tasks:
-        if name in FILES: task, rates, rule, amount = encoder_task(name, a.folder, a.rows), ENCODER, 'epochs', a.epochs
-        else: task, rates, rule, amount = decoder_task(name, scales=SCALES), DECODER_RATES, 'steps', a.steps
-        found = compare_policies(task, methods=[WAYS[m] for m in a.methods], rule=rule, amount=amount, seeds=a.seeds,
-                                 lrs={m: rates[m] for m in a.methods}, extend=1, points=0, out=a.out)
+        encodes = name in FILES
+        task = encoder_task(name, a.folder, a.rows) if encodes else decoder_task(name, scales=SCALES)
+        rates = ENCODER_RATES if encodes else DECODER_RATES
+        rule = dict(rule='epochs', amount=a.epochs) if encodes else dict(rule='steps', amount=a.steps)
+        found = compare_policies(task, methods=[WAYS[m] for m in a.methods], seeds=a.seeds, extend=1, points=0,
+                                 lrs={m: rates[m] for m in a.methods}, out=a.out, **rule)
         print('\n'.join(found.verdict), flush=True)
 
 

@@ -1,10 +1,10 @@
 """Tasks of the evidence: what a model learns, what it is tested on, and what it should not lose.
 
-Encoder, MiniLM with a new head: SST-2 and TREC (accuracy), MRPC (F1), CoLA (Matthews' correlation, tested out of domain).
-Their licences let nobody ship them, so they are read from a folder with a folder of `.jsonl` files each (`FILES`), rows
-`{"text", "label"}` and for MRPC `"pair"`.
+Encoder, MiniLM with a new head: SST-2 and TREC (accuracy), MRPC (F1), CoLA (Matthews' correlation, tested out of
+domain). Their licences let nobody ship them, so they are read from a folder with a folder of `.jsonl` files each
+(`FILES`), rows `{"text", "label"}` and for MRPC `"pair"`.
 Decoder, SmolLM2: ARC-Easy (accuracy by log-likelihood); GSM8K, MAWPS, SVAMP and the Python reference (loss). PIQA, C4
-and WikiText-2 are never trained on: they show what is kept. These lie in data/, with sources and licences in its README.
+and WikiText-2 are never trained on: they show what is kept. These lie in data/; its README has sources and licences.
 """
 import json
 import math
@@ -44,8 +44,7 @@ def matthews(labels, predicted):
     "Matthews' correlation of two binary labellings, -1 to 1 (https://en.wikipedia.org/wiki/Phi_coefficient)"
     n = {(a, b): 0 for a in (0, 1) for b in (0, 1)}
     for pair in zip(labels, predicted): n[pair] += 1
-    below = math.prod(n[a, b] + n[c, d] for (a, b), (c, d) in (((1, 1), (0, 1)), ((1, 1), (1, 0)), ((0, 0), (0, 1)),
-                                                               ((0, 0), (1, 0))))
+    below = math.prod(n[k, k] + n[pair] for k in (0, 1) for pair in ((0, 1), (1, 0)))
     return (n[1, 1]*n[0, 0] - n[0, 1]*n[1, 0])/math.sqrt(below) if below else 0.
 
 
@@ -77,9 +76,8 @@ def encoder_task(name, folder, n=1000):
     model = AutoModelForSequenceClassification.from_config(encoder.config)
     setattr(model, model.base_model_prefix, encoder)
 
-    def rows(part):
-        return [dict(tok(r['text'], r.get('pair'), truncation=True, max_length=LENGTH), labels=r['label']) for r in part]
-    train, dev, test = map(rows, found)
+    def tokens(r): return tok(r['text'], r.get('pair'), truncation=True, max_length=LENGTH)
+    train, dev, test = ([dict(tokens(r), labels=r['label']) for r in part] for part in found)
     metrics = METRICS.get(name, {})
     return Task(model, train, dev, None, 'all-MiniLM-L6-v2', name, DataCollatorWithPadding(tok), 16, pin='head',
                 test=test, metrics=metrics, goal=next(iter(metrics), 'accuracy'))
@@ -116,8 +114,9 @@ def solved(name, tokenizer, n_dev, n_test):
     tested = {r['question'] for r in test}
     rows = [r for r in rows if r['question'] not in tested]
     random.Random(name).shuffle(rows)
-    cut = [rows[n_dev+n_test:], rows[:n_dev], test or rows[n_dev:n_dev+n_test]]
-    return [learnt_rows(((question(r['question']), r['answer']) for r in part), tokenizer) for part in cut]
+    pairs = lambda part: [(question(r['question']), r['answer']) for r in part]
+    cut = rows[n_dev+n_test:], rows[:n_dev], test or rows[n_dev:n_dev+n_test]
+    return [learnt_rows(pairs(part), tokenizer) for part in cut]
 
 
 def general(tokenizer, n_texts, n_questions):
@@ -139,7 +138,7 @@ def decoder_task(name, n_test=300, n_texts=16, n_questions=100, scales=()):
         blocks = token_blocks(load_texts('python-reference'), tok, 192)
         cut = len(blocks)-n_dev-n_own
         train, dev, test = (blocks.select(range(*at)) for at in ((0, cut), (cut, cut+n_dev), (cut+n_dev, len(blocks))))
-    long = name in ('GSM8K', 'Python reference')
-    return Task(model, train, dev, None, 'SmolLM2-135M-Instruct', name, pad_rows, 2 if long else 6, test=test,
-                goal='accuracy' if name == 'ARC-Easy' else 'loss', general=general(tok, n_texts, n_questions),
-                scales=scales)
+    rows = 2 if name in ('GSM8K', 'Python reference') else 6
+    goal = 'accuracy' if name == 'ARC-Easy' else 'loss'
+    return Task(model, train, dev, None, 'SmolLM2-135M-Instruct', name, pad_rows, rows, test=test, goal=goal,
+                general=general(tok, n_texts, n_questions), scales=scales)

@@ -240,7 +240,7 @@ def test_a_classifier_keeps_its_new_head_in_every_method(tmp_path):
     assert all(set(r['map']['head']) == {'9'} for r in got.values() if r['map']), {
         k: r['map'] and r['map'].get('head') for k, r in got.items()
     }
-    assert got['full']['task_accuracy'] == 1. and got['alf']['task_accuracy'] > .9
+    assert got['full']['metrics']['accuracy'] == 1. and got['alf']['metrics']['accuracy'] > .9
     with pytest.raises(ValueError, match="'heads' matches no unit"):
         compare_policies(Task(task.model, rows, rows, pin='heads', bf16=False), out=tmp_path/'q.jsonl', progress=False)
 

@@ -84,6 +84,7 @@ def _best_rate(good):
     mean = lambda v: statistics.fmean(_choice(r) for r in first if r['lr'] == v)
     return min({r['lr'] for r in first}, key=mean, default=None), grid
 
+# %% ../../nbs/07_report/13_results.ipynb #6c8d91e1
 def _at_edge(rows, lr):
     "Is it the largest or smallest rate tried? Not where a larger one diverged"
     tried = {r['lr'] for r in rows}
@@ -161,9 +162,7 @@ class PolicyComparison:
     "Methods on one task, the best first."
     def __init__(self,
         rows,              # of one task, as from `read_results`
-        # the method that every choice has to beat; where it was run in several forms (`random`, `random-top80`), the
-        # best of them
-        control='random',
+        control='random',  # what every choice has to beat, the best of its forms (`random`, `random-top80`)
         baseline='full'    # the method that is to be replaced
     ):
         self.rows = list(rows)
@@ -197,6 +196,7 @@ def task(self:PolicyComparison)->dict:
     "What all runs share"
     return {k: self.rows[-1].get(k) for k in _SHARED}
 
+# %% ../../nbs/07_report/13_results.ipynb #386d8775
 @patch(as_prop=True)
 def reached(self:PolicyComparison)->str:
     "What methods are ranked by, in words"
@@ -353,7 +353,8 @@ HOW_TO_READ = (
     "Means over seeds with 95 % intervals (Student); of losses lower is better. Differences are taken seed by seed."
     " Forgetting: how much the loss on unrelated text rose. State: gradients, optimizer and references at their peak."
     " The learning rate is the one that did best on held-out rows with the first seed; where the task has no test rows"
-    " of its own, means are a little too good, for every method alike. Each interval stands alone: of twenty true nulls one is expected to miss 0. †: at"
+    " of its own, means are a little too good, for every method alike."
+    " Each interval stands alone: of twenty true nulls one is expected to miss 0. †: at"
     " the edge of the rates tried."
 )
 BOLD = (0, 3)      # columns that are bold in the row of the best method: its name and its loss

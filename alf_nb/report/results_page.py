@@ -86,7 +86,8 @@ def _scatter(c, x, name, x_format, zero=True):
     lo = min(0, *xs) if zero else min(xs)
     wide, high = max(xs)-lo or 1, max(ys)-min(ys) or .1
     x_range, y_range = (lo-.04*wide, max(xs)+.06*wide), (min(ys)-.08*high, max(ys)+.12*high)
-    said = f'{c.reached.capitalize()} against {name}: ' + ', '.join(f'{m.name} {x_format(v)}, {num(y)}' for m, v, y in pts)
+    each = ', '.join(f'{m.name} {x_format(v)}, {num(y)}' for m, v, y in pts)
+    said = f'{c.reached.capitalize()} against {name}: {each}'
     series = [dict(name='', x=[v], y=[y], c=at[m], kind='dots') for m, v, y in pts]
     chart = line_chart(series, said, short, 260, x_range=x_range, y_range=y_range, x_name=name)
     return _labelled(chart, [(v, y, m.name) for m, v, y in pts], x_range, y_range)

@@ -283,7 +283,7 @@ def compare_policies(
     task=None, # `Task`; or a model as `text_task` takes it; None: SmolLM2-135M-Instruct
     data=None, # text for a model, as for `text_task`
     methods=('full', 'alf', 'random', 'lora'), # names, or `Method`s
-    rule:str='steps', # what all get the same of: 'steps', 'epochs', 'tokens' or 'wall' (seconds)
+    rule:str='steps', # what all get the same of: steps, epochs, tokens, or wall (seconds)
     amount:float=120, # how much of it
     seeds=(0, 1, 2), # of order and draws; the first chooses the learning rate
     lrs=None, # learning rates for all, or name → rates; default its own

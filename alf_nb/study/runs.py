@@ -223,14 +223,11 @@ def seen(
     "What a row says of a model: the task's test rows, its unrelated ones, and its general panel"
     found = task.evaluate(model, task.held if task.test is None else task.test)
     other = task.evaluate(model, task.other)['loss'] if task.other is not None else None
-    more = {k: v for k, v in found.items() if k != 'loss'}
-    return dict(
-        task_loss=_finite(found['loss']),
-        task_score=None if task.goal == 'loss' else _finite(found[task.goal]),
-        other_loss=_finite(other),
-        **(dict(metrics=more) if more else {}),
-        **(dict(general=_panel(task, model)) if task.general else {}),
-    )
+    score = None if task.goal == 'loss' else _finite(found[task.goal])
+    row = dict(task_loss=_finite(found['loss']), task_score=score, other_loss=_finite(other))
+    if len(found) > 1: row['metrics'] = {k: v for k, v in found.items() if k != 'loss'}
+    if task.general: row['general'] = _panel(task, model)
+    return row
 
 # %% ../../nbs/09_study/13_runs.ipynb #06d0d2a3
 def _merged(model):

@@ -42,34 +42,38 @@ def _measures(task):
     if task.metrics and not one: raise ValueError(f"{', '.join(task.metrics)}: metrics need rows with one label")
     return ['accuracy', *task.metrics] if one else []
 
+# %% ../../nbs/09_study/11_task.ipynb #3dfd788c
+def _complete(task):
+    "Check what a task was given, and fill in its defaults"
+    _check_rows(task.train, 'train on')
+    _check_rows(task.held, 'evaluate on')
+    task.metrics, task.general = dict(task.metrics or {}), dict(task.general or {})
+    known = ['loss', *_measures(task)]
+    if task.goal not in known: raise ValueError(f"goal={task.goal!r}; this task measures {', '.join(known)}")
+    if odd := [s for s in task.scales if not 0 <= s <= 1]: raise ValueError(f"scales: {odd[0]} is not in 0-1")
+    if task.bf16 is None: task.bf16 = wants_autocast(task.model, task.device)
+    task.pin = (task.pin,) if isinstance(task.pin, str) else tuple(task.pin)
+
 # %% ../../nbs/09_study/11_task.ipynb #37e7542a
 @dataclass
 class Task:
-    "A model and data that methods are compared on."
+    "A model and data to compare methods on."
     model:torch.nn.Module # every run starts from a copy of it
     train:object          # rows to train on, `datasets.Dataset` or list
-    held:object           # rows of the same domain, never trained on: learning rates are chosen on them
+    held:object           # rows of the same domain, not trained on: learning rates are chosen on them
     other:object=None     # unrelated rows, which show forgetting
     name:str='model'      # of the model
     data:str='data'       # of the data
-    collate:object=default_data_collator # rows → batch with labels
+    collate:object=default_data_collator # rows → batch
     batch_size:int=3      # rows per step
     bf16:bool=None        # bf16 autocast; None: where it is faster
-    pin:tuple=()          # units that train in every method, such as a new head: names or globs
-    test:object=None      # rows that no choice sees, looked at once, when a run is over; None: `held`
-    metrics:dict=None     # name → f(labels, predictions), as in scikit-learn, where a row has one label
-    goal:str='loss'       # what a learning rate is chosen by and methods are ranked by: `loss`, `accuracy`, a metric
-    general:dict=None     # name → rows never trained on, which show what is kept: texts by loss, choices by accuracy
-    scales:tuple=()       # parts of a run's change, 0-1, at which everything is measured too (`apply_delta(scale=)`)
-    def __post_init__(self):
-        _check_rows(self.train, 'train on')
-        _check_rows(self.held, 'evaluate on')
-        self.metrics, self.general = dict(self.metrics or {}), dict(self.general or {})
-        known = ['loss', *_measures(self)]
-        if self.goal not in known: raise ValueError(f"goal={self.goal!r}; this task measures {', '.join(known)}")
-        if odd := [s for s in self.scales if not 0 <= s <= 1]: raise ValueError(f"scales: {odd[0]} is not in 0-1")
-        if self.bf16 is None: self.bf16 = wants_autocast(self.model, self.device)
-        self.pin = (self.pin,) if isinstance(self.pin, str) else tuple(self.pin)
+    pin:tuple=()          # units that always train, such as a new head: names or globs
+    test:object=None      # rows that are looked at once, when a run is over; None: `held`
+    metrics:dict=None     # name → f(labels, predictions), as in scikit-learn
+    goal:str='loss'       # chooses rates and ranks methods: `loss`, `accuracy` or a metric
+    general:dict=None     # name → rows of other kinds: texts by loss, choices by accuracy
+    scales:tuple=()       # parts of the change, 0-1, at which all is measured too
+    def __post_init__(self): _complete(self)
 
 # %% ../../nbs/09_study/11_task.ipynb #ab49f7d6
 @patch(as_prop=True)
@@ -126,6 +130,7 @@ def _evaluate(task, model, rows, device):
             predicted += out.logits.argmax(-1).tolist()
     return total/n, labels, predicted
 
+# %% ../../nbs/09_study/11_task.ipynb #dac84d35
 @patch
 def evaluate(self:Task,
     model, # that of the task, or what became of it
