@@ -33,7 +33,7 @@ _NAMES = {
     'core.runlog': 'RunLog',
     'core.checkpoints': 'find_checkpoint',
     'model.fingerprint': 'fingerprint',
-    'model.delta': 'save_delta apply_delta read_delta',
+    'model.delta': 'save_delta apply_delta',
     'app.finetune': 'finetune',
     'app.tuned': 'load_tuned',
     'app.publish': 'push_delta',
@@ -59,6 +59,7 @@ _NAMES |= {
     'study.ranks': 'rank_correlation',
     'study.audit': 'audit_signals',
     'study.compare': 'compare_policies',
+    'study.race': 'race',
     'study.plan': 'plan',
 }
 
