@@ -56,11 +56,11 @@ def row_of(name, a):
     best = min(grid, key=lambda k: mean(judged(grid[k])))
     chosen = found.best.budget, found.best.lr
     gaps = [x-y for x, y in zip(judged(grid[chosen]), judged(grid[best]))]
+    grid_s = sum(r['wall_s'] for rows in grid.values() for r in rows)/len(a.seeds)
     return dict(
         task=name, steps=a.steps, seeds=a.seeds, best=best, chosen=chosen, gap=t_interval(gaps), goal=task.goal,
         grid={f'{b:g}, {lr:g}': judged(rows) for (b, lr), rows in grid.items()},
-        rounds=[[k, [[s.budget, s.lr, v] for s, v in came]] for k, came in found.rounds],
-        race_s=found.seconds, grid_s=sum(r['wall_s'] for rows in grid.values() for r in rows)/len(a.seeds),
+        rounds=found.to_dict()['rounds'], race_s=found.seconds, grid_s=grid_s,
         threads=torch.get_num_threads(), device=device_name(model=True), versions=versions(),
         date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
     )

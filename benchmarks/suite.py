@@ -99,8 +99,9 @@ def chosen(r): return question(r['question']), r['choices'], r['label']
 def arc(tokenizer, n_dev, n_test):
     "Questions of ARC-Easy: answers are learnt, and chosen by log-likelihood"
     test = lines(DATA/'arc-easy-test.jsonl')
-    tested = {r['question'] for r in test}
-    train = [r for r in lines(DATA/'arc-easy-train.jsonl') if r['question'] not in tested]
+    tested, asked = {r['question'] for r in test}, {}
+    for r in lines(DATA/'arc-easy-train.jsonl'): asked.setdefault(r['question'], r)      # some are asked twice
+    train = [r for q, r in asked.items() if q not in tested]
     random.Random('ARC').shuffle(train)
     random.Random('ARC').shuffle(test)
     learnt = learnt_rows(((question(r['question']), r['choices'][r['label']]) for r in train[n_dev:]), tokenizer)
@@ -112,7 +113,7 @@ def solved(name, tokenizer, n_dev, n_test):
     rows = lines(DATA/{'MAWPS': 'mawps-train.jsonl', 'SVAMP': 'svamp.jsonl', 'GSM8K': 'gsm8k-train.jsonl'}[name])
     test = lines(DATA/'mawps-test.jsonl') if name == 'MAWPS' else []
     tested = {r['question'] for r in test}
-    rows = [r for r in rows if r['question'] not in tested]
+    rows = list({r['question']: r for r in rows if r['question'] not in tested}.values())
     random.Random(name).shuffle(rows)
     pairs = lambda part: [(question(r['question']), r['answer']) for r in part]
     cut = rows[n_dev+n_test:], rows[:n_dev], test or rows[n_dev:n_dev+n_test]

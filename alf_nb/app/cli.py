@@ -230,6 +230,7 @@ def _compare_options(p):
     p.add_argument('--out', default='runs/compare', help='folder for policies.jsonl and comparison.html, .md, .ipynb')
     _flags(p, fp32=True)
 
+# %% ../../nbs/10_app/14_cli.ipynb #973e8b50
 def _race(a, out, **kw):
     "`alf compare --race`"
     if given := [k for k in ('methods', 'extend') if k in a]:
@@ -242,6 +243,7 @@ def _race(a, out, **kw):
     print(found._repr_markdown_())
     print(f"\nalf finetune --budget {found.best.budget:g} --lr {found.best.lr:g}\nRuns: {out/'race.jsonl'}")
 
+# %% ../../nbs/10_app/14_cli.ipynb #43005812
 def _compare(a):
     quiet_transformers()
     out, bf16, quiet = Path(a.pop('out')), False if a.pop('fp32') else None, a.pop('quiet')

@@ -14,12 +14,11 @@ require_versions('torch', 'transformers', 'accelerate')
 # %% ../../nbs/09_study/15_race.ipynb #e6e68185
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
+from fastcore.basics import patch
 from ..core.check import fraction, whole
 from ..core.format import human_time, num, percent
 from ..core.rates import rates_around, suggested_lr
 from ..core.records import Record
-from ..report.results import read_results
 from .compare import as_task, compare_policies
 from .methods import METHODS, alf_method
 from .runs import train_method, trained_model
@@ -44,6 +43,7 @@ def _grid(budgets, lrs):
         raise ValueError(f"{len(set(found))} different settings of {len(found)}: a race needs at least two, each once")
     return found
 
+# %% ../../nbs/09_study/15_race.ipynb #f869e91a
 def rounds(
     n:int,       # settings
     steps:int,   # of a whole run
@@ -66,21 +66,28 @@ class Race(Record):
     best:Setting    # the one that is left
     goal:str        # of the task
     seconds:float   # of training, the warm model included
-    grid_s:float    # seconds that whole runs of all settings would have trained
+    grid_s:float    # that whole runs of all settings would have trained
 
-    def _repr_markdown_(self):
-        "A row for each setting, the last one that is left first"
-        last, found = {}, []
-        for k, (_, came) in enumerate(self.rounds):
-            for s, v in came: last[s] = k, v
-        heads = ' | '.join(f'after {steps} steps' for steps, _ in self.rounds)
-        for s, (k, _) in sorted(last.items(), key=lambda x: (-x[1][0], math.inf if x[1][1] is None else x[1][1])):
-            cells = [dict(came).get(s, '') for _, came in self.rounds]
-            shown = ('–' if v is None else v if v == '' else num(abs(v), 4) for v in cells)
-            found.append(f"| {percent(s.budget)} | {s.lr:g} | {' | '.join(shown)} |")
-        words = (f"Best: a budget of {percent(self.best.budget)} at a learning rate of {self.best.lr:g}, by {self.goal}. "
-                 f"{human_time(self.seconds)} of training; whole runs of all settings: {human_time(self.grid_s)}.")
-        return '\n'.join([words, '', f'| budget | learning rate | {heads} |', '|---|---|'+'---|'*len(self.rounds), *found])
+    @property
+    def order(self):
+        "Settings, those that came furthest first"
+        last = {s: (-k, math.inf if v is None else v) for k, (_, came) in enumerate(self.rounds) for s, v in came}
+        return sorted(last, key=last.get)
+
+# %% ../../nbs/09_study/15_race.ipynb #1447725d
+def _shown(v): return '–' if v is None else num(abs(v), 4)
+
+@patch
+def _repr_markdown_(self:Race):
+    "What is best, what that took, and a row for each setting"
+    words = (f"Best: a budget of {percent(self.best.budget)} at a learning rate of {self.best.lr:g}, by {self.goal}."
+             f" {human_time(self.seconds)} of training; whole runs of all settings: {human_time(self.grid_s)}.")
+    heads = ['budget', 'learning rate', *(f'after {steps} steps' for steps, _ in self.rounds)]
+    lines = [words, '', f"| {' | '.join(heads)} |", '|---'*len(heads) + '|']
+    for s in self.order:
+        came = [_shown(dict(of)[s]) if s in dict(of) else '' for _, of in self.rounds]
+        lines.append(f"| {' | '.join([percent(s.budget), f'{s.lr:g}', *came])} |")
+    return '\n'.join(lines)
 
 # %% ../../nbs/09_study/15_race.ipynb #f21169c3
 def _method(budget, alf): return alf_method(percent(budget), None, (1e-4,), budget=budget, **alf)
@@ -92,28 +99,58 @@ def _step_seconds(task, grid, alf, seed):
         if s.budget not in by: by[s.budget] = train_method(task, _method(s.budget, alf), s.lr, seed, 6)['step_s_median']
     return {s: by[s.budget] for s in grid}
 
+def _said(grid, step_s, plan, steps, warm):
+    "How long it will take, in words"
+    mean_s = sum(step_s.values())/len(grid)
+    asked, whole_s = mean_s*(warm + sum(n*k for n, k in plan)), steps*sum(step_s.values())
+    return f"{len(grid)} settings: about {human_time(asked)}, where whole runs of all take {human_time(whole_s)}"
+
+# %% ../../nbs/09_study/15_race.ipynb #ed9b164e
 def _round(task, came, steps, alf, seed, out, progress):
-    "(Setting, what it is judged by) after so many steps, the best first"
+    "(Setting, what it is judged by) after so many steps, the best first; seconds of training"
     rates = {}
     for s in came: rates.setdefault(s.budget, []).append(s.lr)
-    methods = [_method(b, alf) for b in rates]
-    lrs = {m.name: tuple(v) for m, v in zip(methods, rates.values())}
-    found = compare_policies(task, methods=methods, amount=steps, seeds=seed, lrs=lrs, extend=0, out=out, points=0,
-                             progress=progress)
-    of = {(r['method'], r['lr']): r for r in found.rows}
-    rows = [(s, of[s.name, s.lr]) for s in came]
-    judged = [(s, None if r['diverged'] or r.get('error') else r['choice']) for s, r in rows]
-    return sorted(judged, key=lambda x: math.inf if x[1] is None else x[1]), sum(r.get('wall_s') or 0. for _, r in rows)
+    lrs = {percent(b): tuple(v) for b, v in rates.items()}
+    found = compare_policies(task, methods=[_method(b, alf) for b in rates], amount=steps, seeds=seed, lrs=lrs,
+                             extend=0, out=out, points=0, progress=progress)
+    rows = {(r['method'], r['lr']): r for r in found.rows}
+    judged = {s: rows[s.name, s.lr] for s in came}
+    judged = {s: None if r['diverged'] or r.get('error') else r['choice'] for s, r in judged.items()}
+    ranked = sorted(judged.items(), key=lambda x: math.inf if x[1] is None else x[1])
+    return tuple(ranked), sum(rows[s.name, s.lr].get('wall_s') or 0. for s in came)
+
+# %% ../../nbs/09_study/15_race.ipynb #9b42fae0
+def _rounds(task, came, plan, *how):
+    "Every round, the setting that is left, and seconds of training"
+    done, seconds, sizes = [], 0., [*(n for n, _ in plan[1:]), 1]
+    for (_, steps), size in zip(plan, sizes):
+        judged, took = _round(task, came, steps, *how)
+        done, seconds = [*done, (steps, judged)], seconds + took
+        left = [s for s, v in judged if v is not None]
+        if not left: raise RuntimeError(f"all of {len(came)} settings diverged within {steps} steps; give smaller lrs")
+        came = left[:size]
+    return tuple(done), came[0], seconds
+
+# %% ../../nbs/09_study/15_race.ipynb #025c3e53
+def _run(task, grid, plan, steps, warm, how):
+    "The race, when all that was asked for is checked"
+    alf, seed, _, progress = how
+    step_s, lot = _step_seconds(task, grid, alf, seed), METHODS['random-stratified']
+    if progress: print(_said(grid, step_s, plan, steps, warm))
+    if warm: task = replace(task, model=trained_model(task, lot, suggested_lr(.25), seed, warm))
+    done, best, seconds = _rounds(task, grid, plan, *how)
+    whole_s = sum(step_s.values())
+    return Race(done, best, task.goal, seconds + warm*whole_s/len(grid), steps*whole_s)
 
 # %% ../../nbs/09_study/15_race.ipynb #14e4dd94
 def race(
     task=None, # `Task`; or a model as `text_task` takes it; None: SmolLM2-135M-Instruct
     data=None, # text for a model, as for `text_task`
     budgets=(.1, .25, .5), # fractions of the parameters, 0-1
-    lrs=None,  # learning rates of every budget; None: three around the suggested one
+    lrs=None, # learning rates of every budget; None: three around the suggested one
     steps:int=120, # of a whole run
     keep:int=3, # one of so many goes on to the next round
-    warm:int=None, # steps of the warm model that all start from; None: a tenth of `steps`; 0: none
+    warm:int=None, # steps of the warm model; None: a tenth of `steps`
     seed:int=0, # of order and draws
     alf:dict=None, # further arguments of `ALFCallback`
     out='runs/race/race.jsonl', # results file, appended to
@@ -121,20 +158,7 @@ def race(
     **kw # of `text_task`
 )->Race:
     "Find a learning rate and a budget by successive halving"
-    grid, alf = _grid(budgets, lrs), dict(alf or {})
+    grid, alf = _grid(budgets, lrs), alf or {}
     plan, warm = rounds(len(grid), steps, keep), whole('warm', steps//10 if warm is None else warm, 0)
-    task = as_task(task, data, progress, kw)
-    step_s = _step_seconds(task, grid, alf, seed)
-    mean_s = sum(step_s.values())/len(grid)
-    asked, grid_s = mean_s*(warm + sum(n*k for n, k in plan)), steps*sum(step_s.values())
-    if progress: print(f"{len(grid)} settings: about {human_time(asked)}, where whole runs of all take {human_time(grid_s)}")
-    lot = METHODS['random-stratified']
-    if warm: task = replace(task, model=trained_model(task, lot, suggested_lr(.25), seed, warm))
-    came, done, seconds = grid, [], warm*mean_s
-    for i, (_, k) in enumerate(plan):
-        judged, took = _round(task, came, k, alf, seed, out, progress)
-        done, seconds = [*done, (k, tuple(judged))], seconds + took
-        left = [s for s, v in judged if v is not None][:plan[i+1][0] if i+1 < len(plan) else 1]
-        if not left: raise RuntimeError(f"all of {len(came)} settings diverged within {k} steps; give smaller lrs")
-        came = left
-    return Race(tuple(done), came[0], task.goal, seconds, grid_s)
+    return _run(as_task(task, data, progress, kw), grid, plan, steps, warm, (alf, seed, out, progress))
+

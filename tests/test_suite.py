@@ -1,0 +1,69 @@
+"""The tasks of the evidence: parts that share no row, metrics that are what they are called, a bootstrap that can tell."""
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1]/'benchmarks'
+sys.path.insert(0, str(BENCHMARKS))
+import suite            # noqa: E402
+import suite_table      # noqa: E402
+
+
+class Words:
+    "A tokenizer: a letter, a token"
+    def __call__(self, text): return dict(input_ids=[1 + ord(c) % 90 for c in text])
+
+
+def test_f1_and_matthews():
+    labels, said = [1, 1, 1, 0, 0, 0, 1, 0], [1, 0, 1, 0, 1, 0, 1, 1]
+    tp, fp, fn, tn = 3, 2, 1, 2
+    assert suite.f1(labels, said) == 2*tp/(2*tp+fp+fn)
+    below = math.sqrt((tp+fp)*(tp+fn)*(tn+fp)*(tn+fn))
+    assert suite.matthews(labels, said) == pytest.approx((tp*tn-fp*fn)/below)
+    assert suite.matthews(labels, labels) == 1 and suite.matthews(labels, [1-v for v in labels]) == -1
+    assert suite.matthews(labels, [1]*8) == 0 == suite.f1(labels, [0]*8)
+
+
+def test_parts_of_a_folder_share_no_row(tmp_path):
+    row = lambda i: dict(text=f'text {i}', label=i % 2)
+    (tmp_path/'TREC').mkdir()
+    for name, rows in (('train', range(80)), ('test', range(70, 90))):
+        (tmp_path/'TREC'/f'{name}.jsonl').write_text('\n'.join(json.dumps(row(i)) for i in rows), encoding='utf-8')
+    train, dev, test = suite.parts('TREC', tmp_path, 50)
+    found = [{r['text'] for r in part} for part in (train, dev, test)]
+    assert [len(f) for f in found] == [50, 20, 20] == [len(p) for p in (train, dev, test)]
+    assert not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
+
+
+def test_shipped_questions_are_whole():
+    for name, n, k in (('arc-easy-train', 2251, 3), ('arc-easy-test', 2376, 3), ('piqa', 1838, 2)):
+        rows = suite.lines(suite.DATA/f'{name}.jsonl')
+        assert len(rows) == n
+        for r in rows:
+            assert len(r['choices']) >= k and 0 <= r['label'] < len(r['choices']) and r['question'].strip()
+            assert all(c.strip() and 'Answer format' not in c for c in r['choices'])
+    labels = [r['label'] for r in suite.lines(suite.DATA/'arc-easy-test.jsonl')]
+    assert min(labels.count(i) for i in range(4)) > 400, "the right answer stands in every place"
+
+
+def test_arc_s_parts_share_no_question_and_only_answers_are_learnt():
+    learnt, dev, test = suite.arc(Words(), 200, 300)
+    asked = lambda rows: {tuple(r['input_ids']) for r in rows}
+    assert (len(dev), len(test)) == (200, 300) and not asked(dev) & asked(test)
+    begins = {tuple(t for t, l in zip(r['input_ids'], r['labels']) if l == -100) for r in learnt}
+    assert not begins & (asked(dev) | asked(test))
+    r = learnt[0]
+    assert [l for l in r['labels'] if l != -100] == [t for t, l in zip(r['input_ids'], r['labels']) if l != -100]
+    for name in ('MAWPS', 'SVAMP', 'GSM8K'):
+        train, dev, test = suite.solved(name, Words(), *suite.DECODER[name])
+        assert len(train) > 500 and not asked(train) & asked(test) and not asked(train) & asked(dev)
+
+
+def test_a_bootstrap_over_tasks_and_seeds_tells_a_gain_from_noise():
+    mean, error, low, high = suite_table.bootstrap(dict(a=[1., 1.2, .9], b=[1.1, .8, 1.]))
+    assert mean == pytest.approx(1.) and 0 < error < .2 and 0 < low < 1 < high
+    _, wide, low, high = suite_table.bootstrap(dict(a=[2., 2., 2.], b=[-2., -2., -2.]))
+    assert wide > 1 and low == -2 and high == 2
