@@ -221,8 +221,9 @@ def _warnings(s, state):
     out = []
     if s['error'] or s['status'] == 'stopped': out.append(_ended(s, state))
     elif s['status'] != 'complete':
+        again = _go_on(state) if state.checkpoint else ''
         out.append('This run has no end yet: it is still under way, or its process was killed. Figures are those of the'
-                   ' steps that were made.')
+                   f' steps that were made.{again}')
     if s['nonfinite']: out.append(f"{s['nonfinite']} events hold a number that is not finite (NaN or infinity).")
     if s['damaged_lines']: out.append(passed_over(s))
     n = s['resumed']
