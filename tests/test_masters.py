@@ -167,7 +167,7 @@ def test_without_autocast_it_is_refused_with_both_ways_out(tmp_path):
 
 
 def test_without_masters_it_is_said_what_is_lost(tmp_path):
-    with pytest.warns(UserWarning, match="masters=False: [0-9]+% of the weights, in torch.bfloat16, are too large"):
+    with pytest.warns(UserWarning, match="masters=False: [0-9]+ % of the weights, in torch.bfloat16, are too large"):
         t = trained(tmp_path, ALFCallback(budget=.3, masters=False), learning_rate=1e-5)
     assert "master_bytes" not in RunLog(tmp_path).events("memory")[0]
     assert {p.dtype for p in t.model.parameters()} == {torch.bfloat16}

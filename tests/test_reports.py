@@ -3,6 +3,8 @@ import base64, json, math, re, struct, zlib
 from html.parser import HTMLParser
 import pytest
 from fake_run import fake_run, fake_units
+from alf_nb.core.config import ALFConfig
+from alf_nb.core.policies import POLICIES
 from alf_nb.core.records import UnitInfo
 from alf_nb.core.runlog import RunLog
 from alf_nb.core import format
@@ -89,6 +91,20 @@ def test_the_figures_of_the_summary_are_on_the_page(tmp_path):
         and '2 min 48 s' in text
         and all(len(l) < 130 for l in table.splitlines())
     )
+
+@pytest.mark.parametrize('name', sorted(POLICIES))
+def test_settings_are_told_in_words(tmp_path, name):
+    more = dict(unit='columns') if name == 'columns' else dict(freeze_bottom=.2)
+    config = ALFConfig.from_args(policy=dict(policy=name), **more).to_dict()
+    with RunLog(tmp_path) as log:
+        about = dict(lr=4e-4, warmup_steps=1, batch_size=2, grad_accum=1, length=64, data_sha256='4f')
+        log.write('run_begin', step=0, units=fake_units(2), config=config, max_steps=9, about=about)
+    html = report_html(tmp_path)
+    tables = [t for t in re.findall('<table.*?</table>', html, re.S) if 'Settings of the run' in t or 'Data and' in t]
+    cells = re.findall('<t[dh][^>]*>(.*?)</t[dh]>', ''.join(tables), re.S)
+    said = [re.sub('<[^>]+>', '', c) for c in cells]
+    assert len(tables) == 2 and len(said) > 40 and 'yes' in said and any(c.endswith('0 %') for c in said)
+    assert not [c for c in said if re.search(r'[_{}\[\]"]|&quot;|^(true|false|null)$', c)]
 
 def test_summary_holds_the_promised_numbers(tmp_path):
     s = summarize(fake_run(tmp_path/'r'))

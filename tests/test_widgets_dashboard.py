@@ -1,9 +1,11 @@
 "The training dashboard: what it says of every state of a run, what its buttons do, and how little it sends."
-import re, sys, threading, time
+import re, subprocess, sys, threading, time
+from html import unescape
 
 import pytest
 
 from alf_nb.core.runlog import RunLog
+from alf_nb.report.page import report_html
 from alf_nb.widgets.base import ticker
 from alf_nb.widgets.parts import all_widgets
 from alf_nb.widgets.dashboard import TrainingDashboard, last_line
@@ -66,6 +68,25 @@ def test_a_killed_run_is_not_called_complete(tmp_path, view):
     assert 'at step 70 of 120: its log has no end' in d.what.value and 'UTC' in d.what.value
     assert 'time left' not in d.tiles.value and 'width:58.33%' in d.progress.value
     assert 'Interrupted' in d.picture() and 'Since step 60' in d.picture()
+
+
+@pytest.mark.parametrize('paused', [False, True])
+def test_a_run_whose_process_was_killed_is_interrupted_at_once_and_says_how_it_goes_on(tmp_path, view, paused):
+    code = (
+        'import os, signal, sys; from alf_nb.core.lock import RunLock; lock = RunLock(sys.argv[1]).acquire();'
+        ' os.kill(os.getpid(), signal.SIGKILL)'
+    )
+    subprocess.run([sys.executable, '-c', code, str(tmp_path)])
+    log = RunLog(tmp_path)
+    about = dict(resume="finetune(data='a.txt', resume=True)")
+    log.write('run_begin', step=0, units=fake_units(2), config={}, max_steps=10, about=about)
+    log.write('save', step=3, path='checkpoint-3')
+    log.write('log', step=4, loss=1., seconds_per_step=2.)
+    if paused: log.write('pause', step=4)
+    d = view(tmp_path)
+    assert words(d) == ('interrupted', 'Interrupted') and 'at step 4 of 10: its process has ended' in d.what.value
+    assert 'taken up from <b>checkpoint-3</b>: run <code>finetune(data=' in d.what.value
+    assert 'taken up from checkpoint-3: finetune(data=' in unescape(report_html(tmp_path))
 
 
 def test_a_run_of_another_process(tmp_path, view):

@@ -226,20 +226,23 @@ def _compare_options(p):
     _add(p, task, 'batch_size length eval_blocks')
     p.add_argument('--race', action='store_true', help='find learning rate and budget by successive halving instead, in'
                    ' about a quarter of the time of all whole runs; --amount: steps of a whole run')
-    _add(p, ('study.race', 'race'), 'budgets')
+    p.add_argument('--budgets', type=float, nargs='+', metavar='BUDGET', help='with --race: fractions of the parameters'
+                   ' to choose from, 0-1 (default: 0.1 0.25 0.5)')
     p.add_argument('--out', default='runs/compare', help='folder for policies.jsonl and comparison.html, .md, .ipynb')
     _flags(p, fp32=True)
 
 # %% ../../nbs/10_app/14_cli.ipynb #973e8b50
 def _race(a, out, **kw):
     "`alf compare --race`"
-    if given := [k for k in ('methods', 'extend') if k in a]:
-        raise ValueError(f"--race compares settings of ALF: leave --{given[0]} out, or give --budgets and --lrs")
-    if a.pop('rule', 'steps') != 'steps': raise ValueError("--race counts in steps: leave --rule out")
+    usual = options_of('study.compare', 'compare_policies')
+    for k in ('methods', 'extend', 'rule'):
+        given, default = a.pop(k), usual[k].default
+        if given != (list(default) if isinstance(default, tuple) else default):
+            raise ValueError(f"--race compares settings of ALF at equal steps: leave --{k} out; it takes --budgets, --lrs")
     from alf_nb.study.race import race
-    if 'amount' in a: a['steps'] = int(a.pop('amount'))
-    if 'seeds' in a: a['seed'] = a.pop('seeds')[0]
-    found = race(a.pop('model', None), a.pop('data', None), out=out/'race.jsonl', **kw, **a)
+    steps, seeds, budgets = int(a.pop('amount')), a.pop('seeds'), a.pop('budgets')
+    if budgets: a['budgets'] = budgets
+    found = race(a.pop('model', None), a.pop('data', None), steps=steps, seed=seeds[0], out=out/'race.jsonl', **kw, **a)
     print(found._repr_markdown_())
     print(f"\nalf finetune --budget {found.best.budget:g} --lr {found.best.lr:g}\nRuns: {out/'race.jsonl'}")
 
@@ -248,7 +251,7 @@ def _compare(a):
     quiet_transformers()
     out, bf16, quiet = Path(a.pop('out')), False if a.pop('fp32') else None, a.pop('quiet')
     if a.pop('race'): return _race(a, out, bf16=bf16, progress=not quiet)
-    if 'budgets' in a: raise ValueError("--budgets are for --race; a method brings its own")
+    if a.pop('budgets'): raise ValueError("--budgets are for --race; a method brings its own")
     from alf_nb.study.compare import compare_policies
     found = compare_policies(a.pop('model', None), a.pop('data', None), out=out/'policies.jsonl', bf16=bf16,
                              progress=not quiet, **a)

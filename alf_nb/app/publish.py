@@ -8,13 +8,14 @@ Docs: https://example.github.io/alf_nb/10_app/publish.html.md"""
 __all__ = ['card_text', 'write_card', 'push_delta']
 
 # %% ../../nbs/10_app/02_publish.ipynb #59e8a5f2
-import json, os
+import ast, json, os, re
 from pathlib import Path
 from .. import __version__
 from ..model.delta import read_delta
 from ..core.files import write_whole
 from ..core.foreign import md_code, md_text, open_plain
 from ..core.format import num, percent
+from ..report.run_state import state_of
 from ..report.summary import summarize
 from ..core.runlog import read_once
 
@@ -84,19 +85,36 @@ def _packed(delta):
     if not delta.packed: return ')'
     return f', packed=True)      # the rest in {next(iter(delta.packed.values()))} bits, as it was trained'
 
-def _use(delta, base, repo_id):
+def _loaded(load):
+    "What a call of `load_model` in the log loads: its name, empty for the default; None: nobody knows"
+    found = re.fullmatch(r"load_model\(('.*'|\".*\"|)\)", load)
+    try: return found and str(ast.literal_eval(found[1] or "''"))
+    except (SyntaxError, ValueError): return None
+
+def _told(path):
+    "A path as code: one on somebody's machine is told by its last part"
+    path = str(path)
+    return _quoted(_base_id(path)[0] if Path(path).is_absolute() or path.startswith('~') else path)
+
+# %% ../../nbs/10_app/02_publish.ipynb #59bf8eb1
+def _base_lines(delta, base, load):
+    "(imports, line that loads the base): with its tokenizer where the call that loaded it is known"
+    dtype, name = f"dtype={_quoted(delta.dtype if 'float' in delta.dtype else 'float32')}", _loaded(load)
+    if name is not None:
+        return ["from alf_nb.all import apply_delta, load_model"], (
+            f"model, tokenizer = load_model({_told(name) + ', ' if name else ''}{dtype})")
+    line = f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)}, {dtype})"
+    return ["from transformers import AutoModelForCausalLM", "from alf_nb.all import apply_delta"], (
+        f"{line}      # the class that it was trained as")
+
+# %% ../../nbs/10_app/02_publish.ipynb #59bf8eb0
+def _use(delta, base, folder, repo_id, load):
     "Lines that load the delta"
-    dtype = delta.dtype if 'float' in delta.dtype else 'float32'
-    where = f'snapshot_download({_quoted(repo_id)})' if repo_id else _quoted('folder of this delta')
+    where = f'snapshot_download({_quoted(repo_id)})' if repo_id else _told(Path(folder).as_posix())
+    imports, line = _base_lines(delta, base, load)
+    if repo_id: imports = ["from huggingface_hub import snapshot_download", *imports]
     return [
-        "## Use", "", "```python",
-        *(["from huggingface_hub import snapshot_download"] if repo_id else []),
-        "from transformers import AutoModelForCausalLM",
-        "from alf_nb.model.delta import apply_delta",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)},"
-        f" dtype={_quoted(dtype)})      # the class that it was trained as",
-        f"apply_delta(model, {where}{_packed(delta)}",
+        "## Use", "", "```python", *imports, "", line, f"apply_delta(model, {where}{_packed(delta)}",
         "```", "",
         "`apply_delta` checks every tensor of the base and refuses another one; SHA-256 of the right one:"
         f" `{delta.base_digest}`.",
@@ -126,7 +144,9 @@ def card_text(
     meta = ModelCardData(base_model=base if on_hub else None, library_name='alf_nb', datasets=datasets,
                          tags=['alf_nb', 'delta', 'fine-tuned'], license=license, language=language)
     about = [] if run is None else _about_run(run)
-    lines = [*_head(delta, base), "", *_use(delta, base, repo_id), "", *about, "", f"Written by alf_nb {__version__}."]
+    load = '' if run is None else str(state_of(run).about.get('load') or '')
+    use = _use(delta, base, folder, repo_id, load)
+    lines = [*_head(delta, base), "", *use, "", *about, "", f"Written by alf_nb {__version__}."]
     return f"---\n{meta.to_yaml()}\n---\n\n" + '\n'.join(lines) + '\n'
 
 # %% ../../nbs/10_app/02_publish.ipynb #8b4cf11c

@@ -141,8 +141,9 @@ def _shown(name, v):
 
 def _line(given):
     "The call of `finetune` as a line of Python"
-    bare = [_shown(k, given.pop(k, None)) for k in ('model', 'data', 'out')]
-    return f"finetune({', '.join([*bare, *(f'{k}={_shown(k, v)}' for k,v in given.items() if v is not None)])})"
+    model = given.pop('model', None)
+    first = [] if model is None else [_shown('model', model)]
+    return f"finetune({', '.join([*first, *(f'{k}={_shown(k, v)}' for k,v in given.items() if v is not None)])})"
 
 # %% ../../nbs/01_core/20_training.ipynb #9e48e62b
 def _named(v, default):

@@ -35,8 +35,8 @@ def band_legend()->str:
 def names_px(
     names # of rows
 )->int:   # px
-    "Room that the longest name needs beside a map, in bold"
-    return max(48, min(170, 14 + int(7.6*max((len(str(n)) for n in names), default=4))))
+    "Room that the longest name needs beside a map"
+    return max(48, min(170, 18 + int(6.6*max((len(str(n)) for n in names), default=4))))
 
 # %% ../../nbs/07_report/05_maps.ipynb #81b2920c
 def _row_px(n):

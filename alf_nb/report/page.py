@@ -8,6 +8,7 @@ Docs: https://example.github.io/alf_nb/07_report/page.html.md"""
 __all__ = ['report_html', 'write_report']
 
 # %% ../../nbs/07_report/12_page.ipynb #cfcd6533
+import re
 from pathlib import Path
 from ..core.files import write_whole
 from ..core.foreign import escape
@@ -164,13 +165,34 @@ _WORDS = {
 }
 
 # %% ../../nbs/07_report/12_page.ipynb #1817b9bc
-_WORDS |= {'lr': 'learning rate', 'lr_schedule': 'its schedule', 'grad_accum': 'batches of a step'}
+_WORDS |= {
+    'signal': 'importance is measured by', 'kinds': 'kinds of units that may train',
+    'probe_batches': 'batches of the first probe', 'references': 'reference weights', 'seed': 'seed of the run',
+    'cache_prefix': 'keeps what the frozen bottom makes of a row', 'eval_prefix': 'frozen bottom without dropout',
+    'policy.k': 'units or blocks that train', 'policy.where': 'which units', 'policy.order': 'order of blocks',
+    'policy.interval': 'steps that a block trains', 'policy.temperature': 'temperature of draws',
+    'lr': 'learning rate', 'lr_schedule': 'its schedule', 'warmup_steps': 'its steps of warm-up',
+    'grad_accum': 'batches of a step', 'batch_size': 'rows of a batch', 'length': 'tokens of a row, at most',
+    'unrelated': 'unrelated text', 'rows': 'rows to train on', 'data_sha256': 'SHA-256 of the texts, its beginning',
+}
+
+# %% ../../nbs/07_report/12_page.ipynb #1817b9bd
+_SHARES = 'policy.budget', 'policy.explore', 'freeze_bottom', 'select_until'
+
+def _value(k, v):
+    "A value as people write it"
+    if k in _SHARES and re.fullmatch(r'[01](\.\d+)?', v): return percent(float(v))
+    if v.startswith('["'): return v[1:-1].replace('"', '')
+    words = {'true': 'yes', 'false': 'no', 'second_moment': 'second moment kept', 'grad_norm': 'gradient norm'}
+    return words.get(v, v)
 
 def _in_words(d):
     "Settings under the names that people know; what is not set is left out"
-    known = {_WORDS.get(k, k.replace('policy.', '').replace('_', ' ')): v for k, v in flat(d) if k != 'presumed'}
+    known = {_WORDS.get(k, k.replace('policy.', '').replace('_', ' ')): _value(k, v) for k, v in flat(d)
+             if k != 'presumed'}
     return {k: v for k, v in known.items() if v not in ('null', '[]', '{}')}
 
+# %% ../../nbs/07_report/12_page.ipynb #1817b9be
 def _code(text): return tag('pre', tag('code', escape(text)))
 
 def _reproduce(state, s):
@@ -221,8 +243,9 @@ def _warnings(s, state):
     out = []
     if s['error'] or s['status'] == 'stopped': out.append(_ended(s, state))
     elif s['status'] != 'complete':
+        again = _go_on(state) if state.checkpoint else ''
         out.append('This run has no end yet: it is still under way, or its process was killed. Figures are those of the'
-                   ' steps that were made.')
+                   f' steps that were made.{again}')
     if s['nonfinite']: out.append(f"{s['nonfinite']} events hold a number that is not finite (NaN or infinity).")
     if s['damaged_lines']: out.append(passed_over(s))
     n = s['resumed']

@@ -9,6 +9,7 @@ __all__ = ['holdout_split', 'token_blocks']
 
 # %% ../../nbs/02_sources/06_blocks.ipynb #31943aa1
 import random
+from ..core.format import percent
 from .chats import Chat
 from .texts import check_text
 
@@ -53,7 +54,8 @@ def _cut_end(texts, held_out):
     at = _cut_near(t, int(len(t)-min(held_out*total, .5*len(t))))
     if not t[:at].strip() or not t[at:].strip():
         s = 's' if len(texts) > 1 else ''
-        raise ValueError(f"too little text to hold {held_out:.0%} out: {len(texts)} text{s}, {total} characters")
+        out = percent(held_out, 0)
+        raise ValueError(f"too little text to hold {out} out: {len(texts)} text{s}, {total} characters")
     return [*texts[:i], t[:at], *texts[i+1:]], [t[at:]]
 
 # %% ../../nbs/02_sources/06_blocks.ipynb #d8b4bf4f

@@ -12,6 +12,7 @@ import math, time, uuid, warnings
 from dataclasses import replace
 from fastcore.basics import patch
 from ..core.config import MOVED
+from ..core.format import percent
 from ..core.system import Slowdown, peak_rss_bytes, versions
 from ..kernels.plan import compile_kernels
 from ..model.masters import Masters, lost_to_rounding
@@ -173,8 +174,9 @@ def _warn_of_rounding(run):
     if lr and (lost := lost_to_rounding(half, lr)) > .1:
         run.journal.once(
             'rounding',
-            f"masters=False: {lost:.0%} of the weights, in {next(iter(half)).dtype}, are too large for a step of"
-            f" lr {lr:.1g} to change them, unless the optimizer makes up for it (Kahan summation, stochastic rounding)",
+            f"masters=False: {percent(lost, 0)} of the weights, in {next(iter(half)).dtype}, are too"
+            f" large for a step of lr {lr:.1g} to change them, unless the optimizer makes up for it (Kahan summation,"
+            " stochastic rounding)",
         )
 
 def _prepare(run):

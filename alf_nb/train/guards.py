@@ -201,7 +201,7 @@ def check_jumps(self:Guards, before, rates, moved, step):
         self.journal.event('jump', step, unit=n, rate=r, before=before[n], moved=moved[n])
         warnings.warn(
             f"the change rate of {n} jumped from {before[n]:.3g} to {r:.3g} at step {step}: in its last window it moved"
-            f" by {moved[n]:.0%} of its norm. Lower the learning rate, or ban the unit if this goes on"
+            f" by {percent(moved[n], 0)} of its norm. Lower the learning rate, or ban the unit if this goes on"
         )
 
 # %% ../../nbs/06_train/06_guards.ipynb #1c03dae4

@@ -13,6 +13,7 @@ import ipywidgets as W
 from fastcore.basics import patch
 from traitlets import HasTraits
 from ..core.foreign import escape
+from ..core.lock import writer_ended
 from ..core.runlog import RunLog, runs_nearby
 from ..core.events import effective_events
 from ..core.system import in_kernel
@@ -210,7 +211,8 @@ def live(self:View)->bool:
 @patch(as_prop=True)
 def goes_on(self:View)->bool:
     "Does the run still go on, as far as one can know?"
-    return self.live and (self.control is not None or self.status == 'paused' or not self.state.is_silent())
+    if self.control is not None or not self.live: return self.live
+    return not writer_ended(self.log.dir) and (self.status == 'paused' or not self.state.is_silent())
 
 # %% ../../nbs/08_widgets/02_base.ipynb #f4bf502c
 @patch

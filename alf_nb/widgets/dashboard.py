@@ -15,6 +15,7 @@ import ipywidgets as W
 from fastcore.basics import patch
 from ..core.foreign import escape
 from ..core.format import human_bytes, human_time, num, percent
+from ..core.lock import writer_ended
 from ..report.charts import averaged, held_out, held_out_lines, loss_figure, loss_lines, rate_chart, stairs
 from ..report.charts import state_chart
 from ..report.html import note, tag, tile, warning
@@ -124,8 +125,9 @@ def _elsewhere(d):
     s, step = d.state, _step_of(d.state)
     if not s.begin: return 'waiting', 'Waiting for the run to begin', ''
     if not d.goes_on:
-        quiet = f'at {step}: its log has no end, and nothing was written since {_when(s.last_t)}.'
-        return 'interrupted', 'Interrupted', f'{quiet} What is shown is what was logged'
+        why = 'its process has ended' if writer_ended(d.log.dir) else 'its log has no end'
+        quiet = f'at {step}: {why}, and nothing was written since {_when(s.last_t)}.'
+        return 'interrupted', 'Interrupted', quiet + _go_on(d)
     if d.status == 'paused':
         return 'paused', 'Paused', f'at {step}, since {_when(s.last_t)}, by the process that trains it'
     return 'running', 'Training', f'{step}, written a moment ago by another process'

@@ -93,10 +93,10 @@ def as_of(
 )->str:
     "When a picture was drawn of what goes on since, and how to see it alive"
     if view.log is None: return ''
-    again = tag('code', escape(f"{type(view).__name__}({str(view.log.dir)!r})"))
+    again = tag('code', escape(f"from alf_nb.all import *; {type(view).__name__}({str(view.log.dir)!r})"))
     when = f" as of {time.strftime('%d %b %Y, %H:%M')}" if view.goes_on else ''
     here = tag('p', f'The run{when}; {again} in a cell shows what it has done since.', cls='note alf-as-of')
-    gone = f'The kernel of this view is gone; it shows the run{when}. To see more, import it and run {again} in a cell.'
+    gone = f'The kernel of this view is gone; it shows the run{when}. To see more, run {again} in a cell.'
     return (here if when else '') + tag('p', gone, cls='warning alf-gone', role='note')
 
 # %% ../../nbs/08_widgets/01_parts.ipynb #2da1a9eb

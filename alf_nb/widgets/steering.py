@@ -132,5 +132,7 @@ def draw(self:Steering):
 # %% ../../nbs/08_widgets/08_steering.ipynb #6492d762
 @patch
 def static_html(self:Steering)->str:
-    told = _asked(self.state)
-    return tag('div', note('Prompts that were tried while it trained'), told) if told else ''
+    told, rate = _asked(self.state), _rate(self.state)
+    if told: told = note('Prompts that were tried while it trained') + told
+    if rate: rate = note('Learning rate, a factor on its schedule') + rate
+    return tag('div', told, rate) if told or rate else ''

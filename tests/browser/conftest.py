@@ -62,7 +62,7 @@ def notebook(root, lab, context, request):
         nb.metadata.kernelspec = dict(name="python3", display_name="Python 3", language="python")
         for c in nb.cells:
             if c.cell_type == "code": c.outputs, c.execution_count = [], None
-        name = f"{request.node.name.replace('/', '_').replace('[', '_').replace(']', '')}.ipynb"
+        name = f"{request.node.name.replace('/', '_').replace('[', '_').replace(']', '')}{len(opened) or ''}.ipynb"
         nbformat.write(nb, root/name)
         opened.append(Notebook(context, lab, name))
         return opened[-1]

@@ -119,6 +119,10 @@ class Notebook:
         self.page.wait_for_function(
             "() => !!window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel", timeout=60_000
         )
+        self.ready()
+
+    def ready(self):
+        "Wait until the kernel is there and idle; one that died has been started again"
         # the status circle says idle before the connection is ready, and a cell run then is dropped
         self.page.evaluate(
             "async () => { const s = window.jupyterapp.shell.currentWidget.sessionContext; await s.ready; await"
@@ -138,6 +142,10 @@ class Notebook:
             " 'code')[i].model.sharedModel.getSource()",
             i,
         )
+    def write(self, i, text):
+        "Paste `text` into the empty code cell `i`"
+        self.cell(i).locator(".jp-InputArea-editor").click()
+        self.page.keyboard.insert_text(text)
     def cell(self, i): return self.page.locator(".jp-Notebook .jp-CodeCell").nth(i)
     def output(self, i): return self.cell(i).locator(".jp-OutputArea").inner_text()
 
