@@ -1,4 +1,4 @@
-"""The tasks of the evidence: parts that share no row, metrics that are what they are called, a bootstrap that can tell."""
+"""The tasks of the evidence: parts that share no row, metrics that are what they are called, a bootstrap that tells."""
 import json
 import math
 import sys

@@ -238,7 +238,7 @@ def _race(a, out, **kw):
     for k in ('methods', 'extend', 'rule'):
         given, default = a.pop(k), usual[k].default
         if given != (list(default) if isinstance(default, tuple) else default):
-            raise ValueError(f"--race compares settings of ALF at equal steps: leave --{k} out; it takes --budgets, --lrs")
+            raise ValueError(f"--race compares settings of ALF at equal steps: leave --{k} out; give --budgets, --lrs")
     from alf_nb.study.race import race
     steps, seeds, budgets = int(a.pop('amount')), a.pop('seeds'), a.pop('budgets')
     if budgets: a['budgets'] = budgets
