@@ -13,8 +13,9 @@ import suite_table      # noqa: E402
 
 
 class Words:
-    "A tokenizer: a letter, a token"
-    def __call__(self, text): return dict(input_ids=[1 + ord(c) % 90 for c in text])
+    "A tokenizer: a word, a token"
+    known = {}
+    def __call__(self, text): return dict(input_ids=[self.known.setdefault(w, len(self.known)) for w in text.split()])
 
 
 def test_f1_and_matthews():
