@@ -92,6 +92,11 @@ def learnt_rows(pairs, tokenizer, length=256):
     return rows
 
 
+def words_of(r):
+    "What a question asks: some come twice, and differ in blanks alone"
+    return tuple(r['question'].lower().split())
+
+
 def question(text): return f'Question: {text}\nAnswer:'
 def chosen(r): return question(r['question']), r['choices'], r['label']
 
@@ -99,8 +104,8 @@ def chosen(r): return question(r['question']), r['choices'], r['label']
 def arc(tokenizer, n_dev, n_test):
     "Questions of ARC-Easy: answers are learnt, and chosen by log-likelihood"
     test = lines(DATA/'arc-easy-test.jsonl')
-    tested, asked = {r['question'] for r in test}, {}
-    for r in lines(DATA/'arc-easy-train.jsonl'): asked.setdefault(r['question'], r)      # some are asked twice
+    tested, asked = set(map(words_of, test)), {}
+    for r in lines(DATA/'arc-easy-train.jsonl'): asked.setdefault(words_of(r), r)
     train = [r for q, r in asked.items() if q not in tested]
     random.Random('ARC').shuffle(train)
     random.Random('ARC').shuffle(test)
@@ -112,8 +117,8 @@ def solved(name, tokenizer, n_dev, n_test):
     "Problems of which the solution is learnt"
     rows = lines(DATA/{'MAWPS': 'mawps-train.jsonl', 'SVAMP': 'svamp.jsonl', 'GSM8K': 'gsm8k-train.jsonl'}[name])
     test = lines(DATA/'mawps-test.jsonl') if name == 'MAWPS' else []
-    tested = {r['question'] for r in test}
-    rows = list({r['question']: r for r in rows if r['question'] not in tested}.values())
+    tested = set(map(words_of, test))
+    rows = list({words_of(r): r for r in rows if words_of(r) not in tested}.values())
     random.Random(name).shuffle(rows)
     pairs = lambda part: [(question(r['question']), r['answer']) for r in part]
     cut = rows[n_dev+n_test:], rows[:n_dev], test or rows[n_dev:n_dev+n_test]
