@@ -11,6 +11,7 @@ import torch
 
 import alf_nb
 from alf_nb.study.plan import Plan, Way
+from alf_nb.study.race import Race, Setting
 from alf_nb.study.verdict import SignalAudit
 from alf_nb.model.delta import Delta
 from alf_nb.model.layers import Layers
@@ -295,6 +296,11 @@ WAY = Way(**dict.fromkeys((f.name for f in dataclasses.fields(Needs)), 1), metho
 def a_plan(evil, memory=None): return Plan("m" + evil("m"), 100, 1, 16, True, False, "cpu", memory, (WAY,))
 
 
+def a_race(evil):
+    at = Setting(.25, 1e-3)
+    return Race(((6, ((at, 1.),)),), at, "accuracy" + evil("g"), 1., 2.)
+
+
 def a_plan_view(folder, evil):
     from alf_nb.widgets.plan import PlanView
     return PlanView(a_plan(evil, 1 << 30))
@@ -319,6 +325,7 @@ MAKERS = dict(
     Layers=lambda folder, evil: a_model(evil),
     Delta=lambda folder, evil: Delta("p", "base" + evil("base"), ("a" + evil("a"),), "9" + evil("9"), 10, 100),
     Plan=lambda folder, evil: a_plan(evil),
+    Race=lambda folder, evil: a_race(evil),
     Comparison=lambda folder, evil: compare_runs([a_run(folder, evil)] * 2),
     PolicyComparison=lambda folder, evil: PolicyComparison(results(evil)),
     Followed=a_followed_log,

@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from ..core.check import fraction, whole
+from ..core.foreign import md_text
 from ..core.format import human_time, num, percent
 from ..core.rates import rates_around, suggested_lr
 from ..core.records import Record
@@ -80,7 +81,8 @@ def _shown(v): return '–' if v is None else num(abs(v), 4)
 @patch
 def _repr_markdown_(self:Race):
     "What is best, what that took, and a row for each setting"
-    words = (f"Best: a budget of {percent(self.best.budget)} at a learning rate of {self.best.lr:g}, by {self.goal}."
+    best, goal = self.best, md_text(self.goal)
+    words = (f"Best: a budget of {percent(best.budget)} at a learning rate of {best.lr:g}, by {goal}."
              f" {human_time(self.seconds)} of training; whole runs of all settings: {human_time(self.grid_s)}.")
     heads = ['budget', 'learning rate', *(f'after {steps} steps' for steps, _ in self.rounds)]
     lines = [words, '', f"| {' | '.join(heads)} |", '|---'*len(heads) + '|']
