@@ -3,6 +3,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile_text import MAKERS, PAYLOADS      # noqa: E402
 
@@ -44,6 +46,7 @@ LOOK = """() => {
 }"""
 
 
+@pytest.mark.slow
 def test_nothing_that_data_brings_runs_or_leads_elsewhere(notebook):
     nb = notebook(SET_UP, *CELL.values())
     dialogs = []

@@ -3,6 +3,8 @@ theme, restart the kernel."""
 import re
 from pathlib import Path
 
+import pytest
+
 TUTORIALS = Path(__file__).parents[2]/"nbs"/"tutorials"
 
 START = """
@@ -139,6 +141,7 @@ def test_two_on_a_page_dark_narrow_and_after_a_restart(notebook, shot):
     shot(nb, "after_restart", 5)
 
 
+@pytest.mark.slow
 def test_the_live_tutorial_in_the_page(notebook, shot):
     "Run all, as a student does, with the real model"
     nb = notebook(path=TUTORIALS/"2_choose_live.ipynb")
