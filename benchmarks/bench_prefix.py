@@ -22,13 +22,14 @@ from pydoc_data.topics import topics
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 
 from alf_nb.core.config import KINDS
 from alf_nb.core.system import versions
 from alf_nb.sources.models import load_encoder
 from alf_nb.study.runs import device_name
 from alf_nb.train.loop import ALFLoop
+from chapters import with_head
 
 RESULTS = Path(__file__).parent/'results'/'prefix.jsonl'
 RATES = dict(full=1e-4, lora=1e-3, frozen=2e-4, kept=2e-4)
@@ -169,10 +170,7 @@ def main():
     torch.set_num_threads(a.threads)
     warnings.simplefilter('ignore')
     encoder, tokenizer = load_encoder(dtype=torch.float32, progress=False)
-    encoder.config.num_labels = len(PARTS) + 1
-    torch.manual_seed(a.seed)
-    base = AutoModelForSequenceClassification.from_config(encoder.config)
-    setattr(base, base.base_model_prefix, encoder)
+    base = with_head(encoder, len(PARTS) + 1, a.seed)
     data, test = (encoded(r, tokenizer) for r in labelled(a.rows, a.words))
     collate = DataCollatorWithPadding(tokenizer)
     trainings = [Training(w, copy.deepcopy(base), data, collate, a) for w in a.ways if waited(a.pause)]

@@ -8,6 +8,7 @@ seconds of both. TREC is read from DATA (suite.py).
 """
 import argparse
 import json
+import statistics
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -43,9 +44,6 @@ def whole_grid(task, steps, seeds, out):
 def judged(rows): return [r['choice'] for r in sorted(rows, key=lambda r: r['seed'])]
 
 
-def mean(values): return sum(values)/len(values)
-
-
 def row_of(name, a):
     "A race beside the grid, on one task"
     task = make('chapters', (16, 48)) if name == 'chapters' else encoder_task(name, a.folder)
@@ -53,7 +51,7 @@ def row_of(name, a):
         grid = whole_grid(task, a.steps, a.seeds, Path(folder)/'grid.jsonl')
         found = race(task, budgets=BUDGETS, lrs=RATES, steps=a.steps, seed=a.seeds[0], out=Path(folder)/'race.jsonl')
     print(found._repr_markdown_(), flush=True)
-    best = min(grid, key=lambda k: mean(judged(grid[k])))
+    best = min(grid, key=lambda k: statistics.fmean(judged(grid[k])))
     chosen = found.best.budget, found.best.lr
     gaps = [x-y for x, y in zip(judged(grid[chosen]), judged(grid[best]))]
     grid_s = sum(r['wall_s'] for rows in grid.values() for r in rows)/len(a.seeds)

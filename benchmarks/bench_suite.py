@@ -11,15 +11,12 @@ results/suite.jsonl; what it holds is not run again.
 import argparse
 from pathlib import Path
 
-import torch
 from peft import ShiraConfig, get_peft_model
 from transformers.utils import logging as hf_logging
 
 from alf_nb.core.rates import rates_around
-from alf_nb.core.policy import names_of_all
-from alf_nb.model.layers import partition_layers
 from alf_nb.study.compare import compare_policies
-from alf_nb.study.methods import METHODS, Method, alf_method
+from alf_nb.study.methods import METHODS, Method, adapted, alf_method
 from suite import DECODER, FILES, decoder_task, encoder_task
 
 SCALES = .25, .5, .75       # parts of a decoder's change
@@ -28,12 +25,7 @@ RESULTS = Path(__file__).parent/'results'/'suite.jsonl'
 
 def shira(model, task):
     "PEFT's SHiRA: as many single weights of every matrix as LoRA of rank 16 has parameters, drawn by lot"
-    layers = partition_layers(model)
-    pinned = {k.rsplit('.', 1)[0] for n in names_of_all(task.pin, layers.units) for k in layers.named_params(n)}
-    head = getattr(model, 'get_output_embeddings', lambda: None)()
-    linear = {n for n, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head}
-    config = ShiraConfig(r=16, target_modules=sorted(linear - pinned), modules_to_save=sorted(pinned) or None)
-    return get_peft_model(model, config)
+    return get_peft_model(model, ShiraConfig(r=16, **adapted(model, task.pin)))
 
 
 WAYS = {m.name: m for m in (

@@ -30,15 +30,20 @@ def paragraphs():
     return [dict(text=t, labels=next(iter(s))) for t,s in sorted(found.items()) if len(s) == 1]
 
 
-def new_classifier(seed, length):
-    "MiniLM with a new head, its tokenizer, and the paragraphs as rows of at most `length` tokens"
-    encoder, tok = load_encoder(progress=False)
-    encoder.config.num_labels = len(CHAPTERS)
+def with_head(encoder, n_labels, seed=0):
+    "A classifier with a new head on an encoder"
+    encoder.config.num_labels = n_labels
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(encoder.config)
     setattr(model, model.base_model_prefix, encoder)
+    return model
+
+
+def new_classifier(seed, length):
+    "MiniLM with a new head, its tokenizer, and the paragraphs as rows of at most `length` tokens"
+    encoder, tok = load_encoder(progress=False)
     return (
-        model,
+        with_head(encoder, len(CHAPTERS), seed),
         tok,
         [dict(tok(r['text'], truncation=True, max_length=length), labels=r['labels']) for r in paragraphs()],
     )

@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 
 from alf_nb.sources.blocks import token_blocks
 from alf_nb.sources.models import load_encoder, load_model
@@ -20,6 +20,7 @@ from alf_nb.sources.templates import pad_rows
 from alf_nb.sources.texts import load_texts
 from alf_nb.study.choices import choice_rows
 from alf_nb.study.task import Task
+from chapters import with_head
 
 FILES = {       # folder → its files to train on, to choose on (None: kept back from the first) and to test on
     'SST-2': ('train', 'dev', 'test'),
@@ -71,10 +72,7 @@ def encoder_task(name, folder, n=1000):
     "MiniLM with a new head, and `n` rows of a task"
     encoder, tok = load_encoder(dtype=torch.float32, progress=False)
     found = parts(name, folder, n)
-    encoder.config.num_labels = len({r['label'] for r in found[0]})
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(encoder.config)
-    setattr(model, model.base_model_prefix, encoder)
+    model = with_head(encoder, len({r['label'] for r in found[0]}))
 
     def tokens(r): return tok(r['text'], r.get('pair'), truncation=True, max_length=LENGTH)
     train, dev, test = ([dict(tokens(r), labels=r['label']) for r in part] for part in found)

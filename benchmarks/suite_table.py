@@ -72,7 +72,8 @@ def bootstrap(by_task, draws=10_000, seed=0):
 
 def differences(method='alf'):
     "What the default gains over each other method, in points"
-    lines = ['| alf less | mean over tasks | standard error | 95 % interval | tasks × seeds |', '|---|---|---|---|---|']
+    heads = f'{method} less', 'mean over tasks', 'standard error', '95 % interval', 'tasks × seeds'
+    lines = [f"| {' | '.join(heads)} |", '|---'*len(heads) + '|']
     for other, name in NAMES.items():
         if other == method or not (by := paired(method, other)): continue
         mean, error, low, high = bootstrap(by)

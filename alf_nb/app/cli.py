@@ -21,6 +21,7 @@ from ..core.foreign import visible
 from ..core.policies import POLICIES
 from ..core.system import wait_briefly
 from ..core.training import read_run_file
+from ..report.results import RULES
 
 # %% ../../nbs/10_app/14_cli.ipynb #9f97d9ea
 _PATTERN = dict(action='append', metavar='PATTERN')
@@ -30,7 +31,7 @@ _HOW = dict(                                               # beyond what a signa
     signal=dict(choices=SIGNALS),
     unit=dict(choices=VALUES['unit']),
     references=dict(choices=VALUES['references']),
-    rule=dict(choices=('steps', 'epochs', 'tokens', 'wall')),
+    rule=dict(choices=tuple(RULES)),
     pin=_PATTERN,
     ban=_PATTERN,
     attention=dict(metavar='N'),

@@ -12,6 +12,7 @@ import errno, json, os, socket, stat, threading, time, weakref
 from pathlib import Path
 from fastcore.basics import patch
 from .files import process_ended, process_start
+from .foreign import plain_fd
 try: import fcntl
 except ImportError: fcntl = None      # Windows
 
@@ -42,10 +43,8 @@ def writer_ended(
     folder # of a run
 )->bool:   # False also where it cannot be known
     "Is the process that holds the lock of this folder known to be no more?"
-    flags = os.O_RDONLY
-    for name in 'O_NOFOLLOW', 'O_NONBLOCK', 'O_BINARY': flags |= getattr(os, name, 0)
-    try: fd = os.open(Path(folder)/'alf.lock', flags)
-    except OSError: return False
+    try: fd = plain_fd(Path(folder)/'alf.lock')
+    except (OSError, ValueError): return False
     try: owner = _owner(fd)
     finally: os.close(fd)
     return bool(owner) and _is_here(owner) and process_ended(owner['pid'], owner['started'])

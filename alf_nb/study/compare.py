@@ -22,7 +22,7 @@ from ..core.policy import match_units
 from ..model.layers import partition_layers
 from ..model.shards import check_alone
 from ..report.results_page import compare_results, write_comparison
-from ..report.results import PolicyComparison, read_results
+from ..report.results import RULES, PolicyComparison, choice_of, read_results
 from .methods import Method, as_methods
 from .runs import device_name, seen, train_method
 from .task import Task, text_task
@@ -41,8 +41,6 @@ def _next(found, grid, seeds, extend):
     return next(((best, s) for s in seeds[1:] if (best, s) not in found), None)
 
 # %% ../../nbs/09_study/14_compare.ipynb #ab6f6db0
-_rules = ('steps', 'epochs', 'tokens', 'wall')
-
 @dataclass(frozen=True)
 class _Plan:
     "What a comparison is to run"
@@ -82,7 +80,7 @@ def _grids(methods, lrs):
 # %% ../../nbs/09_study/14_compare.ipynb #54538b38
 def _plan(methods, rule, amount, seeds, lrs, extend, points):
     methods = as_methods(methods)
-    if rule not in _rules: raise ValueError(f"rule={rule!r}; rules are {', '.join(_rules)}")
+    if rule not in RULES: raise ValueError(f"rule={rule!r}; rules are {', '.join(RULES)}")
     if not amount > 0 or rule == 'steps' and amount != int(amount):
         raise ValueError(f"amount={amount!r}, but it is above 0{', in whole steps' if rule == 'steps' else ''}")
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
@@ -135,8 +133,7 @@ def _key(row):
 
 def _loss(row):
     "What a learning rate is chosen by: the task's goal on rows that are not the test, lower is better"
-    if row.get('diverged') or row.get('task_loss') is None: return math.inf
-    return row['task_loss'] if row.get('choice') is None else row['choice']
+    return math.inf if row.get('diverged') or row.get('task_loss') is None else choice_of(row)
 
 def _failure(e):
     "What a row says of a run that ended in an error"

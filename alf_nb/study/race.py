@@ -63,7 +63,7 @@ def rounds(
 @dataclass(frozen=True)
 class Race(Record):
     "Settings, and how far each of them came."
-    rounds:tuple    # of every round: (steps, ((Setting, what it was judged by, lower is better; None: it diverged), …))
+    rounds:tuple    # of each: (steps, ((Setting, what it was judged by, lower is better; None: diverged), …))
     best:Setting    # the one that is left
     goal:str        # of the task
     seconds:float   # of training, the warm model included

@@ -216,12 +216,15 @@ def _panel(task, model):
     found = {k: task.evaluate(model, rows) for k, rows in task.general.items()}
     return {k: _finite(v['accuracy' if 'answers' in task.general[k][0] else 'loss']) for k, v in found.items()}
 
+# %% ../../nbs/09_study/13_runs.ipynb #f73b86bd
 def seen(
     task:Task,
-    model # that of the task, or what became of it
+    model, # that of the task, or what became of it
+    dev:dict=None # what it can do on the task's held rows; None: they are looked at where there are no test rows
 )->dict:  # `task_loss`; `task_score`, that of the task's goal; `metrics`; `other_loss`; `general`: name → number
     "What a row says of a model: the task's test rows, its unrelated ones, and its general panel"
-    found = task.evaluate(model, task.held if task.test is None else task.test)
+    if task.test is not None: found = task.evaluate(model, task.test)
+    else: found = dev or task.evaluate(model, task.held)
     other = task.evaluate(model, task.other)['loss'] if task.other is not None else None
     score = None if task.goal == 'loss' else _finite(found[task.goal])
     row = dict(task_loss=_finite(found['loss']), task_score=score, other_loss=_finite(other))
@@ -253,14 +256,14 @@ def _choice(task, dev):
 def _result(task, trainer):
     "What the trained model can do, and what the Trainer counted"
     meter, model, done = trainer.meter, trainer.model, trainer.state.global_step
-    dev, now = task.evaluate(model, task.held), seen(task, model)
+    dev = task.evaluate(model, task.held)
     losses = [h['loss'] for h in trainer.state.log_history if 'loss' in h]
     return dict(
         tokens=trainer.tokens,
         wall_s=meter.wall_s,
         seconds_per_step=meter.wall_s/done,
         step_s_median=statistics.median(meter.step_s),
-        **now,
+        **seen(task, model, dev),
         choice=_finite(_choice(task, dev)),
         curve=[*meter.curve, [done, meter.wall_s, trainer.tokens, _finite(dev['loss'])]],
         data_order=trainer.data_order,
@@ -269,6 +272,18 @@ def _result(task, trainer):
     )
 
 # %% ../../nbs/09_study/13_runs.ipynb #3990a5e8
+def _train(task, method, lr, seed, steps, points=(), limit=None):
+    "What was made ready, its Trainer when it is done, and the selections on the way: [(step, names)]"
+    ready = _prepare(task, method, seed, steps)
+    meter = _LossMeter(task, ready.alf, points, ready.added, limit)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        trainer = _trainer(task, ready, meter, _arguments(task, folder, lr, seed, steps))
+        meter.start(ready.seconds)
+        trainer.train()
+        meter.wall_s = meter.spent
+        picked = [(s.step, s.names) for s in RunLog(folder).selections()] if ready.alf else []
+    return ready, trainer, picked
+
 def trained_model(
     task:Task,
     method:Method,
@@ -277,13 +292,7 @@ def trained_model(
     steps:int # optimizer steps
 ):            # the model, all of it ready to train on
     "What a method makes of a task's model"
-    ready = _prepare(task, method, seed, steps)
-    meter = _LossMeter(task, ready.alf, (), ready.added, None)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        trainer = _trainer(task, ready, meter, _arguments(task, folder, lr, seed, steps))
-        meter.start(0.)
-        trainer.train()
-    return trainer.model.requires_grad_(True)
+    return _train(task, method, lr, seed, steps)[1].model.requires_grad_(True)
 
 # %% ../../nbs/09_study/13_runs.ipynb #09b6f3ff
 def train_method(
@@ -297,14 +306,8 @@ def train_method(
 )->dict:
     "Figures of one run"
     alone = _restart_peak()
-    ready = _prepare(task, method, seed, steps)
-    meter = _LossMeter(task, ready.alf, points, ready.added, limit)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        trainer = _trainer(task, ready, meter, _arguments(task, folder, lr, seed, steps))
-        meter.start(ready.seconds)
-        trainer.train()
-        meter.wall_s, done = meter.spent, trainer.state.global_step
-        picked = [(s.step, s.names) for s in RunLog(folder).selections()] if ready.alf else []
+    ready, trainer, picked = _train(task, method, lr, seed, steps, points, limit)
+    meter, done = trainer.meter, trainer.state.global_step
     peak = peak_rss_bytes() if alone else None
     figures = _figures_of_alf(ready, picked, done) if ready.alf else _figures_without(ready, meter.bytes, done)
     return dict(figures, steps=done, steps_planned=steps, rss_bytes_peak=peak,
