@@ -1,5 +1,6 @@
 """Processes that tests start and kill: forked from a server that has imported everything once, so that each costs a
 moment. What they do is a function of a test module."""
+import gc
 import multiprocessing
 
 PRELOAD = [
@@ -18,9 +19,15 @@ context.set_forkserver_preload(PRELOAD)
 event = context.Event
 
 
+def _frozen(work, *args):
+    "See tests/conftest.py"
+    gc.freeze()
+    work(*args)
+
+
 def begin(work, *args):
     "A process that has begun; see multiprocessing.Process"
-    process = context.Process(target=work, args=args)
+    process = context.Process(target=_frozen, args=(work, *args))
     process.start()
     return process
 
