@@ -5,6 +5,8 @@ OUT     ?= runs/demo
 PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do $$p tools/python_ok.py >/dev/null 2>&1 && echo $$p && break; done)
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+# Python keeps what it has compiled, also where the environment forbids it: compiling torch at each import costs 15 s
+export PYTHONDONTWRITEBYTECODE :=
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # how torch's threads wait for each other (nbs/01_core/16_system.ipynb), unless the environment says it
 WAIT    := $(if $(strip $(foreach k,OMP_WAIT_POLICY GOMP_SPINCOUNT KMP_BLOCKTIME,$(filter-out undefined,$(origin $(k))))),,GOMP_SPINCOUNT=10000)

@@ -17,8 +17,17 @@ from nbdev.test import test_nb
 import interpreter
 
 root = Path(__file__).resolve().parents[1]
-# 77, 59 and 19 s of CPU
-LONGEST = '06_plan', '9_big_model', '19_trainer'
+# 54 to 12 s of CPU
+LONGEST = (
+    '4_compare',
+    '2_choose_live',
+    '9_big_model',
+    '6_classifier',
+    '8_package',
+    '06_plan',
+    '10_images',
+    '19_trainer',
+)
 
 
 # what our modules import and takes long; our own are imported by each notebook, since they change classes of others
