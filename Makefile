@@ -39,7 +39,7 @@ test: $(READY) ## what CI checks: generated files in step, notebooks, pytest wit
 	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tools/notebooks.py
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(ALL),,-m 'not slow')
 
-test-all: ## the slow tests too: kills of the demo, every method of a comparison, an old ipywidgets, packages
+test-all: ## the slow tests too: every case of a kernel, kills of the demo, every method of a comparison, an old ipywidgets, packages
 	@$(MAKE) test ALL=1
 
 browser: $(READY) ## the widgets in a real JupyterLab, driven by key and mouse; needs Chromium or Chrome; pictures in build/screenshots
