@@ -5,6 +5,8 @@ OUT     ?= runs/demo
 PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do $$p tools/python_ok.py >/dev/null 2>&1 && echo $$p && break; done)
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+# Python keeps what it has compiled, also where the environment forbids it: compiling torch at each import costs 15 s
+export PYTHONDONTWRITEBYTECODE :=
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # how torch's threads wait for each other (nbs/01_core/16_system.ipynb), unless the environment says it
 WAIT    := $(if $(strip $(foreach k,OMP_WAIT_POLICY GOMP_SPINCOUNT KMP_BLOCKTIME,$(filter-out undefined,$(origin $(k))))),,GOMP_SPINCOUNT=10000)
@@ -37,7 +39,7 @@ test: $(READY) ## what CI checks: generated files in step, notebooks, pytest wit
 	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tools/notebooks.py
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(ALL),,-m 'not slow')
 
-test-all: ## the slow tests too: kills of the demo, every method of a comparison, an old ipywidgets, packages
+test-all: ## the slow tests too: every case of a kernel, kills of the demo, every method of a comparison, an old ipywidgets, packages
 	@$(MAKE) test ALL=1
 
 browser: $(READY) ## the widgets in a real JupyterLab, driven by key and mouse; needs Chromium or Chrome; pictures in build/screenshots

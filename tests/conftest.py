@@ -1,4 +1,5 @@
 """Files that take long are the first that a worker gets: begun last, one of them would leave the other workers idle."""
+import gc
 from pathlib import Path
 
 # seconds of CPU, roughly; a file that is not here takes less than twenty
@@ -47,3 +48,10 @@ def seconds(path): return SECONDS.get(path.relative_to(Path(__file__).parent).as
 def pytest_collection_modifyitems(items):
     "Stable, so tests of a file stay together and in their order; with --no-loadscope-reorder xdist keeps it"
     items.sort(key=lambda i: -seconds(i.path))
+
+
+def pytest_collection_finish():
+    """What has been imported stays, so nobody looks through it again: Trainer collects garbage each time it starts, and
+    torch and transformers are a million objects, a third of a second"""
+    gc.collect()
+    gc.freeze()

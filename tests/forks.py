@@ -1,26 +1,35 @@
 """Processes that tests start and kill: forked from a server that has imported everything once, so that each costs a
 moment. What they do is a function of a test module."""
+import gc
 import multiprocessing
-
-PRELOAD = [
-    "torch",
-    "transformers.trainer",
-    "alf_nb.core.checkpoints",
-    "alf_nb.train.trainer",
-    "alf_nb.study.compare",
-    "alf_nb.app.finetune",
-    "alf_nb.demo",
-]
-
+import os
+from multiprocessing import forkserver
+from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(PRELOAD)
+context.set_forkserver_preload(["warm"])
 event = context.Event
+
+
+def start():
+    "The server; it imports from the path of the environment, not from ours"
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+    forkserver.ensure_running()
+    if before is None: del os.environ["PYTHONPATH"]
+    else: os.environ["PYTHONPATH"] = before
+
+
+def _frozen(work, *args):
+    "See conftest.py: of the imports of a test module, too"
+    gc.freeze()
+    work(*args)
 
 
 def begin(work, *args):
     "A process that has begun; see multiprocessing.Process"
-    process = context.Process(target=work, args=args)
+    start()
+    process = context.Process(target=_frozen, args=(work, *args))
     process.start()
     return process
 

@@ -163,15 +163,16 @@ def until(run, step):
 def test_ctrl_c_ends_the_waiting_and_not_the_run(tmp_path):
     "The run is alive, trains on, takes wishes and stops; a second run of its model is refused"
     run = train_in_background(trainer(tmp_path, ALFCallback(budget=.3), Slow(), steps=100_000))
-    until(run, 1)
-    for _ in range(3):
-        interrupted(run.wait)
-        assert run.alive and run.status == "running"
-        until(run, run.step + 2)
-    with pytest.raises(RuntimeError, match="this model is training"): train_in_background(run.trainer)
-    run.pause()
-    run.resume()
-    run.stop()
+    try:
+        until(run, 1)
+        for _ in range(3):
+            interrupted(run.wait)
+            assert run.alive and run.status == "running"
+            until(run, run.step + 2)
+        with pytest.raises(RuntimeError, match="this model is training"): train_in_background(run.trainer)
+        run.pause()
+        run.resume()
+    finally: run.stop()      # or it would train on beside all other tests, and draw their random numbers
     assert run.wait(timeout=60) and not run.alive and run.status == "stopped"
     train_in_background(trainer(tmp_path/"again", ALFCallback(budget=.3), steps=2)).wait()
 

@@ -17,9 +17,10 @@ import torch
 
 from alf_nb.core.runlog import RunLog
 
+CONFIGS = Path(__file__).parents[1]/'configs'
 CUDA = torch.cuda.is_available()
 SCRIPT = '''
-import hashlib, json, os, runpy, sys, torch, warnings
+import gc, hashlib, json, os, runpy, sys, torch, warnings
 from pathlib import Path
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -35,6 +36,7 @@ from alf_nb.train import probing
 from alf_nb.train.loop import ALFLoop
 from alf_nb.train.trainer import ALFCallback
 torch.set_num_threads(1)
+gc.freeze()                                                # see tests/conftest.py
 world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
 
 def beside(out):
@@ -188,6 +190,7 @@ COLUMNS = dict(unit='columns', budget=.2)
 BADAM = dict(preset='badam', interval=3)
 NOREF = dict(preset='probe', budget=.25, interval=4, references='none', measure_every=3)
 FSDP = dict(fsdp=True, fsdp_config=dict(version=2))
+DDP = dict(fsdp=False)                      # beside jobs that a launch config shards
 SHARDED = dict(fsdp=True, fsdp_config=dict(version=2, state_dict_type='SHARDED_STATE_DICT'))
 
 
@@ -230,7 +233,7 @@ def launch(folder, processes, *jobs, timeout=300, config=None):
             '-m',
             'accelerate.commands.launch',
             '--config_file',
-            str(Path(__file__).parents[1] / 'configs' / config),
+            str(CONFIGS / config),
             '--num_processes',
             str(processes),
             '--main_process_port',
@@ -272,8 +275,8 @@ def same_signals(a, b, rel):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """All jobs: two processes, the last job of which is killed; one process; two again, started with the launch
-    configs for users"""
+    """All jobs: two processes, the last job of which is killed; one process; two again, started with a launch config
+    for users"""
     d = tmp_path_factory.mktemp('processes')
     dead = launch(
         d,
@@ -330,19 +333,13 @@ def runs(tmp_path_factory):
         dict(out='fsdp-meter2to2', settings=dict(resume_from=str(d / 'fsdp-meter2' / 'checkpoint-6'), **METER)),
         dict(out='fsdp-gain1to2', settings=dict(resume_from=str(d / 'fsdp-gain1' / 'checkpoint-6'), **GAIN)),
         dict(out='fsdp-drop2to2', settings=dict(resume_from=str(d / 'fsdp-drop2' / 'checkpoint-3'), **BADAM)),
+        dict(out='prior2to2', settings=dict(resume_from=str(d / 'prior2' / 'checkpoint-6'), **PRIOR), **DDP),
+        dict(out='half2to2', settings=dict(resume_from=str(d / 'half2' / 'checkpoint-6'), **BADAM), **HALF, **DDP),
+        dict(out='packed2to2', settings=dict(resume_from=str(d / 'packed2' / 'checkpoint-6'), **PACKED), **HALF, **DDP),
+        dict(out='prior1to2', settings=dict(resume_from=str(d / 'prior1' / 'checkpoint-6'), **PRIOR), **DDP),
         config='accelerate_fsdp2.yaml',
     )
     assert again.returncode == 0, again.stderr[-3000:]
-    ddp = launch(
-        d,
-        2,
-        dict(out='prior2to2', settings=dict(resume_from=str(d / 'prior2' / 'checkpoint-6'), **PRIOR)),
-        dict(out='half2to2', settings=dict(resume_from=str(d / 'half2' / 'checkpoint-6'), **BADAM), **HALF),
-        dict(out='packed2to2', settings=dict(resume_from=str(d / 'packed2' / 'checkpoint-6'), **PACKED), **HALF),
-        dict(out='prior1to2', settings=dict(resume_from=str(d / 'prior1' / 'checkpoint-6'), **PRIOR)),
-        config='accelerate_ddp.yaml',
-    )
-    assert ddp.returncode == 0, ddp.stderr[-3000:]
     return d
 
 
@@ -501,9 +498,21 @@ def test_nan_in_a_gradient_of_one_process_freezes_the_same_unit_on_all(runs):
     assert len(a['losses']) == 10 and all(0 < x < 10 for x in a['losses']) and not set(a['spoilt']) & set(a['names'])
 
 
+@pytest.fixture
+def launched(runs, config):
+    "The other launch config starts the scripts alone: the jobs of DDP run under torchrun"
+    if config == 'accelerate_ddp.yaml' and not CUDA:
+        done = launch(runs, 2, config=config)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return runs
+
+
+BY_HAND = [None, pytest.param('accelerate_ddp.yaml', marks=pytest.mark.slow)]
+
+
 @pytest.mark.skipif(CUDA, reason='here they find each other')
-@pytest.mark.parametrize('config', [None, 'accelerate_ddp.yaml'])
-def test_processes_that_would_train_beside_each_other_are_refused_before_anything_is_written(runs, config):
+@pytest.mark.parametrize('config', BY_HAND)
+def test_processes_that_would_train_beside_each_other_are_refused_before_anything_is_written(launched, runs, config):
     for rank in range(2):
         said = json.loads((runs/f'beside-{config}{rank}.json').read_text())
         assert re.search('2 processes were started, and this Trainer trains alone.*use_cpu=True', said['trainer'])
@@ -512,8 +521,10 @@ def test_processes_that_would_train_beside_each_other_are_refused_before_anythin
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason='two processes need two GPUs, or none')
-@pytest.mark.parametrize('config', [None, 'accelerate_ddp.yaml', 'accelerate_fsdp2.yaml'])
-def test_the_script_of_the_tutorial_runs_under_every_launcher_that_is_documented_also_without_a_gpu(runs, config):
+@pytest.mark.parametrize('config', [*BY_HAND, 'accelerate_fsdp2.yaml'])
+def test_the_script_of_the_tutorial_runs_under_every_launcher_that_is_documented_also_without_a_gpu(
+    launched, runs, config
+):
     if CUDA: assert launch(runs, 2, config=config).returncode == 0         # the other jobs are on the CPU
     folder = runs/f'tutorial-{config}'
     log = RunLog(folder)
@@ -557,6 +568,12 @@ def test_ddp_buffers_only_what_trains(runs):
     for name in ('prior2', 'badam2', 'gain2', 'prior2to2'):
         held = ranks(runs/name)[0]['held']
         for h in held: assert h['ddp'] == 4*h['trains'] < 4*.5*h['all']
+
+
+def test_accelerate_reads_the_launch_configs():
+    from accelerate.commands.config.config_args import load_config_from_file
+    kinds = {f.name: load_config_from_file(str(f)).distributed_type.value for f in CONFIGS.iterdir()}
+    assert kinds == {'accelerate_ddp.yaml': 'MULTI_GPU', 'accelerate_fsdp2.yaml': 'FSDP'}
 
 
 def test_what_cannot_work_is_refused_before_the_first_step(monkeypatch):

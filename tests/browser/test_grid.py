@@ -91,7 +91,7 @@ def test_by_keyboard(notebook):
     assert eval(ask(nb, 2)) == ((), ("block.1",))
 
 
-@pytest.mark.parametrize("blocks", [30, 80])
+@pytest.mark.parametrize("blocks", [30, pytest.param(80, marks=pytest.mark.slow)])
 def test_it_is_readable_wide_narrow_and_dark(notebook, shot, blocks):
     nb = notebook(BIG % blocks)
     nb.run(0)

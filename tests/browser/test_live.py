@@ -106,6 +106,7 @@ def test_pause_resume_stop(notebook, shot):
     shot(nb, "dashboard_stopped", 1)
 
 
+@pytest.mark.slow
 def test_two_on_a_page_dark_narrow_and_after_a_restart(notebook, shot):
     nb = notebook(
         START + "run = start('shown', 60)",

@@ -1,10 +1,14 @@
 """Tensors and judgements that all kernel tests share."""
 import itertools, mmap
-import numpy as np, torch
+import numpy as np, pytest, torch
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 PAIRS = list(itertools.product(DTYPES, DTYPES))
 SIZES = 1, 7, 15, 16, 17, 1023, 2048, 4099, 16384, 16385, 3*16384 + 5
+
+def slow_unless(keep, cases):
+    "Every case; those that `keep` does not name are slow ones"
+    return [c if keep(*c) else pytest.param(*c, marks=pytest.mark.slow) for c in cases]
 
 def tensor(n, dtype, seed=0, offset=0):
     "Random tensor of n elements that starts `offset` elements into its storage"

@@ -1,4 +1,5 @@
-"""Runs interpreted.py and compiled.py, each in a process of its own, and shows each of their tests as one here.
+"""Runs interpreted.py and compiled.py, each in a process of its own, and shows each of their tests as one here. Cases
+that are slow run there when slow tests run here.
 
 The choice between interpreter and compiler is made when triton is imported, and anything in this process may have
 imported it already."""
@@ -19,7 +20,7 @@ def names(file):
     ]
 
 @pytest.fixture(scope='session')
-def results(tmp_path_factory):
+def results(tmp_path_factory, pytestconfig):
     "Outcomes of a file's tests, run once: test name → list of (case, what went wrong or None)"
     done = {}
     def run(file):
@@ -42,6 +43,8 @@ def results(tmp_path_factory):
                 '-p',
                 'no:cacheprovider',
                 f'--junitxml={xml}',
+                '-m',
+                pytestconfig.option.markexpr,
                 file,
             ],
             cwd=HERE,
