@@ -9,7 +9,7 @@ __all__ = ['settings_of', 'finetune']
 
 # %% ../../nbs/10_app/07_finetune.ipynb #03b8db2d
 from .. import require_versions
-from ..core.system import in_kernel, wait_briefly
+from ..core.system import in_kernel, quiet_imports, wait_briefly
 require_versions('torch', 'transformers', 'accelerate')
 if in_kernel(): wait_briefly()      # before torch is loaded
 
@@ -18,11 +18,12 @@ import json, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from traceback import format_exception
-import torch
 from fastcore.meta import delegates
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+with quiet_imports():
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 # %% ../../nbs/10_app/07_finetune.ipynb #2bd44798
 from .disk import bytes_of, check_plan, check_room, full_error, output_folder, save_anywhere
