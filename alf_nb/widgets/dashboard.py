@@ -197,9 +197,15 @@ def _speed_tile(s, over):
     if tokens: return tile('speed', f'{tokens:.0f} <small>tokens/s</small>', f'{per_step} per step')
     return tile('speed', f'{per_step} <small>per step</small>')
 
-def _time_tile(s, goes_on):
+def _trains(d):
+    "Are there steps to come? Not while what is over is saved and measured"
+    s, over = d.state, ('stopping', 'complete', 'stopped', 'failed')
+    return d.goes_on and s.step < (s.max_steps or 0) and not {d.status, s.status} & set(over)
+
+def _time_tile(d):
+    s = d.state
     spent, secs = human_time(wall_s(s)), s.seconds_per_step
-    if not (s.max_steps and secs and goes_on): return tile('time', _small(spent), f'{s.step} steps')
+    if not (secs and _trains(d)): return tile('time', _small(spent), f'{s.step} steps')
     return tile('time left', _small(human_time((s.max_steps - s.step)*secs)), f'{spent} so far')
 
 # %% ../../nbs/08_widgets/09_dashboard.ipynb #7b7c303a
@@ -234,7 +240,7 @@ def _held_out_tile(s):
 def _tiles(d):
     s, goes_on = d.state, d.goes_on
     over = None if goes_on else costs(s)
-    tiles = (_loss_tile(s), _speed_tile(s, over), _time_tile(s, goes_on), _share_tile(s, goes_on),
+    tiles = (_loss_tile(s), _speed_tile(s, over), _time_tile(d), _share_tile(s, goes_on),
              _state_tile(s, over), _held_out_tile(s))
     return tag('dl', *tiles, cls='alf-tiles six')
 
