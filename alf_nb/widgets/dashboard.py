@@ -15,7 +15,6 @@ import ipywidgets as W
 from fastcore.basics import patch
 from ..core.foreign import escape
 from ..core.format import human_bytes, human_time, num, percent
-from ..core.lock import writer_ended
 from ..report.charts import averaged, held_out, held_out_lines, loss_figure, loss_lines, rate_chart, stairs
 from ..report.charts import state_chart
 from ..report.html import note, tag, tile, warning
@@ -125,7 +124,7 @@ def _elsewhere(d):
     s, step = d.state, _step_of(d.state)
     if not s.begin: return 'waiting', 'Waiting for the run to begin', ''
     if not d.goes_on:
-        why = 'its process has ended' if writer_ended(d.log.dir) else 'its log has no end'
+        why = 'its process has ended' if d.follower.ended else 'its log has no end'
         quiet = f'at {step}: {why}, and nothing was written since {_when(s.last_t)}.'
         return 'interrupted', 'Interrupted', quiet + _go_on(d)
     if d.status == 'paused':
