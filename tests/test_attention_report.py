@@ -159,7 +159,7 @@ def story(tmp_path_factory):
 
 
 def tiny(): return demo_model(), demo_tokenizer()
-SMALL = dict(steps=8, length=48, eval_blocks=2, lr=1e-2, interval=4, measure_every=2, bf16=False, progress=False)
+SMALL = dict(steps=8, max_length=48, eval_blocks=2, lr=1e-2, interval=4, measure_every=2, bf16=False, progress=False)
 
 
 def attention_of(run): return AttentionShift.from_dict(RunLog(run).events('attention')[-1]['shift'])

@@ -13,7 +13,7 @@ from alf_nb.sources.templates import answer_rows
 from alf_nb.sources.texts import load_texts
 from alf_nb.study.task import text_task
 
-SHORT = dict(steps=4, length=64, eval_blocks=3, lr=1e-2, interval=2, bf16=False, progress=False, probe_batches=2)
+SHORT = dict(steps=4, max_length=64, eval_blocks=3, lr=1e-2, interval=2, bf16=False, progress=False, probe_batches=2)
 
 
 def said(i): return f'{i} and {i}?', f'It is {2*i}.' + ' Yes.'*(i % 5)
@@ -74,7 +74,7 @@ def test_only_answers_are_evaluated(run):
 def test_the_log_knows_the_data_and_how_it_was_learnt(run):
     about = RunLog(run[0]).begin['about']
     assert about['texts'].startswith('40 chats, 40 answers') and about['data'] == str(run[1])
-    assert (about['lr'], about['batch_size'], about['grad_accum'], about['length']) == (1e-2, 3, 1, 64)
+    assert (about['lr'], about['batch_size'], about['grad_accum'], about['max_length']) == (1e-2, 3, 1, 64)
 
 
 def test_its_sample_is_an_answer_to_a_question(run):

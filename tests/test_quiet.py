@@ -39,7 +39,7 @@ def test_finetune_prints_nothing_that_is_not_ours(tmp_path):
         'text.txt',
         '--steps',
         2,
-        '--length',
+        '--max-length',
         16,
         '--eval-blocks',
         2,

@@ -167,7 +167,7 @@ def _more(job, t0):
     s = job.settings
     return {'total_s': time.perf_counter()-t0, 'rss_bytes_peak': peak_rss_bytes(), 'bf16': job.bf16,
             'batch_size': s.batch_size, 'grad_accum': s.grad_accum,
-            'length': s.length, 'lr': float(s.lr), 'threads': torch.get_num_threads()}
+            'max_length': s.max_length, 'lr': float(s.lr), 'threads': torch.get_num_threads()}
 
 # %% ../../nbs/10_app/07_finetune.ipynb #30006587
 def _write(job, out, metadata, t0):

@@ -61,7 +61,7 @@ def _digest(texts):
 def _snapshot(net, tokenizer, texts, s):
     "Attention before training; None: it is not measured"
     if not s.attention: return None
-    wide = max(2, min(s.length, _LOOKED_AT))
+    wide = max(2, min(s.max_length, _LOOKED_AT))
     return AttentionSnapshot(net, passages(texts, s.attention, 4*wide), tokenizer, length=wide, example=None)
 
 # %% ../../nbs/10_app/06_job.ipynb #83ff048a
@@ -72,7 +72,7 @@ def previewed(
 )->tuple:     # names of units, settings
     "What would train first, and the settings with a learning rate that suits its share"
     s, config = settings, callback.config
-    chosen = callback.preview(net, s.batch_size, s.length, wants_autocast(net) if s.bf16 is None else s.bf16)
+    chosen = callback.preview(net, s.batch_size, s.max_length, wants_autocast(net) if s.bf16 is None else s.bf16)
     if s.lr is not None: return chosen.names, s
     share = chosen.share if config.memory else getattr(config.policy, 'budget', None) or chosen.share
     return chosen.names, replace(s, lr=suggested_lr(share, config.full_lr or FULL_LR))
@@ -83,7 +83,7 @@ class Job:
     def __init__(self, net, tokenizer, texts, others, settings, progress):
         self.net, self.tokenizer, self.progress = net, tokenizer, progress
         learnt, held = holdout_split(texts, seed=settings.seed)
-        self.train, *sets = (token_rows(t, tokenizer, settings.length) for t in (learnt, held, others))
+        self.train, *sets = (token_rows(t, tokenizer, settings.max_length) for t in (learnt, held, others))
         s = self.settings = in_steps(settings, len(self.train))
         domain, other = (b.select(range(min(s.eval_blocks, len(b)))) for b in sets)
         self.sets = dict(domain=domain, other=other)

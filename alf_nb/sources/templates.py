@@ -108,39 +108,39 @@ def answer_tokens(
     return [find(tokenizer, *row) for row in _written(chat, tokenizer)]
 
 # %% ../../nbs/02_sources/07_templates.ipynb #e4638b02
-def _row(ids, learnt, length):
-    ids = ids[:length]
+def _row(ids, learnt, max_length):
+    ids = ids[:max_length]
     labels = [i if on else -100 for i,on in zip(ids, learnt)]
     return dict(input_ids=ids, attention_mask=[1]*len(ids), labels=labels)
 
 def answer_rows(
     chats:list,     # of `Chat`
     tokenizer,      # of the model
-    length:int=256  # tokens of a row at most
+    max_length:int=256 # tokens of a row
 ):                  # `datasets.Dataset` of `input_ids`, `attention_mask`, `labels`
     "Chats as rows of which only the answers are learnt: the other labels are -100"
     from datasets import Dataset
     found = [row for c in chats for row in answer_tokens(c, tokenizer)]
-    rows = [_row(*row, length) for row in found]
+    rows = [_row(*row, max_length) for row in found]
     kept = [r for r in rows if any(l != -100 for l in r['labels'][1:])]
     if not kept:
-        raise ValueError(f"none of {len(rows):,} chats has an answer within {length} tokens; give a larger length")
-    cut, lost = sum(len(ids) > length for ids,_ in found), len(rows)-len(kept)
+        raise ValueError(f"none of {len(rows):,} chats has an answer within {max_length} tokens; give a larger max_length")
+    cut, lost = sum(len(ids) > max_length for ids,_ in found), len(rows)-len(kept)
     if cut:
         left = f", and {lost:,} of them left out, as no answer begins before" if lost else ''
-        warnings.warn(f"{cut:,} of {len(rows):,} chats are longer than {length} tokens: they are cut there{left}")
+        warnings.warn(f"{cut:,} of {len(rows):,} chats are longer than {max_length} tokens: they are cut there{left}")
     return Dataset.from_list(kept)
 
 # %% ../../nbs/02_sources/07_templates.ipynb #ab577e67
 def token_rows(
     texts:list,     # strings, or chats
     tokenizer,      # of the model
-    length:int=256  # tokens of a row; of a chat at most
+    max_length:int=256 # tokens of a row; of a chat at most
 ):                  # `datasets.Dataset` of `input_ids`, `attention_mask`, `labels`
-    "Texts as blocks of `length` tokens, chats as a row each"
+    "Texts as blocks of `max_length` tokens, chats as a row each"
     chats = [t for t in texts if isinstance(t, Chat)]
-    if not chats: return token_blocks(texts, tokenizer, length)
-    if len(chats) == len(texts): return answer_rows(chats, tokenizer, length)
+    if not chats: return token_blocks(texts, tokenizer, max_length)
+    if len(chats) == len(texts): return answer_rows(chats, tokenizer, max_length)
     raise ValueError(f"{len(chats)} of {len(texts)} texts are chats: give chats or texts, not both")
 
 def pad_rows(

@@ -103,7 +103,7 @@ def _go_on(d):
 def _less_memory(said):
     "What helps where memory ran out"
     if not re.search(r'out of memory|^MemoryError|cannot allocate', said, re.I): return ''
-    return ('<br>Less memory: a smaller <code>batch_size=</code>, <code>length=</code> or <code>budget=</code>;'
+    return ('<br>Less memory: a smaller <code>batch_size=</code>, <code>max_length=</code> or <code>budget=</code>;'
             ' <code>quantize_frozen=4</code> keeps what stays frozen in 4 bits.')
 
 # %% ../../nbs/08_widgets/09_dashboard.ipynb #d0bb1165
