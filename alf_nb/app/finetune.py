@@ -86,7 +86,7 @@ def _arguments(job, out):
         report_to=list(s.report_to),
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        include_num_input_tokens_seen='non_padding',
+        include_num_input_tokens_seen='all' if s.packing else 'non_padding',     # packed rows have no mask
         save_total_limit=2,
     )
 

@@ -39,6 +39,7 @@ class _Training:
     batch_size:int=3     # rows at once
     grad_accum:int=1     # batches whose gradients are added up for one step
     max_length:int=256   # tokens per row; a chat is a row of its own, and has at most so many
+    packing:bool=False   # several short chats in a row, kept apart from each other? Needs TRL
     # bf16 autocast; default where it is faster, or where weights are in 16 bits; False: the model is loaded in fp32
     bf16:bool|None=None
     seed:int=0           # decides split, order, draws: the same seed gives the same result
