@@ -68,6 +68,7 @@ if in_kernel(): wait_briefly()
 
 # %% ../nbs/10_app/15_all.ipynb #d9531312
 with quiet_imports():
-    _found = {n: getattr(importlib.import_module(f'alf_nb.{m}'), n) for m,names in _NAMES.items() for n in names.split()}
+    _modules = {n: importlib.import_module(f'alf_nb.{m}') for m,names in _NAMES.items() for n in names.split()}
+_found = {n: getattr(m, n) for n,m in _modules.items()}
 globals().update(_found)
 __all__ = list(_found)

@@ -293,7 +293,9 @@ def test_light_side_stays_light():
     )
     assert out.stdout.strip() == '[]', out.stderr
 
-def axis(html, which): return re.findall(r'<span[^>]*>([^<]*)</span>', ''.join(re.findall(rf'<div class="alf-{which}">(.*?)</div>', html)))
+def axis(html, which):
+    inside = ''.join(re.findall(rf'<div class="alf-{which}">(.*?)</div>', html))
+    return re.findall(r'<span[^>]*>([^<]*)</span>', inside)
 
 @pytest.mark.parametrize('steps', [1, 2, 3, 7])
 def test_steps_on_an_axis_are_whole_and_none_stands_there_twice(tmp_path, steps):

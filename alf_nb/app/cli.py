@@ -81,7 +81,8 @@ def _finetune_options(p):
     how = p.add_argument_group('how')
     _add(how, job, 'steps epochs lr')
     _settings(how, 'full_lr')
-    _add(how, job, 'batch_size grad_accum max_length packing eval_blocks eval_every attention seed save_steps report_to')
+    _add(how, job, 'batch_size grad_accum max_length packing')
+    _add(how, job, 'eval_blocks eval_every attention seed save_steps report_to')
     _add(how, call, 'resume')
     how.add_argument('--config', default=argparse.SUPPRESS, metavar='FILE', help='YAML of settings, such as the'
                      ' run.yaml of another run; options given beside it win')

@@ -69,6 +69,7 @@ class _Opening(TrainerCallback):
 # %% ../../nbs/10_app/07_finetune.ipynb #402bd54b
 def _arguments(job, out):
     s = job.settings
+    counted = 'all' if s.packing else 'non_padding'     # packed rows have no mask
     return TrainingArguments(
         output_dir=str(out),
         max_steps=s.steps,
@@ -86,7 +87,7 @@ def _arguments(job, out):
         report_to=list(s.report_to),
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        include_num_input_tokens_seen='all' if s.packing else 'non_padding',     # packed rows have no mask
+        include_num_input_tokens_seen=counted,
         save_total_limit=2,
     )
 

@@ -58,6 +58,7 @@ def _digest(texts):
     for t in texts: h.update(t.encode() + b'\0')
     return h.hexdigest()[:16]
 
+# %% ../../nbs/10_app/06_job.ipynb #41ba28e2
 def _packed(net, texts, rows, max_length):
     if not isinstance(texts[0], Chat):
         raise ValueError("packing=True puts chats together, and these are texts: they fill their rows as they are,"

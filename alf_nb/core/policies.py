@@ -246,7 +246,8 @@ class ColumnsPolicy(_Unmeasured):
     budget:float=.1 # fraction of all parameters, above 0 and at most 1
     name = 'columns'
     def choose(self, candidates):
-        return candidates.fill(candidates.units, self.budget), f"columns of matrices, {percent(self.budget, None)} of the parameters"
+        why = f"columns of matrices, {percent(self.budget, None)} of the parameters"
+        return candidates.fill(candidates.units, self.budget), why
 
 # %% ../../nbs/01_core/08_policies.ipynb #2078f5e6
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ def _shift_caption(shift, statistic, most):
     of = lambda v: shift.text(statistic, v, True).partition(' ')
     return f'{said}, in {escape(of(most)[2])}' + colour_scale(most, lambda v: of(v)[0], True)
 
+# %% ../../nbs/07_report/11_attention.ipynb #a20f8d2e
 def _labelled(n_layers, n_heads, px):
     "Labels of columns and rows, as many as there is room for"
     of_heads = next((e for n, e in ((16, 1), (48, 4)) if n_heads <= n), 8)
@@ -113,7 +114,7 @@ def _labelled(n_layers, n_heads, px):
 def shift_map(
     shift,               # `AttentionShift`
     statistic='central', # of its `statistics`
-    most:float=None      # in full colour, a quarter of it in half; default: the largest
+    most:float=None      # in full colour; default: the largest
 )->Html:
     "Where attention changed, and where that stands out from chance"
     if statistic not in shift.change:

@@ -164,6 +164,7 @@ def _y_axis(f, values, text):
     up = lambda v: f'bottom:{100*(v-f.y0)/((f.y1-f.y0) or 1):.2f}%'
     return tag('div', *(tag('span', escape(text(v)), style=up(v)) for v in values), cls='alf-y')
 
+# %% ../../nbs/07_report/04_lines.ipynb #a3408c83
 def _are_counts(series):
     "Are all x whole, as steps are? What is stacked is a little beside"
     return all(abs(x-round(x)) < 1e-3 for s in series for x in s['x'])

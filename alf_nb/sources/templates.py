@@ -114,6 +114,7 @@ def _row(ids, learnt, max_length):
     labels = [i if on else -100 for i,on in zip(ids, learnt)]
     return dict(input_ids=ids, attention_mask=[1]*len(ids), labels=labels)
 
+# %% ../../nbs/02_sources/07_templates.ipynb #863bcfe0
 def answer_rows(
     chats:list,     # of `Chat`
     tokenizer,      # of the model
@@ -125,7 +126,8 @@ def answer_rows(
     rows = [_row(*row, max_length) for row in found]
     kept = [r for r in rows if any(l != -100 for l in r['labels'][1:])]
     if not kept:
-        raise ValueError(f"none of {len(rows):,} chats has an answer within {max_length} tokens; give a larger max_length")
+        raise ValueError(f"none of {len(rows):,} chats has an answer within {max_length} tokens; give a larger"
+                         " max_length")
     cut, lost = sum(len(ids) > max_length for ids,_ in found), len(rows)-len(kept)
     if cut:
         left = f", and {lost:,} of them left out, as no answer begins before" if lost else ''

@@ -29,8 +29,7 @@ class LogReader:
     ):
         self.log = RunLog(log.path if isinstance(log, RunLog) else log)   # its own place in the file
         self.state, self.version, self.events, self._lock = RunState(), 0, [], threading.Lock()
-        self.earlier = {}       # run id → state of a run before the last one
-        self._ended = None
+        self.earlier, self._ended = {}, None    # run id → state of a run before the last one
 
     def update(self)->bool: # did anything happen?
         "Read what is new"
@@ -54,14 +53,6 @@ def ended(self:LogReader)->bool:
     "Is the process that writes the log known to be no more? Its lock is asked once after each reading"
     if self._ended is None: self._ended = writer_ended(self.log.dir)
     return self._ended
-
-@patch
-def goes_on(self:LogReader,
-    state:RunState # of the run in question
-)->bool:
-    "Does a run that another process trains go on, as far as one can know?"
-    if state.status not in ('starting', 'unfinished', 'paused') or self.ended: return False
-    return state.status == 'paused' or not state.is_silent()
 
 @patch
 def state_of(self:LogReader,
@@ -227,8 +218,7 @@ def live(self:View)->bool:
 @patch(as_prop=True)
 def goes_on(self:View)->bool:
     "Does the run still go on, as far as one can know?"
-    if self.control is not None or not self.live: return self.live
-    return self.follower.goes_on(self.state)
+    return self.live and (self.control is not None or self.state.goes_on(self.follower.ended))
 
 # %% ../../nbs/08_widgets/02_base.ipynb #f4bf502c
 @patch

@@ -121,11 +121,11 @@ def states(self:CompareView)->list:
     return list(map(of, self.follower.followers, self.controls))
 
 def _alive(control, state, follower):
-    return bool(control.alive) if hasattr(control, 'alive') else follower.goes_on(state)
+    return bool(control.alive) if hasattr(control, 'alive') else state.goes_on(follower.ended)
 
 def _status(control, state, follower):
     if told := getattr(control, 'status', None): return told
-    broken = state.status in ('unfinished', 'paused') and not follower.goes_on(state)
+    broken = state.status in ('unfinished', 'paused') and not state.goes_on(follower.ended)
     return 'interrupted' if broken else state.status
 
 @patch(as_prop=True)
