@@ -15,7 +15,8 @@ __all__ = list(_FACE)
 def __getattr__(name):
     if name not in _FACE: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
-    return getattr(importlib.import_module(f'{__name__}.{_FACE[name]}'), name)
+    from .core.system import quiet_imports      # here: `import alf_nb` costs nothing
+    with quiet_imports(): return getattr(importlib.import_module(f'{__name__}.{_FACE[name]}'), name)
 
 
 def __dir__(): return sorted([*globals(), *_FACE])

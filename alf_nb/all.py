@@ -9,7 +9,7 @@ __all__ = []
 
 # %% ../nbs/10_app/15_all.ipynb #6ec601a0
 import importlib
-from .core.system import in_kernel, wait_briefly
+from .core.system import in_kernel, quiet_imports, wait_briefly
 
 # %% ../nbs/10_app/15_all.ipynb #9c166c98
 _NAMES = {
@@ -67,6 +67,8 @@ _NAMES |= {
 if in_kernel(): wait_briefly()
 
 # %% ../nbs/10_app/15_all.ipynb #d9531312
-_found = {n: getattr(importlib.import_module(f'alf_nb.{m}'), n) for m, names in _NAMES.items() for n in names.split()}
+with quiet_imports():
+    _modules = {n: importlib.import_module(f'alf_nb.{m}') for m,names in _NAMES.items() for n in names.split()}
+_found = {n: getattr(m, n) for n,m in _modules.items()}
 globals().update(_found)
 __all__ = list(_found)

@@ -1,6 +1,6 @@
 """What `train_in_background` returns, as far as views see it: a thread that writes a real run log, one step when
 told to or on its own."""
-import json, math, random, threading, time
+import json, math, random, subprocess, sys, threading, time
 
 import ipywidgets as W
 from alf_nb.core.policies import BudgetPolicy
@@ -157,6 +157,15 @@ class LiveRun:
     def choose(self, policy, now=False):
         self._must_live()
         self.pending = policy, now
+
+
+def leave_lock(folder):
+    "The lock of a process that was killed"
+    code = (
+        'import os, signal, sys; from alf_nb.core.lock import RunLock; lock = RunLock(sys.argv[1]).acquire();'
+        ' os.kill(os.getpid(), signal.SIGKILL)'
+    )
+    subprocess.run([sys.executable, '-c', code, str(folder)])
 
 
 class Sent:

@@ -1,5 +1,6 @@
 "Attention in the report of a run, and tuned models of any kind side by side from the command line."
-import gc, json, math, pickle, random, re, shutil, weakref
+import base64, gc, json, math, pickle, random, re, shutil, weakref, zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.app.finetune import finetune
 from alf_nb.app.tuned import load_tuned, tuned_kind
 from alf_nb.core.shift import AttentionComparison, AttentionShift
+from alf_nb.report.attention import shift_map
 from alf_nb.report.page import report_html
 from alf_nb.report.summary import summarize
 from alf_nb.core.runlog import RunLog
@@ -44,6 +46,32 @@ def sound(html):
     )
     assert 'prefers-color-scheme:dark' in re.sub(r'\s', '', html)
     return p
+
+
+def test_colours_of_a_map_go_by_the_square_root_and_a_scale_says_which_value_each_is():
+    "Linear, most cells beside one that changes much were near white"
+    shift = a_shift(layers=2, heads=2)
+    shift.change['entropy'] = [[4., -4.], [1., 0.]]
+    html = shift_map(shift, 'entropy')
+    scale = html.partition('class="alf-scale"')[2].partition('</figcaption>')[0]
+    assert re.findall(r'<span[^>]*>([^<]*)</span>', scale) == [
+        '-4.000', '-1.000', '0', '+1.000', '+4.000']
+    bar, cells = (levels(h) for h in (scale, html.partition('</figcaption>')[2]))
+    assert cells[0] == [bar[0][-1], bar[0][0]] and cells[1][0] == bar[0][round(30*.75)]
+    assert ', in nats<div' in html and 'full colour' not in html
+    assert 'alf-scale' not in shift_map(still(shift), 'entropy')
+
+
+def still(shift): return replace(shift, change={k: [[0., 0.], [0., 0.]] for k in shift.change})
+
+
+def levels(html):
+    "The rows of palette indices of the first picture"
+    png = base64.b64decode(re.search(r'base64,([^"]+)', html)[1])
+    wide = int.from_bytes(png[16:20], 'big')
+    at = png.index(b'IDAT') + 4
+    body = zlib.decompress(png[at:at + int.from_bytes(png[at-8:at-4], 'big')])
+    return [list(body[i+1:i+1+wide]) for i in range(0, len(body), wide+1)]
 
 
 def a_shift(layers=30, heads=9, name='after training'):
@@ -133,7 +161,7 @@ def story(tmp_path_factory):
 
 
 def tiny(): return demo_model(), demo_tokenizer()
-SMALL = dict(steps=8, length=48, eval_blocks=2, lr=1e-2, interval=4, measure_every=2, bf16=False, progress=False)
+SMALL = dict(steps=8, max_length=48, eval_blocks=2, lr=1e-2, interval=4, measure_every=2, bf16=False, progress=False)
 
 
 def attention_of(run): return AttentionShift.from_dict(RunLog(run).events('attention')[-1]['shift'])

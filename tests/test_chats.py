@@ -4,16 +4,17 @@ import warnings
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from alf_nb.app.finetune import finetune
 from alf_nb.core.runlog import RunLog
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.sources.chats import Chat
-from alf_nb.sources.templates import answer_rows
+from alf_nb.sources.templates import answer_rows, keep_apart, pack_rows, pad_rows
 from alf_nb.sources.texts import load_texts
 from alf_nb.study.task import text_task
 
-SHORT = dict(steps=4, length=64, eval_blocks=3, lr=1e-2, interval=2, bf16=False, progress=False, probe_batches=2)
+SHORT = dict(steps=4, max_length=64, eval_blocks=3, lr=1e-2, interval=2, bf16=False, progress=False, probe_batches=2)
 
 
 def said(i): return f'{i} and {i}?', f'It is {2*i}.' + ' Yes.'*(i % 5)
@@ -74,7 +75,7 @@ def test_only_answers_are_evaluated(run):
 def test_the_log_knows_the_data_and_how_it_was_learnt(run):
     about = RunLog(run[0]).begin['about']
     assert about['texts'].startswith('40 chats, 40 answers') and about['data'] == str(run[1])
-    assert (about['lr'], about['batch_size'], about['grad_accum'], about['length']) == (1e-2, 3, 1, 64)
+    assert (about['lr'], about['batch_size'], about['grad_accum'], about['max_length']) == (1e-2, 3, 1, 64)
 
 
 def test_its_sample_is_an_answer_to_a_question(run):
@@ -136,3 +137,60 @@ def test_what_is_no_data_is_refused_or_said(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         load_texts(tmp_path/'a.txt')
+
+
+def packs(model):
+    "(a batch of packed rows, the same chats a row each)"
+    rows = answer_rows([Chat([dict(role='user', content=q), dict(role='assistant', content=a)])
+                        for q,a in map(said, range(9))], demo_tokenizer(), 64)
+    return pad_rows(list(pack_rows(rows, 200))), pad_rows(list(rows))
+
+
+def summed(model, batch):
+    with torch.no_grad(): out = model(**batch)
+    return (out.loss*(batch['labels'][:, 1:] != -100).sum()).item()
+
+
+@pytest.mark.parametrize('attention', ['eager', 'sdpa'])
+def test_a_packed_chat_has_the_loss_that_it_has_alone(attention):
+    model = demo_model().eval()
+    model.set_attn_implementation(attention)
+    keep_apart(model)
+    packed, alone = packs(model)
+    assert len(packed['input_ids']) < len(alone['input_ids'])/2
+    assert 0 < (packed['labels'] != -100).sum() == (alone['labels'] != -100).sum()
+    assert summed(model, packed) == pytest.approx(summed(model, alone), rel=1e-5)
+    mixed = {k: v for k,v in packed.items() if k != 'position_ids'}
+    assert summed(model, mixed) != pytest.approx(summed(model, alone), rel=1e-3)
+
+
+@pytest.mark.parametrize('make', [
+    lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)),
+    lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)),
+])
+def test_a_model_that_does_not_keep_packed_chats_apart_is_refused(make):
+    model = make().train()
+    with pytest.raises(ValueError, match='lets a packed chat look into'): keep_apart(model)
+    assert model.training
+
+
+def test_a_run_on_packed_chats(tmp_path, capfd):
+    file = written(tmp_path, 'messages')
+    for n in ('loose', 'packed'):
+        finetune(tiny(), file, tmp_path/n, other=file, **SHORT | dict(max_length=160), packing=n == 'packed')
+    said = capfd.readouterr()
+    assert not said.err and not said.out
+    rows = {n: RunLog(tmp_path/n).events('run_begin')[0]['about']['rows'] for n in ('loose', 'packed')}
+    assert rows['packed'] < rows['loose']/2
+    assert losses(tmp_path/'packed')['domain', 'before'] == losses(tmp_path/'loose')['domain', 'before']
+    assert losses(tmp_path/'packed')['domain', 'after'] < losses(tmp_path/'packed')['domain', 'before']
+
+
+def test_packing_is_refused_where_it_does_nothing_or_would_be_wrong(tmp_path):
+    file = written(tmp_path, 'messages')
+    text = tmp_path/'text.txt'
+    text.write_text('The cat sat on the mat. '*400)
+    with pytest.raises(ValueError, match='these are texts'):
+        finetune(tiny(), text, tmp_path/'a', other=file, **SHORT, packing=True)
+    with pytest.raises(ValueError, match='give one of the two'):
+        finetune(tiny(), file, tmp_path/'b', other=file, **SHORT, packing=True, cache_prefix=True, freeze_bottom=.5)

@@ -260,7 +260,8 @@ def test_finetune_trains_columns_and_its_delta_is_small(tmp_path):
     (tmp_path/"text.txt").write_text("\n\n".join(f"The {i}th line of a text that is learned." * 8 for i in range(60)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        s = finetune((model, tokenizer), str(tmp_path/"text.txt"), out=tmp_path/"run", steps=6, length=32, batch_size=2,
+        s = finetune((model, tokenizer), str(tmp_path/"text.txt"), out=tmp_path/"run", steps=6, max_length=32,
+                     batch_size=2,
                      other=str(tmp_path/"text.txt"), progress=False, **COLUMNS)
     assert abs(s["trainable_share_peak"] - .2) < .02 and not column_layers(model)
     other = fresh()

@@ -38,7 +38,7 @@ def work(tmp_path_factory):
 
 
 def options(work, out):
-    given = dict(model=work/'model', data=work/'notes.txt', other=work/'notes.txt', steps=4, length=32, lr=1e-2,
+    given = dict(model=work/'model', data=work/'notes.txt', other=work/'notes.txt', steps=4, max_length=32, lr=1e-2,
                  eval_blocks=3, interval=2, out=out)
     return [x for k,v in given.items() for x in (f"--{k.replace('_', '-')}", str(v))] + ['--quiet', '--fp32']
 

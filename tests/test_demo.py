@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-SHORT = dict(steps=4, length=32, batch_size=2, eval_blocks=4, interval=2)
+SHORT = dict(steps=4, max_length=32, batch_size=2, eval_blocks=4, interval=2)
 FIGURES = (
     'domain_loss_before',
     'domain_loss_after',
@@ -87,6 +87,6 @@ def test_the_delta_makes_the_tuned_model(by_command):
     from alf_nb.sources.texts import load_texts
     model, tokenizer = load_model(progress=False)
     apply_delta(model, by_command[0]/'delta')
-    held = token_blocks(holdout_split(load_texts(), seed=0)[1], tokenizer, SHORT['length'])
+    held = token_blocks(holdout_split(load_texts(), seed=0)[1], tokenizer, SHORT['max_length'])
     loss, _ = evaluate_loss(model, held.select(range(SHORT['eval_blocks'])), batch_size=SHORT['batch_size'])
     assert loss == pytest.approx(summary(by_command[0])['domain_loss_after'], abs=1e-6)

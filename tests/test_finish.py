@@ -48,7 +48,7 @@ def notes(tmp_path_factory):
 def job(notes, out, net=None, **kw):
     settings = dict(
         steps=STEPS,
-        length=32,
+        max_length=32,
         eval_blocks=2,
         probe_batches=2,
         measure_every=2,
@@ -257,7 +257,7 @@ def test_a_second_run_in_a_folder_keeps_what_the_first_one_left(tmp_path, notes)
             steps=6,
             save_steps=2,
             other=notes,
-            length=32,
+            max_length=32,
             eval_blocks=2,
             probe_batches=2,
             interval=2,
@@ -437,7 +437,7 @@ def test_what_cannot_fit_is_refused_before_the_first_step(tmp_path, notes, disk)
             where / "c",
             steps=STEPS,
             save_steps=2,
-            length=32,
+            max_length=32,
             eval_blocks=2,
             probe_batches=2,
             budget=0.4,

@@ -264,7 +264,7 @@ def test_a_resume_with_nothing_left_to_make(tmp_path):
         str(notes),
         tmp_path / "run",
         steps=steps,
-        length=32,
+        max_length=32,
         eval_blocks=2,
         save_steps=2,
         probe_batches=2,

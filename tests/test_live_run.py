@@ -22,7 +22,8 @@ from alf_nb.widgets.dashboard import TrainingDashboard
 
 warnings.simplefilter("ignore", FutureWarning)
 STEPS = 12
-SETTINGS = dict(steps=STEPS, length=32, eval_blocks=4, lr=1e-2, interval=4, measure_every=3, bf16=False, progress=False)
+SETTINGS = dict(steps=STEPS, max_length=32, eval_blocks=4, lr=1e-2, interval=4, measure_every=3,
+                bf16=False, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -208,7 +208,7 @@ def test_the_installed_wheel_fine_tunes_from_a_script(installed, tmp_path):
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.app.finetune import finetune
 s = finetune((demo_model(), demo_tokenizer()), {str(tmp_path/'text.txt')!r}, {str(tmp_path/'run')!r}, steps=8,
-             length=32, eval_blocks=2, lr=1e-2, bf16=False, progress=False)
+             max_length=32, eval_blocks=2, lr=1e-2, bf16=False, progress=False)
 assert s['domain_loss_after'] < s['domain_loss_before'], s
 """, encoding='utf-8')
     res = run_installed(

@@ -84,6 +84,16 @@ def settings_of(name, data):
     )[name]()
 
 
+@pytest.mark.parametrize('name', [n for n, p in POLICIES.items() if hasattr(p, 'budget')])
+@pytest.mark.parametrize('budget, said', [(.25, '25 % of'), (.125, '12.5 % of'), (1., '100 % of')])
+def test_a_reason_says_a_budget_in_percent(name, budget, said):
+    units = [UnitInfo(f'block.{i}.a', f'block.{i}', 'matrix', 'a', 10, i) for i in range(20)]
+    policy = POLICIES[name](budget=budget)
+    scores = Scores(policy.signal or 'rate', {u.name: 1. for u in units})
+    reason = policy.select(scores if policy.needs_scores else None, units).reason
+    assert said in reason and f'{budget:g} of' not in reason.replace(said, '')
+
+
 @pytest.mark.parametrize('name', POLICIES)
 @given(questions(), st.data())
 @settings(max_examples=120, deadline=None, derandomize=True)

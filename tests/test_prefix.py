@@ -411,7 +411,7 @@ def test_finetune_and_its_command(tmp_path, capsys):
         torch.manual_seed(0)
         model = demo_model(blocks=4), demo_tokenizer()
         out = tmp_path/str(kept)
-        how = dict(steps=24, length=32, eval_blocks=2, bf16=False, probe_batches=2, progress=False)
+        how = dict(steps=24, max_length=32, eval_blocks=2, bf16=False, probe_batches=2, progress=False)
         found[kept] = finetune(model, str(text), out, other=str(text), freeze_bottom=.5, cache_prefix=kept, **how)
     event, = RunLog(tmp_path/'True').events('prefix')
     assert event['hits'] > 0

@@ -311,7 +311,7 @@ class Stop(Exception): pass
 def test_finetune_goes_on_with_a_packed_rest(tmp_path, monkeypatch, place):
     notes = tmp_path/"notes.txt"
     notes.write_text("\n\n".join(f"note {i}: the quick brown fox jumps over the lazy dog. "*6 for i in range(20)))
-    how = dict(steps=6, batch_size=2, length=32, eval_blocks=2, save_steps=3, quantize_frozen=4, lr=1e-3, budget=.4)
+    how = dict(steps=6, batch_size=2, max_length=32, eval_blocks=2, save_steps=3, quantize_frozen=4, lr=1e-3, budget=.4)
 
     def tuned(out, **kw):
         net = demo_model(blocks=2, hidden_size=64, intermediate_size=128).bfloat16()

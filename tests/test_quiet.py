@@ -1,5 +1,5 @@
 "What a terminal shows is ours, and a check leaves files as they were."
-import importlib.util, logging, os, re, shutil, subprocess, sys
+import importlib.util, logging, os, re, shutil, subprocess, sys, warnings
 from pathlib import Path
 import pytest
 from alf_nb.demo import demo_model, demo_tokenizer
@@ -39,7 +39,7 @@ def test_finetune_prints_nothing_that_is_not_ours(tmp_path):
         'text.txt',
         '--steps',
         2,
-        '--length',
+        '--max-length',
         16,
         '--eval-blocks',
         2,
@@ -77,23 +77,41 @@ def test_without_alf_bitsandbytes_says_a_line(tmp_path):
     )
     assert 'gemm_4bit_forward' in res.stderr
 
-def test_only_while_trainer_is_imported_is_it_silenced(monkeypatch, caplog):
-    import transformers.trainer
-    from alf_nb.app.cli import _import_quietly
+@pytest.mark.skipif(
+    not (importlib.util.find_spec('bitsandbytes') and importlib.util.find_spec('peft')),
+    reason='needs bitsandbytes and peft',
+)
+@pytest.mark.parametrize('line', ['from alf_nb.all import *', 'from alf_nb.app.finetune import finetune'])
+def test_what_other_libraries_say_while_they_are_imported_is_not_shown(tmp_path, line):
+    "In a notebook it would stand in pink above the first view"
+    (tmp_path/'sitecustomize.py').write_text(LOGS)
+    res = subprocess.run(
+        [sys.executable, '-c', line],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)])),
+    )
+    assert (res.returncode, res.stderr) == (0, '')
+
+def test_only_other_libraries_are_silenced_and_only_while_they_are_imported(caplog):
+    from alf_nb.core.system import quiet_imports
     log = logging.getLogger('bitsandbytes.backends')
-    class Finder:
-        "A module in place of the Trainer's, which is there already"
-        def find_spec(self, name, path=None, target=None):
-            if name == 'transformers.trainer': return importlib.util.spec_from_loader(name, self)
-        def create_module(self, spec): return None
-        def exec_module(self, module): log.warning('a kernel is missing')
-    monkeypatch.setattr(transformers, 'trainer', transformers.trainer)
-    monkeypatch.delitem(sys.modules, 'transformers.trainer')
-    monkeypatch.setattr(sys, 'meta_path', [Finder(), *sys.meta_path])
-    _import_quietly()
-    assert not caplog.messages
+    with pytest.warns(UserWarning) as seen:
+        with quiet_imports():
+            log.warning('a kernel is missing')
+            log.error('no kernel at all')
+        warnings.warn('heard again')
     log.warning('heard again')
-    assert caplog.messages == ['heard again']
+    assert caplog.messages == ['no kernel at all', 'heard again'] and [str(w.message) for w in seen] == ['heard again']
+
+def test_our_warnings_are_shown_while_others_are_imported(capsys):
+    from alf_nb.core.system import quiet_imports
+    with quiet_imports():
+        for module in ('peft.tuners', 'alf_nb_like', 'alf_nb.train.trainer'):
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *args: print(message)
+                warnings.warn_explicit(f'of {module}', UserWarning, 'there.py', 1, module=module)
+    assert capsys.readouterr().out.splitlines() == ['of alf_nb.train.trainer']
 
 def test_a_check_leaves_what_make_depends_on_untouched(tmp_path):
     """A file that is written again, even with what it held, is newer than the stamp of the environment: `make` would

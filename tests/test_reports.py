@@ -9,7 +9,7 @@ from alf_nb.core.records import UnitInfo
 from alf_nb.core.runlog import RunLog
 from alf_nb.core import format
 from alf_nb.report import html, png
-from alf_nb.report.charts import layer_map, loss_chart, memory_chart, role_maps
+from alf_nb.report.charts import layer_map, loss_chart, memory_chart, rate_chart, role_maps
 from alf_nb.report.comparison import compare_runs
 from alf_nb.report.page import report_html, write_report
 from alf_nb.report.summary import latest_scores, summarize, summary_table
@@ -292,3 +292,27 @@ def test_light_side_stays_light():
         text=True,
     )
     assert out.stdout.strip() == '[]', out.stderr
+
+def axis(html, which):
+    inside = ''.join(re.findall(rf'<div class="alf-{which}">(.*?)</div>', html))
+    return re.findall(r'<span[^>]*>([^<]*)</span>', inside)
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 7])
+def test_steps_on_an_axis_are_whole_and_none_stands_there_twice(tmp_path, steps):
+    fake_run(tmp_path, blocks=2, steps=steps)
+    for draw in (loss_chart, layer_map, role_maps, memory_chart):
+        axes = re.findall(r'<div class="alf-x">.*?</div>', draw(tmp_path))
+        shown = [axis(a, 'x') for a in axes]
+        assert any(shown) and all(v.isdecimal() for a in shown for v in a), (draw.__name__, shown)
+        assert all(len(set(a)) == len(a) for a in shown)
+
+def test_a_rate_that_is_only_zero_has_no_other_label_on_its_axis():
+    assert axis(rate_chart([0, 1], [0., 0.], '0', ''), 'y') == ['0']
+    assert axis(rate_chart([0], [0.], '0', ''), 'y') == ['0']
+
+@pytest.mark.parametrize('top', [1e-5, 4.5e-5, 4e-4, 3e-3, .02, .5, 1])
+def test_rates_on_an_axis_are_what_they_say(top):
+    labels = axis(rate_chart([0, 1], [0, top], '', ''), 'y')
+    shown = list(map(float, labels))
+    steps = [b-a for a, b in zip(shown, shown[1:])]
+    assert len(labels) > 1 and shown[0] == 0 and steps == pytest.approx([steps[0]]*len(steps))

@@ -75,7 +75,7 @@ def writers(folder):
         background=lambda: train_in_background(make(folder)).wait(),
         loop=loop,
         finetune=lambda: finetune(
-            (demo_model(blocks=2), demo_tokenizer()), str(notes), folder, steps=2, length=32, progress=False
+            (demo_model(blocks=2), demo_tokenizer()), str(notes), folder, steps=2, max_length=32, progress=False
         ),
     )
 

@@ -4,6 +4,7 @@ import re, sys
 import numpy as np
 import pytest
 
+from alf_nb.core.format import percent
 from alf_nb.widgets.attention import AttentionViewer
 from alf_nb.widgets.heads import as_maps, head_change, head_grid, head_sharpness, pool, square_map
 from alf_nb.widgets.heads import token_text
@@ -113,6 +114,17 @@ def test_it_opens_where_most_changed(view):
     assert v.at[:2] == (1, 3) and v.at[2] in (2, 4)
     assert 'place 1 of 12' in v.said.value
     assert 'Most: layer 1 head 3' in v.overview.value
+
+
+def test_every_scale_says_which_value_a_colour_is(view):
+    after = a.copy()
+    after[1, 3, 4] = np.eye(6)[0]
+    v = view(a, after)
+    said = lambda w: [re.findall(r'<span[^>]*>([^<]*)</span>', s) for s in re.findall(r'alf-x">(.*?)</div>', w.value)]
+    top = v.score.max()
+    assert said(v.legend) == [['0', percent(top/4), percent(top)], ['0', '0.25', '1'],
+                              ['-1', '-0.25', '0', '+0.25', '+1']]
+    assert v.static_html().count('alf-scale') == 3
 
 
 def test_reading_a_token(view):

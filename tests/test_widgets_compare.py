@@ -12,7 +12,7 @@ from alf_nb.widgets.compare import CURVES, CompareView, Followed, _points, diffe
 
 sys.path.insert(0, __file__.rpartition('/')[0])
 from fake_run import fake_run, fake_units  # noqa: E402
-from live_run import LiveRun, Sent, wait_for  # noqa: E402
+from live_run import LiveRun, Sent, leave_lock, wait_for  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -137,6 +137,18 @@ def test_a_run_that_goes_on(tmp_path, runs, view):
     wait_for(lambda: 'complete' in v.table.value.partition('live</th>')[2][:40])
     assert not v.live and not v.error.value
     live.close()
+
+
+@pytest.mark.parametrize('paused', [False, True])
+def test_a_run_whose_process_was_killed_is_interrupted_at_once(tmp_path, view, paused):
+    for name in ('dead', 'unknown'):
+        log = RunLog(tmp_path/name)
+        log.write('run_begin', step=0, units=fake_units(2), config={}, max_steps=10)
+        if paused: log.write('pause', step=0)
+    leave_lock(tmp_path/'dead')
+    v = view([tmp_path/'dead', tmp_path/'unknown'])
+    assert v.status == ('interrupted', 'paused' if paused else 'unfinished') and v.live
+    assert not view([tmp_path/'dead']).live
 
 
 def test_a_live_update_is_small_and_reads_nothing_again(tmp_path, view, monkeypatch):

@@ -1,18 +1,19 @@
 "The training dashboard: what it says of every state of a run, what its buttons do, and how little it sends."
-import re, subprocess, sys, threading, time
+import re, sys, threading, time
 from html import unescape
 
 import pytest
 
 from alf_nb.core.runlog import RunLog
 from alf_nb.report.page import report_html
+from alf_nb.widgets import base
 from alf_nb.widgets.base import ticker
 from alf_nb.widgets.parts import all_widgets
 from alf_nb.widgets.dashboard import TrainingDashboard, last_line
 
 sys.path.insert(0, __file__.rpartition('/')[0])
 from fake_run import fake_run, fake_units  # noqa: E402
-from live_run import LiveRun, Sent, wait_for  # noqa: E402
+from live_run import LiveRun, Sent, leave_lock, wait_for  # noqa: E402
 
 TRACE = (
     'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    g()\n  File "train.py", line 12, in loss\n   '
@@ -72,11 +73,7 @@ def test_a_killed_run_is_not_called_complete(tmp_path, view):
 
 @pytest.mark.parametrize('paused', [False, True])
 def test_a_run_whose_process_was_killed_is_interrupted_at_once_and_says_how_it_goes_on(tmp_path, view, paused):
-    code = (
-        'import os, signal, sys; from alf_nb.core.lock import RunLock; lock = RunLock(sys.argv[1]).acquire();'
-        ' os.kill(os.getpid(), signal.SIGKILL)'
-    )
-    subprocess.run([sys.executable, '-c', code, str(tmp_path)])
+    leave_lock(tmp_path)
     log = RunLog(tmp_path)
     about = dict(resume="finetune(data='a.txt', resume=True)")
     log.write('run_begin', step=0, units=fake_units(2), config={}, max_steps=10, about=about)
@@ -87,6 +84,33 @@ def test_a_run_whose_process_was_killed_is_interrupted_at_once_and_says_how_it_g
     assert words(d) == ('interrupted', 'Interrupted') and 'at step 4 of 10: its process has ended' in d.what.value
     assert 'taken up from <b>checkpoint-3</b>: run <code>finetune(data=' in d.what.value
     assert 'taken up from checkpoint-3: finetune(data=' in unescape(report_html(tmp_path))
+
+
+def test_the_lock_of_another_process_is_asked_once_for_each_picture(tmp_path, view, monkeypatch):
+    log, asked = RunLog(tmp_path), []
+    log.write('run_begin', step=0, units=fake_units(2), config={}, max_steps=10)
+    d = view(tmp_path)
+    monkeypatch.setattr(base, 'writer_ended', lambda folder: asked.append(folder) or False)
+    log.write('log', step=3, loss=1., seconds_per_step=2.)
+    d.follower.update()
+    assert d.tick() and len(asked) == 1
+
+
+def test_no_time_is_left_once_all_steps_are_made_or_it_stops(tmp_path, view):
+    "Also while what was learnt is still saved and measured"
+    run = LiveRun(tmp_path/'run', steps=4)
+    run.begin()
+    run.train(3)
+    d = view(run)
+    assert 'time left' in d.tiles.value
+    run.status = 'stopping'
+    d.refresh()
+    assert 'time left' not in d.picture()
+    run.train(1)
+    run.alive, run.status, run.activity = True, 'running', 'measuring after training'
+    d.follower.update()
+    assert 'step 4 of 4' in d.picture() and 'time left' not in d.picture()
+    run.close()
 
 
 def test_a_run_of_another_process(tmp_path, view):

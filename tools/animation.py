@@ -21,7 +21,7 @@ from lab import Notebook, browser, jupyterlab  # noqa: E402
 
 CELLS = (
     "import warnings; warnings.simplefilter('ignore')\nfrom alf_nb.all import *\n"
-    "run = finetune(steps=90, length=64, batch_size=2, eval_blocks=4, interval=15, warm_up=6, budget=.3, live=True,"
+    "run = finetune(steps=90, max_length=64, batch_size=2, eval_blocks=4, interval=15, warm_up=6, budget=.3, live=True,"
     " out='run')",
     'TrainingDashboard(run)',
 )

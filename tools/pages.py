@@ -196,6 +196,7 @@ SEARCHED = {
     'offline, no internet, air-gapped': 'install.html#without-a-network',
     'preset, default settings, LISA, BAdam, GRASS': 'presets.html',
     'chat template, apply_chat_template, answers only, completion only loss': '02_sources/templates.html',
+    'packing, packed sequences, padding free': '02_sources/templates.html#packing',
     'chat, messages, ShareGPT, alpaca, instruction data, prompt and completion': 'tutorials/your_own.html#chats',
     'custom dataset, my own data, csv, tsv, jsonl, text file': 'tutorials/your_own.html#your-data',
     'out of memory, OOM, CUDA out of memory, VRAM, does it fit': 'tutorials/big_model.html#will-it-fit',

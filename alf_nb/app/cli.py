@@ -8,7 +8,7 @@ Docs: https://example.github.io/alf_nb/10_app/cli.html.md"""
 __all__ = ['main']
 
 # %% ../../nbs/10_app/14_cli.ipynb #c1f18087
-import argparse, logging, os, sys
+import argparse, os, sys
 from dataclasses import replace
 from pathlib import Path
 from .. import __version__
@@ -19,7 +19,7 @@ from ..core.config import PARTS, PRESETS, SIGNALS, VALUES
 from ..core.files import write_whole
 from ..core.foreign import visible
 from ..core.policies import POLICIES
-from ..core.system import wait_briefly
+from ..core.system import quiet_imports, wait_briefly
 from ..core.training import read_run_file
 from ..report.results import RULES
 
@@ -81,7 +81,8 @@ def _finetune_options(p):
     how = p.add_argument_group('how')
     _add(how, job, 'steps epochs lr')
     _settings(how, 'full_lr')
-    _add(how, job, 'batch_size grad_accum length eval_blocks eval_every attention seed save_steps report_to')
+    _add(how, job, 'batch_size grad_accum max_length packing')
+    _add(how, job, 'eval_blocks eval_every attention seed save_steps report_to')
     _add(how, call, 'resume')
     how.add_argument('--config', default=argparse.SUPPRESS, metavar='FILE', help='YAML of settings, such as the'
                      ' run.yaml of another run; options given beside it win')
@@ -316,14 +317,6 @@ def _parser(settings={}):
     return p
 
 # %% ../../nbs/10_app/14_cli.ipynb #1be06de1
-def _import_quietly():
-    "Import Trainer without what bitsandbytes says of its kernels"
-    log = logging.getLogger('bitsandbytes')
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try: import transformers.trainer
-    finally: log.setLevel(level)
-
 def _in_words(e):
     "What an error says, without [Errno 2] before it"
     if not isinstance(e, OSError) or not e.strerror: return e
@@ -348,7 +341,7 @@ def _arguments(argv):
 def _load_torch():
     wait_briefly()      # before torch is loaded
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-    _import_quietly()
+    with quiet_imports(): import transformers.trainer
 
 def _refuse(e):
     print(f"alf: error: {visible(_in_words(e))}", file=sys.stderr)

@@ -9,7 +9,7 @@ __all__ = ['settings_of', 'finetune']
 
 # %% ../../nbs/10_app/07_finetune.ipynb #03b8db2d
 from .. import require_versions
-from ..core.system import in_kernel, wait_briefly
+from ..core.system import in_kernel, quiet_imports, wait_briefly
 require_versions('torch', 'transformers', 'accelerate')
 if in_kernel(): wait_briefly()      # before torch is loaded
 
@@ -18,11 +18,12 @@ import json, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from traceback import format_exception
-import torch
 from fastcore.meta import delegates
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+with quiet_imports():
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 # %% ../../nbs/10_app/07_finetune.ipynb #2bd44798
 from .disk import bytes_of, check_plan, check_room, full_error, output_folder, save_anywhere
@@ -68,6 +69,7 @@ class _Opening(TrainerCallback):
 # %% ../../nbs/10_app/07_finetune.ipynb #402bd54b
 def _arguments(job, out):
     s = job.settings
+    counted = 'all' if s.packing else 'non_padding'     # packed rows have no mask
     return TrainingArguments(
         output_dir=str(out),
         max_steps=s.steps,
@@ -85,7 +87,7 @@ def _arguments(job, out):
         report_to=list(s.report_to),
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        include_num_input_tokens_seen='non_padding',
+        include_num_input_tokens_seen=counted,
         save_total_limit=2,
     )
 
@@ -166,7 +168,7 @@ def _more(job, t0):
     s = job.settings
     return {'total_s': time.perf_counter()-t0, 'rss_bytes_peak': peak_rss_bytes(), 'bf16': job.bf16,
             'batch_size': s.batch_size, 'grad_accum': s.grad_accum,
-            'length': s.length, 'lr': float(s.lr), 'threads': torch.get_num_threads()}
+            'max_length': s.max_length, 'lr': float(s.lr), 'threads': torch.get_num_threads()}
 
 # %% ../../nbs/10_app/07_finetune.ipynb #30006587
 def _write(job, out, metadata, t0):

@@ -32,7 +32,7 @@ from ..signals.untouched import same_draws, same_modules
 from ..sources.blocks import holdout_split
 from ..sources.chats import Chat, told
 from ..sources.losses import continuation, evaluate_loss, wants_autocast
-from ..sources.templates import chat_text, token_rows
+from ..sources.templates import chat_text, keep_apart, pack_rows, token_rows
 from ..study.attention import AttentionSnapshot
 from ..study.words import passages
 from ..train.repacking import pack_again
@@ -58,10 +58,18 @@ def _digest(texts):
     for t in texts: h.update(t.encode() + b'\0')
     return h.hexdigest()[:16]
 
+# %% ../../nbs/10_app/06_job.ipynb #41ba28e2
+def _packed(net, texts, rows, max_length):
+    if not isinstance(texts[0], Chat):
+        raise ValueError("packing=True puts chats together, and these are texts: they fill their rows as they are,"
+                         " leave packing out")
+    keep_apart(net)
+    return pack_rows(rows, max_length)
+
 def _snapshot(net, tokenizer, texts, s):
     "Attention before training; None: it is not measured"
     if not s.attention: return None
-    wide = max(2, min(s.length, _LOOKED_AT))
+    wide = max(2, min(s.max_length, _LOOKED_AT))
     return AttentionSnapshot(net, passages(texts, s.attention, 4*wide), tokenizer, length=wide, example=None)
 
 # %% ../../nbs/10_app/06_job.ipynb #83ff048a
@@ -72,7 +80,10 @@ def previewed(
 )->tuple:     # names of units, settings
     "What would train first, and the settings with a learning rate that suits its share"
     s, config = settings, callback.config
-    chosen = callback.preview(net, s.batch_size, s.length, wants_autocast(net) if s.bf16 is None else s.bf16)
+    if s.packing and config.cache_prefix:
+        raise ValueError("cache_prefix keeps states of single rows, and packing=True puts several into one: give one of"
+                         " the two")
+    chosen = callback.preview(net, s.batch_size, s.max_length, wants_autocast(net) if s.bf16 is None else s.bf16)
     if s.lr is not None: return chosen.names, s
     share = chosen.share if config.memory else getattr(config.policy, 'budget', None) or chosen.share
     return chosen.names, replace(s, lr=suggested_lr(share, config.full_lr or FULL_LR))
@@ -83,7 +94,8 @@ class Job:
     def __init__(self, net, tokenizer, texts, others, settings, progress):
         self.net, self.tokenizer, self.progress = net, tokenizer, progress
         learnt, held = holdout_split(texts, seed=settings.seed)
-        self.train, *sets = (token_rows(t, tokenizer, settings.length) for t in (learnt, held, others))
+        self.train, *sets = (token_rows(t, tokenizer, settings.max_length) for t in (learnt, held, others))
+        if settings.packing: self.train = _packed(net, learnt, self.train, settings.max_length)
         s = self.settings = in_steps(settings, len(self.train))
         domain, other = (b.select(range(min(s.eval_blocks, len(b)))) for b in sets)
         self.sets = dict(domain=domain, other=other)

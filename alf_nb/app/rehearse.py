@@ -62,7 +62,8 @@ def _plan_lines(job, names, n, step_s, out):
     s, total = job.settings, sum(p.numel() for p in job.net.parameters())
     epochs = s.steps*s.batch_size*s.grad_accum/len(job.train)
     yield 'texts', job.texts['texts']
-    yield 'rows', f"{len(job.train):,} to train on, {len(job.sets['domain'])} held out; at most {s.length} tokens each"
+    held = len(job.sets['domain'])
+    yield 'rows', f"{len(job.train):,} to train on, {held} held out; at most {s.max_length} tokens each"
     yield 'trains first', f"{percent(n/total)} of {human_count(total)} parameters, {len(names)} units"
     yield 'learning rate', f"{s.lr:g}, cosine"
     yield 'steps', f"{s.steps:,}, of {s.batch_size*s.grad_accum} rows each: {epochs:.2g} epochs"

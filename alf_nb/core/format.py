@@ -42,8 +42,9 @@ def num(v, digits=3)->str:
     return f'{v:.{digits}f}' if abs(v) < 1e5 else f'{v:.2e}'
 
 def percent(v, digits=1)->str:
-    "A fraction as percent; `–` when unknown"
-    return '–' if v is None else f'{v*100:.{digits}f} %'
+    "A fraction as percent, with as many digits as it has for `digits=None`; `–` when unknown"
+    if v is None: return '–'
+    return f'{v*100:.4g} %' if digits is None else f'{v*100:.{digits}f} %'
 
 # %% ../../nbs/01_core/02_format.ipynb #f0e70002
 def few(

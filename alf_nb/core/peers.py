@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 
 from .check import number, one_of, whole
+from .format import percent
 from .policy import Policy, best_first, check_budget, known_values
 
 # %% ../../nbs/01_core/07_peers.ipynb #3570df2f
@@ -93,7 +94,7 @@ class GRASSPolicy(Policy):
 def choose(self:GRASSPolicy, candidates):
     order = _drawn_by_importance(candidates, self.temperature, self.seed)
     if self.k is None:
-        why = f"drawn by gradient norm within {self.budget:g} of the parameters"
+        why = f"drawn by gradient norm within {percent(self.budget, None)} of the parameters"
         return candidates.fill(order, self.budget), why
     if self.k > len(order): raise ValueError(f"k={self.k}, but there are {len(order)} candidates")
     return [u.name for u in order[:self.k]], f"{self.k} drawn by gradient norm"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from fastcore.basics import patch
 
 from .check import flag, known, number, one_of, whole
+from .format import percent
 from .peers import BAdamPolicy, GRASSPolicy, LISAPolicy
 from .policy import STRATA, Policy, best_first, check_budget, known_values, make_candidates
 from .policy import ranked, standing, sticky
@@ -133,11 +134,11 @@ def choose(self:BudgetPolicy, candidates):
     best, values = ranked(candidates, self.strata, self.hysteresis)
     queues = _queues(candidates, best, self._order(candidates.units, candidates.step))
     where = f'of every role in {self.strata} bands of the depth, ' if self.strata else ''
-    why = f"highest {candidates.scores.signal} {where}within {self.budget:g} of the parameters"
+    why = f"highest {candidates.scores.signal} {where}within {percent(self.budget, None)} of the parameters"
     if self.cost_aware:
         names, n_old, cost = _best_cut(self, candidates, values, queues)
         if cost is None: return names, why
-        why += f" per step cost ({cost:.2f} of full)"
+        why += f" per step cost ({percent(cost, 0)} of full)"
     else: names, n_old = _explore(self, candidates, *queues)
     return names, why + (f", {n_old} explored" if n_old else '')
 
@@ -245,7 +246,8 @@ class ColumnsPolicy(_Unmeasured):
     budget:float=.1 # fraction of all parameters, above 0 and at most 1
     name = 'columns'
     def choose(self, candidates):
-        return candidates.fill(candidates.units, self.budget), f"columns of matrices, {self.budget:g} of the parameters"
+        why = f"columns of matrices, {percent(self.budget, None)} of the parameters"
+        return candidates.fill(candidates.units, self.budget), why
 
 # %% ../../nbs/01_core/08_policies.ipynb #2078f5e6
 @dataclass(frozen=True)
@@ -286,7 +288,7 @@ def _from_an_end(candidates, budget, top):
 
 @patch
 def choose(self:StaticPolicy, candidates):
-    us, why = candidates.units, f"{self.where} units within {self.budget:g} of the parameters"
+    us, why = candidates.units, f"{self.where} units within {percent(self.budget, None)} of the parameters"
     if self.where in ('first', 'last'): return _from_an_end(candidates, self.budget, self.where == 'last'), why
     order = _spread(us) if self.where == 'spread' else self._order(us)
     if self.strata: order = best_first(us, standing(us, {u.name: -i for i,u in enumerate(order)}, self.strata))
@@ -300,7 +302,7 @@ class RotatePolicy(_Unmeasured):
     def choose(self, candidates):
         return (
             candidates.fill(self._order(candidates.units, candidates.step), self.budget),
-            f"random within {self.budget:g} of the parameters",
+            f"random within {percent(self.budget, None)} of the parameters",
         )
 
 # %% ../../nbs/01_core/08_policies.ipynb #2406b61b
@@ -321,7 +323,7 @@ class InvertedPolicy(Policy):
         values = sticky({n: -v for n,v in known_values(candidates).items()}, candidates.current, self.hysteresis)
         return (
             candidates.fill(best_first(candidates.units, values), self.budget),
-            f"lowest {candidates.scores.signal} within {self.budget:g} of the parameters",
+            f"lowest {candidates.scores.signal} within {percent(self.budget, None)} of the parameters",
         )
 
 # %% ../../nbs/01_core/08_policies.ipynb #1676f8e5

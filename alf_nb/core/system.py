@@ -6,12 +6,13 @@ Docs: https://example.github.io/alf_nb/01_core/system.html.md"""
 
 # %% auto #0
 __all__ = ['SPINS', 'versions', 'peak_rss_bytes', 'memory_size_bytes', 'free_memory_bytes', 'can_wait_better', 'in_kernel',
-           'wait_briefly', 'is_crowded', 'Slowdown']
+           'wait_briefly', 'is_crowded', 'Slowdown', 'quiet_imports']
 
 # %% ../../nbs/01_core/16_system.ipynb #bc33be54
-import os, re, sys
+import logging, os, re, sys, warnings
 import importlib.metadata
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from .. import __version__
@@ -105,3 +106,16 @@ class Slowdown:
         self.now = median(self.last)
         self.best = min(self.now, self.best or self.now)
         return self.now > self.factor*self.best
+
+# %% ../../nbs/01_core/16_system.ipynb #9095d25c
+@contextmanager
+def quiet_imports():
+    "Import other libraries without what they log and warn of meanwhile; errors are heard, and so are our warnings"
+    was = logging.root.manager.disable
+    logging.disable(max(was, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            warnings.filterwarnings('default', module=r'alf_nb\b')
+            yield
+    finally: logging.disable(was)

@@ -18,7 +18,7 @@ from .files import write_whole
 
 # %% ../../nbs/01_core/20_training.ipynb #efb492f5
 def _check_settings(s):
-    for k in ('steps', 'batch_size', 'grad_accum', 'length', 'eval_blocks'): whole(k, getattr(s, k), 1)
+    for k in ('steps', 'batch_size', 'grad_accum', 'max_length', 'eval_blocks'): whole(k, getattr(s, k), 1)
     whole('attention', s.attention, 0, why='it is a number of passages, or 0')
     for k in ('save_steps', 'eval_every'): whole(k, getattr(s, k), 0, why='it is a number of steps, or 0')
     if s.lr is not None: learning_rate('lr', s.lr)
@@ -38,7 +38,8 @@ class _Training:
     lr:float|None=None
     batch_size:int=3     # rows at once
     grad_accum:int=1     # batches whose gradients are added up for one step
-    length:int=256       # tokens per row; a chat is a row of its own, and has at most so many
+    max_length:int=256   # tokens per row; a chat is a row of its own, and has at most so many
+    packing:bool=False   # several short chats in a row, kept apart from each other? Needs TRL
     # bf16 autocast; default where it is faster, or where weights are in 16 bits; False: the model is loaded in fp32
     bf16:bool|None=None
     seed:int=0           # decides split, order, draws: the same seed gives the same result
@@ -170,5 +171,5 @@ def about_training(
 )->dict:
     "What the log tells of a training, beside the settings of ALF and what any Trainer tells"
     again = ['alf', 'finetune', '--config', f'{out}/{RUN_FILE}', '--out', f'{out}-again']
-    known = dict(optimizer='AdamW', length=s.length, epochs=epochs, command=shlex.join(again))
+    known = dict(optimizer='AdamW', max_length=s.max_length, epochs=epochs, command=shlex.join(again))
     return {k: v for k,v in known.items() if v is not None}

@@ -57,7 +57,7 @@ def held_out_lines(
     return [dict(x=x, y=y, c=c, kind='dash'), points]
 
 # %% ../../nbs/07_report/09_charts.ipynb #d98a1572
-def _rate(v): return f'{v:.0e}'.replace('e-0', 'e-') if v else '0'
+def _rate(v): return f'{v:g}' if v == 0 or v >= .01 else f'{v:.1e}'.replace('.0e', 'e').replace('e-0', 'e-')
 
 def rate_chart(
     x,          # steps
@@ -71,7 +71,7 @@ def rate_chart(
     top = max((v or 0 for v in y), default=0)
     series = [dict(name='learning rate', x=x, y=y, c=4, last=last)]
     label = f'Learning rate, at most {top:.3g}{now}'
-    return line_chart(series, label, _rate, y_range=(0, top*1.1 or 1), x_name='step', n_ticks=2, **kw)
+    return line_chart(series, label, _rate, y_range=(0, top*1.1), x_name='step', n_ticks=2, **kw)
 
 def loss_figure(
     series,     # as from `loss_lines` and `held_out_lines`

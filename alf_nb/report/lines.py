@@ -17,13 +17,14 @@ from .html import Html, figure, key_list, legend_key, overlay, tag
 def ticks(
     lo:float,  # least value
     hi:float,  # largest value
-    n:int=5    # about how many
+    n:int=5,   # about how many
+    whole:bool=False # only whole numbers, as of steps?
 )->list:
     "Round numbers from `lo` to `hi`"
     if not (math.isfinite(lo) and math.isfinite(hi)) or hi <= lo: return [lo] if math.isfinite(lo) else []
-    raw = (hi-lo)/max(n, 1)
+    raw = max((hi-lo)/max(n, 1), 1 if whole else 0)
     mag = 10.**math.floor(math.log10(raw))
-    step = next(mag*m for m in (1, 2, 2.5, 5, 10) if mag*m >= raw*.999)
+    step = next(mag*m for m in (1, 2, 2.5, 5, 10) if mag*m >= raw*.999 and not (whole and mag*m % 1))
     first = math.ceil(lo/step - 1e-9)
     return [round(i*step, 12) for i in range(first, math.floor(hi/step + 1e-9)+1)]
 
@@ -90,7 +91,7 @@ class _Frame:
     y0:float
     y1:float
     def x(self, v): return 1000*(v-self.x0)/(self.x1-self.x0)
-    def y(self, v): return 1000*(self.y1-v)/((self.y1-self.y0) or 1)
+    def y(self, v): return 1000*(self.y1-v)/(self.y1-self.y0) if self.y1 > self.y0 else 1000
 
 def _frame(drawn, x_range, y_range):
     "As given, or around all points"
@@ -139,9 +140,10 @@ def _shapes(s, pts, low, f):
 
 # %% ../../nbs/07_report/04_lines.ipynb #d5c377aa
 def x_axis(
-    lo,     # value at the left edge
-    hi,     # value at the right edge
-    n:int=6 # about how many labels
+    lo,       # value at the left edge
+    hi,       # value at the right edge
+    n:int=6,  # about how many labels
+    whole:bool=True # whole numbers, as of steps?
 )->str:
     "Labels below a drawing"
     def label(v):
@@ -149,7 +151,7 @@ def x_axis(
         edge = 'first' if at < 1 else None
         if at > 97: edge = 'end'
         return tag('span', f'{v:g}', cls=edge, style=f'left:{at:.2f}%')
-    return tag('div', *map(label, ticks(lo, hi, n)), cls='alf-x')
+    return tag('div', *map(label, ticks(lo, hi, n, whole)), cls='alf-x')
 
 def _names(series):
     "The legend of a chart"
@@ -161,6 +163,11 @@ def _names(series):
 def _y_axis(f, values, text):
     up = lambda v: f'bottom:{100*(v-f.y0)/((f.y1-f.y0) or 1):.2f}%'
     return tag('div', *(tag('span', escape(text(v)), style=up(v)) for v in values), cls='alf-y')
+
+# %% ../../nbs/07_report/04_lines.ipynb #a3408c83
+def _are_counts(series):
+    "Are all x whole, as steps are? What is stacked is a little beside"
+    return all(abs(x-round(x)) < 1e-3 for s in series for x in s['x'])
 
 def short(v):
     "A value as a label of the y axis"
@@ -197,7 +204,7 @@ def line_chart(
     parts = (
         _y_axis(f, yt, y_format or '{:.4g}'.format),
         tag('div', overlay(_drawing(drawn, f, yt, marks)), cls='alf-plot'),
-        x_axis(f.x0, f.x1, n_x_ticks) if x_labels else '',
+        x_axis(f.x0, f.x1, n_x_ticks, _are_counts(series)) if x_labels else '',
     )
     if x_name: parts += tag('div', escape(x_name), cls='alf-name'),
     return Html(figure(parts, label, height, _names(series)))

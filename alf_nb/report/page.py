@@ -172,7 +172,7 @@ _WORDS |= {
     'policy.k': 'units or blocks that train', 'policy.where': 'which units', 'policy.order': 'order of blocks',
     'policy.interval': 'steps that a block trains', 'policy.temperature': 'temperature of draws',
     'lr': 'learning rate', 'lr_schedule': 'its schedule', 'warmup_steps': 'its steps of warm-up',
-    'grad_accum': 'batches of a step', 'batch_size': 'rows of a batch', 'length': 'tokens of a row, at most',
+    'grad_accum': 'batches of a step', 'batch_size': 'rows of a batch', 'max_length': 'tokens of a row, at most',
     'unrelated': 'unrelated text', 'rows': 'rows to train on', 'data_sha256': 'SHA-256 of the texts, its beginning',
 }
 

@@ -296,6 +296,14 @@ def is_silent(self:RunState,
     "Was nothing written for longer than ten steps, and for at least a minute?"
     return (time.time() if now is None else now) - self.last_t > max(60, 10*(self.seconds_per_step or 0))
 
+@patch
+def goes_on(self:RunState,
+    ended:bool  # is the process that has its lock known to be no more?
+)->bool:
+    "Does it go on in another process, as far as one can know?"
+    if ended or self.status not in ('starting', 'unfinished', 'paused'): return False
+    return self.status == 'paused' or not self.is_silent()
+
 # %% ../../nbs/07_report/01_run_state.ipynb #9cf88aaf
 @patch(as_prop=True)
 def next_selection(self:RunState)->int|None:

@@ -16,8 +16,10 @@ import functools, json, os, threading, warnings
 from pathlib import Path
 from fastcore.basics import patch
 from safetensors.torch import save_file
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from ..core.system import quiet_imports
+with quiet_imports():
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_callback import ExportableState
 from ..core.checkpoints import newest_run, set_aside, write_manifest
 from ..core.config import config_of
 from ..core.settings import with_settings

@@ -13,8 +13,8 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.foreign import escape, visible
 from ..core.format import percent
-from ..report.attention import head_hints, index_labels, square_figure
-from ..report.html import key_list, legend_key, note, scrolled, status_line, tag
+from ..report.attention import colour_scale, head_hints, index_labels, square_figure
+from ..report.html import key_list, note, scrolled, status_line, tag
 from ..report.png import map_images
 from .base import View
 from .heads import as_maps, head_change, head_grid, head_sharpness, picked, square_map, token_text
@@ -117,8 +117,9 @@ def _words(v):
     return status_line(f'Layer {l}, head {h}: {worth}, place {rank} of {v.score.size}. {_looks(v)}.{name}')
 
 def _legend(v):
-    items = [f"no weight{legend_key('ramp')}all of it"]
-    if v.after is not None: items.append(f"less{legend_key('ramp signed')}more than before")
+    told = '{:.2f}'.format if v.after is None else percent
+    items = ['layers by heads' + colour_scale(v.score.max() or 1, told), 'weight' + colour_scale(1, '{:g}'.format)]
+    if v.after is not None: items.append('difference' + colour_scale(1, '{:+g}'.format, True))
     more = ['click a cell for its weight'] if len(v.tokens) <= 24 else []
     return key_list([*items, 'rows attend to columns', *more])
 
@@ -137,7 +138,7 @@ def _overview(v):
     columns = [i for i in range(n_heads) if i == h or n_heads <= 16 or i % 4 == 0 and abs(i - h) > 2]
     most = ', '.join(_head_name(v, k) for k in best)
     label = f"{n_layers} layers by {n_heads} heads, colour: {_measure(v)}. Most: {most}"
-    image = map_images(np.where(v.score < .02*top, 0, v.score/top).tolist())
+    image = map_images(((np.sqrt(v.score/top)*15).round()/15).tolist())
     return square_figure(
         image + picked(h, l, 1, 1, n_heads, n_layers), f'layers by heads: {_measure(v)}', label,
         index_labels(n_heads, columns, 'left', now=h), index_labels(n_layers, rows, 'top', 'row', l),

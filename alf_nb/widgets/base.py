@@ -29,11 +29,12 @@ class LogReader:
     ):
         self.log = RunLog(log.path if isinstance(log, RunLog) else log)   # its own place in the file
         self.state, self.version, self.events, self._lock = RunState(), 0, [], threading.Lock()
-        self.earlier = {}       # run id → state of a run before the last one
+        self.earlier, self._ended = {}, None    # run id → state of a run before the last one
 
     def update(self)->bool: # did anything happen?
         "Read what is new"
         with self._lock:
+            self._ended = None
             new = self.log.poll()
             if not new: return False
             self.events += new
@@ -47,6 +48,12 @@ class LogReader:
 
 
 # %% ../../nbs/08_widgets/02_base.ipynb #44eef459
+@patch(as_prop=True)
+def ended(self:LogReader)->bool:
+    "Is the process that writes the log known to be no more? Its lock is asked once after each reading"
+    if self._ended is None: self._ended = writer_ended(self.log.dir)
+    return self._ended
+
 @patch
 def state_of(self:LogReader,
     run_id # of the run; None: one that has not begun
@@ -211,8 +218,7 @@ def live(self:View)->bool:
 @patch(as_prop=True)
 def goes_on(self:View)->bool:
     "Does the run still go on, as far as one can know?"
-    if self.control is not None or not self.live: return self.live
-    return not writer_ended(self.log.dir) and (self.status == 'paused' or not self.state.is_silent())
+    return self.live and (self.control is not None or self.state.goes_on(self.follower.ended))
 
 # %% ../../nbs/08_widgets/02_base.ipynb #f4bf502c
 @patch

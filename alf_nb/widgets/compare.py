@@ -120,23 +120,23 @@ def states(self:CompareView)->list:
         return follower.state_of(control.run_id) if hasattr(control, 'run_id') else follower.state
     return list(map(of, self.follower.followers, self.controls))
 
-def _alive(control, state):
-    if hasattr(control, 'alive'): return bool(control.alive)
-    return state.status in ('starting', 'unfinished', 'paused') and not state.is_silent()
+def _alive(control, state, follower):
+    return bool(control.alive) if hasattr(control, 'alive') else state.goes_on(follower.ended)
 
-def _status(control, state):
-    silent = state.status == 'unfinished' and state.is_silent()
-    return getattr(control, 'status', None) or ('interrupted' if silent else state.status)
+def _status(control, state, follower):
+    if told := getattr(control, 'status', None): return told
+    broken = state.status in ('unfinished', 'paused') and not state.goes_on(follower.ended)
+    return 'interrupted' if broken else state.status
 
 @patch(as_prop=True)
 def live(self:CompareView)->bool:
     "May one of the runs still go on?"
-    return any(map(_alive, self.controls, self.states))
+    return any(map(_alive, self.controls, self.states, self.follower.followers))
 
 @patch(as_prop=True)
 def status(self:CompareView)->tuple:
     "Of each run"
-    return tuple(map(_status, self.controls, self.states))
+    return tuple(map(_status, self.controls, self.states, self.follower.followers))
 
 # %% ../../nbs/08_widgets/12_compare.ipynb #f3ed60e2
 def _look(i):

@@ -15,7 +15,6 @@ import ipywidgets as W
 from fastcore.basics import patch
 from ..core.foreign import escape
 from ..core.format import human_bytes, human_time, num, percent
-from ..core.lock import writer_ended
 from ..report.charts import averaged, held_out, held_out_lines, loss_figure, loss_lines, rate_chart, stairs
 from ..report.charts import state_chart
 from ..report.html import note, tag, tile, warning
@@ -104,7 +103,7 @@ def _go_on(d):
 def _less_memory(said):
     "What helps where memory ran out"
     if not re.search(r'out of memory|^MemoryError|cannot allocate', said, re.I): return ''
-    return ('<br>Less memory: a smaller <code>batch_size=</code>, <code>length=</code> or <code>budget=</code>;'
+    return ('<br>Less memory: a smaller <code>batch_size=</code>, <code>max_length=</code> or <code>budget=</code>;'
             ' <code>quantize_frozen=4</code> keeps what stays frozen in 4 bits.')
 
 # %% ../../nbs/08_widgets/09_dashboard.ipynb #d0bb1165
@@ -125,7 +124,7 @@ def _elsewhere(d):
     s, step = d.state, _step_of(d.state)
     if not s.begin: return 'waiting', 'Waiting for the run to begin', ''
     if not d.goes_on:
-        why = 'its process has ended' if writer_ended(d.log.dir) else 'its log has no end'
+        why = 'its process has ended' if d.follower.ended else 'its log has no end'
         quiet = f'at {step}: {why}, and nothing was written since {_when(s.last_t)}.'
         return 'interrupted', 'Interrupted', quiet + _go_on(d)
     if d.status == 'paused':
@@ -197,9 +196,15 @@ def _speed_tile(s, over):
     if tokens: return tile('speed', f'{tokens:.0f} <small>tokens/s</small>', f'{per_step} per step')
     return tile('speed', f'{per_step} <small>per step</small>')
 
-def _time_tile(s, goes_on):
+def _trains(d):
+    "Are there steps to come? Not while what is over is saved and measured"
+    s, over = d.state, ('stopping', 'complete', 'stopped', 'failed')
+    return d.goes_on and s.step < (s.max_steps or 0) and not {d.status, s.status} & set(over)
+
+def _time_tile(d):
+    s = d.state
     spent, secs = human_time(wall_s(s)), s.seconds_per_step
-    if not (s.max_steps and secs and goes_on): return tile('time', _small(spent), f'{s.step} steps')
+    if not (secs and _trains(d)): return tile('time', _small(spent), f'{s.step} steps')
     return tile('time left', _small(human_time((s.max_steps - s.step)*secs)), f'{spent} so far')
 
 # %% ../../nbs/08_widgets/09_dashboard.ipynb #7b7c303a
@@ -234,7 +239,7 @@ def _held_out_tile(s):
 def _tiles(d):
     s, goes_on = d.state, d.goes_on
     over = None if goes_on else costs(s)
-    tiles = (_loss_tile(s), _speed_tile(s, over), _time_tile(s, goes_on), _share_tile(s, goes_on),
+    tiles = (_loss_tile(s), _speed_tile(s, over), _time_tile(d), _share_tile(s, goes_on),
              _state_tile(s, over), _held_out_tile(s))
     return tag('dl', *tiles, cls='alf-tiles six')
 

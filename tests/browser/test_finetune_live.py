@@ -14,7 +14,8 @@ says = 'The cat follows the dog, and {} times {} is {}, says the sun.'
 text.write_text('\\n\\n'.join(says.format(i, i, i*i) for i in range(200)))
 def live(out, steps=2000, **kw):
     net = demo_model(), demo_tokenizer()
-    return finetune(net, text, out, other=text, steps=steps, length=32, eval_blocks=4, lr=1e-2, interval=20, bf16=False,
+    return finetune(net, text, out, other=text, steps=steps, max_length=32, eval_blocks=4,
+                    lr=1e-2, interval=20, bf16=False,
                     live=True, **kw)
 """
 

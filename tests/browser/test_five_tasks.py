@@ -15,7 +15,7 @@ SECONDS = 180       # for what a model does on a busy machine
 # short rows and few of them: a step takes one to three seconds on two cores
 RUN = """\
 from alf_nb.all import *
-run = finetune(data='chats.jsonl', out='runs/{out}', live=True, steps={steps}, length=64, batch_size=2,
+run = finetune(data='chats.jsonl', out='runs/{out}', live=True, steps={steps}, max_length=64, batch_size=2,
                eval_blocks=2, {more})"""
 LOOK = """\
 layers = partition_layers(load_model(progress=False)[0])
