@@ -1,4 +1,4 @@
-"""What each process of a test would begin with, done once in the server that they are forked from (see forks.py): imports,
+"""What each process of a test would begin with, done once in the server that they are forked from (forks.py): imports,
 kernels, tables."""
 import gc
 

@@ -212,7 +212,8 @@ def test_amd(gfx, dtypes, refresh):
 
 VARIANTS = [(B, B, B), (F, F, B), *((d, Q, g) for d in (B, F) for g in (None, B))]
 ON_AMD = [(gfx, t, r) for gfx in HIP for t in VARIANTS for r in ((False, True) if Q in t else (t[0] == F,))]
-def quick_on_amd(gfx, dtypes, refresh): return refresh and (gfx == 'gfx942' or dtypes == (B, Q, B)) or dtypes == (B, B, B)
+def quick_on_amd(gfx, dtypes, refresh):
+    return refresh and (gfx == 'gfx942' or dtypes == (B, Q, B)) or dtypes == (B, B, B)
 
 @pytest.mark.parametrize('gfx,dtypes,refresh', slow_unless(quick_on_amd, ON_AMD), ids=ids)
 def test_variants_on_amd(gfx, dtypes, refresh):
