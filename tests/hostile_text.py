@@ -11,6 +11,7 @@ import torch
 
 import alf_nb
 from alf_nb.study.plan import Plan, Way
+from alf_nb.app.tradeoff import Tradeoff
 from alf_nb.study.race import Race, Setting
 from alf_nb.study.verdict import SignalAudit
 from alf_nb.model.delta import Delta
@@ -326,6 +327,9 @@ MAKERS = dict(
     Delta=lambda folder, evil: Delta("p", "base" + evil("base"), ("a" + evil("a"),), "9" + evil("9"), 10, 100),
     Plan=lambda folder, evil: a_plan(evil),
     Race=lambda folder, evil: a_race(evil),
+    Tradeoff=lambda folder, evil: Tradeoff(
+        "r" + evil("r"), "b" + evil("b"), (dict(scale=1.0, task=2.0, other=3.0, kl=0.1),)
+    ),
     Comparison=lambda folder, evil: compare_runs([a_run(folder, evil)] * 2),
     PolicyComparison=lambda folder, evil: PolicyComparison(results(evil)),
     Followed=a_followed_log,
