@@ -312,7 +312,7 @@ def test_what_was_left_is_not_counted_as_the_delta(tmp_path, monkeypatch):
         (folder/"notes.bin").write_bytes(bytes(10**6))
         return write(*args, **kw)
     monkeypatch.setattr(room, "write_card", beside)
-    few = dict(steps=2, length=32, eval_blocks=1, bf16=False, progress=False)
+    few = dict(steps=2, max_length=32, eval_blocks=1, bf16=False, progress=False)
     s = room.finetune((demo_model(), demo_tokenizer()), text, tmp_path/"run", other=text, **few)
     ours = [folder/n for n in ("delta.safetensors", "delta.json", "README.md")]
     assert s["delta_bytes"] == sum(p.stat().st_size for p in ours) < 10**6

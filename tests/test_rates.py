@@ -78,7 +78,7 @@ def test_adapters_have_rates_of_their_own(tmp_path):
 def tuned(folder, **kw):
     text = folder/'text.txt'
     text.write_text('\n\n'.join(TEXT[i:i+90] for i in range(0, len(TEXT), 90)), encoding='utf-8')
-    how = dict(steps=3, length=32, eval_blocks=2, other=text, bf16=False, progress=False, start='prior')
+    how = dict(steps=3, max_length=32, eval_blocks=2, other=text, bf16=False, progress=False, start='prior')
     return finetune((demo_model(), demo_tokenizer()), text, folder/'run', **{**how, **kw})
 
 
