@@ -15,6 +15,7 @@ import traceback
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,6 @@ from alf_nb.train.loop import ALFLoop
 from bench_policies import gsm8k
 from prepared import loss_of, prepare
 
-# rows hold one text each: what looks for several of them in one would end a capture
-masking_utils.find_packed_sequence_indices = lambda *args, **kw: None
 LENGTH, HELD = 192, 24      # tokens of a row; rows of `task_loss`, as in results/policies.jsonl
 RESULTS = Path(__file__).parent/'results'
 FILES = dict(lengths='curves.jsonl', why='curves.jsonl', columns='columns.jsonl')     # study → where its rows are
@@ -109,8 +108,10 @@ class Loop:
 
     def capture(self):
         self.clear()
+        # rows hold one text each: what looks for several of them in one would end a capture
+        unpacked = mock.patch.object(masking_utils, 'find_packed_sequence_indices', lambda *args, **kw: None)
         try:
-            with torch.cuda.graph(self.graph): self.whole()
+            with unpacked, torch.cuda.graph(self.graph): self.whole()
         except Exception as e: raise NotCaptured(str(e)) from e
         self.captured = True
 

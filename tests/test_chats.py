@@ -1,9 +1,6 @@
 """Chats of every usual shape go through `finetune`: the loss is that of the answers, in training and in evaluation."""
 import json
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from alf_nb.app.finetune import finetune
 from alf_nb.core.runlog import RunLog
 from alf_nb.demo import demo_model, demo_tokenizer
 from alf_nb.sources.chats import Chat
-from alf_nb.sources.templates import answer_rows, keep_apart
+from alf_nb.sources.templates import answer_rows, keep_apart, pack_rows, pad_rows
 from alf_nb.sources.texts import load_texts
 from alf_nb.study.task import text_task
 
@@ -142,6 +139,31 @@ def test_what_is_no_data_is_refused_or_said(tmp_path):
         load_texts(tmp_path/'a.txt')
 
 
+def packs(model):
+    "(a batch of packed rows, the same chats a row each)"
+    rows = answer_rows([Chat([dict(role='user', content=q), dict(role='assistant', content=a)])
+                        for q,a in map(said, range(9))], demo_tokenizer(), 64)
+    return pad_rows(list(pack_rows(rows, 200))), pad_rows(list(rows))
+
+
+def summed(model, batch):
+    with torch.no_grad(): out = model(**batch)
+    return (out.loss*(batch['labels'][:, 1:] != -100).sum()).item()
+
+
+@pytest.mark.parametrize('attention', ['eager', 'sdpa'])
+def test_a_packed_chat_has_the_loss_that_it_has_alone(attention):
+    model = demo_model().eval()
+    model.set_attn_implementation(attention)
+    keep_apart(model)
+    packed, alone = packs(model)
+    assert len(packed['input_ids']) < len(alone['input_ids'])/2
+    assert 0 < (packed['labels'] != -100).sum() == (alone['labels'] != -100).sum()
+    assert summed(model, packed) == pytest.approx(summed(model, alone), rel=1e-5)
+    mixed = {k: v for k,v in packed.items() if k != 'position_ids'}
+    assert summed(model, mixed) != pytest.approx(summed(model, alone), rel=1e-3)
+
+
 @pytest.mark.parametrize('make', [
     lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)),
     lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)),
@@ -152,6 +174,18 @@ def test_a_model_that_does_not_keep_packed_chats_apart_is_refused(make):
     assert model.training
 
 
+def test_a_run_on_packed_chats(tmp_path, capfd):
+    file = written(tmp_path, 'messages')
+    for n in ('loose', 'packed'):
+        finetune(tiny(), file, tmp_path/n, other=file, **SHORT | dict(max_length=160), packing=n == 'packed')
+    said = capfd.readouterr()
+    assert not said.err and not said.out
+    rows = {n: RunLog(tmp_path/n).events('run_begin')[0]['about']['rows'] for n in ('loose', 'packed')}
+    assert rows['packed'] < rows['loose']/2
+    assert losses(tmp_path/'packed')['domain', 'before'] == losses(tmp_path/'loose')['domain', 'before']
+    assert losses(tmp_path/'packed')['domain', 'after'] < losses(tmp_path/'packed')['domain', 'before']
+
+
 def test_packing_is_refused_where_it_does_nothing_or_would_be_wrong(tmp_path):
     file = written(tmp_path, 'messages')
     text = tmp_path/'text.txt'
@@ -160,11 +194,3 @@ def test_packing_is_refused_where_it_does_nothing_or_would_be_wrong(tmp_path):
         finetune(tiny(), text, tmp_path/'a', other=file, **SHORT, packing=True)
     with pytest.raises(ValueError, match='give one of the two'):
         finetune(tiny(), file, tmp_path/'b', other=file, **SHORT, packing=True, cache_prefix=True, freeze_bottom=.5)
-
-
-def test_packed_chats():
-    "packed.py in a process of its own: which chats a model sees depends on what others have patched in transformers"
-    file = Path(__file__).parent/'packed.py'
-    ran = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-o', 'addopts=', '-p', 'no:cacheprovider', file],
-                         capture_output=True, text=True)
-    assert ran.returncode == 0 and '3 passed' in ran.stdout, ran.stdout[-4000:]
