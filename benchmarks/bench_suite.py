@@ -50,7 +50,7 @@ DECODER_RATES = ENCODER_RATES | {'full': (1e-4, 2e-4)}
 
 def ready(name, a):
     "A task of suite.py"
-    bf16 = True if torch.cuda.is_available() else None
+    bf16 = True if torch.cuda.is_available() else None      # to ask a GPU for it would be to speak to it
     if name in FILES: return encoder_task(name, a.folder, a.rows, bf16)
     return decoder_task(name, a.n_test, a.n_texts, a.n_questions, SCALES, bf16)
 
@@ -64,16 +64,22 @@ def compared(task, methods, a, out):
                             lrs={m: rates[m] for m in methods}, out=out, progress=False, **rule).verdict
 
 
+def lines_of(path): return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+
+
 def in_parts(tasks, a):
-    "Several at a time, each with a file of its own, which are put together as they end"
+    "Several at a time, each with a file of its own that begins with what is known; what is new is added as they end"
     torch.set_num_threads(1)
+    known = lines_of(a.out)
     jobs = [(t, m) for m in a.methods for t in tasks]
     parts = [a.out.with_name(f"{a.out.stem}.{t.data.replace(' ', '-')}.{m}.jsonl") for t, m in jobs]
+    for part in parts:
+        if not part.exists(): part.write_bytes(b''.join(known))
     with ProcessPoolExecutor(a.workers, multiprocessing.get_context('fork')) as pool:
         running = [pool.submit(compared, t, [m], a, p) for (t, m), p in zip(jobs, parts)]
         for job, part, one in zip(jobs, parts, running):
             print(job[0].data, *one.result(), flush=True)
-            with a.out.open('ab') as f: f.write(part.read_bytes())
+            with a.out.open('ab') as f: f.writelines(l for l in lines_of(part) if l not in known)
             part.unlink()
 
 
@@ -94,8 +100,8 @@ def main():
     a = ap.parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    tasks = [ready(name, a) for name in a.tasks]
-    if a.workers > 1: return in_parts(tasks, a)
+    tasks = (ready(name, a) for name in a.tasks)
+    if a.workers > 1: return in_parts(list(tasks), a)
     for task in tasks: print('\n'.join(compared(task, a.methods, a, a.out)), flush=True)
 
 
