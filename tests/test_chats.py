@@ -170,8 +170,9 @@ def test_a_packed_chat_has_the_loss_that_it_has_alone(attention):
 ])
 def test_a_model_that_does_not_keep_packed_chats_apart_is_refused(make):
     model = make().train()
+    cached = model.config.use_cache
     with pytest.raises(ValueError, match='lets a packed chat look into'): keep_apart(model)
-    assert model.training
+    assert model.training and model.config.use_cache == cached
 
 
 def test_a_run_on_packed_chats(tmp_path, capfd):

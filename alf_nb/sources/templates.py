@@ -183,17 +183,20 @@ def _reaches_across(model):
     ran = [model(input_ids=i, position_ids=(ids-1) % 4).logits[:, 4:] for i in (ids, other)]
     return (ran[0]-ran[1]).abs().max() > 1e-6*ran[0].abs().max()
 
+# %% ../../nbs/02_sources/07_templates.ipynb #5b0e77aa
 @torch.no_grad()
 def keep_apart(
     model # causal, of transformers
 ):
     "Have a model keep packed chats apart, as it does without a cache; refuse one that does not"
-    model.config.use_cache, was = False, model.training
+    cached, was = getattr(model.config, 'use_cache', None), model.training
+    model.config.use_cache = False
     model.eval()
     try: mixes = _reaches_across(model)
     except TypeError: mixes = True      # it takes no positions
     finally: model.train(was)
     if mixes:
+        model.config.use_cache = cached
         how = getattr(model.config, '_attn_implementation', None)
         raise ValueError(f"packing=True, but {type(model).__name__} with attention {how!r} lets a packed chat look into"
                          " the one before it: leave packing out, or load it with attn_implementation='sdpa' or"
