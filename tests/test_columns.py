@@ -261,8 +261,7 @@ def test_finetune_trains_columns_and_its_delta_is_small(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         s = finetune((model, tokenizer), str(tmp_path/"text.txt"), out=tmp_path/"run", steps=6, max_length=32,
-                     batch_size=2,
-                     other=str(tmp_path/"text.txt"), progress=False, **COLUMNS)
+                     batch_size=2, other=str(tmp_path/"text.txt"), progress=False, **COLUMNS)
     assert abs(s["trainable_share_peak"] - .2) < .02 and not column_layers(model)
     other = fresh()
     assert apply_delta(other, tmp_path/"run"/"delta").share < .4

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.foreign import escape, visible
 from ..core.format import percent
-from ..report.attention import colour_scale, head_hints, index_labels, square_figure
+from ..report.attention import by_root, colour_scale, head_hints, index_labels, square_figure
 from ..report.html import key_list, note, scrolled, status_line, tag
 from ..report.png import map_images
 from .base import View
@@ -138,7 +138,7 @@ def _overview(v):
     columns = [i for i in range(n_heads) if i == h or n_heads <= 16 or i % 4 == 0 and abs(i - h) > 2]
     most = ', '.join(_head_name(v, k) for k in best)
     label = f"{n_layers} layers by {n_heads} heads, colour: {_measure(v)}. Most: {most}"
-    image = map_images(((np.sqrt(v.score/top)*15).round()/15).tolist())
+    image = map_images([[round(15*by_root(s, top))/15 for s in heads] for heads in v.score.tolist()])
     return square_figure(
         image + picked(h, l, 1, 1, n_heads, n_layers), f'layers by heads: {_measure(v)}', label,
         index_labels(n_heads, columns, 'left', now=h), index_labels(n_layers, rows, 'top', 'row', l),

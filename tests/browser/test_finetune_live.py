@@ -15,8 +15,7 @@ text.write_text('\\n\\n'.join(says.format(i, i, i*i) for i in range(200)))
 def live(out, steps=2000, **kw):
     net = demo_model(), demo_tokenizer()
     return finetune(net, text, out, other=text, steps=steps, max_length=32, eval_blocks=4,
-                    lr=1e-2, interval=20, bf16=False,
-                    live=True, **kw)
+                    lr=1e-2, interval=20, bf16=False, live=True, **kw)
 """
 
 
