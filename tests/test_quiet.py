@@ -81,7 +81,11 @@ def test_without_alf_bitsandbytes_says_a_line(tmp_path):
     not (importlib.util.find_spec('bitsandbytes') and importlib.util.find_spec('peft')),
     reason='needs bitsandbytes and peft',
 )
-@pytest.mark.parametrize('line', ['from alf_nb.all import *', 'from alf_nb.app.finetune import finetune'])
+@pytest.mark.parametrize('line', [
+    'from alf_nb.all import *',
+    'from alf_nb.app.finetune import finetune',
+    'from alf_nb.app.tradeoff import tradeoff',
+])
 def test_what_other_libraries_say_while_they_are_imported_is_not_shown(tmp_path, line):
     "In a notebook it would stand in pink above the first view"
     (tmp_path/'sitecustomize.py').write_text(LOGS)

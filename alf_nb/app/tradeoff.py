@@ -14,9 +14,11 @@ require_versions('torch', 'transformers')
 # %% ../../nbs/10_app/16_tradeoff.ipynb #a5a8a0fe
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-import torch
 from fastcore.basics import patch
-from .job import Job
+from ..core.system import quiet_imports
+with quiet_imports():
+    import torch
+    from alf_nb.app.job import Job
 from .tuned import tuned_kind
 from ..core.check import fraction
 from ..core.foreign import md_text
