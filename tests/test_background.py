@@ -13,6 +13,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as hf_logging
 
 from alf_nb.train.background import train_in_background
 from alf_nb.demo import demo_dataset, demo_model
@@ -123,6 +124,16 @@ def test_the_thread_uses_torchs_threads(tmp_path):
     try: train_in_background(trainer(tmp_path, ALFCallback(budget=.3), Look(), steps=2)).wait()
     finally: torch.set_num_threads(before)
     assert seen == [3, 3]
+
+
+def test_a_checkpoint_prints_nothing_into_the_cell_that_runs_meanwhile(tmp_path, capfd):
+    alf = ALFCallback(budget=.3, interval=8)
+    run = train_in_background(trainer(tmp_path, alf, Slow()))
+    run.save()
+    run.wait(60)
+    out, err = capfd.readouterr()
+    assert list(tmp_path.glob("checkpoint-*")) and "shards" not in out + err
+    assert hf_logging.is_progress_bar_enabled()
 
 
 def test_stop_before_the_first_step(tmp_path):

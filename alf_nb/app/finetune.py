@@ -43,6 +43,7 @@ from ..model.columns import join_columns
 from ..model.shards import check_alone
 from ..report.page import write_report
 from ..report.summary import summarize
+from ..sources.hub import no_bars
 from ..sources.models import check_text_model, given_model, load_config
 from ..sources.templates import pad_rows
 from ..sources.texts import check_text, texts_and_unrelated
@@ -286,7 +287,8 @@ class _Alone:
     "What a run in the background is to `finetune`, where the call waits: nobody asks for anything."
     keeps = True
     def say(self, activity): pass
-    def train(self, trainer, checkpoint=None): return trainer.train(resume_from_checkpoint=checkpoint)
+    def train(self, trainer, checkpoint=None):
+        with no_bars(): return trainer.train(resume_from_checkpoint=checkpoint)
 
 # %% ../../nbs/10_app/07_finetune.ipynb #5d1c6ce7
 def _check_resume(call, live):

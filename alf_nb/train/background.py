@@ -22,6 +22,7 @@ from ..core.checkpoints import find_checkpoint, newest_run, why_no_checkpoint
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
 from ..core.system import in_kernel
+from ..sources.hub import no_bars
 from .beside import AT_WORK, refuse_beside
 from .gate import Gate
 from .trainer import ALFCallback, release
@@ -183,7 +184,8 @@ def train(self:BackgroundRun,
     for c in loud: callbacks.remove(c)
     trainer.add_callback(gate)
     probing,alf.on_probe = alf.on_probe,functools.partial(_probing, self)
-    try: return trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        with no_bars(): return trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         release(alf)
         alf.on_probe = probing
