@@ -25,7 +25,6 @@ from alf_nb.study.compare import compare_policies
 from alf_nb.study.methods import METHODS, Method, adapted, alf_method
 from suite import DECODER, FILES, decoder_task, encoder_task
 
-SCALES = .25, .5, .75       # parts of a decoder's change
 RESULTS = Path(__file__).parent/'results'/'suite.jsonl'
 
 
@@ -52,7 +51,7 @@ def ready(name, a):
     "A task of suite.py"
     bf16 = True if torch.cuda.is_available() else None      # to ask a GPU for it would be to speak to it
     if name in FILES: return encoder_task(name, a.folder, a.rows, bf16)
-    return decoder_task(name, a.n_test, a.n_texts, a.n_questions, SCALES, bf16)
+    return decoder_task(name, a.n_dev, a.n_test, a.n_texts, a.n_questions, tuple(a.scales), bf16)
 
 
 def compared(task, methods, a, out):
@@ -92,9 +91,12 @@ def main():
     ap.add_argument('--rows', type=int, default=1000, help='that an encoder trains on')
     ap.add_argument('--epochs', type=int, default=3, help='of an encoder')
     ap.add_argument('--steps', type=int, default=100, help='of a decoder')
-    ap.add_argument('--n-test', type=int, default=300, help='questions of ARC-Easy that a decoder is tested on')
+    ap.add_argument('--n-dev', type=int, default=200, help='rows that rates of a decoder are chosen on, at most')
+    ap.add_argument('--n-test', type=int, default=300, help='rows that a decoder is tested on, at most')
     ap.add_argument('--n-texts', type=int, default=16, help='blocks of C4 and of WikiText-2')
-    ap.add_argument('--n-questions', type=int, default=100, help='of PIQA')
+    ap.add_argument('--n-questions', type=int, default=100, help='of PIQA; 0: none')
+    ap.add_argument('--scales', nargs='*', type=float, default=[.25, .5, .75],
+                    help="parts of a decoder's change at which all is measured too")
     ap.add_argument('--workers', type=int, default=1)
     ap.add_argument('--out', type=Path, default=RESULTS)
     a = ap.parse_args()

