@@ -131,7 +131,7 @@ def row(shape, way, device, bf16):
     seen = json.loads(done.stdout.splitlines()[-1])
     probe = '16-bit' not in way
     how = dict(bf16=bf16, probe=probe, device=device, references='device')      # `two_steps` takes some
-    ways = plan(config, batch=batch, length=length, **how).ways
+    ways = plan(config, batch=batch, max_length=length, **how).ways
     found = next(w for w in ways if w.name == way or way == 'lora' == w.method)
     categories = 'weights masters gradients state references activations probe both workspace'.split()
     return dict(shape=shape, way=way, batch=batch, length=length, bf16=bf16, predicted=found.total, **seen,

@@ -183,7 +183,7 @@ class Bench:
         for name in texts:
             other = texts['python' if name == 'gsm8k' else 'gsm8k']
             data = dict(gsm8k='gsm8k', python='python-reference')[name]
-            task = text_task((net, tok), texts[name], other, batch_size=2, length=LENGTH, eval_blocks=10**6,
+            task = text_task((net, tok), texts[name], other, batch_size=2, max_length=LENGTH, eval_blocks=10**6,
                              name='SmolLM2-135M-Instruct', data_name=data, progress=False)
             few = replace(task, held=task.held.select(range(HELD)), other=task.other.select(range(HELD)))
             self.tasks[name], self.bf16 = few.key, few.bf16

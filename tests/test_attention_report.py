@@ -191,10 +191,8 @@ def test_attention_is_of_the_held_out_texts_and_changes_no_training(tmp_path, st
     ).read_bytes()[-4096:]
     held = holdout_split(load_texts(story), seed=3)[1]
     base, tuned = demo_model(), load_tuned_on(demo_model(), tmp_path/'plain')
-    assert (
-        attention_of(tmp_path / 'seen')
-        == compare_attention(base, {'after training': tuned}, passages(held, 6, 192), TOK, length=48)['after training']
-    )
+    found = compare_attention(base, {'after training': tuned}, passages(held, 6, 192), TOK, max_length=48)
+    assert attention_of(tmp_path/'seen') == found['after training']
     words = RunLog(tmp_path/'seen').events('attention')[0]['words']
     assert words and all(any(w in t for t in held) for w in words)
 
@@ -210,7 +208,7 @@ def test_a_snapshot_keeps_neither_model_nor_maps():
     gone = weakref.ref(model)
     sizes = []
     for length in (16, 128):
-        seen = AttentionSnapshot(model, texts(12, length=60), TOK, length=length, example=None)
+        seen = AttentionSnapshot(model, texts(12, length=60), TOK, max_length=length, example=None)
         sizes.append(seen.stats.nbytes)
         assert len(pickle.dumps({k: v for k, v in vars(seen).items() if k != 'tick'})) < 12*(4*4*4*7 + 8*length) + 4000
     del model
@@ -282,7 +280,7 @@ def test_models_of_every_kind_side_by_side(folders, story, tmp_path, capsys, mon
         folders / 'base',
         '--data',
         story,
-        '--length',
+        '--max-length',
         48,
         '--texts',
         6,
@@ -297,7 +295,7 @@ def test_models_of_every_kind_side_by_side(folders, story, tmp_path, capsys, mon
     assert (
         got['run']
         == compare_attention(
-            demo_model(), dict(run=load_tuned_on(demo_model(), folders / 'run')), held, TOK, length=48
+            demo_model(), dict(run=load_tuned_on(demo_model(), folders / 'run')), held, TOK, max_length=48
         )['run']
     )
     assert all(o['change'] == 0 for o in got['same'].overall.values()) and any(
@@ -322,7 +320,7 @@ def test_wrong_folders_are_told_apart(folders, story, tmp_path, capsys):
     (tmp_path/'died'/'events.jsonl').write_text('')
     (tmp_path/'broken').mkdir()
     (tmp_path/'broken'/'delta.safetensors').write_bytes(b'x'*99)
-    base = ('--base', folders/'base', '--data', story, '--length', 48, '--texts', 3, '--out', tmp_path/'out')
+    base = ('--base', folders/'base', '--data', story, '--max-length', 48, '--texts', 3, '--out', tmp_path/'out')
     for tuned, words in (
         (tmp_path / 'none', 'no folder'),
         (tmp_path / 'empty', 'holds no tuned model'),
@@ -342,7 +340,7 @@ def test_wrong_folders_are_told_apart(folders, story, tmp_path, capsys):
         assert code == 2 and 'cannot be put on this base' in out, out
     for bad, words in (
         (('--texts', 0), 'at least 1'),
-        (('--length', 1), 'at least 2'),
+        (('--max-length', 1), 'at least 2'),
         (('--data', tmp_path / 'none.txt'), 'none.txt'),
     ):
         code, out = alf(capsys, 'attention', folders/'same', *base, *bad)
@@ -370,7 +368,7 @@ def test_another_tokenizer_is_refused(folders, story, tmp_path, capsys):
         '--data',
         story,
         '--all',
-        '--length',
+        '--max-length',
         48,
         '--texts',
         3,
@@ -407,7 +405,7 @@ def test_a_real_model_from_base_to_tuned(tmp_path):
                 str(tmp_path / 'sharper'),
                 '--texts',
                 '6',
-                '--length',
+                '--max-length',
                 '48',
                 '--out',
                 str(tmp_path / 'out'),

@@ -240,7 +240,7 @@ def test_blocks_texts_and_classifiers(capsys):
         (demo_model(blocks=5), demo_tokenizer()),
         [text + str(i) for i in range(4)],
         unit='block',
-        length=16,
+        max_length=16,
         **{**FAST, 'progress': True}
     )
     assert [u.kind for u in a.units] == ['block'] * 5 and a.agreement['n_params'][

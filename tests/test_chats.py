@@ -121,7 +121,7 @@ def test_epochs_are_steps_over_the_rows(tmp_path, run):
 
 
 def test_methods_are_compared_on_answers(run):
-    task = text_task(tiny(), run[1], other=run[1], batch_size=4, length=64, eval_blocks=4, bf16=False, progress=False)
+    task = text_task(tiny(), run[1], run[1], batch_size=4, max_length=64, eval_blocks=4, bf16=False, progress=False)
     one = [task.evaluate(task.model, [r])['loss'] for r in task.held]
     n = [sum(l != -100 for l in r['labels'][1:]) for r in task.held]
     mean = sum(a*b for a,b in zip(one, n))/sum(n)

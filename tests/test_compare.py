@@ -289,7 +289,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         '1',
         '--lrs',
         '1e-3',
-        '--length',
+        '--max-length',
         '64',
         '--eval-blocks',
         '4',

@@ -88,13 +88,13 @@ def test_packed_weights_are_those_of_bitsandbytes():
 
 
 def test_a_model_loaded_in_4_bits_needs_no_16_bit_weights_first():
-    ways = {w.name: w for w in plan(demo_model(blocks=4), batch=2, length=32, budgets=(.1,), probe=True).ways}
+    ways = {w.name: w for w in plan(demo_model(blocks=4), batch=2, max_length=32, budgets=(.1,), probe=True).ways}
     first, loaded = ways['alf 10 %, 4-bit rest'], ways['alf 10 %, loaded in 4 bits']
     assert loaded.probe == 0 < first.probe and loaded.total < first.total and loaded.weights == first.weights
 
 
 def test_a_larger_budget_needs_more():
-    ways = [w for w in plan(demo_model(), batch=2, length=32, budgets=(.1, .2, .4, .6)).ways if w.method == 'alf']
+    ways = [w for w in plan(demo_model(), batch=2, max_length=32, budgets=(.1, .2, .4, .6)).ways if w.method == 'alf']
     for rest, loaded in (('fp32', False), ('bf16', False), ('nf4', False), ('nf4', True)):
         some = [w for w in ways if (w.held.rest, w.held.loaded, w.held.bits) == (rest, loaded, 32)]
         assert len(some) == 4
@@ -108,25 +108,26 @@ def test_adapters_are_those_of_peft():
     ours = _adapted(demo_model(), 4)
     count = lambda m: sum(p.numel() for k,p in m.named_parameters() if 'lora_' in k)
     assert count(real) == count(ours)
-    way = plan(demo_model(), batch=2, length=32, bf16=False, rank=4, device='cpu').ways[-1]
+    way = plan(demo_model(), batch=2, max_length=32, bf16=False, rank=4, device='cpu').ways[-1]
     for p in real.parameters(): p.data = p.data.float()
     inner = real.base_model.model
     assert way.n_trainable == count(real) and peak(inner) == pytest.approx(way.both, rel=.02)
 
 
 def test_a_plan_survives_json_and_says_what_fits():
-    found = plan(demo_model(), '4MB', batch=2, length=32)
+    found = plan(demo_model(), '4MB', batch=2, max_length=32)
     assert Plan.from_json(found.to_json()) == found
     for w in found.ways: assert found.fits(w) == (w.total <= (1-MARGIN)*4*10**6)
     largest = max(w.total for w in found.ways)
     assert all(map(found.within(2*largest).fits, found.ways)) and not any(map(found.within(1).fits, found.ways))
     assert '| yes |' in found.within('1GB')._repr_markdown_()
-    assert 'fits' not in plan(demo_model(), length=32)._repr_markdown_()
+    assert 'fits' not in plan(demo_model(), max_length=32)._repr_markdown_()
 
 
 @pytest.mark.parametrize('given,said', [
     (dict(memory='much'), "'16GB'"), (dict(memory=0), 'memory=0'), (dict(batch=0), 'batch=0'),
-    (dict(length=0), 'length=0'), (dict(budgets=(25,)), 'did you mean 0.25'), (dict(references='far'), "'device'"),
+    (dict(max_length=0), 'max_length=0'), (dict(budgets=(25,)), 'did you mean 0.25'),
+    (dict(references='far'), "'device'"),
     (dict(rank=0), 'rank=0'), (dict(device='gpu'), "'cuda'"),
 ])
 def test_what_makes_no_sense_is_refused(given, said):
@@ -134,7 +135,7 @@ def test_what_makes_no_sense_is_refused(given, said):
 
 
 def test_more_tokens_than_positions_are_refused():
-    with pytest.raises(ValueError, match='knows 64 positions'): plan(bert(), length=65)
+    with pytest.raises(ValueError, match='knows 64 positions'): plan(bert(), max_length=65)
     assert plan(bert()).length == 64
 
 
@@ -146,10 +147,10 @@ def test_what_has_no_linear_layers_gets_no_adapter():
 def test_from_the_command_line(tmp_path, capsys):
     LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                 num_key_value_heads=2, vocab_size=300).save_pretrained(tmp_path)
-    assert main(['plan', str(tmp_path), '--memory', '1 GiB', '--length', '64', '--json']) == 0
+    assert main(['plan', str(tmp_path), '--memory', '1 GiB', '--max-length', '64', '--json']) == 0
     found = Plan.from_json(capsys.readouterr().out)
     assert (found.memory, found.length, found.batch) == (2**30, 64, 1)
-    assert main(['plan', str(tmp_path), *'--memory 1GB --length 64 --budgets 0.5 --checkpointing'.split()]) == 0
+    assert main(['plan', str(tmp_path), *'--memory 1GB --max-length 64 --budgets 0.5 --checkpointing'.split()]) == 0
     said = capsys.readouterr().out
     assert 'alf 50 %' in said and 'checkpoints' in said and 'nf4' in said
     assert main(['plan', str(tmp_path), '--batch', '0']) == 2
@@ -177,4 +178,4 @@ def test_tokens_of_experts_are_counted_though_nobody_knows_whose_they_are(expert
     real = transformers.MixtralForCausalLM(config)
     needs = Sizer(real, 2, 64, bf16=False, device='cpu').full()
     assert peak(real, 2, 64) == pytest.approx(needs.both, rel=.03)
-    assert {w.method for w in plan(config, batch=2, length=64).ways} == {'full', 'alf', 'lora'}
+    assert {w.method for w in plan(config, batch=2, max_length=64).ways} == {'full', 'alf', 'lora'}

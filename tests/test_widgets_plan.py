@@ -75,7 +75,7 @@ def test_a_real_plan_is_shown():
     pytest.importorskip('torch')
     from alf_nb.demo import demo_model
     from alf_nb.study.plan import plan
-    found = plan(demo_model(), length=32, budgets=(.1,))
+    found = plan(demo_model(), max_length=32, budgets=(.1,))
     v = PlanView(found)
     for _, s in v.slider.options:
         v.slider.value = s

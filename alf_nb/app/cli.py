@@ -111,7 +111,7 @@ def _audit_options(p):
     _what(p, 'model', 'data', 'column')
     p.add_argument('--out', default='runs/audit', help='folder for audit.json and audit.html')
     _add(p, settings, 'n_units repeats steps lr')
-    _add(p, call, 'length')
+    _add(p, call, 'max_length')
     _add(p, settings, 'seed')
     _flags(p)
 
@@ -136,7 +136,7 @@ def _attention_options(p):
                    ' the same --seed holds out')
     p.add_argument('--texts', type=int, default=32, help='passages, from as many texts as possible; 6 or more give'
                    ' intervals')
-    _add(p, ('study.attention', 'AttentionSnapshot'), 'length')
+    _add(p, ('study.attention', 'AttentionSnapshot'), 'max_length')
     p.add_argument('--out', default='runs/attention', help='folder for attention.json and attention.html')
     p.add_argument('--seed', type=int, default=0, help='decides which texts are held out, and the draws of the'
                    ' intervals')
@@ -167,7 +167,7 @@ def _passages(a):
     from alf_nb.sources.texts import load_texts
     from alf_nb.study.words import passages
     texts = load_texts(a.get('data'), a.get('column'))
-    return passages(texts if a['all'] else holdout_split(texts, seed=a['seed'])[1], a['texts'], 4*a['length'])
+    return passages(texts if a['all'] else holdout_split(texts, seed=a['seed'])[1], a['texts'], 4*a['max_length'])
 
 def _spelt(tokenizer, texts):
     "Ids of a few texts: do two tokenizers spell alike?"
@@ -191,8 +191,8 @@ def _look(a, tuned):
         return model.to(device)
     tick, close = attention_bar(len(texts)*(1+len(tuned)), not a['quiet'])
     try:
-        seen = AttentionSnapshot(net.to(device), texts, tokenizer, length=a['length'], seed=a['seed'], example=None,
-                                 tick=tick)
+        seen = AttentionSnapshot(net.to(device), texts, tokenizer, max_length=a['max_length'], seed=a['seed'],
+                                 example=None, tick=tick)
         del net
         return seen, AttentionComparison({name: seen.shift(load(name), name) for name in tuned})
     finally: close()
@@ -206,7 +206,7 @@ def _attention(a):
     from alf_nb.report.attention import write_attention
     from alf_nb.report.attention import summarize_shift
     tuned, out = _names(a['tuned']), Path(a['out'])
-    if a['length'] < 2: raise ValueError(f"length={a['length']}, but it is tokens of a passage, at least 2")
+    if a['max_length'] < 2: raise ValueError(f"max_length={a['max_length']}, but it is tokens of a passage, at least 2")
     kinds = {name: tuned_kind(path)[0] for name,path in tuned.items()}       # wrong folders are told first
     seen, got = _look(a, tuned)
     out.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def _compare_options(p):
     task, call = ('study.task', 'text_task'), ('study.compare', 'compare_policies')
     _what(p, 'model', 'data', 'column', 'other')
     _add(p, call, 'methods rule amount seeds lrs extend')
-    _add(p, task, 'batch_size length eval_blocks')
+    _add(p, task, 'batch_size max_length eval_blocks')
     p.add_argument('--race', action='store_true', help='find learning rate and budget by successive halving instead, in'
                    ' about a quarter of the time of all whole runs; --amount: steps of a whole run')
     p.add_argument('--budgets', type=float, nargs='+', metavar='BUDGET', help='with --race: fractions of the parameters'
@@ -265,7 +265,7 @@ def _plan_options(p):
     call = 'study.plan', 'plan'
     p.add_argument('model', nargs='?', default=argparse.SUPPRESS, metavar='MODEL',
                    help=options_of(*call)['model'].help)
-    _add(p, call, 'memory batch length checkpointing device budgets references rank')
+    _add(p, call, 'memory batch max_length checkpointing device budgets references rank')
     p.add_argument('--fp32', action='store_true', help='no bf16 autocast: all weights are fp32')
     p.add_argument('--json', action='store_true', help='print JSON, in bytes, instead of the table')
 

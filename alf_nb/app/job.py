@@ -70,7 +70,7 @@ def _snapshot(net, tokenizer, texts, s):
     "Attention before training; None: it is not measured"
     if not s.attention: return None
     wide = max(2, min(s.max_length, _LOOKED_AT))
-    return AttentionSnapshot(net, passages(texts, s.attention, 4*wide), tokenizer, length=wide, example=None)
+    return AttentionSnapshot(net, passages(texts, s.attention, 4*wide), tokenizer, max_length=wide, example=None)
 
 # %% ../../nbs/10_app/06_job.ipynb #83ff048a
 def previewed(

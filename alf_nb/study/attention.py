@@ -68,20 +68,20 @@ def _model(m):
         raise ValueError(f"a model, or a function that returns one, was expected; got {type(m).__name__}")
     return m
 
-def _check_texts(texts, length):
+def _check_texts(texts, max_length):
     if isinstance(texts, str): raise ValueError("texts are a list of strings; for a single text give [text]")
     if bad := [type(t).__name__ for t in texts if not isinstance(t, str)]:
         raise ValueError(f"texts are strings, got {bad[0]}")
-    if not isinstance(length, int) or length < 2:
-        raise ValueError(f"length={length!r}, but it is tokens of a text, a whole number of at least 2")
+    if not isinstance(max_length, int) or max_length < 2:
+        raise ValueError(f"max_length={max_length!r}, but it is tokens of a text, a whole number of at least 2")
 
 # %% ../../nbs/09_study/03_attention.ipynb #af388e36
-def _corpus(texts, tokenizer, central, share, length):
+def _corpus(texts, tokenizer, central, share, max_length):
     "Sorted (ids, roles) of the texts that have a token which attends, and the most central word of each text"
     texts = texts if isinstance(texts, str) else list(texts)
-    _check_texts(texts, length)
+    _check_texts(texts, max_length)
     check_tokenizer(tokenizer)
-    seen = [encode_text(t, tokenizer, length) for t in texts]
+    seen = [encode_text(t, tokenizer, max_length) for t in texts]
     if central is None: central = central_words([t for _,t in seen], share)        # of the part that is looked at
     elif len(central := list(central)) != len(texts):
         raise ValueError(f"central holds words for {len(central)} texts, but there are {len(texts)} texts")
@@ -176,21 +176,21 @@ def _checked(level, draws, seed):
         raise ValueError(f"level={level}, but intervals hold a fraction of at least 0.5 and below 1")
     return level, whole('draws', draws, 100), seed
 
-def _example(texts, tokenizer, example, length):
+def _example(texts, tokenizer, example, max_length):
     "Ids and pieces of the text whose maps are kept; None: none"
     if example is None: return None, None
     if not -len(texts) <= example < len(texts):
         raise ValueError(f"example={example}, but there are {len(texts)} texts, counted from 0")
-    ids = tokenizer(texts[example], truncation=True, max_length=length, verbose=False)['input_ids']
+    ids = tokenizer(texts[example], truncation=True, max_length=max_length, verbose=False)['input_ids']
     return (ids, tuple(tokenizer.convert_ids_to_tokens(ids))) if ids else (None, None)
 
 # %% ../../nbs/09_study/03_attention.ipynb #c79f8b28
 class _Seen:
     "A model, looked at over some texts"
-    def __init__(self, model, texts, tokenizer, central, share, length, batch_size, example, example_tokens, tick):
+    def __init__(self, model, texts, tokenizer, central, share, max_length, batch_size, example, example_tokens, tick):
         texts = texts if isinstance(texts, str) else list(texts)
-        self.rows, self.words = _corpus(texts, tokenizer, central, share, length)
-        self.shown, self.pieces = _example(texts, tokenizer, example, min(length, example_tokens))
+        self.rows, self.words = _corpus(texts, tokenizer, central, share, max_length)
+        self.shown, self.pieces = _example(texts, tokenizer, example, min(max_length, example_tokens))
         self.pad, self.batch_size, self.tick = tokenizer.pad_token_id or 0, whole('batch_size', batch_size, 1), tick
         self.stats, self.even, self.n_tokens, self.maps = self.look(model)
 
@@ -214,7 +214,7 @@ class AttentionSnapshot(_Seen):
         tokenizer, # fast tokenizer of the model
         central=None, # words that count as central, a list per text; default the top tf-idf words
         share:float=.2, # of the different words of a text that are central by default
-        length:int=256, # tokens of a text that are looked at; memory grows with its square
+        max_length:int=256, # tokens of a text that are looked at; memory grows with its square
         batch_size:int=1, # texts at once; more is faster on a GPU
         level:float=.95, # of intervals
         draws:int=2000, # of the bootstrap
@@ -224,7 +224,7 @@ class AttentionSnapshot(_Seen):
         tick=lambda n: None # called with the number of texts done
     ):
         self.chance = _checked(level, draws, seed)
-        super().__init__(model, texts, tokenizer, central, share, length, batch_size, example, example_tokens, tick)
+        super().__init__(model, texts, tokenizer, central, share, max_length, batch_size, example, example_tokens, tick)
 
 # %% ../../nbs/09_study/03_attention.ipynb #d52b3593
 @patch

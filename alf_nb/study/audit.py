@@ -70,8 +70,9 @@ def _are_rows(data):
 
 def _collate(data): return default_data_collator if _are_rows(data) else pad_rows
 
-def _prepare(model, data, tokenizer, column, length, seed, n_held, bf16=None):
+def _prepare(model, data, tokenizer, column, max_length, seed, n_held, bf16=None):
     "Model, rows to train on, rows held out"
+    whole('max_length', max_length, 2)
     if not isinstance(model, torch.nn.Module): model, tokenizer = given_model(model, bf16, False)
     if _are_rows(data):
         order = list(range(len(data)))
@@ -79,7 +80,7 @@ def _prepare(model, data, tokenizer, column, length, seed, n_held, bf16=None):
         return model, [data[i] for i in order[n_held:]], [data[i] for i in order[:n_held]]
     if tokenizer is None:
         raise ValueError("texts need the model's tokenizer: give tokenizer=, or (model, tokenizer) as the model")
-    train, held = (token_rows(t, tokenizer, length) for t in holdout_split(load_texts(data, column), seed=seed))
+    train, held = (token_rows(t, tokenizer, max_length) for t in holdout_split(load_texts(data, column), seed=seed))
     return model, list(train), list(held)[:n_held]
 
 # %% ../../nbs/09_study/09_audit.ipynb #630c920f
@@ -257,7 +258,7 @@ def audit_signals(
     names=None,          # units to audit; None: a sample
     tokenizer=None,      # of the model, where data are texts
     column:str=None,     # column of texts in a table
-    length:int=128,      # tokens of a row made from texts
+    max_length:int=128,  # tokens of a row made from texts
     collate=None,        # rows → batch; None: by kind
     loss=model_loss,    # loss(model, batch) → scalar tensor
     progress:bool=True,  # show a bar, and how long it takes?
@@ -265,7 +266,7 @@ def audit_signals(
 )->SignalAudit:
     "Measure how useful units are, and which signal knows it; the model is left as it was"
     s = AuditSettings(**kwargs)
-    whole('length', length, 2)
-    model, train, held = _prepare(model, data, tokenizer, column, length, s.seed, s.eval_batches*s.batch_size, s.bf16)
+    n_held = s.eval_batches*s.batch_size
+    model, train, held = _prepare(model, data, tokenizer, column, max_length, s.seed, n_held, s.bf16)
     plan = _plan(model, train, held, names, collate or _collate(data), loss, s)
     return _audit(plan, _measure(plan, progress))

@@ -222,12 +222,12 @@ def _positions(model):
     tables = [m.num_embeddings for k,m in model.named_modules() if isinstance(m, nn.Embedding) and 'position' in k]
     return min(tables, default=None)
 
-def _length(model, name, length):
+def _length(model, name, max_length):
     most = _positions(model)
-    if length is None: return min(1024, most or 1024)
-    if most and whole('length', length, 1) > most:
-        raise ValueError(f"length={length}, but {name} knows {most} positions")
-    return whole('length', length, 1, 'tokens of a sequence')
+    if max_length is None: return min(1024, most or 1024)
+    if most and whole('max_length', max_length, 1) > most:
+        raise ValueError(f"max_length={max_length}, but {name} knows {most} positions")
+    return whole('max_length', max_length, 1, 'tokens of a sequence')
 
 # %% ../../nbs/09_study/16_plan.ipynb #71b0035a
 def _tried(name, *args, **step):
@@ -249,7 +249,7 @@ def plan(
     model=None,        # hub id, folder, one of `SHAPES`, configuration or model; None: SmolLM2-135M
     memory=None,       # of the device, such as `'16GB'`, or bytes
     batch:int=1,       # sequences of a step
-    length:int=None,   # tokens of each; None: 1,024, or what its positions allow
+    max_length:int=None,   # tokens of each; None: 1,024, or what its positions allow
     checkpointing:bool=False, # are blocks run again in backward?
     bf16:bool=True,    # autocast? else all weights are fp32
     device:str='cuda', # where it trains: `cuda` or `cpu`
@@ -261,7 +261,7 @@ def plan(
     "Which ways of training fit"
     memory = _checked(memory, batch, rank, budgets, device)
     name,m = _empty_model(model)
-    length = _length(m, name, length)
+    length = _length(m, name, max_length)
     step = dict(batch=batch, length=length, checkpointing=checkpointing, bf16=bf16, device=device)
     ways = _tried(name, m, budgets, references, probe, rank, **step)
     return Plan(name, ways[0].n_params, memory=memory, ways=ways, **step)

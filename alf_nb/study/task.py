@@ -153,10 +153,10 @@ def _data_name(data):
     if data is None: return 'python-reference'
     return Path(data).stem if isinstance(data, (str, os.PathLike)) else 'texts'
 
-def _text_rows(texts, others, tokenizer, length, eval_blocks):
+def _text_rows(texts, others, tokenizer, max_length, eval_blocks):
     "Rows to train on, held out, and unrelated"
-    train, held = (token_rows(t, tokenizer, length) for t in holdout_split(texts))
-    unrelated = token_rows(others, tokenizer, length)
+    train, held = (token_rows(t, tokenizer, max_length) for t in holdout_split(texts))
+    unrelated = token_rows(others, tokenizer, max_length)
     return train, *(b.select(range(min(eval_blocks, len(b)))) for b in (held, unrelated))
 
 # %% ../../nbs/09_study/11_task.ipynb #2ba4aa97
@@ -166,7 +166,7 @@ def text_task(
     other=None, # unrelated text; default GSM8K
     column:str=None, # of the text in structured data
     batch_size:int=3, # sequences per step
-    length:int=256, # tokens of each, of a chat at most
+    max_length:int=256, # tokens of each, of a chat at most
     eval_blocks:int=24, # held out, of each kind
     name:str=None, # of the model, in tables
     data_name:str=None, # of the data
@@ -176,6 +176,6 @@ def text_task(
     "A causal language model and texts or chats; the split is the same for every seed"
     texts, others = texts_and_unrelated(data, other, column)
     net, tokenizer = given_model(model, bf16, progress)
-    rows = _text_rows(texts, others, tokenizer, length, eval_blocks)
+    rows = _text_rows(texts, others, tokenizer, max_length, eval_blocks)
     name = name or Path(getattr(net.config, '_name_or_path', '') or type(net).__name__).name
     return Task(net, *rows, name, data_name or _data_name(data), pad_rows, batch_size, bf16)
