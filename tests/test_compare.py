@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, DataCol
 
 from alf_nb.app.cli import main
 from alf_nb.study.compare import compare_policies
-from alf_nb.study.runs import _layer_map, train_method
+from alf_nb.study.runs import _layer_map, train_method, trained_model
 from alf_nb.study.task import Task, text_task
 from alf_nb.study.methods import METHODS, Method, alf_method
 from alf_nb.demo import demo_dataset, demo_model, demo_tokenizer
@@ -117,6 +117,21 @@ def compare(out):
     "In a process of its own"
     torch.set_num_threads(1)
     compare_policies(small_task(), out=out, **AGAIN)
+
+
+def test_the_further_a_method_goes_the_larger_its_distance_from_the_base(task, tmp_path):
+    out, rates = tmp_path/'p.jsonl', (1e-4, 1e-2)
+    found = compare_policies(task, methods=['full'], amount=6, seeds=0, lrs=rates, extend=0, out=out, progress=False)
+    near, far = sorted((r['lr'], r['kl']) for r in read_results(out))
+    assert 0 < near[1] < far[1]
+    net = trained_model(task, METHODS['full'], near[0], 0, 6)
+    rows = torch.tensor([r['input_ids'] for r in task.held])
+    with torch.no_grad(): a, b = (m.eval()(rows).logits[:, :-1].log_softmax(-1) for m in (task.model, net))
+    first = slice(0, 256)
+    a, b = (x.flatten(0, 1)[first] for x in (a, b))
+    assert near[1] == pytest.approx(float((a.exp()*(a-b)).sum(-1).mean()), rel=1e-3)
+    assert f"| {min(r['kl'] for r in found.rows if r['lr'] == found.methods[0].lr):.3f} |" in found._repr_markdown_()
+    assert 'KL from base' in found._repr_markdown_()
 
 
 def test_killed_and_called_again_it_holds_the_same_runs(task, tmp_path):
@@ -240,6 +255,7 @@ def test_a_classifier_keeps_its_new_head_in_every_method(tmp_path):
     assert all(set(r['map']['head']) == {'9'} for r in got.values() if r['map']), {
         k: r['map'] and r['map'].get('head') for k, r in got.items()
     }
+    assert 'kl' not in got['full']
     assert got['full']['metrics']['accuracy'] == 1. and got['alf']['metrics']['accuracy'] > .9
     with pytest.raises(ValueError, match="'heads' matches no unit"):
         compare_policies(Task(task.model, rows, rows, pin='heads', bf16=False), out=tmp_path/'q.jsonl', progress=False)

@@ -1,7 +1,10 @@
 """From a finished run to how much of it to keep: what the points say is what the run's own log says of its ends."""
+import json
+
 import pytest
 import torch
 
+from alf_nb.app.cli import main
 from alf_nb.app.finetune import finetune
 from alf_nb.app.tradeoff import tradeoff
 from alf_nb.app.tuned import load_tuned
@@ -35,6 +38,23 @@ def test_its_ends_are_those_that_the_run_measured(run, points):
 def test_the_further_from_the_base_the_larger_the_divergence(points):
     kl = [p['kl'] for p in points.points]
     assert kl[0] == 0 < kl[1] and kl == sorted(kl)
+
+
+def test_the_run_says_the_same_distance(run, points):
+    found, = RunLog(run/'run').events('divergence')
+    assert found['kl'] == pytest.approx(points.points[-1]['kl'], rel=1e-4) and found['tokens'] == 124
+    assert json.loads((run/'run'/'summary.json').read_text())['kl_from_base'] == found['kl']
+    assert f"{found['kl']:.3f} nats from the base" in (run/'run'/'report.html').read_text(encoding='utf-8')
+
+
+def test_from_a_terminal(run, points, capsys):
+    there = [str(run/'run'), '--base', str(run/'base'), '--scales', '0.5', '1', '--save', str(run/'half')]
+    assert main(['tradeoff', *there, '--scale', '0.5']) == 0
+    told = capsys.readouterr().out
+    half = points.points[2]
+    assert f"| 50 % | {half['task']:.3f} | {half['other']:.3f} | {half['kl']:.4f} |" in told and '25 %' not in told
+    assert (run/'half'/'delta.safetensors').is_file()
+    assert main(['tradeoff', *there]) == 2 and 'go together' in capsys.readouterr().err
 
 
 def test_what_is_saved_lies_on_the_line(run, points):

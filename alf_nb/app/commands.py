@@ -8,8 +8,10 @@ Docs: https://example.github.io/alf_nb/10_app/commands.html.md"""
 __all__ = ['LIGHT', 'RUN_COMMANDS', 'quiet_transformers']
 
 # %% ../../nbs/10_app/13_commands.ipynb #c480c967
+import argparse
 from pathlib import Path
-from .options import add_options, options_of
+from ..core.check import fraction
+from .options import add_option, add_options, options_of
 
 # %% ../../nbs/10_app/13_commands.ipynb #b4e037bf
 LIGHT = 'report', 'watch'       # commands that need no torch
@@ -59,6 +61,26 @@ def _push(a):
     delta, log = (run/'delta', run) if (run/'delta').is_dir() else (run, None)
     print(push_delta(delta, run=log, private=not a.pop('public'), **a))
 
+# %% ../../nbs/10_app/13_commands.ipynb #9b1f7c21
+def _tradeoff_options(p):
+    call = 'app.tradeoff', 'tradeoff'
+    p.add_argument('run', metavar='RUN', help=options_of(*call)['run'].help)
+    add_options(p, call, 'data other base scales')
+    settings = options_of('core.training', 'FinetuneSettings')
+    for n in ('max_length', 'eval_blocks'): add_option(p, settings[n], default=argparse.SUPPRESS)
+    p.add_argument('--save', metavar='FOLDER', help='write the delta of the model at --scale there')
+    p.add_argument('--scale', type=float, help='part of the change that --save keeps, 0-1')
+
+def _tradeoff(a):
+    quiet_transformers()
+    from alf_nb.app.tradeoff import tradeoff
+    save, scale = a.pop('save'), a.pop('scale')
+    if (save is None) != (scale is None): raise ValueError("--save FOLDER and --scale S go together")
+    if save is not None: fraction('--scale', scale)
+    found = tradeoff(**a)
+    print(found._repr_markdown_())
+    if save is not None: print(f"\nDelta at {scale:g} of the change: {found.save(save, scale).path}")
+
 # %% ../../nbs/10_app/13_commands.ipynb #23e91709
 RUN_COMMANDS = dict(      # command → what adds its options, what runs it, one line, more
     report=(_report_options, _report, 'write report.html of a run folder anew', 'Write report.html of a recorded run;'
@@ -67,6 +89,8 @@ RUN_COMMANDS = dict(      # command → what adds its options, what runs it, one
            ' trains, from the run log; needs no torch.'),
     merge=(_merge_options, _merge, 'write the tuned model as a whole, for from_pretrained', 'Base and delta (or PEFT'
            ' adapter) as one folder of weights and tokenizer. Its base is the one that the delta names.'),
+    tradeoff=(_tradeoff_options, _tradeoff, 'what a tuned model gained and forgot, at parts of its change', 'Loss on'
+              ' the task and on unrelated text, and the distance from the base, at several scales; --save writes one.'),
     push=(_push_options, _push, 'upload the delta of a run, with its card, to the Hugging Face hub', 'The repository is'
           ' private unless --public is given; log in with `hf auth login`.'),
 )

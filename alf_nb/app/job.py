@@ -12,7 +12,7 @@ from .. import require_versions
 require_versions('torch', 'transformers', 'accelerate')
 
 # %% ../../nbs/10_app/06_job.ipynb #37074ad5
-import time
+import math, time
 import hashlib, warnings
 from collections import deque
 from dataclasses import replace
@@ -31,7 +31,7 @@ from ..model.fingerprint import fingerprint
 from ..signals.untouched import same_draws, same_modules
 from ..sources.blocks import holdout_split
 from ..sources.chats import Chat, told
-from ..sources.losses import continuation, evaluate_loss, wants_autocast
+from ..sources.losses import continuation, evaluate_loss, kl_divergence, next_log_probs, wants_autocast
 from ..sources.templates import chat_text, keep_apart, pack_rows, token_rows
 from ..study.attention import AttentionSnapshot
 from ..study.words import passages
@@ -65,6 +65,8 @@ def _packed(net, texts, rows, max_length):
                          " leave packing out")
     keep_apart(net)
     return pack_rows(rows, max_length)
+
+def _fingerprint(net): return fingerprint(net, name=getattr(net.config, '_name_or_path', '') or type(net).__name__)
 
 def _snapshot(net, tokenizer, texts, s):
     "Attention before training; None: it is not measured"
@@ -103,8 +105,8 @@ class Job:
         self.texts = dict(texts=told(texts), rows=len(self.train), data_sha256=_digest(texts))
         self.before = _before_question(held[0])
         self.prompt = s.prompt if s.prompt is not None else _prompt(held)
-        self.seen = _snapshot(net, tokenizer, held, s)
-        self.base = fingerprint(net, name=getattr(net.config, '_name_or_path', '') or type(net).__name__)
+        self.seen, self.begun = _snapshot(net, tokenizer, held, s), next_log_probs(net, domain)
+        self.base = _fingerprint(net)
 
 # %% ../../nbs/10_app/06_job.ipynb #8a47c195
 @patch
@@ -133,6 +135,10 @@ def _sample(job, when):
     text = job.speak(job.prompt, *([_GLIMPSE] if when == 'during' else []))
     return dict(event='sample', when=when, prompt=job.prompt, text=text)
 
+def _divergence(job):
+    kl = kl_divergence(job.begun, next_log_probs(job.net, job.sets['domain']))
+    return dict(kl=kl if math.isfinite(kl) else None, tokens=len(job.begun))
+
 def measure_before(
     job:Job
 )->list: # of events
@@ -150,6 +156,7 @@ def measure_after(
     for e in _losses(job, 'after', [n for n in job.sets if lacks('eval', when='after', name=n)]):
         log.write(**e, step=steps)
     if lacks('sample', when='after'): log.write(**_sample(job, 'after'), step=steps)
+    if lacks('divergence'): log.write('divergence', step=steps, **_divergence(job))
     if job.seen and lacks('attention'):
         shift = job.seen.shift(job.net, 'after training')
         log.write('attention', step=steps, shift=shift, words=job.seen.words[:16])

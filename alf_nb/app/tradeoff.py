@@ -26,7 +26,7 @@ from ..core.format import num, percent
 from ..core.training import FinetuneSettings, RUN_FILE, read_run_file
 from ..model.delta import Delta, apply_delta, read_delta, save_delta
 from ..model.fingerprint import fingerprint, state_tensors
-from ..sources.losses import evaluate_loss
+from ..sources.losses import evaluate_loss, kl_divergence, next_log_probs
 from ..sources.models import load_model
 from ..sources.texts import texts_and_unrelated
 
@@ -58,25 +58,6 @@ def _job(net, tokenizer, args, data, other, progress):
     s = FinetuneSettings(**{k: v for k, v in args.items() if k in known})
     return Job(net, tokenizer, texts, others, replace(s, attention=0, packing=False), progress)
 
-# %% ../../nbs/10_app/16_tradeoff.ipynb #7f9103fa
-_TOKENS = 512      # that distributions are compared behind
-
-@torch.no_grad()
-def _log_probs(net, rows):
-    "Log-probabilities [tokens, vocabulary] of what comes next, where the task asks for it"
-    found, n, device = [], 0, next(net.parameters()).device
-    for r in rows:
-        ids = torch.tensor([list(r['input_ids'])], device=device)
-        asked = torch.tensor(list(r.get('labels', r['input_ids']))[1:], device=device) != -100
-        found.append(net(input_ids=ids).logits[0, :-1][asked].float().log_softmax(-1))
-        n += len(found[-1])
-        if n >= _TOKENS: break
-    return torch.cat(found)[:_TOKENS]
-
-def _divergence(before, now):
-    "Mean of KL(base ‖ tuned) in nats"
-    return float((before.exp()*(before-now)).sum(-1).mean())
-
 # %% ../../nbs/10_app/16_tradeoff.ipynb #36970cff
 def _along(net, where, scales):
     "Put the model at each scale in turn, from its base"
@@ -92,10 +73,10 @@ def _points(job, where, scales):
     net, s, before = job.net.eval(), job.settings, None
     loss = lambda rows: evaluate_loss(net, rows, s.batch_size, job.bf16)[0]
     for scale in _along(net, where, scales):
-        now = _log_probs(net, job.sets['domain'])
+        now = next_log_probs(net, job.sets['domain'])
         before = now if before is None else before
         yield dict(scale=scale, task=loss(job.sets['domain']), other=loss(job.sets['other']),
-                   kl=_divergence(before, now))
+                   kl=kl_divergence(before, now))
 
 # %% ../../nbs/10_app/16_tradeoff.ipynb #929a71b2
 @dataclass(frozen=True)

@@ -166,6 +166,7 @@ _FIELDS = dict(
     fit=dict(share='budget', number='memory total batch length'),
     scale_lr=dict(number='factor learning_rate'),
     slow=dict(text='message', number='seconds_per_step best_s'),
+    divergence=dict(number='kl', count='tokens'),
     measure=dict(signals='signals', number='wall_s sum_lr steps', numbers='ages'),
     select=dict(texts='names entered left', name='reason policy', share='share', text='signal', numbers='scores ages'))
 

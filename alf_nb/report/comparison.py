@@ -25,6 +25,7 @@ _COLUMNS = (        # key of `summarize`, title, value → text
     ('trainable_share_peak', 'share, peak', percent),
     ('domain_loss_after', 'domain loss', num),
     ('other_loss_after', 'other loss', num),
+    ('kl_from_base', 'KL from base', num),
     ('seconds_per_step', 's/step', num),
     ('state_bytes_peak', 'state, peak', human_bytes),
     ('importance_overhead_share', 'overhead', percent),

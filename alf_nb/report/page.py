@@ -100,6 +100,14 @@ def _result_table(s):
     caption = 'Held-out loss and perplexity before and after; lower is better'
     return data_table(head, [_result_row(s, k) for k in s['evals']], caption) if s['evals'] else ''
 
+# %% ../../nbs/07_report/12_page.ipynb #f622e0af
+def _distance(s):
+    "How far the model is from its base, and what can be done about it"
+    if s['kl_from_base'] is None: return ''
+    return (f"Behind the task’s own tokens its predictions are {num(s['kl_from_base'])} nats from the base’s (KL): the"
+            " farther, the more is forgotten of all else. <code>alf tradeoff</code> and <code>tradeoff(run)</code> show"
+            " what a part of the change would keep, and save it.")
+
 # %% ../../nbs/07_report/12_page.ipynb #7441ed2c
 def _names(names):
     "A count, and the names behind it"
@@ -300,7 +308,7 @@ def _figures(log, state, s):
 # %% ../../nbs/07_report/12_page.ipynb #e51ebf70
 def _sections(log, state, s):
     "(title, HTML, remark) of each section"
-    yield 'Before and after', _result_table(s), ''
+    yield 'Before and after', _result_table(s), _distance(s)
     yield from _figures(log, state, s)
     yield 'What attention did', _attention(state), (
         'Attention of the model before and after, over the same held-out texts.')

@@ -312,7 +312,7 @@ def _figures(c, m):
     return dict(
         method=m.name, lr=m.lr, edge=m.edge, seeds=len(m.runs), reached=t_interval(m.values()) if m.values() else None,
         minus_control=_less(m, c.control, c.k), minus_baseline=_less(m, c.baseline, c.k), forgetting=m.forgetting,
-        share=m.mean('trainable_share_peak'), state=state, state_of_full=_part(state, full),
+        kl=m.mean('kl'), share=m.mean('trainable_share_peak'), state=state, state_of_full=_part(state, full),
         seconds_per_step=m.mean('seconds_per_step'), steps=m.mean('steps'), wall_s=m.mean('wall_s'),
         importance_s=m.mean('importance_s'), errors=len(m.errors),
     )
@@ -326,16 +326,19 @@ def table(self:PolicyComparison)->list:
 def _head(c):
     control = c.control.name if c.control else 'random'
     baseline = c.baseline.name if c.baseline else 'full'
-    return ['method', 'learning rate', 'seeds', c.reached, f'less {control}', f'less {baseline}', 'forgetting',
+    kl = ['KL from base'] if any(r.get('kl') is not None for r in c.rows) else []
+    return ['method', 'learning rate', 'seeds', c.reached, f'less {control}', f'less {baseline}', 'forgetting', *kl,
             'trains, peak', 'state, peak', f'of {baseline}', 's/step', 'steps', 'time', 'choosing']
 
 def _cells(r, n):
     "A method in text"
     if r['reached'] is None: return [r['method'], *['–']*(n-2), f"{r['errors']} failed"]
     forgot, edge = r['forgetting'], '†' if r['edge'] else ''
+    kl = [num(r['kl'])] if n > 14 else []
     return [
         r['method'], f"{r['lr']:g}{edge}", str(r['seeds']), _interval(r['reached']),
         signed(r['minus_control']), signed(r['minus_baseline']), '–' if forgot is None else f"{forgot:+.3f}",
+        *kl,
         percent(r['share']), human_bytes(r['state']), num(r['state_of_full'], 2), num(r['seconds_per_step']),
         num(r['steps'], 0), human_time(r['wall_s']), percent(_part(r['importance_s'], r['wall_s'])),
     ]
@@ -348,7 +351,8 @@ def two_tables(
     head = _head(c)
     rows = [_cells(r, len(head)) for r in c.table()]
     pick = lambda cells, at: [cells[i] for i in at]
-    return [(pick(head, at), [pick(r, at) for r in rows]) for at in (range(7), (0, *range(7, len(head))))]
+    k = len(head)-7
+    return [(pick(head, at), [pick(r, at) for r in rows]) for at in (range(k), (0, *range(k, len(head))))]
 
 # %% ../../nbs/07_report/13_results.ipynb #6caa8721
 HOW_TO_READ = (

@@ -150,7 +150,8 @@ def summarize(
     losses = _losses(state)
     told = dict(resumed=len(state.events('resume')), nonfinite=nonfinite, damaged_lines=log.damaged)
     known = _identity(log, state) | told | _before_and_after(losses)
-    return known | dict(evals=list(losses)) | costs(state) | dict(samples=_samples(state))
+    kl = _last(state, 'divergence').get('kl')
+    return known | dict(evals=list(losses), kl_from_base=kl) | costs(state) | dict(samples=_samples(state))
 
 # %% ../../nbs/07_report/08_summary.ipynb #da2cfc81
 def latest_scores(
@@ -226,6 +227,7 @@ def _cost_lines(s):
         'process memory, peak': human_bytes(s['rss_bytes_peak']),
         'measuring and choosing': f"{percent(s['importance_overhead_share'])} of the time",
     }
+    if s['kl_from_base'] is not None: rows['distance from the base'] = f"KL {num(s['kl_from_base'])} nats per token"
     if s['aside_s']: rows['looks at held-out texts'] = f"{human_time(s['aside_s'])} beside the time above"
     return [f'{a:32}{b}' for a, b in rows.items()]
 

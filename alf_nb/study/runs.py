@@ -25,6 +25,7 @@ from .methods import Method
 from .task import Task
 from ..train.trainer import ALFCallback
 from ..core.system import peak_rss_bytes
+from ..sources.losses import kl_divergence, next_log_probs
 
 # %% ../../nbs/09_study/13_runs.ipynb #9925dde0
 def device_name(
@@ -221,8 +222,8 @@ def seen(
     task:Task,
     model, # that of the task, or what became of it
     dev:dict=None # what it can do on the task's held rows; None: they are looked at where there are no test rows
-)->dict:  # `task_loss`; `task_score`, that of the task's goal; `metrics`; `other_loss`; `general`: name → number
-    "What a row says of a model: the task's test rows, its unrelated ones, and its general panel"
+)->dict:  # `task_loss`; `task_score`, that of the task's goal; `metrics`; `other_loss`; `general`: name → number; `kl`
+    "What a row says of a model: the task's test rows, its unrelated ones, its general panel, its KL"
     if task.test is not None: found = task.evaluate(model, task.test)
     else: found = dev or task.evaluate(model, task.held)
     other = task.evaluate(model, task.other)['loss'] if task.other is not None else None
@@ -230,6 +231,7 @@ def seen(
     row = dict(task_loss=_finite(found['loss']), task_score=score, other_loss=_finite(other))
     if len(found) > 1: row['metrics'] = {k: v for k, v in found.items() if k != 'loss'}
     if task.general: row['general'] = _panel(task, model)
+    if task.predicts: row['kl'] = _finite(kl_divergence(task.begun, next_log_probs(model, task.held)))
     return row
 
 # %% ../../nbs/09_study/13_runs.ipynb #06d0d2a3

@@ -12,7 +12,7 @@ from .. import require_versions
 require_versions('torch', 'transformers')
 
 # %% ../../nbs/09_study/11_task.ipynb #0490a02b
-import hashlib, json, os
+import copy, hashlib, json, os
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 from ..sources.blocks import holdout_split
-from ..sources.losses import wants_autocast
+from ..sources.losses import next_log_probs, wants_autocast
 from ..sources.models import given_model
 from ..sources.templates import pad_rows, token_rows
 from ..sources.texts import texts_and_unrelated
@@ -80,6 +80,20 @@ class Task:
 def device(self:Task)->torch.device:
     "Where runs train"
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+@patch(as_prop=True)
+def predicts(self:Task)->bool:
+    "Is it a causal language model whose held rows are texts?"
+    row, can = self.held[0], getattr(self.model, 'can_generate', None)
+    if can is None or not can() or 'answers' in row: return False
+    return torch.as_tensor(row.get('labels', row['input_ids'])).dim() == 1
+
+@patch(as_prop=True)
+def begun(self:Task)->torch.Tensor:
+    "What the base predicts behind tokens of the held rows, as from `next_log_probs`; computed once"
+    if not hasattr(self, '_begun'):
+        self._begun = next_log_probs(copy.deepcopy(self.model).to(self.device), self.held)
+    return self._begun
 
 @patch(as_prop=True)
 def tokens_per_step(self:Task)->float:

@@ -62,6 +62,7 @@ COLUMNS = {  # key of `summarize` → title, value → text, which is best
     'domain_loss_after': ('held-out loss', num, min),
     'domain_perplexity_after': ('perplexity', lambda v: num(v, 2), min),
     'other_loss_after': ('loss on other text', num, min),
+    'kl_from_base': ('KL from the base', num, min),
     'train_loss': ('training loss', num, min),
     'trainable_share_peak': ('trains, peak', percent, min),
     'state_bytes_peak': ('state, peak', human_bytes, min),
