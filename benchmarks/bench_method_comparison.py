@@ -24,10 +24,9 @@ import torch
 from transformers import PreTrainedModel
 
 from alf_nb.core.rates import suggested_lr
-from alf_nb.core.system import peak_rss_bytes
+from alf_nb.core.system import no_bars, peak_rss_bytes
 from alf_nb.model.delta import save_delta
 from alf_nb.model.fingerprint import fingerprint
-from alf_nb.sources.hub import no_bars
 from alf_nb.train.loop import ALFLoop
 
 FULL_LR = 1e-5          # of their full fine-tuning

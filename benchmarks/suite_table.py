@@ -1,5 +1,6 @@
-"""What the tasks of suite.py say: `scores()` is a table of methods by tasks, `differences()` what the default gains or
-loses against others, averaged over tasks, with a bootstrap over tasks and seeds."""
+"""What the tasks of suite.py say. `answer()` says it in words; `scores()` and `losses()` are tables of methods by
+tasks, `differences()` what the default gains or loses against others, averaged over tasks, with a bootstrap over tasks
+and seeds; `frontier()` a picture of what is learnt against what is forgotten."""
 import functools
 import random
 import statistics
@@ -8,6 +9,8 @@ from pathlib import Path
 from IPython.display import Markdown
 
 from alf_nb.core.format import num
+from alf_nb.report.html import Html, tag
+from alf_nb.report.lines import line_chart
 from alf_nb.report.results_page import compare_results
 from alf_nb.report.results import read_results
 
@@ -19,8 +22,7 @@ NAMES = {
 }
 
 
-@functools.cache
-def tasks(path=RESULTS):
+def in_file(path):
     "data → its comparison, for tasks of which every method has all seeds"
     rows, found = read_results(path), {}
     for name in dict.fromkeys(r['task'] for r in rows):
@@ -29,25 +31,72 @@ def tasks(path=RESULTS):
     return found
 
 
+@functools.cache
+def tasks(): return in_file(RESULTS)
+
+
 def points(r): return 100*r['task_score'] if r.get('task_score') is not None else -100*r['task_loss']
 
 
 def runs_of(c, method): return next((m.runs for m in c if m.name == method), [])
 
 
-def scores():
-    "Mean of the test score in points, and its spread over seeds, of methods by tasks"
-    heads = [f"{data}, {c.reached}" for data, c in tasks().items()]
+def general(r, before=''):
+    "Mean loss on the texts of the general panel; None: the task has none"
+    texts = [v for k, v in (r.get(f'general{before}') or {}).items() if k != 'PIQA']
+    return statistics.fmean(texts) if texts else None
+
+
+def gained(r):
+    "By how much the loss on the task's test rows fell"
+    return r['task_loss_before'] - r['task_loss']
+
+
+def forgot(r):
+    "By how much the loss on texts of other kinds rose"
+    return general(r) - general(r, '_before')
+
+
+def encoders(): return {d: c for d, c in tasks().items() if c.goal != 'loss'}
+
+
+def decoders(): return {d: c for d, c in tasks().items() if c.goal == 'loss'}
+
+
+def table(heads, cells_of):
+    "A line for every method that has runs; `cells_of(method)`: a list of texts"
     lines = [f"| | {' | '.join(heads)} |", '|---'*(len(heads)+1) + '|']
     for method, name in NAMES.items():
-        cells = []
-        for c in tasks().values():
-            found = [points(r) for r in runs_of(c, method)]
-            best = c.methods[0].name == method
-            said = f'{statistics.fmean(found):.1f} ± {statistics.stdev(found):.1f}' if found else '–'
-            cells.append(f'**{said}**' if best else said)
+        cells = cells_of(method)
         if set(cells) != {'–'}: lines.append(f"| {name} | {' | '.join(cells)} |")
     return Markdown('\n'.join(lines))
+
+
+def spread(values, digits, best=False):
+    "Mean and standard deviation over seeds"
+    if not values: return '–'
+    said = f'{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}'
+    return f'**{said}**' if best else said
+
+
+def scores():
+    "Test score in points, of methods by the tasks that have one"
+    of = encoders()
+    cells = lambda m: [spread(list(map(points, runs_of(c, m))), 1, c.methods[0].name == m) for c in of.values()]
+    return table([f'{data}, {c.reached}' for data, c in of.items()], cells)
+
+
+def losses():
+    "What was learnt and what was forgotten, in hundredths of a nat per token, by tasks of a decoder"
+    of = decoders()
+    def cells(m):
+        found = []
+        for c in of.values():
+            rs = runs_of(c, m)
+            found += [spread([100*gained(r) for r in rs], 1, c.methods[0].name == m),
+                      spread([100*forgot(r) for r in rs], 1)]
+        return found
+    return table([h for data in of for h in (f'{data}, learnt', 'forgot')], cells)
 
 
 def paired(method, other):
@@ -80,3 +129,55 @@ def differences(method='alf'):
         size = f'{len(by)} × {min(map(len, by.values()))}'
         lines.append(f'| {name} | {mean:+.1f} | {num(error, 1)} | {low:+.1f} to {high:+.1f} | {size} |')
     return Markdown('\n'.join(lines))
+
+
+FRONT = 'full', 'lora', 'alf', 'random-stratified', 'freeze-50', 'lisa'
+
+
+def rates_of(c, method):
+    "(forgot, learnt) at every learning rate that was tried with the first seed, by rate"
+    rows = [r for r in c.rows if (r['method'], r['seed']) == (method, 0) and r.get('task_loss') is not None]
+    return [(forgot(r), gained(r)) for r in sorted(rows, key=lambda r: r['lr'])]
+
+
+def lines_of(ways):
+    "A line and its points for each method; the sixth is dashed"
+    lines = []
+    for k, (m, pts) in enumerate(ways.items()):
+        name, (x, y) = NAMES[m].replace('*', '').split(' (')[0], zip(*pts)
+        lines.append(dict(name=name, x=x, y=y, c=k % 5 + 1, kind='line' if k < 5 else 'dash'))
+    return lines + [dict(line, name='', kind='dots') for line in lines]
+
+
+def frontier(data):
+    "What was learnt of a task against what was forgotten, a line over the learning rates of each method"
+    c = decoders()[data]
+    ways = {m: found for m in FRONT if (found := rates_of(c, m))}
+    xs = [x for found in ways.values() for x, _ in found]
+    wide = .05*(max(xs)-min(0, *xs))
+    said = f'{data}: how much the loss on the task fell against how much that on other texts rose'
+    chart = line_chart(lines_of(ways), said, '{:.3f}'.format, 300, x_range=(min(0, *xs)-wide, max(xs)+wide),
+                       x_name='forgot: rise of the loss on texts of other kinds, nats per token')
+    return Html(tag('div', tag('h4', f'{data}: learnt, nats per token'), chart))
+
+
+def compared(other):
+    "The default beside another method: in a word, and in points with the interval"
+    mean, _, low, high = bootstrap(paired('alf', other))
+    if low > 0: word = 'more than'
+    else: word = 'less than' if high < 0 else 'as much as'
+    return word, f'{mean:+.1f} ({low:+.1f} to {high:+.1f})'
+
+
+def answer():
+    "The answer in plain words"
+    n, seeds = len(tasks()), min(len(c.methods[0].runs) for c in tasks().values())
+    (lora, by_lora), (full, by_full), (lot, by_lot) = map(compared, ('lora', 'full', 'random-stratified'))
+    said = (f"**A quarter of the parameters, chosen by the default, learns {lora} LoRA, {full} full fine-tuning, and"
+            f" {lot} a quarter drawn by lot**, as far as {n} tasks with {seeds} seeds tell. In points, with 95 %"
+            f" intervals: {by_lora} beside LoRA, {by_full} beside full, {by_lot} beside the lot.")
+    rows = {m: [r for c in decoders().values() for r in runs_of(c, m)] for m in ('alf', 'lora', 'full')}
+    if not rows['alf']: return Markdown(said)
+    rise = {m: f'{100*statistics.fmean(map(forgot, rs)):.1f}' for m, rs in rows.items()}
+    lost = f"Of other texts it forgets {rise['alf']} hundredths of a nat per token, LoRA {rise['lora']}"
+    return Markdown(f"{said} {lost}, full fine-tuning {rise['full']}.")

@@ -1,5 +1,5 @@
 "What a terminal shows is ours, and a check leaves files as they were."
-import importlib.util, logging, os, re, shutil, subprocess, sys, warnings
+import ast, importlib.util, logging, os, re, shutil, subprocess, sys, warnings
 from pathlib import Path
 import pytest
 from alf_nb.demo import demo_model, demo_tokenizer
@@ -25,6 +25,29 @@ def alf(where, *argv, **env):
         env=env,
         cwd=where,
     )
+
+def of_trainer(node):
+    "Does it import what brings PEFT and bitsandbytes in?"
+    if not isinstance(node, ast.ImportFrom): return False
+    return node.module in ('transformers.trainer', 'transformers.trainer_callback') or any(
+        node.module == 'transformers' and a.name.startswith('Train') for a in node.names)
+
+
+def test_what_others_log_when_they_are_imported_is_nowhere_shown():
+    loud = []
+    for path in sorted((ROOT/'alf_nb').rglob('*.py')):
+        for node in ast.parse(path.read_text(encoding='utf-8')).body:      # a `with` is no import
+            if of_trainer(node): loud.append(f'{path.name}:{node.lineno}')
+    assert not loud
+
+
+@pytest.mark.parametrize('module', ['train.loop', 'study.runs'])
+def test_an_import_prints_nothing_that_is_not_ours(module, tmp_path):
+    (tmp_path/'sitecustomize.py').write_text(LOGS)
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]), HF_HUB_OFFLINE='1')
+    done = subprocess.run([sys.executable, '-c', f'import alf_nb.{module}'], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
 
 def test_finetune_prints_nothing_that_is_not_ours(tmp_path):
     demo_model(blocks=2).save_pretrained(tmp_path/'model')

@@ -68,3 +68,31 @@ def test_a_bootstrap_over_tasks_and_seeds_tells_a_gain_from_noise():
     assert mean == pytest.approx(1.) and 0 < error < .2 and 0 < low < 1 < high
     _, wide, low, high = suite_table.bootstrap(dict(a=[2., 2., 2.], b=[-2., -2., -2.]))
     assert wide > 1 and low == -2 and high == 2
+
+
+def made(method, lr, seed, loss, texts):
+    "A row of a decoder"
+    return dict(
+        key=f'{method}{lr}{seed}', method=method, settings='{}', selects=False, task='t', model='m', data='sums',
+        goal='loss', rule='steps', amount=4, steps=4, lr=lr, seed=seed, task_loss=loss, task_loss_before=2.,
+        general=dict(C4=texts, WikiText=texts+1, PIQA=.5), general_before=dict(C4=3., WikiText=4., PIQA=.6),
+    )
+
+
+def test_what_is_learnt_and_forgotten_is_said_as_it_is(tmp_path, monkeypatch):
+    known = ('alf', 1.4, 3.1), ('lora', 1.6, 3.5), ('full', 1.2, 3.2), ('random-stratified', 1.4, 3.1)
+    rows = [made(m, 1e-3, seed, loss + .01*seed, texts) for m, loss, texts in known for seed in (0, 1)]
+    rows.append(made('alf', 2e-3, 0, 1.5, 3.4))
+    file = tmp_path/'rows.jsonl'
+    file.write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    monkeypatch.setattr(suite_table, 'tasks', lambda: suite_table.in_file(file))
+    alf = suite_table.runs_of(suite_table.decoders()['sums'], 'alf')[0]
+    assert suite_table.gained(alf) == pytest.approx(.6) and suite_table.forgot(alf) == pytest.approx(.1)
+    by_rate = suite_table.rates_of(suite_table.decoders()['sums'], 'alf')
+    assert [round(x, 3) for pair in by_rate for x in pair] == [.1, .6, .4, .5]
+    told = suite_table.answer().data
+    assert 'learns more than LoRA, less than full fine-tuning, and as much as a quarter drawn by lot' in told
+    assert '+20.0 (+20.0 to +20.0) beside LoRA' in told
+    assert 'forgets 10.0 hundredths of a nat per token, LoRA 50.0' in told
+    assert '| **alf**, the default | 59.5 ± 0.7 | 10.0 ± 0.0 |' in suite_table.losses().data
+    assert 'sums: learnt, nats per token' in suite_table.frontier('sums')

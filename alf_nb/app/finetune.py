@@ -43,14 +43,13 @@ from ..model.columns import join_columns
 from ..model.shards import check_alone
 from ..report.page import write_report
 from ..report.summary import summarize
-from ..sources.hub import no_bars
 from ..sources.models import check_text_model, given_model, load_config
 from ..sources.templates import pad_rows
 from ..sources.texts import check_text, texts_and_unrelated
 from ..train.background import BackgroundRun, start
 from ..train.beside import refuse_beside
 from ..train.trainer import ALFCallback
-from ..core.system import peak_rss_bytes
+from ..core.system import no_bars, peak_rss_bytes
 
 # %% ../../nbs/10_app/07_finetune.ipynb #5d1c6cdd
 class _Opening(TrainerCallback):

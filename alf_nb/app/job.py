@@ -20,7 +20,9 @@ from pathlib import Path
 from statistics import median
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from ..core.system import quiet_imports
+with quiet_imports():
+    from transformers import TrainerCallback
 from .results import has_event
 from ..core.format import human_time, percent
 from ..core.rates import FULL_LR, suggested_lr

@@ -6,7 +6,7 @@ Docs: https://example.github.io/alf_nb/01_core/system.html.md"""
 
 # %% auto #0
 __all__ = ['SPINS', 'versions', 'peak_rss_bytes', 'memory_size_bytes', 'free_memory_bytes', 'can_wait_better', 'in_kernel',
-           'wait_briefly', 'is_crowded', 'Slowdown', 'quiet_imports']
+           'wait_briefly', 'is_crowded', 'Slowdown', 'quiet_imports', 'no_bars']
 
 # %% ../../nbs/01_core/16_system.ipynb #bc33be54
 import logging, os, re, sys, warnings
@@ -119,3 +119,14 @@ def quiet_imports():
             warnings.filterwarnings('default', module=r'alf_nb\b')
             yield
     finally: logging.disable(was)
+
+# %% ../../nbs/01_core/16_system.ipynb #6f1d0a02
+@contextmanager
+def no_bars():
+    "transformers and the hub's clients show no progress bars"
+    from transformers.utils import logging as log
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: log.enable_progress_bar()

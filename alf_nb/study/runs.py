@@ -16,15 +16,16 @@ import copy, hashlib, math, os, platform, statistics, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from ..core.system import peak_rss_bytes, quiet_imports
+with quiet_imports():
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 from ..core.runlog import RunLog
 from ..model.layers import Layers, partition_layers
 from ..model.states import gradient_bytes, optimizer_bytes
 from .methods import Method
 from .task import Task
 from ..train.trainer import ALFCallback
-from ..core.system import peak_rss_bytes
 from ..sources.losses import kl_divergence, next_log_probs
 
 # %% ../../nbs/09_study/13_runs.ipynb #9925dde0

@@ -17,12 +17,12 @@ from concurrent.futures import Future
 from traceback import format_exception
 import torch
 from fastcore.basics import patch
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from ..core.system import in_kernel, no_bars, quiet_imports
+with quiet_imports():
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..core.checkpoints import find_checkpoint, newest_run, why_no_checkpoint
 from ..core.lock import RunLock
 from ..core.runlog import RunLog
-from ..core.system import in_kernel
-from ..sources.hub import no_bars
 from .beside import AT_WORK, refuse_beside
 from .gate import Gate
 from .trainer import ALFCallback, release

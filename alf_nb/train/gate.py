@@ -16,7 +16,9 @@ import threading, time
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from fastcore.basics import patch
-from transformers import TrainerCallback
+from ..core.system import quiet_imports
+with quiet_imports():
+    from transformers import TrainerCallback
 from ..signals.untouched import same_draws, same_modules
 from .between import take_request
 

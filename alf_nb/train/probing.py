@@ -13,8 +13,10 @@ import warnings
 from contextlib import contextmanager
 from fastcore.basics import patch
 import torch
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import CallbackHandler
+from ..core.system import quiet_imports
+with quiet_imports():
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_callback import CallbackHandler
 from ..signals.batches import base_loader, draw_batches, lend_loader, lent_streams, loader_parts, plain_batch_size
 from ..signals.batches import takes_by_index
 from ..signals.lending import LentStream
