@@ -84,7 +84,9 @@ def _best_rate(good):
     # the seed that tried the most rates; of equals the lowest
     first = good if grid else max((by_seed[s] for s in sorted(by_seed)), key=len, default=[])
     mean = lambda v: statistics.fmean(choice_of(r) for r in first if r['lr'] == v)
-    return min({r['lr'] for r in first}, key=mean, default=None), grid
+    # of equal ones, as with a score of few rows, that which was run on
+    seeds = lambda v: sum(r['lr'] == v for r in good)
+    return min({r['lr'] for r in first}, key=lambda v: (mean(v), -seeds(v), v), default=None), grid
 
 # %% ../../nbs/07_report/13_results.ipynb #6c8d91e1
 def _at_edge(rows, lr):
