@@ -164,8 +164,8 @@ def frontier(data):
 def compared(other):
     "The default beside another method: in a word, and in points with the interval"
     mean, _, low, high = bootstrap(paired('alf', other))
-    if low > 0: word = 'more than'
-    else: word = 'less than' if high < 0 else 'as much as'
+    if low > 0: word = 'ahead of'
+    else: word = 'behind' if high < 0 else 'level with'
     return word, f'{mean:+.1f} ({low:+.1f} to {high:+.1f})'
 
 
@@ -173,9 +173,9 @@ def answer():
     "The answer in plain words"
     n, seeds = len(tasks()), min(len(c.methods[0].runs) for c in tasks().values())
     (lora, by_lora), (full, by_full), (lot, by_lot) = map(compared, ('lora', 'full', 'random-stratified'))
-    said = (f"**A quarter of the parameters, chosen by the default, learns {lora} LoRA, {full} full fine-tuning, and"
+    said = (f"**The default, which trains a quarter of the parameters, is {lora} LoRA, {full} full fine-tuning, and"
             f" {lot} a quarter drawn by lot**, as far as {n} tasks with {seeds} seeds tell. In points, with 95 %"
-            f" intervals: {by_lora} beside LoRA, {by_full} beside full, {by_lot} beside the lot.")
+            f" intervals: {by_lora} less LoRA, {by_full} less full, {by_lot} less the lot.")
     rows = {m: [r for c in decoders().values() for r in runs_of(c, m)] for m in ('alf', 'lora', 'full')}
     if not rows['alf']: return Markdown(said)
     rise = {m: f'{100*statistics.fmean(map(forgot, rs)):.1f}' for m, rs in rows.items()}

@@ -76,15 +76,15 @@ def choice_of(
     "What learning rates are chosen by, lower is better: the task's goal on its dev rows, else the loss"
     return r['task_loss'] if r.get('choice') is None else r['choice']
 
+# %% ../../nbs/07_report/13_results.ipynb #7d1e4a91
 def _best_rate(good):
-    "The learning rate that did best; None: no run was completed"
+    "The learning rate that did best, of equals that with most seeds; None: no run was completed"
     rates, by_seed = {r['lr'] for r in good}, {}
     for r in good: by_seed.setdefault(r['seed'], []).append(r)
     grid = len(by_seed) > 1 and all(len(v) == len(rates) > 1 for v in by_seed.values())
     # the seed that tried the most rates; of equals the lowest
     first = good if grid else max((by_seed[s] for s in sorted(by_seed)), key=len, default=[])
     mean = lambda v: statistics.fmean(choice_of(r) for r in first if r['lr'] == v)
-    # of equal ones, as with a score of few rows, that which was run on
     seeds = lambda v: sum(r['lr'] == v for r in good)
     return min({r['lr'] for r in first}, key=lambda v: (mean(v), -seeds(v), v), default=None), grid
 
@@ -328,20 +328,18 @@ def table(self:PolicyComparison)->list:
 def _head(c):
     control = c.control.name if c.control else 'random'
     baseline = c.baseline.name if c.baseline else 'full'
-    kl = ['KL from base'] if any(r.get('kl') is not None for r in c.rows) else []
-    return ['method', 'learning rate', 'seeds', c.reached, f'less {control}', f'less {baseline}', 'forgetting', *kl,
-            'trains, peak', 'state, peak', f'of {baseline}', 's/step', 'steps', 'time', 'choosing']
+    return ['method', 'learning rate', 'seeds', c.reached, f'less {control}', f'less {baseline}', 'forgetting',
+            *['KL from base']*any(r.get('kl') is not None for r in c.rows), 'trains, peak', 'state, peak',
+            f'of {baseline}', 's/step', 'steps', 'time', 'choosing']
 
 def _cells(r, n):
     "A method in text"
     if r['reached'] is None: return [r['method'], *['–']*(n-2), f"{r['errors']} failed"]
-    forgot, edge = r['forgetting'], '†' if r['edge'] else ''
-    kl = [num(r['kl'])] if n > 14 else []
+    forgot, edge, kl = r['forgetting'], '†'*r['edge'], [num(r['kl'])]*(n > 14)
     return [
         r['method'], f"{r['lr']:g}{edge}", str(r['seeds']), _interval(r['reached']),
         signed(r['minus_control']), signed(r['minus_baseline']), '–' if forgot is None else f"{forgot:+.3f}",
-        *kl,
-        percent(r['share']), human_bytes(r['state']), num(r['state_of_full'], 2), num(r['seconds_per_step']),
+        *kl, percent(r['share']), human_bytes(r['state']), num(r['state_of_full'], 2), num(r['seconds_per_step']),
         num(r['steps'], 0), human_time(r['wall_s']), percent(_part(r['importance_s'], r['wall_s'])),
     ]
 
