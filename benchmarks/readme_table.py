@@ -1,6 +1,6 @@
 """What the README quotes, from the committed results: `methods()` is its table, `verdict()` the sentence below it,
 `points()` its four bullets."""
-import functools, json
+import functools, json, sys
 from pathlib import Path
 
 from IPython.display import Markdown
@@ -9,9 +9,16 @@ from alf_nb.core.format import num, percent
 from alf_nb.core.stats import t_interval
 from alf_nb.report.results import read_results
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import suite_table      # noqa: E402
+
 RESULTS = Path(__file__).resolve().parent/'results'
-METHODS = {'full': 'full fine-tuning', 'lora': 'LoRA (PEFT)', 'alf': '**alf**, the default',
-           'lot-top80': "as many, drawn by lot (`preset='short'`)"}
+METHODS = {     # in suite.jsonl → its name, and what it is called in turns.jsonl
+    'full': ('full fine-tuning', 'full'),
+    'lora': ('LoRA (PEFT)', 'lora'),
+    'alf': ('**alf**, the default', 'alf'),
+    'random-stratified': ("as many, drawn by lot (`preset='short'`)", 'lot-top80'),
+}
 STEPS = 136     # of the lot: the time of every method in turns.jsonl
 
 
@@ -28,7 +35,7 @@ def last(name):
 @functools.cache
 def runs():
     "method → (data, seed) → row, for the pairs that all methods have"
-    found = {m: {} for m in METHODS}
+    found = {m: {} for _, m in METHODS.values()}
     for r in lines('turns.jsonl'):
         if r.get('equal') == STEPS and r['method'] in found: found[r['method']][r['data'], r['seed']] = r
     pairs = sorted(set.intersection(*map(set, found.values())))
@@ -45,20 +52,20 @@ def mean(values): return sum(values)/len(values)
 
 
 def methods():
-    "Four methods at equal time"
-    of, base = runs(), before()
-    domains = list(dict.fromkeys(d for d, _ in of['alf']))
-    losses = {(m, d): mean([r['task_loss'] for k, r in of[m].items() if k[0] == d]) for m in of for d in domains}
-    lowest = {d: min(losses[m, d] for m in of) for d in domains}
-    lines = [f"| | state | step | {' | '.join(f'loss, {d}' for d in domains)} | forgets |",
-             '|---'*(4+len(domains)) + '|']
-    for method, name in METHODS.items():
-        row, full = (next(iter(of[m].values())) for m in (method, 'full'))
-        state, step = row['state_bytes_peak']/full['state_bytes_peak'], full['steps']/row['steps']
-        bold = lambda d: '**'*(losses[method, d] == lowest[d])
-        shown = ' | '.join(f'{bold(d)}{losses[method, d]:.3f}{bold(d)}' for d in domains)
-        forgets = mean([r['other_loss'] - base[d] for (d, _), r in of[method].items()])
-        lines.append(f'| {name} | {num(state, 2)} | {num(step, 2)} | {shown} | {forgets:+.3f} |')
+    "Four methods: what each takes beside full fine-tuning, and what it reaches on the tasks of suite.py"
+    suites, time = suite_table.tasks(), runs()
+    scored, problems = suite_table.encoders(), suite_table.decoders()
+    heads = ['state', 'step', f'{len(scored)} tasks of an encoder']
+    heads += [h for data in problems for h in (f'{data}, learnt', 'forgot')]
+    lines = [f"| | {' | '.join(heads)} |", '|---'*(len(heads)+1) + '|']
+    for method, (name, in_turns) in METHODS.items():
+        of = {data: suite_table.runs_of(c, method) for data, c in suites.items()}
+        row, full = (next(iter(time[m].values())) for m in (in_turns, 'full'))
+        cells = [num(row['state_bytes_peak']/full['state_bytes_peak'], 2), num(full['steps']/row['steps'], 2)]
+        cells.append(f'{mean([mean(list(map(suite_table.points, of[data]))) for data in scored]):.1f}')
+        for data in problems:
+            cells += [f'{100*mean(list(map(f, of[data]))):.1f}' for f in (suite_table.gained, suite_table.forgot)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return Markdown('\n'.join(lines))
 
 
@@ -67,12 +74,13 @@ def less(other):
     of = runs()
     gaps = [r['task_loss'] - of[other][k]['task_loss'] for k, r in of['alf'].items()]
     at, low, high = t_interval(gaps)
-    return f'{at:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, {len(gaps)} pairs'
+    return f'{at:+.3f} ({low:+.3f} to {high:+.3f}, {len(gaps)} pairs)'
 
 
 def verdict():
-    "What the table says, in a sentence"
-    return Markdown(f"The default less LoRA: {less('lora')}; less the lot: {less('lot-top80')}.")
+    "What the tables say, in words"
+    time = f"At equal time, on two texts, in loss: {less('lora')} less LoRA, {less('lot-top80')} less the lot."
+    return Markdown(f'{suite_table.answer().data} {time}')
 
 
 def points():
@@ -87,6 +95,6 @@ def points():
         f"gradients and AdamW take for all. The budget holds at every step.",
         f"- **A small exact result.** A delta of {delta} instead of a model of {model}; killed and resumed equals "
         f"uninterrupted, bit for bit.",
-        "- **Honest answers.** `alf compare` asks *your* data whether choosing helps. Here it does not: as many "
-        f"units drawn by lot in the same strata learn as much or a little more ({less('lot-top80')}).",
+        "- **Honest answers.** `alf compare` asks *your* data whether choosing helps, and whether a lot would have done"
+        " as well.",
     ]))

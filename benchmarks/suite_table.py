@@ -119,6 +119,11 @@ def bootstrap(by_task, draws=10_000, seed=0):
     return mean, statistics.stdev(drawn), drawn[int(.025*draws)], drawn[int(.975*draws)]
 
 
+def gap(v):
+    "A difference in points; there is no negative zero"
+    return f'{round(v, 1) + 0.:+.1f}'
+
+
 def differences(method='alf'):
     "What the default gains over each other method, in points"
     heads = f'{method} less', 'mean over tasks', 'standard error', '95 % interval', 'tasks × seeds'
@@ -127,7 +132,7 @@ def differences(method='alf'):
         if other == method or not (by := paired(method, other)): continue
         mean, error, low, high = bootstrap(by)
         size = f'{len(by)} × {min(map(len, by.values()))}'
-        lines.append(f'| {name} | {mean:+.1f} | {num(error, 1)} | {low:+.1f} to {high:+.1f} | {size} |')
+        lines.append(f'| {name} | {gap(mean)} | {num(error, 1)} | {gap(low)} to {gap(high)} | {size} |')
     return Markdown('\n'.join(lines))
 
 
@@ -166,16 +171,21 @@ def compared(other):
     mean, _, low, high = bootstrap(paired('alf', other))
     if low > 0: word = 'ahead of'
     else: word = 'behind' if high < 0 else 'level with'
-    return word, f'{mean:+.1f} ({low:+.1f} to {high:+.1f})'
+    return word, f'{gap(mean)} ({gap(low)} to {gap(high)})'
+
+
+OTHERS = {'lora': 'LoRA', 'full': 'full fine-tuning', 'random-stratified': 'a quarter drawn by lot'}
 
 
 def answer():
     "The answer in plain words"
     n, seeds = len(tasks()), min(len(c.methods[0].runs) for c in tasks().values())
-    (lora, by_lora), (full, by_full), (lot, by_lot) = map(compared, ('lora', 'full', 'random-stratified'))
-    said = (f"**The default, which trains a quarter of the parameters, is {lora} LoRA, {full} full fine-tuning, and"
-            f" {lot} a quarter drawn by lot**, as far as {n} tasks with {seeds} seeds tell. In points, with 95 %"
-            f" intervals: {by_lora} less LoRA, {by_full} less full, {by_lot} less the lot.")
+    words, figures = zip(*map(compared, OTHERS))
+    others = [f'{word} {name}' if k == 0 or word != words[k-1] else name
+              for k, (word, name) in enumerate(zip(words, OTHERS.values()))]
+    gaps = ', '.join(f'{figure} less {name}' for figure, name in zip(figures, OTHERS.values()))
+    said = (f"**The default, which trains a quarter of the parameters, is {others[0]}, {others[1]} and {others[2]}**,"
+            f" as far as {n} tasks with {seeds} seeds tell. In points, with 95 % intervals: {gaps}.")
     rows = {m: [r for c in decoders().values() for r in runs_of(c, m)] for m in ('alf', 'lora', 'full')}
     if not rows['alf']: return Markdown(said)
     rise = {m: f'{100*statistics.fmean(map(forgot, rs)):.1f}' for m, rs in rows.items()}

@@ -108,7 +108,6 @@ def stage(nbs, folder):
         rel = src.relative_to(nbs)
         nb = read_nb(src)
         keep_introduction(nb)
-        if rel.name == 'evidence.ipynb': nb.cells[1:1] = pages.answer(read_nb(nbs/'index.ipynb'))
         Pages()(nb)
         nb.metadata.pop('widgets', None)
         for c in nb.cells:

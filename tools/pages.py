@@ -4,7 +4,7 @@ its pictures, the words that people search for, and parts that open by a click. 
 import ast, html, re
 from pathlib import Path
 
-from fastcore.nbio import mk_cell, read_nb
+from fastcore.nbio import read_nb
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
 # ---- groups
@@ -138,31 +138,7 @@ def views_page(nbs):
     return page('Views', 'Each view with its picture: a still, as it stays in a saved notebook.', *cells)
 
 
-# ---- the answer first
-
-def section_of(nb, heading):
-    "Cells of a notebook between one heading of the second rank and the next"
-    found, inside = [], False
-    for c in nb.cells:
-        if c.cell_type != 'markdown':
-            if inside: found.append(c)
-            continue
-        for part in re.split(r'^(?=## )', c.source, flags=re.M):
-            if part.startswith('## '):
-                first, _, part = part.partition('\n')
-                inside = first == f'## {heading}'
-            if inside and part.strip(): found.append(mk_cell(part.strip(), 'markdown'))
-    return found
-
-
-def answer(index, heading='Does it work?'):
-    "What the front page says, without its link to the page that this stands on"
-    cells = section_of(index, heading)
-    for c in cells:
-        if c.cell_type != 'markdown': continue
-        c.source = re.sub(r'[^.\n]*\[' + re.escape(heading) + r'\]\(.*', '', c.source).strip()
-    return [mk_cell('## The answer', 'markdown'), *cells]
-
+# ---- sections that unfold
 
 def fold(text):
     "A page on which each section shows its heading and first paragraph, and the rest by a click"
@@ -208,6 +184,7 @@ SEARCHED = {
     'resume, checkpoint, killed, continue training, power cut': 'tutorials/your_own.html#when-it-is-killed',
     'save model, delta, load the result, adapter file': 'tutorials/your_own.html#keep-just-what-changed',
     'merge, merged model, GGUF, llama.cpp, Ollama': '10_app/merge.html',
+    'forgetting, catastrophic forgetting, KL, WiSE-FT, scale of a change': '10_app/tradeoff.html',
     'push to hub, upload, model card': '10_app/publish.html',
     'LoRA, PEFT, compare methods, full fine-tuning': 'tutorials/compare.html',
     'learning rate, lr': '01_core/rates.html',
