@@ -126,7 +126,16 @@ def test_the_thread_uses_torchs_threads(tmp_path):
     assert seen == [3, 3]
 
 
-def test_a_checkpoint_prints_nothing_into_the_cell_that_runs_meanwhile(tmp_path, capfd):
+@pytest.fixture
+def bars():
+    "transformers shows progress bars, whatever ran before"
+    were = hf_logging.is_progress_bar_enabled()
+    hf_logging.enable_progress_bar()
+    yield
+    if not were: hf_logging.disable_progress_bar()
+
+
+def test_a_checkpoint_prints_nothing_into_the_cell_that_runs_meanwhile(tmp_path, capfd, bars):
     alf = ALFCallback(budget=.3, interval=8)
     run = train_in_background(trainer(tmp_path, alf, Slow()))
     run.save()

@@ -14,6 +14,7 @@ require_versions('torch', 'transformers')
 # %% ../../nbs/10_app/13_tradeoff.ipynb #a5a8a0fe
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+import torch
 from fastcore.basics import patch
 from .job import Job
 from .tuned import tuned_kind
