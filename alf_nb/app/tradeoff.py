@@ -68,13 +68,11 @@ def _along(net, where, scales):
         yield scale
 
 def _points(job, where, scales):
-    net, s, before = job.net.eval(), job.settings, None
+    net, s = job.net.eval(), job.settings
     loss = lambda rows: evaluate_loss(net, rows, s.batch_size, job.bf16)[0]
     for scale in _along(net, where, scales):
-        now = next_log_probs(net, job.sets['domain'])
-        before = now if before is None else before
-        yield dict(scale=scale, task=loss(job.sets['domain']), other=loss(job.sets['other']),
-                   kl=kl_divergence(before, now))
+        kl = kl_divergence(job.begun, next_log_probs(net, job.sets['domain']))
+        yield dict(scale=scale, task=loss(job.sets['domain']), other=loss(job.sets['other']), kl=kl)
 
 # %% ../../nbs/10_app/13_tradeoff.ipynb #929a71b2
 @dataclass(frozen=True)

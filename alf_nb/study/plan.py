@@ -249,7 +249,7 @@ def plan(
     model=None,        # hub id, folder, one of `SHAPES`, configuration or model; None: SmolLM2-135M
     memory=None,       # of the device, such as `'16GB'`, or bytes
     batch:int=1,       # sequences of a step
-    max_length:int=None,   # tokens of each; None: 1,024, or what its positions allow
+    max_length:int=None, # tokens of each; None: 1,024, or what its positions allow
     checkpointing:bool=False, # are blocks run again in backward?
     bf16:bool=True,    # autocast? else all weights are fp32
     device:str='cuda', # where it trains: `cuda` or `cpu`

@@ -223,7 +223,7 @@ def seen(
     task:Task,
     model, # that of the task, or what became of it
     dev:dict=None # what it can do on the task's held rows; None: they are looked at where there are no test rows
-)->dict:  # `task_loss`; `task_score`, that of the task's goal; `metrics`; `other_loss`; `general`: name → number; `kl`
+)->dict:  # `task_loss`, `task_score` of the task's goal, `metrics`, `other_loss`, `general` (name → number), `kl`
     "What a row says of a model: the task's test rows, its unrelated ones, its general panel, its KL"
     if task.test is not None: found = task.evaluate(model, task.test)
     else: found = dev or task.evaluate(model, task.held)
