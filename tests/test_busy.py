@@ -23,11 +23,12 @@ from live_run import LiveRun  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'
 TELL = "print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
-SPY = f"cli.quiet_imports = lambda: ({TELL}, nullcontext())[1]"
 COMMAND = f"""import os, sys
-from contextlib import nullcontext
 from alf_nb.app import cli
-{SPY}
+def about_to_load():
+    {TELL}
+    sys.exit()
+cli.quiet_imports = about_to_load
 cli.main(sys.argv[1:])"""
 PLAN = 'plan', 'gpt2', '--memory', 'large'
 

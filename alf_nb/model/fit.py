@@ -89,6 +89,27 @@ def _refuse(search, memory, least):
     )
 
 # %% ../../nbs/03_model/19_fit.ipynb #75aedcdf
+def _guess(low, high, over, halve):
+    """A whole number between `low`, which fits, and `high`, which does not: bytes grow with the budget almost on a
+    line, so the one at which it meets the room, unless it is to `halve`; `over`: bytes above the room, of both"""
+    share = .5 if halve else over[low]/(over[low] - over[high])
+    return min(max(low + int(share*(high - low)), low + 1), high - 1)
+
+def _last_fit(
+    over,     # f(n) → bytes above the room, at most 0 if `n` fits
+    low:int,  # fits
+    high:int  # does not
+)->int:
+    "The number from which the next does not fit; three guesses that leave more than half to look at, and it halves"
+    known,poor = {n: over(n) for n in (low, high)},0
+    while high - low > 1:
+        n,wide = _guess(low, high, known, poor > 2),high - low
+        known[n] = over(n)
+        low,high = (n, high) if known[n] <= 0 else (low, n)
+        poor = poor+1 if high - low > wide/2 else 0
+    return low
+
+# %% ../../nbs/03_model/19_fit.ipynb #c0ffee19
 def largest_budget(
     search:Search, # who needs what
     memory:int,    # bytes of the device
@@ -97,10 +118,7 @@ def largest_budget(
     "The largest budget that fits; an error that says what is needed where none does"
     high = max(int(100*most + 1e-9), 1)
     low = _least(search, high)
-    if search.bytes(low/100) > room(memory): _refuse(search, memory, low)
-    if search.bytes(high/100) <= room(memory): low = high
-    while high - low > 1:
-        middle = (low+high)//2
-        if search.bytes(middle/100) <= room(memory): low = middle
-        else: high = middle
+    def over(n): return search.bytes(n/100) - room(memory)
+    if over(low) > 0: _refuse(search, memory, low)
+    low = high if over(high) <= 0 else _last_fit(over, low, high)
     return Fit(memory, low/100, search.bytes(low/100), search.sizer.batch, search.sizer.length)

@@ -1,0 +1,126 @@
+"""When does choosing pay? Few rows, and shifts after which some parts of a model must learn and others need not.
+
+    python benchmarks/bench_when.py --folder DATA [--settings 64 256 input output] [--methods full alf …]
+    [--parts] [--seeds 0 1 2 3] [--out FILE]
+
+64, 256: MiniLM with a new head learns TREC from so few rows.
+input, output: MiniLM has learnt TREC; then the most frequent words change places among themselves (input), or the
+labels do (output), and 256 rows are there to adapt (shifts of known kind: Lee et al., ICLR 2023,
+https://arxiv.org/abs/2210.11466). `--parts`: each part of the model learns alone, which says what must.
+Every method makes as many steps. Two rates are tried with seed 0 and a third beyond the better one; the best on dev
+rows is run with the other seeds. Rows are appended to
+results/when.jsonl; what it holds is not run again. DATA: suite.py.
+"""
+import argparse
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as hf_logging
+
+from alf_nb.core.policy import match_units
+from alf_nb.model.layers import partition_layers
+from alf_nb.study.compare import compare_policies
+from alf_nb.study.methods import METHODS, Method, alf_method
+from alf_nb.study.runs import trained_model
+from bench_suite import ENCODER_RATES
+from suite import encoder_task
+
+RESULTS = Path(__file__).parent/'results'/'when.jsonl'
+STEPS = 48          # three times through 256 rows
+SETTINGS = {'64': 64, '256': 256, 'input': 256, 'output': 256}      # name → rows to learn from
+N_WORDS = 100       # that change places
+LEARNT = 1000, 3, 4e-4      # rows, epochs and learning rate of what was learnt before a shift
+QUARTER = 4e-4, 8e-4
+ANYWHERE = alf_method('alf-anywhere', "ALF's default, but the matrices on whose gradient batches agree most of all,"
+                      " wherever they are", strata=0, freeze_bottom=0.)
+PINNED = alf_method('alf-head', "ALF's default with pin='head'", pin=('head',))     # a head is not among its candidates
+# the default and its control in strata; without strata the best by two signals, any, and the worst
+NAMES = 'full', 'lora', 'random-stratified', 'alf', 'alf-head', 'alf-anywhere', 'alf-unstratified', 'random', 'inverted'
+WAYS = {n: (METHODS | {m.name: m for m in (PINNED, ANYWHERE)})[n] for n in NAMES}
+RATES = {m: ENCODER_RATES.get(m, QUARTER) for m in WAYS}
+PARTS = {'embeddings': 'embeddings', 'lower': 'block.[01]', 'middle': 'block.[23]', 'upper': 'block.[45]',
+         'head': 'head'}
+
+
+def only(pattern):
+    "f(model, task) that freezes all layers but those that the pattern matches"
+    def prepare(model, task):
+        layers = partition_layers(model, 'block')
+        kept = set(match_units(pattern, layers.units))
+        for u in layers.units:
+            for p in layers.params(u.name): p.requires_grad_(u.name in kept)
+        return model
+    return prepare
+
+
+ALONE = {n: Method(f'only-{n}', f'only {p} trains', QUARTER, prepare=only(p)) for n, p in PARTS.items()}
+
+
+def frequent(rows, n):
+    "The `n` words that stand in most rows, without the marks at both ends of a row"
+    held = Counter(t for r in rows for t in set(r['input_ids'][1:-1]))
+    return [t for t, _ in held.most_common(n)]
+
+
+def moved(values, rng):
+    "value → another one of them: a permutation that leaves none in its place"
+    around = list(values)
+    rng.shuffle(around)
+    return dict(zip(around, around[1:]+around[:1]))
+
+
+def shifted(rows, words, labels):
+    "Rows in which words and labels have changed places"
+    def after(r):
+        ids = [words.get(t, t) for t in r['input_ids']]
+        return dict(r, input_ids=ids, labels=labels.get(r['labels'], r['labels']))
+    return list(map(after, rows))
+
+
+def after_shift(kind, folder):
+    "A model that has learnt TREC, and rows of TREC as they are after a shift"
+    n, epochs, lr = LEARNT
+    before, rng = encoder_task('TREC', folder, n), random.Random('shift')
+    steps = epochs*n//before.batch_size
+    model = trained_model(before, METHODS['full'], lr, 0, steps)
+    words, labels = {}, {}
+    if kind == 'input': words = moved(frequent(before.train, N_WORDS), rng)
+    else: labels = moved(sorted({r['labels'] for r in before.train}), rng)
+    # rows that the model has not seen: those to choose on, less the ones it adapts to
+    few, held = before.held[:SETTINGS[kind]], before.held[SETTINGS[kind]:]
+    train, held, test = (shifted(rows, words, labels) for rows in (few, held, before.test))
+    return replace(before, model=model, data=f'TREC, {kind} shifted', train=train, held=held, test=test, pin=())
+
+
+def task_of(setting, folder):
+    if setting in ('input', 'output'): return after_shift(setting, folder)
+    task = encoder_task('TREC', folder, SETTINGS[setting])
+    task.data = f'TREC, {setting} rows'
+    return task
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    ap.add_argument('--folder', type=Path, required=True, help='of the tasks that may not be shipped')
+    ap.add_argument('--settings', nargs='+', default=list(SETTINGS), choices=SETTINGS)
+    ap.add_argument('--methods', nargs='*', default=list(WAYS), choices=WAYS)
+    ap.add_argument('--parts', action='store_true', help='each part alone, too')
+    ap.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2, 3])
+    ap.add_argument('--steps', type=int, default=STEPS)
+    ap.add_argument('--out', type=Path, default=RESULTS)
+    a = ap.parse_args()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    torch.manual_seed(0)
+    methods = [WAYS[m] for m in a.methods] + list(ALONE.values())*a.parts
+    for setting in a.settings:
+        found = compare_policies(task_of(setting, a.folder), methods=methods, seeds=a.seeds, extend=1, points=0,
+                                 lrs={m.name: RATES.get(m.name, QUARTER) for m in methods}, rule='steps',
+                                 amount=a.steps, out=a.out, progress=False)
+        print(setting, *found.verdict, flush=True)
+
+
+if __name__ == '__main__': main()
