@@ -63,8 +63,8 @@ bench-efficiency: $(READY) ## time and bytes of a step over model size, length a
 bench-long: $(READY) ## 5,000 re-selections with views attached, and what grows meanwhile; appends to benchmarks/results/long.jsonl; 25 minutes
 	@$(OFFLINE) $(BIN)/python benchmarks/bench_long.py
 
-evidence: $(READY) ## some of the committed comparison once more, and how it compares; 16 minutes on two cores
-	@$(OFFLINE) $(BIN)/python benchmarks/bench_policies.py --again
+evidence: $(READY) ## some of the committed runs once more; fails where they are outside the interval of the committed ones
+	@$(OFFLINE) $(BIN)/python benchmarks/bench_again.py
 
 mutants: $(READY) ## break the kernels on purpose, one line at a time; every mutant has to be killed
 	@$(BIN)/python tests/kernels/mutants.py

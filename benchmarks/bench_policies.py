@@ -5,13 +5,11 @@
     python benchmarks/bench_policies.py --task gsm8k --methods full alf --seeds 0 1 2
     python benchmarks/bench_policies.py --full                # the large plan: every method, three rates each, 3 seeds,
     120 steps of 768 tokens: hundreds of runs of some 5 minutes on 2 cores
-    python benchmarks/bench_policies.py --again               # `make evidence`: some of the committed runs again, and
-    how they compare
 
 Tasks: `gsm8k` and `python`, SmolLM2-135M on grade school math and on the Python language reference (each is the other's
 unrelated text); `chapters`, MiniLM as a classifier: from which part of the reference is this paragraph?
 """
-import argparse, json, random, time
+import argparse, json, random
 from pathlib import Path
 from transformers import DataCollatorWithPadding
 from transformers.utils import logging as hf_logging
@@ -98,12 +96,6 @@ PLAN = {
     ),
 }
 FULL = (3, 256), 120, (0, 1, 2)
-# plan, rule, methods: 16 minutes on 2 cores, 10 of them under the clock
-AGAIN = (
-    ('chapters', 'steps 60', ('full', 'alf-probed', 'random', 'lora', 'freeze-50')),
-    ('gsm8k', 'steps 60', ('full', 'alf-probed', 'random', 'lora')),
-    ('gsm8k', 'wall 150', ('full', 'lora', 'random-stratified')),
-)
 
 
 def gsm8k():
@@ -174,61 +166,6 @@ def best_rates(task, results):
     }
 
 
-def run_again(name, rule, methods, committed, out):
-    "(method, committed row or None, row of now) of some committed runs; None: none are of this data and rule"
-    task, (what, amount) = make(*PLAN[name][:2]), rule.split()
-    rows = [r for r in committed.values() if r['task'] == f'{task.key}|{rule}']
-    if not rows:
-        print(f"{name}: no committed rows are of this data, these weights and this rule ({task.key}, {rule}): nothing"
-              " to compare")
-        return None
-    of = {m.name: m for m in compare_results(rows)}
-    methods = [m for m in methods if m in of]
-    rates = {m: (of[m].lr,) for m in methods}
-    found = compare_policies(task, methods=methods, rule=what, amount=float(amount), seeds=0, lrs=rates, extend=0,
-                             out=out)
-    print(f"\n{found.title}, seed 0\n\n{'method':12} {'lr':>7}  {'committed':>9}  {'now':>9}  {'difference':>10}")
-    return [(m.name, committed.get(r['key']), r) for m in found for r in m.runs]
-
-
-def beside(method, was, now):
-    "(committed loss, loss of now), printed beside each other; None: they cannot be compared"
-    a, b = (was or {}).get('task_loss'), now['task_loss']
-    if a is None or b is None:
-        why = 'the new run has no loss' if a else 'no committed run has these settings'
-        print(f"{method:12} {now['lr']:7g}  not to be compared: {why}")
-        return None
-    print(f"{method:12} {now['lr']:7g}  {a:9.4f}  {b:9.4f}  {b-a:+10.4f}")
-    return a, b
-
-
-def again(out, names):
-    "Run some of the committed runs once more and say how they compare"
-    t0, committed = time.perf_counter(), {r['key']: r for r in read_results(RESULTS)}
-    pairs, alone = [], 0
-    for name,rule,methods in AGAIN:
-        if names and name not in names: continue
-        for method, was, now in run_again(name, rule, methods, committed, out) or [(None, None, None)]:
-            losses = method and beside(method, was, now)
-            if losses: pairs.append((f'{name}, {rule}', method, *losses))
-            else: alone += 1
-    report(pairs, (time.perf_counter()-t0)/60)
-    return 1 if alone or not pairs else 0
-
-
-def report(pairs, minutes):
-    "How many losses and orders are as they were; pairs: (task, method, loss then, loss now)"
-    same = sum(abs(a-b) < .01*a for _,_,a,b in pairs)
-    order = [(a[0], a[1], b[1], a[2]-b[2], a[3]-b[3]) for i,a in enumerate(pairs) for b in pairs[i+1:] if a[0] == b[0]]
-    agree = sum((was < 0) == (now < 0) for *_,was,now in order)
-    print(
-        f"\n{same} of {len(pairs)} losses are within 1 % of the committed ones; {agree} of {len(order)} pairs of"
-        f" methods come in the committed order. {minutes:.0f} minutes."
-    )
-    for task,a,b,was,now in order:
-        if (was < 0) != (now < 0): print(f"  other order on {task}: {a} less {b} was {was:+.4f}, is {now:+.4f}")
-
-
 def options():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     ap.add_argument('--task', choices=PLAN, action='append', help='default: all')
@@ -242,7 +179,6 @@ def options():
         help='equal seconds instead of equal steps; rates are then the best committed ones, where there are any',
     )
     ap.add_argument('--full', action='store_true', help='the large plan')
-    ap.add_argument('--again', action='store_true', help='rerun some committed runs and compare')
     ap.add_argument('--out', type=Path, help='results file')
     return ap.parse_args()
 
@@ -257,7 +193,6 @@ def main():
     a = options()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    if a.again: raise SystemExit(again(a.out or Path('runs/evidence/policies.jsonl'), a.task))
     for name in a.task or PLAN:
         kind, size, steps, seeds, methods, lrs = PLAN[name]
         if a.full:

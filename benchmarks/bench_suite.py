@@ -1,7 +1,7 @@
 """Tasks with accuracy: methods with rates chosen on dev rows, the test rows seen once.
 
     python benchmarks/bench_suite.py --tasks ARC-Easy MAWPS SVAMP 'Python reference' [--methods full lora …]
-    [--seeds 0 1 2 3] [--steps 100] [--workers N] [--out FILE]
+    [--seeds 0 1 2 3] [--steps 40] [--workers N] [--out FILE]
     python benchmarks/bench_suite.py --tasks TREC CoLA SST-2 MRPC --folder DATA [--rows 1000] [--epochs 3]
 
 What a task is stands in suite.py; DATA holds those that may not be shipped. Two rates of a method are tried with
@@ -54,13 +54,17 @@ def ready(name, a):
     return decoder_task(name, a.n_dev, a.n_test, a.n_texts, a.n_questions, tuple(a.scales), bf16)
 
 
-def compared(task, methods, a, out):
-    "Run methods on a task; what they say"
-    encodes = task.data in FILES
-    rates = ENCODER_RATES if encodes else DECODER_RATES
-    rule = dict(rule='epochs', amount=a.epochs) if encodes else dict(rule='steps', amount=a.steps)
-    return compare_policies(task, methods=[WAYS[m] for m in methods], seeds=a.seeds, extend=1, points=0,
-                            lrs={m: rates[m] for m in methods}, out=out, progress=False, **rule).verdict
+def rule_of(task, a):
+    "How long it is trained on"
+    return ('epochs', a.epochs) if task.data in FILES else ('steps', a.steps)
+
+
+def compared(task, methods, a, out, rates=None):
+    "Run methods on a task; `rates`: their learning rates, where they are known"
+    first = ENCODER_RATES if task.data in FILES else DECODER_RATES
+    (rule, amount), tried = rule_of(task, a), rates or {m: first[m] for m in methods}
+    return compare_policies(task, methods=[WAYS[m] for m in methods], seeds=a.seeds, extend=rates is None, points=0,
+                            lrs=tried, out=out, progress=False, rule=rule, amount=amount)
 
 
 def lines_of(path): return path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -77,34 +81,39 @@ def in_parts(tasks, a):
     with ProcessPoolExecutor(a.workers, multiprocessing.get_context('fork')) as pool:
         running = [pool.submit(compared, t, [m], a, p) for (t, m), p in zip(jobs, parts)]
         for job, part, one in zip(jobs, parts, running):
-            print(job[0].data, *one.result(), flush=True)
+            print(job[0].data, *one.result().verdict, flush=True)
             with a.out.open('ab') as f: f.writelines(l for l in lines_of(part) if l not in known)
             part.unlink()
 
 
-def main():
-    ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    ap.add_argument('--tasks', nargs='+', choices=[*FILES, *DECODER], required=True)
+def options(about):
+    "A parser of what the runs of `results/suite.jsonl` can be told; by default they are as there"
+    ap = argparse.ArgumentParser(description=about)
+    ap.add_argument('--tasks', nargs='+', choices=[*FILES, *DECODER], default=list(DECODER))
     ap.add_argument('--folder', type=Path, help='of the tasks that may not be shipped')
     ap.add_argument('--methods', nargs='+', choices=WAYS, default=list(WAYS))
     ap.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2, 3])
     ap.add_argument('--rows', type=int, default=1000, help='that an encoder trains on')
     ap.add_argument('--epochs', type=int, default=3, help='of an encoder')
-    ap.add_argument('--steps', type=int, default=100, help='of a decoder')
-    ap.add_argument('--n-dev', type=int, default=200, help='rows that rates of a decoder are chosen on, at most')
-    ap.add_argument('--n-test', type=int, default=300, help='rows that a decoder is tested on, at most')
-    ap.add_argument('--n-texts', type=int, default=16, help='blocks of C4 and of WikiText-2')
-    ap.add_argument('--n-questions', type=int, default=100, help='of PIQA; 0: none')
-    ap.add_argument('--scales', nargs='*', type=float, default=[.25, .5, .75],
+    ap.add_argument('--steps', type=int, default=40, help='of a decoder')
+    ap.add_argument('--n-dev', type=int, default=60, help='rows that rates of a decoder are chosen on, at most')
+    ap.add_argument('--n-test', type=int, default=120, help='rows that a decoder is tested on, at most')
+    ap.add_argument('--n-texts', type=int, default=6, help='blocks of C4 and of WikiText-2')
+    ap.add_argument('--n-questions', type=int, default=0, help='of PIQA; 0: none')
+    ap.add_argument('--scales', nargs='*', type=float, default=[],
                     help="parts of a decoder's change at which all is measured too")
     ap.add_argument('--workers', type=int, default=1)
     ap.add_argument('--out', type=Path, default=RESULTS)
-    a = ap.parse_args()
+    return ap
+
+
+def main():
+    a = options(__doc__.split('\n')[0]).parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     tasks = (ready(name, a) for name in a.tasks)
     if a.workers > 1: return in_parts(list(tasks), a)
-    for task in tasks: print('\n'.join(compared(task, a.methods, a, a.out)), flush=True)
+    for task in tasks: print('\n'.join(compared(task, a.methods, a, a.out).verdict), flush=True)
 
 
 if __name__ == '__main__': main()

@@ -55,16 +55,15 @@ def methods():
     "Four methods: what each takes beside full fine-tuning, and what it reaches on the tasks of suite.py"
     suites, time = suite_table.tasks(), runs()
     scored, problems = suite_table.encoders(), suite_table.decoders()
-    heads = ['state', 'step', f'{len(scored)} tasks of an encoder']
-    heads += [h for data in problems for h in (f'{data}, learnt', 'forgot')]
+    heads = ['state', 'step', f'encoder, {len(scored)} tasks', f'decoder, {len(problems)} tasks: learnt', 'forgot']
     lines = [f"| | {' | '.join(heads)} |", '|---'*(len(heads)+1) + '|']
     for method, (name, in_turns) in METHODS.items():
         of = {data: suite_table.runs_of(c, method) for data, c in suites.items()}
         row, full = (next(iter(time[m].values())) for m in (in_turns, 'full'))
         cells = [num(row['state_bytes_peak']/full['state_bytes_peak'], 2), num(full['steps']/row['steps'], 2)]
         cells.append(f'{mean([mean(list(map(suite_table.points, of[data]))) for data in scored]):.1f}')
-        for data in problems:
-            cells += [f'{100*mean(list(map(f, of[data]))):.1f}' for f in (suite_table.gained, suite_table.forgot)]
+        for figure in (suite_table.gained, suite_table.forgot):
+            cells.append(f'{100*mean([mean(list(map(figure, of[data]))) for data in problems]):.1f}')
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return Markdown('\n'.join(lines))
 

@@ -57,10 +57,13 @@ def forgot(r):
     return general(r) - general(r, '_before')
 
 
-def encoders(): return {d: c for d, c in tasks().items() if c.goal != 'loss'}
+def scored(): return {d: c for d, c in tasks().items() if c.goal != 'loss'}
 
 
-def decoders(): return {d: c for d, c in tasks().items() if c.goal == 'loss'}
+def decoders(): return {d: c for d, c in tasks().items() if general(c.rows[0]) is not None}
+
+
+def encoders(): return {d: c for d, c in tasks().items() if d not in decoders()}
 
 
 def table(heads, cells_of):
@@ -81,7 +84,7 @@ def spread(values, digits, best=False):
 
 def scores():
     "Test score in points, of methods by the tasks that have one"
-    of = encoders()
+    of = scored()
     cells = lambda m: [spread(list(map(points, runs_of(c, m))), 1, c.methods[0].name == m) for c in of.values()]
     return table([f'{data}, {c.reached}' for data, c in of.items()], cells)
 

@@ -103,8 +103,9 @@ def of_shift(name, c):
     return (
         f"**{name.capitalize()}**: {PARTS[best]} alone reaches {alone[best]:.1f}, {PARTS[worst]} alone"
         f" {alone[worst]:.1f}, everything {whole:.1f}. The default less its control is"
-        f" {beside(c, 'alf', 'random-stratified')}; a choice by gain without strata is {beside(c, 'alf-unstratified', 'random')}"
-        f" less any, and {beside(c, 'alf-unstratified', 'inverted')} less the opposite."
+        f" {beside(c, 'alf', 'random-stratified')}; by gain and without strata it is"
+        f" {beside(c, 'alf-unstratified', 'random')} less any, and {beside(c, 'alf-unstratified', 'inverted')} less the"
+        ' opposite.'
     )
 
 

@@ -31,20 +31,15 @@ def test_a_page_says_what_its_files_say(page, monkeypatch):
 
 
 def test_what_is_run_again_has_committed_rows(monkeypatch):
-    "`make evidence` compares run with run: each method needs a row of the same rule, settings and seed"
+    "`make evidence` compares run with run: each method needs rows of the same data, weights and length"
     monkeypatch.syspath_prepend(root/'benchmarks')
-    import bench_policies as bench
-    rows = bench.read_results(bench.RESULTS)
-    assert {name for name, *_ in bench.AGAIN} <= set(bench.PLAN)
-    for name, rule, methods in bench.AGAIN:
-        data, pin = ('chapters of python-reference', ('head',)) if name == 'chapters' else ('gsm8k', ())
-        for m in methods:
-            settings = bench.METHODS[m].describe(60, 30, pin)['settings']
-            found = [
-                r
-                for r in rows
-                if r['data'] == data
-                and r['task'].endswith(f'|{rule}')
-                and (r['method'], r['settings'], r['seed']) == (m, settings, 0)
-            ]
-            assert found, f"{name}, {rule}: no committed run of {m} with {settings}"
+    import bench_again as bench
+    a = bench.options('').parse_args([])
+    task = bench.ready('MAWPS', a)
+    known = bench.runs_of(bench.read_results(bench.RESULTS), bench.METHODS, f'{task.key}|steps {a.steps}')
+    assert set(known) == set(bench.METHODS) and all(len(rows) == 4 for rows in known.values())
+    of = bench.figures(known)
+    assert {'alf, learnt', 'lora, forgot', 'alf less full, learnt'} <= set(of)
+    assert all(inside for *_, inside in bench.judged(of, of))
+    off = {what: {seed: v+30 for seed, v in values.items()} for what, values in of.items()}
+    assert len(bench.judged(of, off)) == len(of) and not any(inside for *_, inside in bench.judged(of, off))
