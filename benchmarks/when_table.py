@@ -100,12 +100,14 @@ def of_shift(name, c):
     alone = {p: statistics.fmean(scores_of(c, f'only-{p}')) for p in PARTS}
     best, worst = max(alone, key=alone.get), min(alone, key=alone.get)
     whole = statistics.fmean(scores_of(c, 'full'))
+    strata, chance, worst_choice = (
+        beside(c, *pair) for pair in
+        (('alf', 'random-stratified'), ('alf-unstratified', 'random'), ('alf-unstratified', 'inverted'))
+    )
     return (
         f"**{name.capitalize()}**: {PARTS[best]} alone reaches {alone[best]:.1f}, {PARTS[worst]} alone"
-        f" {alone[worst]:.1f}, everything {whole:.1f}. The default less its control is"
-        f" {beside(c, 'alf', 'random-stratified')}; by gain and without strata it is"
-        f" {beside(c, 'alf-unstratified', 'random')} less any, and {beside(c, 'alf-unstratified', 'inverted')} less the"
-        ' opposite.'
+        f" {alone[worst]:.1f}, everything {whole:.1f}. The default less its control is {strata}; by gain and without"
+        f" strata it is {chance} less as many by lot, and {worst_choice} less the opposite."
     )
 
 
