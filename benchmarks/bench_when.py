@@ -12,6 +12,7 @@ rows is run with the other seeds. Rows are appended to
 results/when.jsonl; what it holds is not run again. DATA: suite.py.
 """
 import argparse
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -38,9 +39,11 @@ ANYWHERE = alf_method('alf-anywhere', "ALF's default, but the matrices on whose 
                       " wherever they are", strata=0, freeze_bottom=0.)
 PINNED = alf_method('alf-head', "ALF's default with pin='head'", pin=('head',))     # a head is not among its candidates
 # the default and its control in strata; without strata the best by two signals, any, and the worst
-NAMES = 'full', 'lora', 'random-stratified', 'alf', 'alf-head', 'alf-anywhere', 'alf-unstratified', 'random', 'inverted'
-WAYS = {n: (METHODS | {m.name: m for m in (PINNED, ANYWHERE)})[n] for n in NAMES}
-RATES = {m: ENCODER_RATES.get(m, QUARTER) for m in WAYS}
+NAMES = (
+    'full', 'lora', 'random-stratified', 'alf', 'alf-head', 'alf-anywhere', 'alf-unstratified', 'random', 'inverted',
+    'surgical',
+)
+RATES = {m: ENCODER_RATES.get(m, QUARTER) for m in NAMES}
 PARTS = {'embeddings': 'embeddings', 'lower': 'block.[01]', 'middle': 'block.[23]', 'upper': 'block.[45]',
          'head': 'head'}
 
@@ -56,6 +59,34 @@ def only(pattern):
     return prepare
 
 
+def norm(tensors): return math.sqrt(sum(float(t.detach().square().sum()) for t in tensors))
+
+
+def relative_gradient_norms(model, task, n=64):
+    """Block → ‖g‖/‖w‖ of its weights on the first `n` rows: how surgical fine-tuning tells which block should learn
+    (section 5 of the paper)"""
+    model.eval()
+    batch = task.collate([task.train[i] for i in range(min(n, len(task.train)))])
+    model(**batch).loss.backward()
+    layers, found = partition_layers(model, 'block'), {}
+    for u in layers.units:
+        if u.kind != 'block': continue
+        ps = layers.params(u.name)
+        found[u.name] = norm([p.grad for p in ps])/norm(ps)
+    model.zero_grad()
+    return found
+
+
+def surgical(model, task):
+    "Only the block with the highest relative gradient norm trains"
+    norms = relative_gradient_norms(model, task)
+    return only(max(norms, key=norms.get))(model, task)
+
+
+SURGICAL = Method('surgical', 'only the block with the highest relative gradient norm trains'
+                  ' (https://arxiv.org/abs/2210.11466)', QUARTER, prepare=surgical)
+OWN = {m.name: m for m in (PINNED, ANYWHERE, SURGICAL)}
+WAYS = {n: OWN.get(n) or METHODS[n] for n in NAMES}
 ALONE = {n: Method(f'only-{n}', f'only {p} trains', QUARTER, prepare=only(p)) for n, p in PARTS.items()}
 
 

@@ -19,6 +19,7 @@ NAMES = {
     'alf-anywhere': 'alf without strata, by agreement',
     'alf-unstratified': 'alf without strata, by gain', 'random': 'their control: as many, by lot, anywhere',
     'inverted': 'the opposite: the lowest gain',
+    'surgical': 'one block, by relative gradient norm (surgical fine-tuning)',
 }
 PARTS = {'embeddings': 'embeddings', 'lower': 'blocks 0 and 1', 'middle': 'blocks 2 and 3', 'upper': 'blocks 4 and 5',
          'head': 'head'}

@@ -3,10 +3,13 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import default_data_collator
 
-from alf_nb.demo import demo_model
+from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.model.layers import partition_layers
 
 BENCHMARKS = Path(__file__).resolve().parents[1]/'benchmarks'
@@ -35,6 +38,23 @@ def test_a_part_learns_alone(pattern, layers):
     found = partition_layers(demo_model(), 'block')
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trains == {n for u in found.units if u.layer in layers for n in found.named_params(u.name)} != set()
+
+
+def test_surgical_trains_the_block_whose_gradient_is_largest_beside_its_weights():
+    rows = demo_dataset(4)
+    task, model = SimpleNamespace(train=rows, collate=default_data_collator), demo_model()
+    found = bench_when.relative_gradient_norms(model, task)
+    assert all(p.grad is None for p in model.parameters())
+    model(**default_data_collator(list(rows))).loss.backward()
+    blocks = {u.name: partition_layers(model, 'block').params(u.name) for u in partition_layers(model, 'block').units
+              if u.kind == 'block'}
+    flat = lambda ts: torch.cat([t.flatten() for t in ts]).norm()
+    for name, ps in blocks.items(): assert found[name] == pytest.approx(float(flat([p.grad for p in ps])/flat(ps)))
+    assert set(found) == set(blocks)
+    tuned = bench_when.surgical(demo_model(), task)
+    trains = {n for n, p in tuned.named_parameters() if p.requires_grad}
+    best = max(found, key=found.get)
+    assert trains == set(partition_layers(model, 'block').named_params(best))
 
 
 def row(method, data, seed, score, on='block.0'):
