@@ -43,7 +43,8 @@ def test_what_others_log_when_they_are_imported_is_nowhere_shown():
 
 IMPORTS = '''
 import os, sys
-import torch, transformers              # once, before the processes part; neither brings PEFT or bitsandbytes in
+# once, before the processes part; none of them brings PEFT or bitsandbytes in
+import datasets, torch._inductor.compile_fx, torch.distributed.tensor, transformers.core_model_loading
 assert not {'peft', 'bitsandbytes', 'transformers.trainer', 'alf_nb'} & set(sys.modules)
 for i, line in enumerate(sys.argv[1:]):
     if pid := os.fork():
