@@ -5,9 +5,10 @@
     python benchmarks/bench_suite.py --tasks TREC CoLA SST-2 MRPC --folder DATA [--rows 1000] [--epochs 3]
 
 What a task is stands in suite.py; DATA holds those that may not be shipped. Two rates of a method are tried with
-seed 0 and a third beyond the better one; the best on dev rows is run with the other seeds. Rows are appended to
-results/suite.jsonl; what it holds is not run again. --workers N runs as many methods at a time, each in a process of
-its own: for a GPU, which one small model does not fill. Times of such runs say nothing.
+seed 0, and up to three beyond them, until the best on dev rows has a lower and a higher beside it; the best is run with
+the other seeds. Rows are appended to results/suite.jsonl; what it holds is not run again. --workers N runs as many
+methods at a time, each in a process of its own: for a GPU, which one small model does not fill. Times of such runs say
+nothing.
 """
 import argparse
 import multiprocessing
@@ -45,6 +46,7 @@ ENCODER_RATES = {
     'freeze-50': (2e-4, 4e-4), 'lisa': (4e-4, 8e-4), 'alf-10': (8e-4, 1.6e-3), 'shira': (1e-3, 2e-3),
 }
 DECODER_RATES = ENCODER_RATES | {'full': (1e-4, 2e-4)}
+EXTEND = 3      # times a method may go beyond its rates while the best of them is at an edge
 
 
 def ready(name, a):
@@ -63,7 +65,7 @@ def compared(task, methods, a, out, rates=None):
     "Run methods on a task; `rates`: their learning rates, where they are known"
     first = ENCODER_RATES if task.data in FILES else DECODER_RATES
     (rule, amount), tried = rule_of(task, a), rates or {m: first[m] for m in methods}
-    return compare_policies(task, methods=[WAYS[m] for m in methods], seeds=a.seeds, extend=rates is None, points=0,
+    return compare_policies(task, methods=[WAYS[m] for m in methods], seeds=a.seeds, extend=0 if rates else EXTEND, points=0,
                             lrs=tried, out=out, progress=False, rule=rule, amount=amount)
 
 

@@ -7,9 +7,9 @@
 input, output: MiniLM has learnt TREC; then the most frequent words change places among themselves (input), or the
 labels do (output), and 256 rows are there to adapt (shifts of known kind: Lee et al., ICLR 2023,
 https://arxiv.org/abs/2210.11466). `--parts`: each part of the model learns alone, which says what must.
-Every method makes as many steps. Two rates are tried with seed 0 and a third beyond the better one; the best on dev
-rows is run with the other seeds. Rows are appended to
-results/when.jsonl; what it holds is not run again. DATA: suite.py.
+Every method makes as many steps. Two rates are tried with seed 0, and up to three beyond them, until the best on dev
+rows has a lower and a higher beside it; the best is run with the other seeds. Rows are appended to results/when.jsonl;
+what it holds is not run again. DATA: suite.py.
 """
 import argparse
 import math
@@ -26,7 +26,7 @@ from alf_nb.model.layers import partition_layers
 from alf_nb.study.compare import compare_policies
 from alf_nb.study.methods import METHODS, Method, alf_method
 from alf_nb.study.runs import trained_model
-from bench_suite import ENCODER_RATES
+from bench_suite import ENCODER_RATES, EXTEND
 from suite import encoder_task
 
 RESULTS = Path(__file__).parent/'results'/'when.jsonl'
@@ -148,7 +148,7 @@ def main():
     torch.manual_seed(0)
     methods = [WAYS[m] for m in a.methods] + list(ALONE.values())*a.parts
     for setting in a.settings:
-        found = compare_policies(task_of(setting, a.folder), methods=methods, seeds=a.seeds, extend=1, points=0,
+        found = compare_policies(task_of(setting, a.folder), methods=methods, seeds=a.seeds, extend=EXTEND, points=0,
                                  lrs={m.name: RATES.get(m.name, QUARTER) for m in methods}, rule='steps',
                                  amount=a.steps, out=a.out, progress=False)
         print(setting, *found.verdict, flush=True)
