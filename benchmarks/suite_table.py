@@ -139,6 +139,15 @@ def differences(method='alf'):
     return Markdown('\n'.join(lines))
 
 
+def edges():
+    "Which best rates have no neighbour on one side"
+    pairs = [(data, m) for data, c in tasks().items() for m in c]
+    found = [f"{NAMES[m.name].replace('*', '')} on {data}" for data, m in pairs if m.edge]
+    if not found: return Markdown('Every best rate has a lower and a higher one beside it, both tried.')
+    return Markdown(f"Of {len(pairs)} best rates {len(found)} are the lowest or highest that was tried:"
+                    f" {', '.join(found)}.")
+
+
 FRONT = 'full', 'lora', 'alf', 'random-stratified', 'freeze-50', 'lisa'
 
 

@@ -19,7 +19,7 @@ from .records import KINDS, Record
 
 # %% ../../nbs/01_core/09_config.ipynb #8759caee
 PRESETS = {
-    # measured in the steps of training, under 1 % of a run; every role in every third of the depth with its share; the
+    # measured in the steps of training, about 1 % of a run; every role in every third of the depth with its share; the
     # backward pass ends above the lowest fifth (benchmarks/LOG.md)
     'default': dict(signal='agreement', strata=3, freeze_bottom=.2),
     # exact gradients of a few batches at each selection, a tenth of a short run
