@@ -46,7 +46,7 @@ ENCODER_RATES = {
     'freeze-50': (2e-4, 4e-4), 'lisa': (4e-4, 8e-4), 'alf-10': (8e-4, 1.6e-3), 'shira': (1e-3, 2e-3),
 }
 DECODER_RATES = ENCODER_RATES | {'full': (1e-4, 2e-4)}
-EXTEND = 3      # times a method may go beyond its rates while the best of them is at an edge
+EXTEND = 3      # times a method may go beyond its rates while the best stands at an edge
 
 
 def ready(name, a):
@@ -65,8 +65,8 @@ def compared(task, methods, a, out, rates=None):
     "Run methods on a task; `rates`: their learning rates, where they are known"
     first = ENCODER_RATES if task.data in FILES else DECODER_RATES
     (rule, amount), tried = rule_of(task, a), rates or {m: first[m] for m in methods}
-    return compare_policies(task, methods=[WAYS[m] for m in methods], seeds=a.seeds, extend=0 if rates else EXTEND, points=0,
-                            lrs=tried, out=out, progress=False, rule=rule, amount=amount)
+    return compare_policies(task, methods=[WAYS[m] for m in methods], seeds=a.seeds, extend=0 if rates else EXTEND,
+                            points=0, lrs=tried, out=out, progress=False, rule=rule, amount=amount)
 
 
 def lines_of(path): return path.read_bytes().splitlines(keepends=True) if path.exists() else []

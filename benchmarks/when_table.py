@@ -74,10 +74,10 @@ def parts():
     return table(['only', 'trains', *of], lines)
 
 
-def trained(rows, layers):
-    "How much of these layers trained, averaged over the run and over seeds"
-    digits = [int(d)/9 for r in rows for layer in layers for d in r['map'][layer]]
-    return percent(statistics.fmean(digits), 0)
+def part_of(c, method, part):
+    "How much of a part of the model trained, 0–1, averaged over the run and over seeds"
+    rows = runs_of(c, method)
+    return statistics.fmean(int(d)/9 for r in rows for layer in LAYERS[part] for d in r['map'][layer])
 
 
 def placed():
@@ -85,14 +85,19 @@ def placed():
     of = shifts().items()
     heads = [f'{name}: {PARTS[p]}' for name, _ in of for p in LAYERS]
     lines = []
-    for m in CHOSEN: lines.append([NAMES[m], *(trained(runs_of(c, m), ls) for _, c in of for ls in LAYERS.values())])
+    for m in CHOSEN: lines.append([NAMES[m], *(percent(part_of(c, m, p), 0) for _, c in of for p in LAYERS)])
     return table(['', *heads], lines)
 
 
-def beside(c, method, other):
-    "A difference in points, seed by seed, with Student's interval"
+def less(c, method, other):
+    "Differences in points, seed by seed"
     of = {r['seed']: 100*r['task_score'] for r in runs_of(c, other)}
-    mean, low, high = t_interval([100*r['task_score'] - of[r['seed']] for r in runs_of(c, method) if r['seed'] in of])
+    return [100*r['task_score'] - of[r['seed']] for r in runs_of(c, method) if r['seed'] in of]
+
+
+def beside(c, method, other):
+    "A difference in points with Student's interval over seeds"
+    mean, low, high = t_interval(less(c, method, other))
     return f'{gap(mean)} ({gap(low)} to {gap(high)})'
 
 
