@@ -140,6 +140,9 @@ def views_page(nbs):
 
 # ---- sections that unfold
 
+# these do not
+OPEN = 'the-answer', 'differences', 'what-is-gained-and-what-is-lost', 'when-does-choosing-pay'
+
 def fold(text):
     "A page on which each section shows its heading and first paragraph, and the rest by a click"
     starts = [m.start() for m in re.finditer(r'<section id="[^"]+" class="level2">', text)]
@@ -147,7 +150,7 @@ def fold(text):
         end = text.rfind('</section>', a, b)
         head = re.match(r'<section[^>]*>\s*<h2.*?</h2>\s*(?:<p>.*?</p>)?', text[a:end], re.S)
         rest = text[a + head.end():end] if head else ''
-        if 'id="the-answer"' in text[a:a+60] or len(words(rest)) < 300: continue
+        if any(f'id="{n}"' in text[a:a+60] for n in OPEN) or len(words(rest)) < 300: continue
         said = '<details class="fold"><summary>' + contents(rest) + '</summary>'
         text = text[:a + head.end()] + said + rest + '</details>' + text[end:]
     return text
