@@ -78,7 +78,8 @@ def table(heads, cells_of):
 def spread(values, digits, best=False):
     "Mean and standard deviation over seeds"
     if not values: return '–'
-    said = f'{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}'
+    mean, deviation = (f'{v:.{digits}f}' for v in (statistics.fmean(values), statistics.stdev(values)))
+    said = f'{mean} ± {deviation}'.replace(' ', '\N{NO-BREAK SPACE}')
     return f'**{said}**' if best else said
 
 

@@ -94,7 +94,8 @@ def test_what_is_learnt_and_forgotten_is_said_as_it_is(tmp_path, monkeypatch):
     assert 'is ahead of LoRA, behind full fine-tuning and level with a quarter drawn by lot**' in told
     assert '+20.0 (+20.0 to +20.0) less LoRA' in told
     assert 'forgets 10.0 hundredths of a nat per token, LoRA 50.0' in told
-    assert '| **alf**, the default | 59.5 ± 0.7 | 10.0 ± 0.0 |' in suite_table.losses().data
+    losses = suite_table.losses().data.replace('\N{NO-BREAK SPACE}', ' ')
+    assert '| **alf**, the default | 59.5 ± 0.7 | 10.0 ± 0.0 |' in losses
     assert 'sums: learnt, nats per token' in suite_table.frontier('sums')
     assert suite_table.edges().data.endswith('1 are the lowest or highest that was tried: alf, the default on sums.')
     lines = [json.dumps(made('alf', 5e-4, 0, 1.6, 3.4))+'\n', *file.read_text().splitlines(True)]
