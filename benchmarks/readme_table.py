@@ -55,7 +55,7 @@ def methods():
     "Four methods: what each takes beside full fine-tuning, and what it reaches on the tasks of suite.py"
     suites, time = suite_table.tasks(), runs()
     scored, problems = suite_table.encoders(), suite_table.decoders()
-    heads = ['state', 'step', f'encoder, {len(scored)} tasks', f'decoder, {len(problems)} tasks: learnt', 'forgot']
+    heads = ['state', 'step', f'encoder, {len(scored)} tasks', 'decoder, learnt', 'forgot']
     lines = [f"| | {' | '.join(heads)} |", '|---'*(len(heads)+1) + '|']
     for method, (name, in_turns) in METHODS.items():
         of = {data: suite_table.runs_of(c, method) for data, c in suites.items()}
