@@ -3,6 +3,7 @@ import base64, json, math, re, struct, zlib
 from html.parser import HTMLParser
 import pytest
 from fake_run import fake_run, fake_units
+from small_run import small_trainer
 from alf_nb.core.config import ALFConfig
 from alf_nb.core.policies import POLICIES
 from alf_nb.core.records import UnitInfo
@@ -12,7 +13,9 @@ from alf_nb.report import html, png
 from alf_nb.report.charts import layer_map, loss_chart, memory_chart, rate_chart, role_maps
 from alf_nb.report.comparison import compare_runs
 from alf_nb.report.page import report_html, write_report
+from alf_nb.report.run_state import state_of
 from alf_nb.report.summary import latest_scores, summarize, summary_table
+from alf_nb.train.trainer import ALFCallback
 
 VOID = {'meta', 'br', 'img', 'link', 'input', 'hr', 'col'}
 class Page(HTMLParser):
@@ -316,3 +319,14 @@ def test_rates_on_an_axis_are_what_they_say(top):
     shown = list(map(float, labels))
     steps = [b-a for a, b in zip(shown, shown[1:])]
     assert len(labels) > 1 and shown[0] == 0 and steps == pytest.approx([steps[0]]*len(steps))
+
+
+def test_importance_is_by_the_signal_that_the_run_chose_by(tmp_path):
+    "Also where a meter measured it, and the change rate is newer"
+    t = small_trainer(tmp_path, ALFCallback(budget=.3), max_steps=16)
+    t.train()
+    log = RunLog(tmp_path)
+    assert log.events('meter') and log.events('measure')[-1]['step'] > log.events('meter')[-1]['step']
+    assert latest_scores(log).signal == state_of(log).signal == 'agreement'
+    assert latest_scores(log).values == {n: v for n, v in state_of(log).scores().values.items() if v is not None}
+    assert 'values of the signal agreement' in role_maps(log)

@@ -160,7 +160,7 @@ def latest_scores(
 )->Scores:
     "Newest value of each unit; empty when nothing was measured"
     log, found = read_once(run), {}
-    for e in log.events(('probe', 'measure')):
+    for e in log.events(('probe', 'meter', 'measure')):
         for name, values in (e.get('signals') or {}).items():
             found.setdefault(name, {}).update({k: v for k, v in values.items() if v is not None})
     signal = signal or (log.begin.get('config') or {}).get('signal')
