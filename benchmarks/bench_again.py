@@ -38,7 +38,7 @@ def by_seed(rows, figure): return {r['seed']: figure(r) for r in rows}
 
 
 def figures(of):
-    "what is measured → seed → value, in points or hundredths of a nat; `of`: method → rows, the default among them"
+    "what is measured → seed → value, in points or hundredths of a nat; `of`: method → rows, the default's too"
     found = {}
     for m, rows in of.items():
         found[f'{m}, learnt'] = by_seed(rows, learnt)

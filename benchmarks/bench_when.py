@@ -63,8 +63,8 @@ def norm(tensors): return math.sqrt(sum(float(t.detach().square().sum()) for t i
 
 
 def relative_gradient_norms(model, task, n=64):
-    """Block → ‖g‖/‖w‖ of its weights on the first `n` rows: how surgical fine-tuning tells which block should learn
-    (section 5 of the paper)"""
+    """Block → ‖g‖/‖w‖ of its weights on the first `n` rows: how surgical fine-tuning tells which block should
+    learn (section 5 of the paper)"""
     model.eval()
     batch = task.collate([task.train[i] for i in range(min(n, len(task.train)))])
     model(**batch).loss.backward()

@@ -10,7 +10,7 @@ from alf_nb.core.format import percent
 from alf_nb.core.stats import t_interval
 from alf_nb.report.results import read_results
 from alf_nb.report.results_page import compare_results
-from suite_table import gap, spread
+from suite_table import gap, runs_of, spread
 
 RESULTS = Path(__file__).resolve().parent/'results'/'when.jsonl'
 NAMES = {
@@ -37,9 +37,6 @@ def settings():
 
 
 def shifts(): return {k: c for k, c in settings().items() if 'shifted' in k}
-
-
-def runs_of(c, method): return next((m.runs for m in c if m.name == method), [])
 
 
 def scores_of(c, method): return [100*r['task_score'] for r in runs_of(c, method)]

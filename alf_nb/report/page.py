@@ -105,8 +105,8 @@ def _distance(s):
     "How far the model is from its base, and what can be done about it"
     if s['kl_from_base'] is None: return ''
     far = num(s['kl_from_base'])
-    return (f"Behind the task’s own tokens its predictions are {far} nats from the base’s (KL): the farther, the more"
-            " is forgotten of all else. <code>alf tradeoff</code> and <code>tradeoff(run)</code> show"
+    return (f"Behind the task’s own tokens its predictions are {far} nats from the base’s (KL): the farther, the"
+            " more is forgotten of all else. <code>alf tradeoff</code> and <code>tradeoff(run)</code> show"
             " what a part of the change would keep, and save it.")
 
 # %% ../../nbs/07_report/12_page.ipynb #7441ed2c
