@@ -13,7 +13,7 @@ from alf_nb.report import html, png
 from alf_nb.report.charts import layer_map, loss_chart, memory_chart, rate_chart, role_maps
 from alf_nb.report.comparison import compare_runs
 from alf_nb.report.page import report_html, write_report
-from alf_nb.report.run_state import state_of
+from alf_nb.report.run_state import RunState, state_of
 from alf_nb.report.summary import latest_scores, summarize, summary_table
 from alf_nb.train.trainer import ALFCallback
 
@@ -329,4 +329,7 @@ def test_importance_is_by_the_signal_that_the_run_chose_by(tmp_path):
     assert log.events('meter') and log.events('measure')[-1]['step'] > log.events('meter')[-1]['step']
     assert latest_scores(log).signal == state_of(log).signal == 'agreement'
     assert latest_scores(log).values == {n: v for n, v in state_of(log).scores().values.items() if v is not None}
+    # what a meter found is known before a choice tells of it
+    untold = RunState(e for e in log.events() if e['event'] != 'select').scores('agreement').known
+    assert untold and untold == pytest.approx({n: state_of(log).scores().values[n] for n in untold}, rel=1e-3)
     assert 'values of the signal agreement' in role_maps(log)

@@ -8,12 +8,13 @@ Docs: https://example.github.io/alf_nb/01_core/settings.html.md"""
 __all__ = ['with_settings']
 
 # %% ../../nbs/01_core/19_settings.ipynb #ffd92cb7
-import inspect
+import functools, inspect
 from dataclasses import fields
 from fastcore.docments import docments
 from .config import PARTS, PRESETS
 
 # %% ../../nbs/01_core/19_settings.ipynb #d8b781c7
+@functools.cache
 def _all_settings():
     "name → (what the default preset has, what it is) of every setting of the short form"
     usual = PRESETS['default']

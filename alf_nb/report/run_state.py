@@ -26,7 +26,7 @@ class _Measured:
         self.newest = {**self.newest, signal: {**self.newest.get(signal, {}), **found}}
 
     def blend(self, e, beta):
-        "A `measure` or `probe`: `beta` of what was known stays"
+        "A `measure`, `probe` or `meter`: `beta` of what was known stays"
         step = e.get('step', 0)
         for signal, values in (e.get('signals') or {}).items():
             old = self.newest.get(signal, {})
@@ -58,9 +58,11 @@ def _on_choose(state, e): state.policy = e.get('policy') or state.policy
 def _on_error(state, e): state.error = f"{e.get('type')}: {e.get('message')}"
 
 # %% ../../nbs/07_report/01_run_state.ipynb #2f793e7d
+def _blended(part): return lambda state, e: state.measured.blend(e, part)
+
 _TAKE_IN = dict(
     run_begin=_on_begin, select=_on_select, choose=_on_choose, error=_on_error,
-    measure=lambda state, e: state.measured.blend(e, .5), probe=lambda state, e: state.measured.blend(e, .7),
+    measure=_blended(.5), probe=_blended(.7), meter=_blended(.7),
 )
 _STEPS = ('log', 'measure', 'select', 'pause', 'unpause', 'run_end')      # kinds that tell how many steps were made
 _STATUS = dict(run_begin='unfinished', resume='unfinished', unpause='unfinished',
@@ -199,7 +201,7 @@ def _state_at(state, step):
     "What was known of the scores at an earlier step"
     past = RunState()
     past.begin, past.units, past.sizes = state.begin, state.units, state.sizes
-    events = state.events('probe') + state.events('measure') + state.events('select')
+    events = [e for k in ('probe', 'meter', 'measure', 'select') for e in state.events(k)]
     for e in sorted(events, key=lambda e: e.get('step', 0)):
         if e.get('step', 0) <= step: past.add(e)
     past.step = step

@@ -158,14 +158,13 @@ def latest_scores(
     run,         # folder of a run, or its `RunLog`
     signal=None  # default: the one the run chose by
 )->Scores:
-    "Newest value of each unit; empty when nothing was measured"
-    log, found = read_once(run), {}
-    for e in log.events(('probe', 'meter', 'measure')):
-        for name, values in (e.get('signals') or {}).items():
-            found.setdefault(name, {}).update({k: v for k, v in values.items() if v is not None})
-    signal = signal or (log.begin.get('config') or {}).get('signal')
-    if not found.get(signal): signal = max(found, key=lambda k: len(found[k]), default=signal or '')
-    return Scores(signal, found.get(signal, {}))
+    "What is known of each unit that was measured; empty when nothing was"
+    state = state_of(run)
+    found, signal = state.measured.newest, signal or state.signal
+    if not any(found.values()): return Scores(signal, {})
+    if not found.get(signal): signal = max(found, key=lambda k: len(found[k]))
+    scores = state.scores(signal)
+    return Scores(signal, scores.known, scores.ages)
 
 # %% ../../nbs/07_report/08_summary.ipynb #4a1ffdd2
 def share_of_full(a, b):
