@@ -1,6 +1,6 @@
 """What the tasks of suite.py say. `answer()` says it in words; `scores()` and `losses()` are tables of methods by
 tasks, `differences()` what the default gains or loses against others, averaged over tasks, with a bootstrap over tasks
-and seeds; `frontier()` a picture of what is learnt against what is forgotten."""
+and seeds; `frontiers()` are pictures of what is learnt against what is forgotten."""
 import functools
 import random
 import statistics
@@ -9,6 +9,7 @@ from pathlib import Path
 from IPython.display import Markdown
 
 from alf_nb.core.format import num
+from alf_nb.core.rates import best_lr
 from alf_nb.report.html import Html, tag
 from alf_nb.report.lines import line_chart
 from alf_nb.report.results_page import compare_results
@@ -158,6 +159,17 @@ def rates_of(c, method):
     return [(forgot(r), gained(r)) for r in sorted(rows, key=lambda r: r['lr'])]
 
 
+def shares_and_rates():
+    "data → [(share that trains, the learning rate that suits it)], of methods that train a part of the weights, or all"
+    found = {}
+    for data, c in tasks().items():
+        for m in 'full', 'freeze-50', 'alf', 'random-stratified':
+            rows = [r for r in c.rows if (r['method'], r['seed']) == (m, 0)]
+            lr = best_lr({r['lr']: r['choice'] for r in rows})
+            if lr: found.setdefault(data, []).append((rows[0]['trainable_share_mean'], lr))
+    return found
+
+
 def lines_of(ways):
     "A line and its points for each method; the sixth is dashed"
     lines = []
@@ -174,9 +186,17 @@ def frontier(data):
     xs = [x for found in ways.values() for x, _ in found]
     wide = .05*(max(xs)-min(0, *xs))
     said = f'{data}: how much the loss on the task fell against how much that on other texts rose'
-    chart = line_chart(lines_of(ways), said, '{:.3f}'.format, 300, x_range=(min(0, *xs)-wide, max(xs)+wide),
-                       x_name='forgot: rise of the loss on texts of other kinds, nats per token')
-    return Html(tag('div', tag('h4', f'{data}: learnt, nats per token'), chart))
+    chart = line_chart(lines_of(ways), said, '{:.2f}'.format, 260, x_range=(min(0, *xs)-wide, max(xs)+wide),
+                       x_name='forgot', n_x_ticks=4)
+    return tag('div', tag('h4', f'{data}: learnt'), chart)
+
+
+SIDE_BY_SIDE = 'display:grid; grid-template-columns:repeat(auto-fit, minmax(20rem, 1fr)); gap:0 2rem'
+
+
+def frontiers():
+    "A picture for each task of a decoder"
+    return Html(tag('div', *map(frontier, decoders()), style=SIDE_BY_SIDE))
 
 
 def compared(other):

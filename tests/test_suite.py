@@ -96,8 +96,23 @@ def test_what_is_learnt_and_forgotten_is_said_as_it_is(tmp_path, monkeypatch):
     assert 'forgets 10.0 hundredths of a nat per token, LoRA 50.0' in told
     losses = suite_table.losses().data.replace('\N{NO-BREAK SPACE}', ' ')
     assert '| **alf**, the default | 59.5 ± 0.7 | 10.0 ± 0.0 |' in losses
-    assert 'sums: learnt, nats per token' in suite_table.frontier('sums')
+    assert suite_table.frontiers().count('sums: learnt') == 1
     assert suite_table.edges().data.endswith('1 are the lowest or highest that was tried: alf, the default on sums.')
     lines = [json.dumps(made('alf', 5e-4, 0, 1.6, 3.4))+'\n', *file.read_text().splitlines(True)]
     file.write_text(''.join(lines))
     assert suite_table.edges().data == 'Every best rate has a lower and a higher one beside it, both tried.'
+
+
+def test_the_rate_that_suits_a_share_lies_between_those_that_were_tried(tmp_path, monkeypatch):
+    def tried(method, share, best):
+        "A parabola over log lr, with its bottom at `best`; and a second seed"
+        rates = best/2*1.1, best*1.1, best*2.2
+        rows = [made(method, lr, 0, 1.5, 3.) | dict(choice=math.log(lr/best)**2) for lr in rates]
+        rows.append(made(method, rates[1], 1, 1.5, 3.) | dict(choice=0.))
+        return [r | dict(trainable_share_mean=share) for r in rows]
+    file = tmp_path/'rows.jsonl'
+    rows = tried('full', 1., 1e-4) + tried('alf', .25, 3e-4) + tried('lora', .03, 2e-3)
+    file.write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    monkeypatch.setattr(suite_table, 'tasks', lambda: suite_table.in_file(file))
+    (share, lr), (part, higher) = suite_table.shares_and_rates()['sums']
+    assert (share, part) == (1., .25) and lr == pytest.approx(1e-4) and higher == pytest.approx(3e-4)
