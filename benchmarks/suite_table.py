@@ -1,7 +1,8 @@
-"""What the tasks of suite.py say. `answer()` says it in words; `scores()` and `losses()` are tables of methods by
-tasks, `differences()` what the default gains or loses against others, averaged over tasks, with a bootstrap over tasks
-and seeds; `frontiers()` are pictures of what is learnt against what is forgotten."""
+"""What the tasks of suite.py say. `answer()` says it in words; `scores()`, `learnt()` and `forgotten()` are tables of
+methods by tasks; `differences()` is what the default gains or loses against others, averaged over tasks, with a
+bootstrap over tasks and seeds; `frontiers()` are pictures of what is learnt against what is forgotten."""
 import functools
+import itertools
 import random
 import statistics
 from pathlib import Path
@@ -91,17 +92,17 @@ def scores():
     return table([f'{data}, {c.reached}' for data, c in of.items()], cells)
 
 
-def losses():
-    "What was learnt and what was forgotten, in hundredths of a nat per token, by tasks of a decoder"
+def hundredths(figure, word, mark=False):
+    "A figure of runs in hundredths of a nat per token, of methods by the tasks of a decoder; `mark` the best dev loss"
     of = decoders()
-    def cells(m):
-        found = []
-        for c in of.values():
-            rs = runs_of(c, m)
-            found += [spread([100*gained(r) for r in rs], 1, c.methods[0].name == m),
-                      spread([100*forgot(r) for r in rs], 1)]
-        return found
-    return table([h for data in of for h in (f'{data}, learnt', 'forgot')], cells)
+    def cell(c, m): return spread([100*figure(r) for r in runs_of(c, m)], 1, mark and c.methods[0].name == m)
+    return table([f'{data}, {word}' for data in of], lambda m: [cell(c, m) for c in of.values()])
+
+
+def learnt(): return hundredths(gained, 'learnt', mark=True)
+
+
+def forgotten(): return hundredths(forgot, 'forgot')
 
 
 def paired(method, other):
@@ -210,17 +211,25 @@ def compared(other):
 OTHERS = {'lora': 'LoRA', 'full': 'full fine-tuning', 'random-stratified': 'a quarter drawn by lot'}
 
 
+def listed(items, last=' and '): return last.join([', '.join(items[:-1]), items[-1]]) if len(items) > 1 else items[0]
+
+
+def standing(words):
+    "Where the default stands, in words of `compared()` for each of OTHERS"
+    pairs = itertools.groupby(zip(words, OTHERS.values()), key=lambda pair: pair[0])
+    groups = [f'{word} {listed([name for _, name in of])}' for word, of in pairs]
+    return listed(groups, ', and ' if any(' and ' in g for g in groups) else ' and ')
+
+
 def answer():
     "The answer in plain words"
     n, seeds = len(tasks()), min(len(c.methods[0].runs) for c in tasks().values())
     words, figures = zip(*map(compared, OTHERS))
-    others = [f'{word} {name}' if k == 0 or word != words[k-1] else name
-              for k, (word, name) in enumerate(zip(words, OTHERS.values()))]
     gaps = ', '.join(f'{figure} less {name}' for figure, name in zip(figures, OTHERS.values()))
-    said = (f"**The default, which trains a quarter of the parameters, is {others[0]}, {others[1]} and {others[2]}**,"
-            f" as far as {n} tasks with {seeds} seeds tell. In points, with 95 % intervals: {gaps}.")
+    said = (f"**The default, which trains a quarter of the parameters, is {standing(words)}**, as far as {n} tasks"
+            f" with {seeds} seeds tell. In points, with 95 % intervals: {gaps}.")
     rows = {m: [r for c in decoders().values() for r in runs_of(c, m)] for m in ('alf', 'lora', 'full')}
     if not rows['alf']: return Markdown(said)
-    rise = {m: f'{100*statistics.fmean(map(forgot, rs)):.1f}' for m, rs in rows.items()}
-    lost = f"Of other texts it forgets {rise['alf']} hundredths of a nat per token, LoRA {rise['lora']}"
-    return Markdown(f"{said} {lost}, full fine-tuning {rise['full']}.")
+    rise = {m: f'{round(100*statistics.fmean(map(forgot, rs)), 1) + 0.:.1f}' for m, rs in rows.items()}
+    lost = f"On other texts its loss rises by {rise['alf']} hundredths of a nat per token, LoRA's by {rise['lora']}"
+    return Markdown(f"{said} {lost}, full fine-tuning's by {rise['full']}.")

@@ -93,9 +93,12 @@ def test_what_is_learnt_and_forgotten_is_said_as_it_is(tmp_path, monkeypatch):
     told = suite_table.answer().data
     assert 'is ahead of LoRA, behind full fine-tuning and level with a quarter drawn by lot**' in told
     assert '+20.0 (+20.0 to +20.0) less LoRA' in told
-    assert 'forgets 10.0 hundredths of a nat per token, LoRA 50.0' in told
-    losses = suite_table.losses().data.replace('\N{NO-BREAK SPACE}', ' ')
-    assert '| **alf**, the default | 59.5 ± 0.7 | 10.0 ± 0.0 |' in losses
+    assert "its loss rises by 10.0 hundredths of a nat per token, LoRA's by 50.0" in told
+    level = suite_table.standing(['level with']*2 + ['ahead of'])
+    assert level == 'level with LoRA and full fine-tuning, and ahead of a quarter drawn by lot'
+    assert suite_table.standing(['level with']*3) == 'level with LoRA, full fine-tuning and a quarter drawn by lot'
+    tables = [t.data.replace('\N{NO-BREAK SPACE}', ' ') for t in (suite_table.learnt(), suite_table.forgotten())]
+    assert '| **alf**, the default | 59.5 ± 0.7 |' in tables[0] and '| **alf**, the default | 10.0 ± 0.0 |' in tables[1]
     assert suite_table.frontiers().count('sums: learnt') == 1
     assert suite_table.edges().data.endswith('1 are the lowest or highest that was tried: alf, the default on sums.')
     lines = [json.dumps(made('alf', 5e-4, 0, 1.6, 3.4))+'\n', *file.read_text().splitlines(True)]
