@@ -79,7 +79,7 @@ def less(other):
 def verdict():
     "What the tables say, in words"
     time = f"At equal time, on two texts, in loss: {less('lora')} less LoRA, {less('lot-top80')} less the lot."
-    return Markdown(f'{suite_table.answer().data} {time}')
+    return Markdown(f'{suite_table.in_short()} {time}')
 
 
 def points():

@@ -105,10 +105,10 @@ def learnt(): return hundredths(gained, 'learnt', mark=True)
 def forgotten(): return hundredths(forgot, 'forgot')
 
 
-def paired(method, other):
-    "data → differences in points, seed by seed"
+def paired(method, other, among=None):
+    "data → differences in points, seed by seed; `among`: these tasks, not all"
     found = {}
-    for data, c in tasks().items():
+    for data, c in (tasks() if among is None else among).items():
         of = {r['seed']: points(r) for r in runs_of(c, other)}
         found[data] = [points(r)-of[r['seed']] for r in runs_of(c, method) if r['seed'] in of]
     return {k: v for k, v in found.items() if v}
@@ -200,9 +200,9 @@ def frontiers():
     return Html(tag('div', *map(frontier, decoders()), style=SIDE_BY_SIDE))
 
 
-def compared(other):
+def compared(other, among=None):
     "The default beside another method: in a word, and in points with the interval"
-    mean, _, low, high = bootstrap(paired('alf', other))
+    mean, _, low, high = bootstrap(paired('alf', other, among))
     if low > 0: word = 'ahead of'
     else: word = 'behind' if high < 0 else 'level with'
     return word, f'{gap(mean)} ({gap(low)} to {gap(high)})'
@@ -221,15 +221,33 @@ def standing(words):
     return listed(groups, ', and ' if any(' and ' in g for g in groups) else ' and ')
 
 
+def gaps(figures): return ', '.join(f'{figure} less {name}' for figure, name in zip(figures, OTHERS.values()))
+
+
+def by_kind():
+    "The same for encoders and for decoders alone"
+    said = []
+    for kind, of in ('encoder', encoders()), ('decoder', decoders()):
+        words, figures = zip(*(compared(other, of) for other in OTHERS))
+        said.append(f"Of the {len(of)} {kind} tasks alone it is {standing(words)}: {gaps(figures)}.")
+    return Markdown(' '.join(said))
+
+
+def in_short():
+    "The answer in a sentence or two, without figures"
+    n, seeds = len(tasks()), min(len(c.methods[0].runs) for c in tasks().values())
+    words = standing([compared(other)[0] for other in OTHERS])
+    said = (f"**The default, which trains a quarter of the parameters, is {words}**, as far as {n} tasks with {seeds}"
+            " seeds tell, at equal steps.")
+    if not decoders(): return said
+    return f"{said} Of the decoder tasks alone it is {standing([compared(o, decoders())[0] for o in OTHERS])}."
+
+
 def answer():
     "The answer in plain words"
-    n, seeds = len(tasks()), min(len(c.methods[0].runs) for c in tasks().values())
-    words, figures = zip(*map(compared, OTHERS))
-    gaps = ', '.join(f'{figure} less {name}' for figure, name in zip(figures, OTHERS.values()))
-    said = (f"**The default, which trains a quarter of the parameters, is {standing(words)}**, as far as {n} tasks"
-            f" with {seeds} seeds tell. In points, with 95 % intervals: {gaps}.")
+    said = f"{in_short()} In points, with 95 % intervals: {gaps([compared(other)[1] for other in OTHERS])}."
     rows = {m: [r for c in decoders().values() for r in runs_of(c, m)] for m in ('alf', 'lora', 'full')}
     if not rows['alf']: return Markdown(said)
-    rise = {m: f'{round(100*statistics.fmean(map(forgot, rs)), 1) + 0.:.1f}' for m, rs in rows.items()}
-    lost = f"On other texts its loss rises by {rise['alf']} hundredths of a nat per token, LoRA's by {rise['lora']}"
+    rise = {m: gap(100*statistics.fmean(map(forgot, rs))) for m, rs in rows.items()}
+    lost = f"On other texts its loss changes by {rise['alf']} hundredths of a nat per token, LoRA's by {rise['lora']}"
     return Markdown(f"{said} {lost}, full fine-tuning's by {rise['full']}.")

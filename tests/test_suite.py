@@ -93,7 +93,7 @@ def test_what_is_learnt_and_forgotten_is_said_as_it_is(tmp_path, monkeypatch):
     told = suite_table.answer().data
     assert 'is ahead of LoRA, behind full fine-tuning and level with a quarter drawn by lot**' in told
     assert '+20.0 (+20.0 to +20.0) less LoRA' in told
-    assert "its loss rises by 10.0 hundredths of a nat per token, LoRA's by 50.0" in told
+    assert "its loss changes by +10.0 hundredths of a nat per token, LoRA's by +50.0" in told
     level = suite_table.standing(['level with']*2 + ['ahead of'])
     assert level == 'level with LoRA and full fine-tuning, and ahead of a quarter drawn by lot'
     assert suite_table.standing(['level with']*3) == 'level with LoRA, full fine-tuning and a quarter drawn by lot'
