@@ -147,7 +147,8 @@ def edges():
     pairs = [(data, m) for data, c in tasks().items() for m in c]
     found = [f"{NAMES[m.name].replace('*', '')} on {data}" for data, m in pairs if m.edge]
     if not found: return Markdown('Every best rate has a lower and a higher one beside it, both tried.')
-    return Markdown(f"Of {len(pairs)} best rates {len(found)} are the lowest or highest that was tried:"
+    is_or_are = 'is' if len(found) == 1 else 'are'
+    return Markdown(f"{len(found)} of {len(pairs)} best rates {is_or_are} the lowest or highest that was tried:"
                     f" {', '.join(found)}.")
 
 
