@@ -162,7 +162,7 @@ def rates_of(c, method):
 
 
 def shares_and_rates():
-    "data → [(share that trains, the learning rate that suits it)], of methods that train a part of the weights, or all"
+    "data → [(share that trains, the learning rate that suits it)], of methods that train weights themselves"
     found = {}
     for data, c in tasks().items():
         for m in 'full', 'freeze-50', 'alf', 'random-stratified':
