@@ -1,6 +1,6 @@
 """Tasks with accuracy: methods with rates chosen on dev rows, the test rows seen once.
 
-    python benchmarks/bench_suite.py --tasks ARC-Easy MAWPS SVAMP 'Python reference' [--methods full lora …]
+    python benchmarks/bench_suite.py --tasks MAWPS SVAMP GSM8K 'Python reference' [--methods full lora …]
     [--seeds 0 1 2 3] [--steps 40] [--workers N] [--out FILE]
     python benchmarks/bench_suite.py --tasks TREC CoLA SST-2 MRPC --folder DATA [--rows 1000] [--epochs 3]
 

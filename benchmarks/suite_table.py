@@ -14,7 +14,7 @@ from alf_nb.core.rates import best_lr
 from alf_nb.report.html import Html, tag
 from alf_nb.report.lines import line_chart
 from alf_nb.report.results_page import compare_results
-from alf_nb.report.results import read_results
+from alf_nb.report.results import choice_of, read_results
 
 RESULTS = Path(__file__).resolve().parent/'results'/'suite.jsonl'
 NAMES = {
@@ -93,7 +93,7 @@ def scores():
 
 
 def hundredths(figure, word, mark=False):
-    "A figure of runs in hundredths of a nat per token, of methods by the tasks of a decoder; `mark` the best dev loss"
+    "A figure of runs in hundredths of a nat per token, of methods by the tasks of a decoder; `mark`: the best is bold"
     of = decoders()
     def cell(c, m): return spread([100*figure(r) for r in runs_of(c, m)], 1, mark and c.methods[0].name == m)
     return table([f'{data}, {word}' for data in of], lambda m: [cell(c, m) for c in of.values()])
@@ -114,15 +114,21 @@ def paired(method, other, among=None):
     return {k: v for k, v in found.items() if v}
 
 
-def bootstrap(by_task, draws=10_000, seed=0):
-    "Mean over tasks, its standard error, and 95 % interval: tasks are drawn, and seeds inside them"
-    rng, of = random.Random(seed), list(by_task.values())
-    mean = statistics.fmean(map(statistics.fmean, of))
-    drawn = sorted(
+@functools.cache
+def drawn(of, draws, seed):
+    "Means over tasks of as many draws, the lowest first; `of`: a tuple of differences for each task"
+    rng = random.Random(seed)
+    return sorted(
         statistics.fmean(statistics.fmean(rng.choices(t, k=len(t))) for t in rng.choices(of, k=len(of)))
         for _ in range(draws)
     )
-    return mean, statistics.stdev(drawn), drawn[int(.025*draws)], drawn[int(.975*draws)]
+
+
+def bootstrap(by_task, draws=10_000, seed=0):
+    "Mean over tasks, its standard error, and 95 % interval: tasks are drawn, and seeds inside them"
+    means = drawn(tuple(map(tuple, by_task.values())), draws, seed)
+    mean = statistics.fmean(map(statistics.fmean, by_task.values()))
+    return mean, statistics.stdev(means), means[int(.025*draws)], means[int(.975*draws)]
 
 
 def gap(v):
@@ -155,10 +161,15 @@ def edges():
 FRONT = 'full', 'lora', 'alf', 'random-stratified', 'freeze-50', 'lisa'
 
 
+def first_seed(c, method):
+    "Runs of a method with the first seed, one for each learning rate that was tried, the lowest first"
+    rows = [r for r in c.rows if (r['method'], r['seed']) == (method, 0) and r.get('task_loss') is not None]
+    return sorted(rows, key=lambda r: r['lr'])
+
+
 def rates_of(c, method):
     "(forgot, learnt) at every learning rate that was tried with the first seed, by rate"
-    rows = [r for r in c.rows if (r['method'], r['seed']) == (method, 0) and r.get('task_loss') is not None]
-    return [(forgot(r), gained(r)) for r in sorted(rows, key=lambda r: r['lr'])]
+    return [(forgot(r), gained(r)) for r in first_seed(c, method)]
 
 
 def shares_and_rates():
@@ -166,9 +177,9 @@ def shares_and_rates():
     found = {}
     for data, c in tasks().items():
         for m in 'full', 'freeze-50', 'alf', 'random-stratified':
-            rows = [r for r in c.rows if (r['method'], r['seed']) == (m, 0)]
-            lr = best_lr({r['lr']: r['choice'] for r in rows})
-            if lr: found.setdefault(data, []).append((rows[0]['trainable_share_mean'], lr))
+            runs = first_seed(c, m)
+            lr = best_lr({r['lr']: choice_of(r) for r in runs})
+            if lr: found.setdefault(data, []).append((runs[0]['trainable_share_mean'], lr))
     return found
 
 

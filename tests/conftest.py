@@ -41,6 +41,13 @@ SECONDS = {
     "test_peers.py": 17,
     "test_faults.py": 16,
     "test_widgets_dashboard.py": 15,
+    # of slow tests, which `make test-all` adds
+    "test_ipywidgets7.py": 125,
+    "test_efficiency.py": 90,
+    "test_audit.py": 70,
+    "test_package.py": 60,
+    "test_long.py": 30,
+    "browser/test_hostile_text.py": 30,
 }
 
 

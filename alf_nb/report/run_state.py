@@ -26,7 +26,7 @@ class _Measured:
         self.newest = {**self.newest, signal: {**self.newest.get(signal, {}), **found}}
 
     def blend(self, e, beta):
-        "A `measure`, `probe` or `meter`: `beta` of what was known stays"
+        "What was measured: `beta` of what was known stays"
         step = e.get('step', 0)
         for signal, values in (e.get('signals') or {}).items():
             old = self.newest.get(signal, {})
@@ -58,11 +58,13 @@ def _on_choose(state, e): state.policy = e.get('policy') or state.policy
 def _on_error(state, e): state.error = f"{e.get('type')}: {e.get('message')}"
 
 # %% ../../nbs/07_report/01_run_state.ipynb #2f793e7d
-def _blended(part): return lambda state, e: state.measured.blend(e, part)
+_STAYS = dict(probe=.7, meter=.7, measure=.5)      # what measures → the part of what was known that stays
+
+def _on_measured(state, e): state.measured.blend(e, _STAYS[e['event']])
 
 _TAKE_IN = dict(
     run_begin=_on_begin, select=_on_select, choose=_on_choose, error=_on_error,
-    measure=_blended(.5), probe=_blended(.7), meter=_blended(.7),
+    **dict.fromkeys(_STAYS, _on_measured),
 )
 _STEPS = ('log', 'measure', 'select', 'pause', 'unpause', 'run_end')      # kinds that tell how many steps were made
 _STATUS = dict(run_begin='unfinished', resume='unfinished', unpause='unfinished',
@@ -201,7 +203,7 @@ def _state_at(state, step):
     "What was known of the scores at an earlier step"
     past = RunState()
     past.begin, past.units, past.sizes = state.begin, state.units, state.sizes
-    events = [e for k in ('probe', 'meter', 'measure', 'select') for e in state.events(k)]
+    events = [e for k in (*_STAYS, 'select') for e in state.events(k)]
     for e in sorted(events, key=lambda e: e.get('step', 0)):
         if e.get('step', 0) <= step: past.add(e)
     past.step = step
