@@ -199,7 +199,7 @@ def frontier(data):
     xs = [x for found in ways.values() for x, _ in found]
     wide = .05*(max(xs)-min(0, *xs))
     said = f'{data}: how much the loss on the task fell against how much that on other texts rose'
-    chart = line_chart(lines_of(ways), said, '{:.2f}'.format, 260, x_range=(min(0, *xs)-wide, max(xs)+wide),
+    chart = line_chart(lines_of(ways), said, '{:.3g}'.format, 260, x_range=(min(0, *xs)-wide, max(xs)+wide),
                        x_name='forgot', n_x_ticks=4)
     return tag('div', tag('h4', f'{data}: learnt'), chart)
 

@@ -1,6 +1,7 @@
 """The tasks of the evidence: parts that share no row, metrics that are what they are called, a bootstrap that tells."""
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -122,3 +123,12 @@ def test_the_rate_that_suits_a_share_lies_between_those_that_were_tried(tmp_path
     monkeypatch.setattr(suite_table, 'tasks', lambda: suite_table.in_file(file))
     (share, lr), (part, higher) = suite_table.shares_and_rates()['sums']
     assert (share, part) == (1., .25) and lr == pytest.approx(1e-4) and higher == pytest.approx(3e-4)
+
+
+def test_a_picture_s_axis_is_what_it_says():
+    "Of the committed runs: what stands beside evenly spaced lines differs by the same"
+    for data in suite_table.decoders():
+        inside = re.search(r'<div class="alf-y">(.*?)</div>', suite_table.frontier(data))[1]
+        shown = list(map(float, re.findall(r'>([^<]+)</span>', inside)))
+        steps = [b-a for a, b in zip(shown, shown[1:])]
+        assert len(steps) > 1 and steps == pytest.approx([steps[0]]*len(steps)), data
