@@ -4,12 +4,12 @@
 
 Nine settings train whole, with every seed; then `race` looks for the best with seed 0. A row says what the race chose,
 how far that is from the best of the grid on dev rows (means over seeds, with the interval of the difference), and the
-seconds of both. TREC is read from DATA (suite.py).
+seconds of both. TREC is read from DATA (suite.py). Runs are kept in runs/race, and those that are there are not made
+again.
 """
 import argparse
 import json
 import statistics
-import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -27,29 +27,34 @@ from bench_policies import make
 from suite import encoder_task
 
 RESULTS = Path(__file__).parent/'results'/'race.jsonl'
+KEPT = Path('runs/race')
 BUDGETS, RATES = (.1, .25, .5), (2e-4, 4e-4, 8e-4)
 
 
-def whole_grid(task, steps, seeds, out):
+def whole_grid(task, steps, seeds, folder, lrs=RATES):
     "(budget, rate) → its rows, one for each seed"
-    methods = [alf_method(f'{b:g}', budget=b) for b in BUDGETS]
-    for lr in RATES:
-        compare_policies(task, methods=methods, amount=steps, seeds=seeds, lrs=lr, extend=0, points=0, out=out,
+    methods, found = [alf_method(f'{b:g}', budget=b) for b in BUDGETS], {}
+    for lr in lrs:
+        # a file for each rate: of the rates in a file only the best is repeated with other seeds
+        file = folder/f'{lr:g}.jsonl'
+        compare_policies(task, methods=methods, amount=steps, seeds=seeds, lrs=lr, extend=0, points=0, out=file,
                          progress=False)
-    found = {}
-    for r in read_results(out): found.setdefault((float(r['method']), r['lr']), []).append(r)
+        for r in read_results(file): found.setdefault((float(r['method']), lr), []).append(r)
     return found
 
 
 def judged(rows): return [r['choice'] for r in sorted(rows, key=lambda r: r['seed'])]
 
 
+def task_of(name, folder):
+    return make('chapters', (16, 48)) if name == 'chapters' else encoder_task(name, folder)
+
+
 def row_of(name, a):
     "A race beside the grid, on one task"
-    task = make('chapters', (16, 48)) if name == 'chapters' else encoder_task(name, a.folder)
-    with tempfile.TemporaryDirectory() as folder:
-        grid = whole_grid(task, a.steps, a.seeds, Path(folder)/'grid.jsonl')
-        found = race(task, budgets=BUDGETS, lrs=RATES, steps=a.steps, seed=a.seeds[0], out=Path(folder)/'race.jsonl')
+    task, folder = task_of(name, a.folder), KEPT/name
+    grid = whole_grid(task, a.steps, a.seeds, folder)
+    found = race(task, budgets=BUDGETS, lrs=RATES, steps=a.steps, seed=a.seeds[0], out=folder/'race.jsonl')
     print(found._repr_markdown_(), flush=True)
     best = min(grid, key=lambda k: statistics.fmean(judged(grid[k])))
     chosen = found.best.budget, found.best.lr

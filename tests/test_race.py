@@ -1,6 +1,7 @@
 """Successive halving: what is asked for is checked first, what was run is not run again, and the command says it."""
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,14 @@ def test_the_command_refuses_what_a_race_does_not_know(capsys):
     for more, said in ((['--methods', 'full'], 'leave --methods out'), (['--rule', 'wall'], 'leave --rule out')):
         assert main(['compare', '--race', *more]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_every_setting_of_the_grid_runs_with_every_seed(task, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1]/'benchmarks')
+    import bench_race
+    monkeypatch.setattr(bench_race, 'BUDGETS', (.25, .5))
+    for _ in range(2):      # what is there is not made again
+        grid = bench_race.whole_grid(task, 2, [0, 1], tmp_path, (1e-3, 1e-4))
+        assert {k: [r['seed'] for r in rows] for k, rows in grid.items()} == {
+            (b, lr): [0, 1] for b in (.25, .5) for lr in (1e-4, 1e-3)
+        }
