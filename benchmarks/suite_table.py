@@ -192,10 +192,8 @@ def lines_of(ways):
     return lines + [dict(line, name='', kind='dots') for line in lines]
 
 
-def frontier(data):
-    "What was learnt of a task against what was forgotten, a line over the learning rates of each method"
-    c = decoders()[data]
-    ways = {m: found for m in FRONT if (found := rates_of(c, m))}
+def picture(data, ways):
+    "What was learnt of a task against what was forgotten; `ways`: method → (forgot, learnt) along its line"
     xs = [x for found in ways.values() for x, _ in found]
     wide = .05*(max(xs)-min(0, *xs))
     said = f'{data}: how much the loss on the task fell against how much that on other texts rose'
@@ -207,9 +205,16 @@ def frontier(data):
 SIDE_BY_SIDE = 'display:grid; grid-template-columns:repeat(auto-fit, minmax(20rem, 1fr)); gap:0 2rem'
 
 
+def pictures(of):
+    "Side by side; `of`: data → ways"
+    return Html(tag('div', *(picture(data, ways) for data, ways in of.items()), style=SIDE_BY_SIDE))
+
+
 def frontiers():
-    "A picture for each task of a decoder"
-    return Html(tag('div', *map(frontier, decoders()), style=SIDE_BY_SIDE))
+    "A picture for each task of a decoder, lines over the learning rates of each method"
+    return pictures({
+        data: {m: found for m in FRONT if (found := rates_of(c, m))} for data, c in decoders().items()
+    })
 
 
 def compared(other, among=None):

@@ -9,6 +9,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1]/'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
+import race_table       # noqa: E402
+import scales_table     # noqa: E402
 import suite            # noqa: E402
 import suite_table      # noqa: E402
 
@@ -127,8 +129,47 @@ def test_the_rate_that_suits_a_share_lies_between_those_that_were_tried(tmp_path
 
 def test_a_picture_s_axis_is_what_it_says():
     "Of the committed runs: what stands beside evenly spaced lines differs by the same"
-    for data in suite_table.decoders():
-        inside = re.search(r'<div class="alf-y">(.*?)</div>', suite_table.frontier(data))[1]
-        shown = list(map(float, re.findall(r'>([^<]+)</span>', inside)))
-        steps = [b-a for a, b in zip(shown, shown[1:])]
-        assert len(steps) > 1 and steps == pytest.approx([steps[0]]*len(steps)), data
+    for drawn in suite_table.frontiers(), scales_table.frontiers():
+        axes = re.findall(r'<div class="alf-y">(.*?)</div>', drawn)
+        assert axes
+        for inside in axes:
+            shown = list(map(float, re.findall(r'>([^<]+)</span>', inside)))
+            steps = [b-a for a, b in zip(shown, shown[1:])]
+            assert len(steps) > 1 and steps == pytest.approx([steps[0]]*len(steps)), shown
+
+
+def test_a_part_of_a_change_is_measured_beside_the_whole(tmp_path, monkeypatch):
+    whole = made('alf', 1e-3, 0, 1.2, 3.4)      # learns 0.8 and forgets 0.4
+    part = lambda loss, texts: dict(task_loss=loss, general=dict(C4=texts, WikiText=texts+1, PIQA=.5))
+    whole['scales'] = [[.25, part(1.7, 3.)], [.5, part(1.4, 3.1)], [.75, part(1.2, 3.2)]]
+    other = made('lora', 1e-3, 0, 1.6, 3.01)
+    other['scales'] = [[.25, part(1.9, 3.)], [.5, part(1.9, 3.)], [.75, part(1.8, 3.)]]
+    file = tmp_path/'rows.jsonl'
+    file.write_text(''.join(json.dumps(r)+'\n' for r in (whole, other)))
+    monkeypatch.setattr(scales_table, 'RESULTS', file)
+    scales_table.rows.cache_clear()
+    along = scales_table.along(scales_table.rows()['sums']['alf'])
+    assert [round(x, 3) for pair in along for x in pair] == [0, 0, 0, .3, .1, .6, .2, .8, .4, .8]
+    assert '| **alf**, the default | 60.0 | 10.0 | 80.0 | 20.0 | 80.0 | 40.0 |' in scales_table.parts().data
+    said = scales_table.answer().data
+    assert 'With half of a change 25 % to 75 % of what is learnt stays, and 25 % of what is forgotten.' in said
+    assert said.startswith('With three quarters of a change 50 % to 100 % of what is learnt stays, and 50 % of what is')
+    assert scales_table.frontiers().count('sums: learnt') == 1
+    scales_table.rows.cache_clear()
+
+
+def test_a_race_stands_beside_the_grid_and_a_miss_is_said(tmp_path, monkeypatch):
+    row = dict(task='TREC', best=[.25, 4e-4], chosen=[.5, 2e-4], gap=[.01, -.01, .03], race_s=24., grid_s=96.)
+    missed = row | dict(task='sums', gap=[.01, .005, .015], race_s=30.)
+    file = tmp_path/'rows.jsonl'
+    file.write_text(''.join(json.dumps(r)+'\n' for r in (row, missed)))
+    monkeypatch.setattr(race_table, 'RESULTS', file)
+    race_table.rows.cache_clear()
+    said, table = race_table.answer().data, race_table.races().data
+    assert '1 of 2 tasks' in said and '25 % to 31 % of the time' in said
+    assert '| TREC | 25 % at 0.0004 | 50 % at 0.0002 | +1.0 (-1.0 to +3.0) | 24 | 96 | 25 % |' in table
+    same = row | dict(chosen=row['best'], gap=[0., 0., 0.])
+    file.write_text(json.dumps(same)+'\n')
+    race_table.rows.cache_clear()
+    assert '| the same setting |' in race_table.races().data and '1 of 1 tasks' in race_table.answer().data
+    race_table.rows.cache_clear()
