@@ -239,14 +239,21 @@ def _weights_of(p, moved):
     return [float(moved), ref*ref, 0., 0., float(moved)]
 
 # %% ../../nbs/05_signals/07_windows.ipynb #c1d7a6e2
+_NOISE = 1e-5       # part of squares that rounding may leave of weights that were zero
+
+def _squares_before(w2, wu, u2, lr):
+    "Of the weights before the step, w + lr·u; what rounding alone can make is 0, a NaN stays one"
+    found = w2 + 2*lr*wu + lr*lr*u2
+    return 0. if found < _NOISE*(w2 + lr*lr*u2) else found
+
 def _update_of(p, lr, optimizer):
     "Squares of update and weights, the product of update and gradient, the square of the move, the largest update"
     of = lambda w, g, u: (u.dot(u), w.dot(w), w.dot(u), g.dot(u), u.amax(), -u.amin())
     rows = torch.stack([torch.stack(of(*part)) for part in update_parts(optimizer, p)]).double().cpu()
     u2,w2,wu,dot = rows[:, :4].sum(0).tolist()
-    # the weights before the step are w + lr·u
-    return [u2, w2 + 2*lr*wu + lr*lr*u2, dot, lr*lr*u2, float(rows[:, 4:].max())]
+    return [u2, _squares_before(w2, wu, u2, lr), dot, lr*lr*u2, float(rows[:, 4:].max())]
 
+# %% ../../nbs/05_signals/07_windows.ipynb #c1d7a6e3
 def _update_of_unit(params, bits, lr, optimizer):
     "The same for all parameters of a unit: four sums and a largest; `optimizer` is None where it cannot be read"
     rates = lr if isinstance(lr, list) else [lr]*len(params)
