@@ -1,9 +1,6 @@
 """Files that take long are the first that a worker gets: begun last, one of them would leave the other workers idle."""
 import gc
-import os
 from pathlib import Path
-
-import pytest
 
 # seconds, roughly; a file that is not here takes less than fifteen
 SECONDS = {
@@ -52,12 +49,6 @@ SECONDS = {
     "test_long.py": 30,
     "browser/test_hostile_text.py": 30,
 }
-
-
-@pytest.hookimpl(optionalhook=True)     # of xdist
-def pytest_xdist_auto_num_workers():
-    "One worker more than cores: where a test waits for a browser, a kernel or a process, another one computes"
-    return None if 'PYTEST_XDIST_AUTO_NUM_WORKERS' in os.environ else os.cpu_count() + 1
 
 
 def seconds(path): return SECONDS.get(path.relative_to(Path(__file__).parent).as_posix(), 0)
