@@ -67,17 +67,28 @@ def runs_of(rows, methods, name):
     return {m.name: m.runs for m in compare_results(mine) if m.name in methods} if mine else {}
 
 
+def name_of(task, a):
+    "A task and its length, as rows say it"
+    rule, amount = rule_of(task, a)
+    return f'{task.key}|{rule} {amount:g}'
+
+
+def run_again(task, a):
+    "Run the methods at their best rates; their committed rows. Ends with a message where a method has none"
+    name = name_of(task, a)
+    known = runs_of(read_results(RESULTS), a.methods, name)
+    if missing := set(a.methods) - set(known):
+        raise SystemExit(f"{task.data}: no committed runs of {', '.join(sorted(missing))} have this data, these weights"
+                         f" and this length ({name}): nothing to compare")
+    compared(task, a.methods, a, a.out, {m: (known[m][0]['lr'],) for m in a.methods})
+    return known
+
+
 def of_task(data, a):
     "Lines of `judged` for a task"
     task = ready(data, a)
-    rule, amount = rule_of(task, a)
-    name = f'{task.key}|{rule} {amount:g}'
-    known = runs_of(read_results(RESULTS), a.methods, name)
-    if missing := set(a.methods) - set(known):
-        raise SystemExit(f"{data}: no committed runs of {', '.join(sorted(missing))} have this data, these weights and"
-                         f" this length ({name}): nothing to compare")
-    compared(task, a.methods, a, a.out, {m: (known[m][0]['lr'],) for m in a.methods})
-    return judged(figures(known), figures(runs_of(read_results(a.out), a.methods, name)))
+    known = run_again(task, a)
+    return judged(figures(known), figures(runs_of(read_results(a.out), a.methods, name_of(task, a))))
 
 
 def main():

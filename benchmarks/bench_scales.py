@@ -10,9 +10,8 @@ from pathlib import Path
 
 from transformers.utils import logging as hf_logging
 
-from alf_nb.report.results import read_results
-from bench_again import runs_of
-from bench_suite import RESULTS, compared, options, ready, rule_of
+from bench_again import run_again
+from bench_suite import options, ready
 
 OUT = Path(__file__).parent/'results'/'scales.jsonl'
 
@@ -25,9 +24,7 @@ def main():
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     for data in a.tasks:
-        task = ready(data, a)
-        known = runs_of(read_results(RESULTS), a.methods, f"{task.key}|{'{} {:g}'.format(*rule_of(task, a))}")
-        compared(task, a.methods, a, a.out, {m: (known[m][0]['lr'],) for m in a.methods})
+        run_again(ready(data, a), a)
         print(data, 'is done', flush=True)
 
 

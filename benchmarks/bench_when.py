@@ -35,12 +35,12 @@ from suite import decoder_task, encoder_task
 
 RESULTS = Path(__file__).parent/'results'/'when.jsonl'
 STEPS = 48          # three times through 256 rows
-SETTINGS = {'64': 64, '256': 256} | dict.fromkeys(('input', 'output', 'words', 'digits'), 256)  # → rows to learn from
-N_WORDS = 100       # that change places
-LEARNT = 1000, 3, 4e-4      # rows, epochs and learning rate of what was learnt before a shift
-SUMS = 1000, 40, 1e-4       # rows, steps and learning rate of what SmolLM2 was
 SHIFTS = 'input', 'output'
 SUM_SHIFTS = 'words', 'digits'
+SETTINGS = {'64': 64, '256': 256} | dict.fromkeys((*SHIFTS, *SUM_SHIFTS), 256)      # name → rows to learn from
+N_WORDS = 100       # that change places
+LEARNT = 1000, 3, 4e-4      # rows, epochs and learning rate of what was learnt before a shift
+SUMS = 1000, 40, 1e-4       # rows, steps and learning rate of what SmolLM2 had learnt
 QUARTER = 4e-4, 8e-4
 ANYWHERE = alf_method('alf-anywhere', "ALF's default, but the matrices on whose gradient batches agree most of all,"
                       " wherever they are", strata=0, freeze_bottom=0.)

@@ -6,7 +6,8 @@ from pathlib import Path
 from IPython.display import Markdown
 
 from alf_nb.core.format import percent
-from suite_table import gap
+from suite_table import gap, range_of
+from when_table import table
 
 RESULTS = Path(__file__).resolve().parent/'results'/'race.jsonl'
 
@@ -20,9 +21,9 @@ def rows():
 def setting(pair): return f'{percent(pair[0], 0)} at {pair[1]:g}'
 
 
-def points(r):
+def worse_by(r):
     "By how much the choice is worse than the best of the grid, in points or hundredths of a nat, and its interval"
-    mean, low, high = (100*v + 0. for v in r['gap'])
+    mean, low, high = (100*v for v in r['gap'])
     return f'{gap(mean)} ({gap(low)} to {gap(high)})' if any((mean, low, high)) else 'the same setting'
 
 
@@ -32,18 +33,16 @@ def time_share(r): return r['race_s']/r['grid_s']
 
 def races():
     heads = 'task', 'best of the grid', 'found by the race', 'worse by', 'race, s', 'grid, s', 'part of the time'
-    lines = [f"| {' | '.join(heads)} |", '|---'*len(heads) + '|']
+    lines = []
     for name, r in rows().items():
-        cells = (name, setting(r['best']), setting(r['chosen']), points(r), f"{r['race_s']:.0f}", f"{r['grid_s']:.0f}",
-                 percent(time_share(r), 0))
-        lines.append(f"| {' | '.join(cells)} |")
-    return Markdown('\n'.join(lines))
+        lines.append((name, setting(r['best']), setting(r['chosen']), worse_by(r), f"{r['race_s']:.0f}",
+                      f"{r['grid_s']:.0f}", percent(time_share(r), 0)))
+    return table(heads, lines)
 
 
 def answer():
     "Does it find the best, and in how much of the time?"
     of = rows().values()
-    low, high = (percent(f(map(time_share, of)), 0) for f in (min, max))
     n = sum(map(hit, of))
     said = f"On {n} of {len(of)} tasks the race ends within the interval of the best of the grid"
-    return Markdown(f"{said}, in {low if low == high else f'{low} to {high}'} of the time.")
+    return Markdown(f"{said}, in {range_of(list(map(time_share, of)))} of the time.")

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from IPython.display import Markdown
 
-from alf_nb.core.format import percent
 from alf_nb.report.results import read_results
-from suite_table import FRONT, NAMES, forgot, gained, pictures, table
+from suite_table import FRONT, forgot, gained, pictures, range_of, table
 
 RESULTS = Path(__file__).resolve().parent/'results'/'scales.jsonl'
 
@@ -54,11 +53,6 @@ def parts():
         lines = table(heads, lambda m: cells(of[m]) if m in of else ['–'])
         found.append(f'{data}, in hundredths of a nat:\n\n{lines.data}')
     return Markdown('\n\n'.join(found))
-
-
-def range_of(shares):
-    low, high = (percent(f(shares), 0) for f in (min, max))
-    return low if low == high else f'{low} to {high}'
 
 
 def of_part(scale, runs):

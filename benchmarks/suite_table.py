@@ -9,7 +9,7 @@ from pathlib import Path
 
 from IPython.display import Markdown
 
-from alf_nb.core.format import num
+from alf_nb.core.format import num, percent
 from alf_nb.core.rates import best_lr
 from alf_nb.report.html import Html, tag
 from alf_nb.report.lines import line_chart
@@ -134,6 +134,12 @@ def bootstrap(by_task, draws=10_000, seed=0):
 def gap(v):
     "A difference in points; there is no negative zero"
     return f'{round(v, 1) + 0.:+.1f}'
+
+
+def range_of(shares):
+    "From the lowest to the highest, in percent"
+    low, high = (percent(f(shares), 0) for f in (min, max))
+    return low if low == high else f'{low} to {high}'
 
 
 def differences(method='alf'):
